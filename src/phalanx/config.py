@@ -1,0 +1,191 @@
+"""What can be set, in frozen sections that are checked as a whole.
+
+The command line's flags are made from these sections: a field `max_num_seqs` is the flag `--max-num-seqs`, its
+docstring the help text, its constraint the check. Names follow vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from phalanx.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
+Seconds = Annotated[float, Meta(gt=0.0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings. Immutable; unknown names are refused."""
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class ModelConfig(Section, frozen=True, kw_only=True):
+    model: str
+    """A checkpoint directory (safetensors), a GGUF file, or the name of a model on the Hugging Face hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer, when it is not the model's own."""
+
+    served_model_name: str | None = None
+    """The name that API clients use; the model's own name by default."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, activations and KV cache. `auto` takes the checkpoint's."""
+
+    max_model_len: Positive | None = None
+    """Longest prompt plus output, in tokens; the model's own limit by default."""
+
+
+class ParallelConfig(Section, frozen=True, kw_only=True):
+    tensor_parallel_size: Positive = 1
+    """Ranks that share every layer."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size
+
+
+class CacheConfig(Section, frozen=True, kw_only=True):
+    block_size: Positive = 16
+    """Tokens in one block of the KV cache."""
+
+    kv_cache_memory: Positive | None = None
+    """Bytes of KV cache on each rank. By default what the device has left on a GPU, and on a CPU what the limits on
+    sequences and length can use, within a quarter of the memory that is free."""
+
+    gpu_memory_utilization: Fraction = 0.9
+    """Share of a GPU's memory for weights, activations and KV cache together."""
+
+    enable_prefix_caching: bool = True
+    """Keep the KV cache of finished requests for later ones that start with the same tokens."""
+
+
+class SchedulerConfig(Section, frozen=True, kw_only=True):
+    max_num_seqs: Positive = 256
+    """Most requests that run at a time; the rest wait."""
+
+    max_num_batched_tokens: Positive = 2048
+    """Most tokens that one step computes. A longer prompt is computed in chunks."""
+
+    async_scheduling: bool = True
+    """Send the next step's plan while the current step computes."""
+
+
+class ExecutorConfig(Section, frozen=True, kw_only=True):
+    launcher: Literal["auto", "inline", "local"] = "auto"
+    """How workers start: `inline` runs the one rank inside the engine's process, `local` starts a process per rank.
+    `auto` takes `inline` for one rank and `local` for more."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks compute. `auto` takes the GPUs when there are enough of them."""
+
+    collective_backend: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    """How ranks exchange tensors. `auto`: NCCL between GPUs, shared memory between CPU ranks of one host."""
+
+    threads_per_rank: Positive | None = None
+    """CPU threads of each rank; by default the cores are shared out evenly, and never more than there are."""
+
+    start_timeout_s: Seconds = 600.0
+    """Longest time from start to ready."""
+
+    step_timeout_s: Seconds = 60.0
+    """Longest time for one step before the rank that is awaited is named and the run ends."""
+
+
+class ServerConfig(Section, frozen=True, kw_only=True):
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback should have an API key: see --api-key-file."""
+
+    port: Port = 8000
+    """Port to listen on; 0 lets the system pick one, which is then printed."""
+
+    api_key_file: str | None = None
+    """File whose lines are the accepted API keys (a key in argv would show in `ps`); PHALANX_API_KEY works too."""
+
+    shutdown_timeout_s: Seconds = 10.0
+    """After the first Ctrl-C or SIGTERM, how long running requests may still take before they are cancelled."""
+
+
+class Config(Section, frozen=True, kw_only=True):
+    """All settings of one engine."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+
+    @classmethod
+    def build(cls, **settings: Any) -> Config:
+        """Config from flat names, such as `Config.build(model="m", tensor_parallel_size=2)`.
+
+        Raises ConfigError: an unknown name, a wrong type, a value out of range, or values that contradict each other.
+        """
+        sections: dict[str, dict[str, Any]] = {name: {} for name in cls.__struct_fields__}
+        section_of = settings_by_name()
+        for name, value in settings.items():
+            if name not in section_of:
+                raise ConfigError(name, value, f"there is no such setting; known are {', '.join(sorted(section_of))}")
+            sections[section_of[name]][name] = value
+        config = convert(sections, cls)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Check what no single field can tell. Raises ConfigError."""
+        if self.executor.launcher == "inline" and self.parallel.world_size > 1:
+            raise ConfigError(
+                "launcher",
+                "inline",
+                f"it runs one rank, and {self.parallel.world_size} are asked for; use local",
+            )
+        if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
+            raise ConfigError(
+                "max_num_batched_tokens",
+                self.scheduler.max_num_batched_tokens,
+                f"a step must hold one token of each running request: at least max_num_seqs "
+                f"({self.scheduler.max_num_seqs})",
+            )
+        if self.executor.device == "cpu" and self.executor.collective_backend == "nccl":
+            raise ConfigError("collective_backend", "nccl", "with device cpu: auto, shm or gloo")
+        if self.executor.device == "cuda" and self.executor.collective_backend in ("shm", "gloo"):
+            raise ConfigError("collective_backend", self.executor.collective_backend, "with device cuda: auto or nccl")
+
+
+def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
+    """A section, or the whole Config, from dictionaries. Raises ConfigError naming the field and what is allowed."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        complaint, _, where = str(error).partition(" - at `$.")
+        path = where.rstrip("`").split(".") if where else []
+        if missing := re.search("missing required field `(.*)`", complaint):
+            raise ConfigError(missing[1], None, "it is required") from None
+        found: Any = values
+        owner: Any = kind
+        for name in path:
+            found = found[name]
+            owner = get_type_hints(owner)[name]
+        allowed = _choices(owner) if path else None
+        raise ConfigError(path[-1] if path else kind.__name__, found, allowed or complaint) from None
+
+
+def _choices(hint: Any) -> str | None:
+    return f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else None
+
+
+def settings_by_name() -> dict[str, str]:
+    """Each setting's name and the section of Config that it belongs to."""
+    hints = get_type_hints(Config)
+    return {field: section for section in hints for field in hints[section].__struct_fields__}

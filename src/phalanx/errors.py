@@ -1,0 +1,108 @@
+"""Every exception that Phalanx raises on purpose.
+
+    PhalanxError
+    ├── UserError (ValueError)          the user's mistake: exit code 2, HTTP 400, never a traceback
+    │   ├── ConfigError                 a setting: names the field, the value and what is allowed
+    │   ├── CheckpointError             the model's files cannot be found or read
+    │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
+    │   └── RequestError                a request: names the parameter, the value and what is allowed
+    ├── StartError                      a rank or process did not come up: says which, in which phase, and why
+    ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
+    ├── PeerDiedError                   a process that was needed is gone: says which, with its pid
+    ├── WorkerError                     an exception in a worker: its type, message, traceback, rank and node
+    ├── CollectiveMismatchError         two ranks met in different collectives: says which, in which
+    ├── FrameError                      bytes that are not a message of ours
+    └── EngineDeadError                 the engine has stopped: says why
+
+`assert` is for our own mistakes and never for a user's.
+"""
+
+from __future__ import annotations
+
+
+class PhalanxError(Exception):
+    """Anything that Phalanx raises on purpose."""
+
+
+class UserError(PhalanxError, ValueError):
+    """The user's mistake. Shown as one line, without a traceback."""
+
+
+class _FieldError(UserError):
+    """A named field holds a value that is not allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field}: {value!r} is not possible: {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class ConfigError(_FieldError):
+    """A setting is wrong. `allowed` says what would be right."""
+
+
+class RequestError(_FieldError):
+    """A request is wrong. The server answers 400 and goes on."""
+
+
+class CheckpointError(UserError):
+    """The model's files cannot be found or read."""
+
+
+class UnsupportedModelError(UserError):
+    """An architecture or a quantisation that Phalanx does not run. The message lists what it does run."""
+
+
+class StartError(PhalanxError):
+    """A process did not come up."""
+
+    def __init__(self, party: str, phase: str, cause: str) -> None:
+        super().__init__(f"{party} did not start: {cause} (while {phase})")
+        self.party = party
+        self.phase = phase
+        self.cause = cause
+
+
+class DeadlineError(PhalanxError, TimeoutError):
+    """A wait came to its deadline."""
+
+    def __init__(self, awaited: str, party: str, waited_s: float) -> None:
+        super().__init__(f"waited {waited_s:.3g} s for {awaited} from {party}")
+        self.awaited = awaited
+        self.party = party
+        self.waited_s = waited_s
+
+
+class PeerDiedError(PhalanxError):
+    """A process that was needed is gone."""
+
+    def __init__(self, party: str, pid: int, detail: str = "") -> None:
+        super().__init__(f"{party} (pid {pid}) died{': ' + detail if detail else ''}")
+        self.party = party
+        self.pid = pid
+        self.detail = detail
+
+
+class WorkerError(PhalanxError):
+    """An exception in a worker, told to the brain."""
+
+    def __init__(self, rank: int, node: str, kind: str, message: str, traceback: str) -> None:
+        super().__init__(f"rank {rank} on {node}: {kind}: {message}")
+        self.rank = rank
+        self.node = node
+        self.kind = kind
+        self.message = message
+        self.traceback = traceback
+
+
+class CollectiveMismatchError(PhalanxError):
+    """Ranks of one group met at one sequence number with different operations, dtypes or shapes."""
+
+
+class FrameError(PhalanxError):
+    """Bytes that are not a message of ours."""
+
+
+class EngineDeadError(PhalanxError):
+    """The engine has stopped and takes no more requests; the message says why."""

@@ -1,0 +1,365 @@
+"""Every message between processes: typed structs, encoded by msgspec, never pickled.
+
+Three conversations use them:
+
+    client  → brain     Submit, Cancel, Shutdown                   (server process to engine process)
+    brain   → client    EngineReady, TokenBatch, EngineStats, ...
+    brain   → workers   Call(StepPlan | AllocateCache | ...)       (one frame for all workers)
+    worker  → brain     Reply(StepResult | ...), Failure, Progress
+
+What grows with the number of requests travels as columns: the bytes of an int32 or float32 array, in the machine's own
+order (every supported machine is little-endian). See `ints` and `as_ints`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.errors import RequestError
+
+Ints = bytes
+"""Column of int32."""
+
+Floats = bytes
+"""Column of float32."""
+
+
+def ints(values: Sequence[int] | NDArray[np.int32]) -> Ints:
+    return np.asarray(values, dtype=np.int32).tobytes()
+
+
+def as_ints(column: Ints) -> NDArray[np.int32]:
+    """The column's numbers, read-only and without a copy."""
+    return np.frombuffer(column, dtype=np.int32)
+
+
+def as_floats(column: Floats) -> NDArray[np.float32]:
+    """The column's numbers, read-only and without a copy."""
+    return np.frombuffer(column, dtype=np.float32)
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Anything that goes from one process to another. Field order is the wire format."""
+
+
+# -------------------------------------------------------------------------------- requests
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen and when to stop. Immutable; `check()` is called on every request that comes in."""
+
+    temperature: float = 1.0
+    """0 is greedy. Above 0, logits are divided by it."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities add up to this."""
+    top_k: int = 0
+    """Keep this many of the most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the output already has."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the output already has the token."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output."""
+    seed: int | None = None
+    """Makes sampling reproducible, whatever else is in the batch."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None goes on to the model's length limit."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the output, besides the model's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence tokens."""
+    logprobs: int | None = None
+    """Log-probabilities of each chosen token and of this many of the most likely ones; None for none."""
+
+    def check(self) -> None:
+        """Raises RequestError for the first value out of range."""
+        for field, is_right, allowed in (
+            ("temperature", 0.0 <= self.temperature <= 100.0, "from 0 to 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            ("top_k", -1 <= self.top_k < 2**31, "from 1 to 2**31 - 1, or 0 (or -1) for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits"),
+            ("max_tokens", self.max_tokens is None or 1 <= self.max_tokens < 2**31, "from 1 to 2**31 - 1"),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= (2**31 if self.max_tokens is None else self.max_tokens),
+                "from 0 to max_tokens",
+            ),
+            ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
+            ("stop_token_ids", len(self.stop_token_ids) <= 64, "at most 64 ids"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"from 0 to {MAX_LOGPROBS}",
+            ),
+        ):
+            if not is_right:
+                raise RequestError(field, getattr(self, field), f"it must be {allowed}")
+
+
+MAX_LOGPROBS = 20
+
+
+class FinishReason(enum.IntEnum):
+    """Why a request ended. A stop string is found by the client, which then cancels: it is `STOP` to the user."""
+
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+    ERROR = 4
+
+
+# -------------------------------------------------------------------------------- client → brain
+
+
+class Submit(Message, frozen=True):
+    """A checked request. `request_id` is unique among the client's running requests and grows with arrival."""
+
+    request_id: int
+    prompt_token_ids: Ints
+    sampling: SamplingParams
+
+
+class Cancel(Message, frozen=True):
+    """The client no longer wants these requests."""
+
+    request_ids: tuple[int, ...]
+
+
+class Shutdown(Message, frozen=True):
+    """End in good order: nothing more is awaited from the brain."""
+
+
+ClientMessage = Submit | Cancel | Shutdown
+
+
+# -------------------------------------------------------------------------------- brain → client
+
+
+class StartProgress(Message, frozen=True):
+    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any."""
+
+    rank: int
+    phase: str
+    done: int
+    total: int
+
+
+class EngineReady(Message, frozen=True):
+    """The engine serves."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    world_size: int
+    device: str
+    dtype: str
+
+
+class EngineFailed(Message, frozen=True):
+    """The engine did not start, or cannot go on. `is_user_error` tells a wrong setting from a fault."""
+
+    reason: str
+    is_user_error: bool
+
+
+class LogprobColumns(Message, frozen=True):
+    """Log-probabilities for some entries of a batch of tokens.
+
+    `entries` are indices into the batch; `chosen` has one number an entry; `top_ids` and `top_logprobs` have `width`
+    numbers an entry, most likely first. An entry that asked for fewer than `width` uses the first ones.
+    """
+
+    entries: Ints
+    chosen: Floats
+    width: int
+    top_ids: Ints
+    top_logprobs: Floats
+
+
+class TokenBatch(Message, frozen=True):
+    """What one committed step made: one token for each id in `request_ids`, and the requests that have ended.
+
+    A request may end without a token in this batch (cancelled, or an error). `errors` says why for `ERROR`.
+    `cached` says once for a request, with its first token, how many prompt tokens came from the prefix cache.
+    """
+
+    request_ids: bytes  # int64
+    tokens: Ints
+    finished: tuple[tuple[int, FinishReason], ...] = ()
+    logprobs: LogprobColumns | None = None
+    errors: tuple[tuple[int, str], ...] = ()
+    cached: tuple[tuple[int, int], ...] = ()
+
+
+class EngineStats(Message, frozen=True):
+    """The engine's state, sent a few times a second while it changes."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks_used: int
+    num_blocks: int
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+
+
+EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats
+
+
+# -------------------------------------------------------------------------------- brain → workers
+
+
+class StepShape(Message, frozen=True):
+    """All that the sequence of collectives in a step may depend on, besides the Config (invariant 1)."""
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+
+
+class NewRequest(Message, frozen=True):
+    """A request that the workers do not hold: just admitted, or back from preemption.
+
+    `token_ids` is all that is known: the prompt and, after a preemption, the output so far. The first `num_computed` of
+    them have their keys and values in `blocks` already (prefix cache).
+    """
+
+    slot: int
+    token_ids: Ints
+    num_prompt: int
+    num_computed: int
+    blocks: Ints
+    sampling: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...]
+
+
+class StepPlan(Message, frozen=True):
+    """One step, as the difference to what the workers know.
+
+    In this order a worker: forgets the slots in `dropped`, takes in `new`, appends each of `block_ids` to the block
+    table of the slot at the same place in `block_slots`, then computes the next `num_tokens[i]` tokens of slot `slots[i]`
+    for each row i. Rows with one token come first. A row whose last token is the last one known to the slot (prompt,
+    or sampled by an earlier step) samples one more token; the worker appends it to the slot itself, so that the next
+    plan need not wait for it.
+    """
+
+    epoch: int
+    step: int
+    shape: StepShape
+    slots: Ints
+    num_tokens: Ints
+    block_slots: Ints = b""
+    block_ids: Ints = b""
+    dropped: Ints = b""
+    new: tuple[NewRequest, ...] = ()
+
+
+class MeasureMemory(Message, frozen=True):
+    """Find out what is left for the KV cache. All ranks run the largest step together, so it comes after all loaded."""
+
+
+class AllocateCache(Message, frozen=True):
+    """Allocate the KV cache and get ready to step."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+class Ping(Message, frozen=True):
+    """Answer with Done. Shows that the worker's loop turns."""
+
+
+class Stop(Message, frozen=True):
+    """Leave in good order, after the reply."""
+
+
+CommandBody = StepPlan | MeasureMemory | AllocateCache | Ping | Stop
+
+
+class Call(Message, frozen=True):
+    """A command to all workers. Those in `reply_ranks` answer; any rank answers with Failure when it fails."""
+
+    call_id: int
+    body: CommandBody
+    reply_ranks: tuple[int, ...]
+
+
+# -------------------------------------------------------------------------------- worker → brain
+
+
+class Loaded(Message, frozen=True):
+    """The worker has its weights."""
+
+    weight_bytes: int
+    device: str
+    dtype: str
+
+
+class Measured(Message, frozen=True):
+    """What the worker may use for its KV cache, and what one block of it takes."""
+
+    cache_bytes: int
+    block_bytes: int
+
+
+class StepResult(Message, frozen=True):
+    """Tokens of the rows that sampled, in row order."""
+
+    step: int
+    tokens: Ints
+    logprobs: LogprobColumns | None = None
+
+
+class Done(Message, frozen=True):
+    """The call is carried out and has nothing to say."""
+
+
+ReplyBody = Loaded | Measured | StepResult | Done
+
+
+class Reply(Message, frozen=True):
+    """The answer to a Call. Call 0 is the start itself: it is answered by Loaded."""
+
+    call_id: int
+    body: ReplyBody
+
+
+class Failure(Message, frozen=True):
+    """A worker's exception. The worker can do no more for this run."""
+
+    call_id: int
+    node: str
+    phase: str
+    kind: str
+    message: str
+    traceback: str
+    is_user_error: bool
+
+
+class Progress(Message, frozen=True):
+    """Where the worker stands in its start."""
+
+    phase: str
+    done: int
+    total: int
+
+
+WorkerMessage = Reply | Failure | Progress
