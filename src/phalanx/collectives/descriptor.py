@@ -1,0 +1,89 @@
+"""What a rank is about to do, in a form that its peers compare in nanoseconds and print when it differs.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal, get_args
+
+import msgspec
+
+Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier"]
+
+_OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+_ARGUMENT_NAMES = {"all_gather": "dim", "broadcast": "src"}
+# The order is part of the segment's layout; "" is for operations without a tensor.
+_DTYPES = (
+    *("", "float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"),
+    *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
+)
+_MAX_DIMS = 8
+_FIELDS = struct.Struct("<BBBxi")  # operation, dtype, number of dimensions, argument
+_DIMS = struct.Struct(f"<{_MAX_DIMS}q")
+_DIGEST = struct.Struct("<Q")
+DESCRIPTOR_BYTES = _DIGEST.size + _FIELDS.size + _DIMS.size
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One collective as one rank sees it: all that must be the same on every rank.
+
+    `argument` is the dimension of an all_gather (from the front) and the source of a broadcast.
+    """
+
+    operation: Operation
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    argument: int = 0
+    digest: int = field(init=False, compare=False, repr=False)
+    """64 bits that differ where two descriptors differ."""
+    encoded: bytes = field(init=False, compare=False, repr=False)
+    """The digest, then the fields: DESCRIPTOR_BYTES in all."""
+
+    def __post_init__(self) -> None:
+        assert self.dtype in _DTYPES, f"{self.operation} of {self.dtype}"
+        assert len(self.shape) <= _MAX_DIMS, f"{self.operation} of {len(self.shape)} dimensions"
+
+        num_dims = len(self.shape)
+        fields = _FIELDS.pack(_OPERATIONS.index(self.operation), _DTYPES.index(self.dtype), num_dims, self.argument)
+        body = fields + _DIMS.pack(*self.shape, *(0,) * (_MAX_DIMS - num_dims))
+        digest = blake2b(body, digest_size=_DIGEST.size).digest()
+        # Plain attributes, made once: every collective of every layer reads them.
+        object.__setattr__(self, "digest", *_DIGEST.unpack(digest))
+        object.__setattr__(self, "encoded", digest + body)
+
+    @classmethod
+    def decode(cls, encoded: bytes | memoryview) -> Descriptor:
+        """The inverse of `encoded`."""
+        operation, dtype, num_dims, argument = _FIELDS.unpack_from(encoded, _DIGEST.size)
+        dims = _DIMS.unpack_from(encoded, _DIGEST.size + _FIELDS.size)
+        return cls(_OPERATIONS[operation], _DTYPES[dtype], dims[:num_dims], argument)
+
+    def __str__(self) -> str:
+        argument = _ARGUMENT_NAMES.get(self.operation)
+        tensor = f" {self.dtype} {list(self.shape)}" if self.dtype else ""
+        return self.operation + tensor + (f" {argument}={self.argument}" if argument else "")
+
+
+def dtype_name(dtype: object) -> str:
+    """The name that a torch dtype has here: "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+class CollectiveRecord(msgspec.Struct, frozen=True):
+    """One collective that a rank issued. `sequence` counts the group's collectives from 1."""
+
+    group: str
+    epoch: int
+    sequence: int
+    operation: Operation
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        tensor = f" {self.dtype} {list(self.shape)}" if self.dtype else ""
+        return f"{self.operation}{tensor} (sequence {self.sequence} of group {self.group}, epoch {self.epoch})"

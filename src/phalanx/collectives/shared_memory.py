@@ -1,0 +1,265 @@
+"""Collectives between CPU ranks of one host, through one shared segment.
+
+A tensor that fits is copied into this rank's slot, the ranks meet (`Lockstep.arrive`), and each reads all slots: one
+meeting, no system call while peers are awake. What is larger than a slot goes in chunks. A large all_reduce of more
+than two ranks has two halves a chunk: every rank sums its own part of the chunk out of all slots into its own slot,
+then all copy the sums (reduce-scatter and all-gather, as in Rabenseifner, "Optimization of Collective Reduction
+Operations", 2004), so that the additions are shared.
+
+Sums are taken in rank order; bfloat16 and float16 are added in float32 and rounded once. So the result is bitwise the
+same on every rank and in every run.
+
+Shape suffixes: N elements of a chunk, P elements of one rank's part of it. Names without one have the caller's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.lockstep import Lockstep
+from phalanx.collectives.spec import GroupSpec
+
+# Parts start on cache lines of their own, for every dtype.
+_PART_ALIGNMENT = 64
+# Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
+_MAX_PLANS = 1024
+_ROUNDED_ONCE = (torch.bfloat16, torch.float16)
+
+
+_ByParity = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""A view for each parity and rank."""
+
+
+class _Plan(NamedTuple):
+    """One operation on one dtype and shape."""
+
+    descriptor: Descriptor
+    own: tuple[Tensor, Tensor] | None  # None: larger than a slot, or a sum that is to be shared
+    slots: _ByParity
+    accumulator: Tensor | None
+
+
+class _SharedSum(NamedTuple):
+    """The sum of one chunk, shared between the ranks."""
+
+    own: tuple[Tensor, Tensor]
+    addends_P: _ByParity  # this rank's part, in each rank's slot
+    sums_P: _ByParity  # each rank's part, in its own slot
+    sizes_P: list[int]
+    accumulator: Tensor | None
+
+
+class SharedMemoryGroup:
+    """A `Group` of CPU ranks of one host."""
+
+    def __init__(self, spec: GroupSpec, rank: int) -> None:
+        """Join; blocks until all ranks have. Raises what `Lockstep` raises."""
+        self.name = spec.name
+        self.rank = rank
+        self.size = spec.size
+        self._lockstep = Lockstep(spec, rank)
+        self._slot_bytes = spec.slot_bytes
+        self._alone_bytes = spec.alone_bytes
+        self._plans: dict[tuple[Operation, torch.dtype, torch.Size, int], _Plan] = {}
+        self._shared_sums: dict[tuple[torch.dtype, int], _SharedSum] = {}
+        self._barrier = Descriptor("barrier")
+        # Views that are made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._memory = torch.frombuffer(self._lockstep.memory, dtype=torch.uint8)
+            self._scratch = torch.empty(spec.slot_bytes // 2, dtype=torch.float32)
+
+    @property
+    def last(self) -> CollectiveRecord | None:
+        return self._lockstep.last
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        plan = self._plans.get(("all_reduce", x.dtype, x.shape, 0)) or self._make_plan("all_reduce", x, 0)
+        try:
+            self._lockstep.issue(plan.descriptor)
+            if plan.own is None:
+                self._all_reduce_in_chunks(x)
+            else:
+                plan.own[self._lockstep.next_parity].copy_(x)
+                slots = plan.slots[self._lockstep.arrive()]
+                if self.size == 2:
+                    x.add_(slots[1 - self.rank])  # the quickest; two addends have no order
+                else:
+                    _sum(slots, x, plan.accumulator)
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        assert -x.dim() <= dim < x.dim(), dim
+        dim %= x.dim()
+        plan = self._plans.get(("all_gather", x.dtype, x.shape, dim)) or self._make_plan("all_gather", x, dim)
+        try:
+            self._lockstep.issue(plan.descriptor)
+            if plan.own is None:
+                return self._all_gather_in_chunks(x, dim)
+            plan.own[self._lockstep.next_parity].copy_(x)
+            return torch.cat(plan.slots[self._lockstep.arrive()], dim)
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        assert 0 <= src < self.size, src
+        plan = self._plans.get(("broadcast", x.dtype, x.shape, src)) or self._make_plan("broadcast", x, src)
+        try:
+            self._lockstep.issue(plan.descriptor)
+            if plan.own is None:
+                self._broadcast_in_chunks(x, src)
+            else:
+                if src == self.rank:
+                    plan.own[self._lockstep.next_parity].copy_(x)
+                slots = plan.slots[self._lockstep.arrive()]
+                if src != self.rank:
+                    x.copy_(slots[src])
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+        return x
+
+    def barrier(self) -> None:
+        try:
+            self._lockstep.issue(self._barrier)
+            self._lockstep.arrive()
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+
+    def close(self) -> None:
+        self._plans.clear()
+        self._shared_sums.clear()
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._lockstep.close()
+
+    def _all_reduce_in_chunks(self, x: Tensor) -> None:
+        flat = x.reshape(-1)
+        for chunk_N in self._chunks(flat):
+            if self.size == 2:
+                parity = self._lockstep.next_parity
+                self._slot(self.rank, parity, chunk_N).copy_(chunk_N)
+                self._lockstep.arrive()
+                chunk_N.add_(self._slot(1 - self.rank, parity, chunk_N))
+            else:
+                self._all_reduce_shared(chunk_N)
+        if flat.data_ptr() != x.data_ptr():
+            x.copy_(flat.view_as(x))
+
+    def _all_reduce_shared(self, chunk_N: Tensor) -> None:
+        key = (chunk_N.dtype, chunk_N.numel())
+        plan = self._shared_sums.get(key) or self._share_sum(chunk_N)
+        plan.own[self._lockstep.next_parity].copy_(chunk_N)
+        parity = self._lockstep.arrive()
+        parts_P = torch.split(chunk_N, plan.sizes_P)
+        sums_P = plan.sums_P[parity]
+        _sum(plan.addends_P[parity], parts_P[self.rank], plan.accumulator)
+        # Nobody else reads this rank's part of this rank's slot, so the sum may take its place.
+        sums_P[self.rank].copy_(parts_P[self.rank])
+        self._lockstep.mark_finished()
+        self._lockstep.await_finished()
+        for rank, part_P in enumerate(parts_P):
+            if rank != self.rank:
+                part_P.copy_(sums_P[rank])
+
+    def _all_gather_in_chunks(self, x: Tensor, dim: int) -> Tensor:
+        gathered = torch.empty(self.size, x.numel(), dtype=x.dtype)
+        start = 0
+        for chunk_N in self._chunks(x.reshape(-1)):
+            parity = self._lockstep.next_parity
+            self._slot(self.rank, parity, chunk_N).copy_(chunk_N)
+            self._lockstep.arrive()
+            for rank in range(self.size):
+                gathered[rank, start : start + chunk_N.numel()].copy_(self._slot(rank, parity, chunk_N))
+            start += chunk_N.numel()
+        return torch.cat(gathered.view(self.size, *x.shape).unbind(), dim)
+
+    def _broadcast_in_chunks(self, x: Tensor, src: int) -> None:
+        flat = x.reshape(-1)
+        for chunk_N in self._chunks(flat):
+            slot_N = self._slot(src, self._lockstep.next_parity, chunk_N)
+            if src == self.rank:
+                slot_N.copy_(chunk_N)
+            self._lockstep.arrive()
+            if src != self.rank:
+                chunk_N.copy_(slot_N)
+        if src != self.rank and flat.data_ptr() != x.data_ptr():
+            x.copy_(flat.view_as(x))
+
+    def _chunks(self, flat: Tensor) -> Iterator[Tensor]:
+        num_N = self._slot_bytes // flat.element_size()
+        return (flat[start : start + num_N] for start in range(0, flat.numel(), num_N))
+
+    def _share_sum(self, chunk_N: Tensor) -> _SharedSum:
+        """Plan the sum of a chunk of this dtype and size: who sums up what. The last ranks may have nothing."""
+        num_N = chunk_N.numel()
+        num_P = -(-num_N // (self.size * _PART_ALIGNMENT)) * _PART_ALIGNMENT
+        bounds = [min(rank * num_P, num_N) for rank in range(self.size + 1)]
+        parts = [slice(*bound) for bound in pairwise(bounds)]
+        with torch.inference_mode(False):
+            slots = self._slots(chunk_N)
+            even, odd = (tuple(slot_N[parts[self.rank]] for slot_N in of_parity) for of_parity in slots)
+            addends_P = even, odd
+            even, odd = (tuple(map(Tensor.__getitem__, of_parity, parts)) for of_parity in slots)
+            sums_P = even, odd
+        own = slots[0][self.rank], slots[1][self.rank]
+        sizes_P = [part.stop - part.start for part in parts]
+        plan = _SharedSum(own, addends_P, sums_P, sizes_P, self._accumulator(addends_P[0][0]))
+        if len(self._shared_sums) >= _MAX_PLANS:
+            self._shared_sums.clear()
+        self._shared_sums[chunk_N.dtype, num_N] = plan
+        return plan
+
+    def _slot(self, rank: int, parity: int, like: Tensor) -> Tensor:
+        """A view of a slot with the dtype and shape of `like`, which fits."""
+        start = self._lockstep.layout.slot(rank, parity)
+        return self._memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def _slots(self, like: Tensor) -> _ByParity:
+        even, odd = (tuple(self._slot(rank, parity, like) for rank in range(self.size)) for parity in (0, 1))
+        return even, odd
+
+    def _accumulator(self, like: Tensor) -> Tensor | None:
+        # Two addends need none: the sum of two is rounded once anyway.
+        if self.size == 2 or like.dtype not in _ROUNDED_ONCE:
+            return None
+        return self._scratch[: like.numel()].view(like.shape)
+
+    def _make_plan(self, operation: Operation, x: Tensor, argument: int) -> _Plan:
+        self._lockstep.check()
+        assert x.device.type == "cpu", x.device
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        descriptor = Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
+        limit_bytes = self._alone_bytes if operation == "all_reduce" else self._slot_bytes
+        if x.nbytes > limit_bytes:
+            plan = _Plan(descriptor, None, ((), ()), None)
+        else:
+            with torch.inference_mode(False):
+                slots = self._slots(x)
+                own = slots[0][self.rank], slots[1][self.rank]
+                plan = _Plan(descriptor, own, slots, self._accumulator(x))
+        self._plans[operation, x.dtype, x.shape, argument] = plan
+        return plan
+
+
+def _sum(addends: Sequence[Tensor], out: Tensor, accumulator: Tensor | None) -> None:
+    """Add up `addends`, at least two, in their order. `out` is none of them."""
+    total = out if accumulator is None else accumulator
+    if accumulator is None:
+        torch.add(addends[0], addends[1], out=total)
+    else:
+        torch.add(total.copy_(addends[0]), addends[1], out=total)
+    for addend in addends[2:]:
+        total.add_(addend)
+    if accumulator is not None:
+        out.copy_(accumulator)

@@ -1,0 +1,245 @@
+"""Collectives that torch.distributed carries: Gloo and NCCL. The only use of torch.distributed.
+
+The process groups are made directly, with a store, a rank, a size and a timeout: no `init_process_group`, no global
+state, so that the groups of several epochs can stand beside each other in one process.
+
+The ranks of one host find each other through a FileStore whose file is a memfd of the brain: no TCP port is opened for
+it, and no file stays behind.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._C import _distributed_c10d
+
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.lockstep import Lockstep
+from phalanx.collectives.spec import GroupSpec
+from phalanx.errors import FrameError
+
+_LOOPBACK = "lo"
+# NCCL's watchdog ends the process and names no rank; a wait of ours that does shall end first.
+_WATCHDOG_AFTER_S = 5.0
+# Where torch.distributed has its classes from; it passes on only some of them, and the stubs leave out more.
+c10d: Any = _distributed_c10d
+
+
+class _Work(Protocol):
+    def wait(self) -> bool: ...
+
+
+class _Backend(Protocol):
+    """What is used of ProcessGroupGloo and ProcessGroupNCCL."""
+
+    def allreduce(self, tensors: list[Tensor], options: object) -> _Work | None: ...
+    def broadcast(self, tensors: list[Tensor], options: object) -> _Work | None: ...
+    def _allgather_base(self, gathered: Tensor, x: Tensor, options: object) -> _Work | None: ...
+    def abort(self) -> None: ...
+
+
+class _TorchGroup(ABC):
+    """A `Group` whose data a backend of torch.distributed moves; `Lockstep` tells who is in which collective."""
+
+    def __init__(self, spec: GroupSpec, rank: int, device: torch.device) -> None:
+        """Join; blocks until all ranks have. Raises what `Lockstep` raises."""
+        self.name = spec.name
+        self.rank = rank
+        self.size = spec.size
+        self._device = device
+        self._timeout_s = spec.timeout_s
+        with ExitStack() as undo:
+            self._lockstep = Lockstep(spec, rank)
+            undo.callback(self._lockstep.close)
+            self._backend = self._connect(_open_store(spec, undo))
+            undo.callback(self._disconnect)
+            self._ownership = undo.pop_all()
+
+    @property
+    def last(self) -> CollectiveRecord | None:
+        return self._lockstep.last
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        options = c10d.AllreduceOptions()
+        options.asyncOp = False
+        # The backends cannot add bools.
+        options.reduceOp = c10d.ReduceOp.MAX if x.dtype == torch.bool else c10d.ReduceOp.SUM
+        with self._collective(_descriptor("all_reduce", x)):
+            carried = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+            if x.numel():
+                self._complete(self._backend.allreduce([carried], options))
+            if carried is not x:
+                x.copy_(carried)
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        assert -x.dim() <= dim < x.dim(), dim
+        options = c10d.AllgatherOptions()
+        options.asyncOp = False
+        with self._collective(_descriptor("all_gather", x, dim % x.dim())):
+            gathered = x.new_empty(self.size, *x.shape)
+            if x.numel():
+                bytes_in = _as_bytes(x.contiguous())
+                self._complete(self._backend._allgather_base(_as_bytes(gathered), bytes_in, options))
+            return torch.cat(gathered.unbind(), dim)
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        assert 0 <= src < self.size, src
+        options = c10d.BroadcastOptions()
+        options.asyncOp = False
+        options.rootRank = src
+        options.rootTensor = 0
+        with self._collective(_descriptor("broadcast", x, src)):
+            carried = x.contiguous()
+            if x.numel():
+                self._complete(self._backend.broadcast([_as_bytes(carried)], options))
+            if carried is not x:
+                x.copy_(carried)
+        return x
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        self._ownership.close()
+
+    @abstractmethod
+    def _connect(self, store: object) -> _Backend:
+        """Build the backend's connections. All ranks are there."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Tear them down without waiting for a peer."""
+
+    @abstractmethod
+    def _enter(self, descriptor: Descriptor) -> None:
+        """Begin a collective."""
+
+    @abstractmethod
+    def _complete(self, work: _Work | None) -> None:
+        """Let what comes after in this thread see the collective's result."""
+
+    @contextmanager
+    def _collective(self, descriptor: Descriptor) -> Iterator[None]:
+        try:
+            self._enter(descriptor)
+            yield
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+
+
+class GlooGroup(_TorchGroup):
+    """CPU ranks over TCP. The ranks compare what they are about to do before the data moves."""
+
+    def __init__(self, spec: GroupSpec, rank: int) -> None:
+        super().__init__(spec, rank, torch.device("cpu"))
+
+    def barrier(self) -> None:
+        with self._collective(Descriptor("barrier")):
+            pass  # entering is all
+
+    def _connect(self, store: object) -> _Backend:
+        options = c10d.ProcessGroupGloo._Options()
+        # The default is the address that the host's name resolves to: another interface, or none at all.
+        options._devices = [c10d.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
+        options._timeout = timedelta(seconds=self._timeout_s)
+        backend: _Backend = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
+        return backend
+
+    def _disconnect(self) -> None:
+        del self._backend
+
+    def _enter(self, descriptor: Descriptor) -> None:
+        self._lockstep.issue(descriptor)
+        self._lockstep.arrive()
+
+    def _complete(self, work: _Work | None) -> None:
+        assert work is not None
+        start = time.monotonic()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lockstep.blame(error, time.monotonic() - start) from error
+        self._lockstep.mark_finished()
+
+
+class NcclGroup(_TorchGroup):
+    """GPU ranks. Operations are enqueued on the current stream, also into a CUDA graph, and never wait on the host.
+
+    So a mismatch, a dead or a late peer shows in `barrier`, and in NCCL's own watchdog after the group's timeout, and
+    not in the operation itself.
+    """
+
+    def barrier(self) -> None:
+        """Wait on the host until the current stream has run all that this rank enqueued, then for every rank."""
+        with self._collective(Descriptor("barrier")):
+            self._await_stream()
+            self._lockstep.arrive()
+
+    def _connect(self, store: object) -> _Backend:
+        # One host: NCCL's own bootstrap must not depend on a network either.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
+        # By default NCCL connects peers in the first collective that needs it, and there the host hangs, unseen by
+        # NCCL's watchdog, when a peer does not come.
+        os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self._timeout_s + _WATCHDOG_AFTER_S)
+        backend: Any = c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
+        # At once, because the first collective may be inside a graph capture.
+        backend.eager_connect_single_device(self._device)
+        return cast(_Backend, backend)
+
+    def _disconnect(self) -> None:
+        # Not `shutdown`, which lets peers finish and so waits for dead ones. What is still enqueued is cut off.
+        self._backend.abort()
+        del self._backend
+
+    def _enter(self, descriptor: Descriptor) -> None:
+        self._lockstep.issue(descriptor)
+
+    def _complete(self, work: _Work | None) -> None:
+        # None: it runs on the current stream itself. Otherwise that stream waits, and not the host.
+        if work is not None:
+            work.wait()
+
+    def _await_stream(self) -> None:
+        done = cast(Any, torch.cuda).Event()  # untyped in torch's stubs
+        done.record(torch.cuda.current_stream(self._device))
+        start = time.monotonic()
+        while not done.query():
+            self._lockstep.check_peers()
+            waited_s = time.monotonic() - start
+            if waited_s > self._timeout_s:
+                raise self._lockstep.blame(TimeoutError("the GPU has not finished what was enqueued"), waited_s)
+            os.sched_yield()
+
+
+def _descriptor(operation: Operation, x: Tensor, argument: int = 0) -> Descriptor:
+    return Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: every backend can move bytes, not every one each dtype."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _open_store(spec: GroupSpec, ownership: ExitStack) -> object:
+    """The store of the group. This process keeps its file open: the brain may close it when all have joined."""
+    assert spec.store is not None
+    try:
+        fd = os.open(spec.store.path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise FrameError(f"the store of group {spec.name} was closed before this rank had joined") from error
+    ownership.callback(os.close, fd)
+    store: Any = c10d.FileStore(f"/proc/self/fd/{fd}", spec.size)
+    store.set_timeout(timedelta(seconds=spec.timeout_s))
+    return store
