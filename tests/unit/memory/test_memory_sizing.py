@@ -1,0 +1,34 @@
+"""How much a rank may take for its KV cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phalanx.config import CacheConfig
+from phalanx.memory import sizing
+
+CPU = torch.device("cpu")
+
+
+def ask(cache: CacheConfig, useful_bytes: int, ranks_on_host: int = 1) -> int:
+    return sizing.cache_bytes(
+        cache, CPU, useful_bytes=useful_bytes, peak_activation_bytes=0, ranks_on_host=ranks_on_host
+    )
+
+
+def test_what_is_asked_for_is_given() -> None:
+    assert ask(CacheConfig(kv_cache_memory=12345), useful_bytes=10) == 12345
+
+
+def test_never_more_than_can_be_used() -> None:
+    assert ask(CacheConfig(), useful_bytes=1000) == 1000
+
+
+def test_ranks_of_one_host_share_a_part_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "free_host_bytes", lambda: 8000)
+    assert ask(CacheConfig(), useful_bytes=10**9, ranks_on_host=2) == 1000
+
+
+def test_free_memory_is_found() -> None:
+    assert 0 < sizing.free_host_bytes() < 1 << 50
