@@ -1,0 +1,1 @@
+"""The process that runs one rank: its loop, its model, its sampler."""

@@ -1,0 +1,27 @@
+"""What the brain is told when a rank cannot go on."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import torch
+
+from phalanx.errors import UserError
+from phalanx.protocol import Failure
+
+
+def describe(call_id: int, phase: str, error: BaseException) -> Failure:
+    """The error as a message. An exception cannot travel itself: that would take pickle."""
+    message = str(error) or repr(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        message += "; lower --gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens"
+    return Failure(
+        call_id=call_id,
+        node=os.uname().nodename,
+        phase=phase,
+        kind=type(error).__name__,
+        message=message,
+        traceback="".join(traceback.format_exception(error)),
+        is_user_error=isinstance(error, UserError),
+    )

@@ -1,0 +1,89 @@
+"""A step's inputs to the model, from the rows of its plan.
+
+Shape suffixes: T tokens of the step, R rows, N rows that compute a token which an earlier step sampled, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.worker.slots import Rows, SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Host arrays of one step. Token ids that only the device knows are 0, to be filled in at `sampled_at_N`."""
+
+    token_ids_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    query_starts_R1: NDArray[np.int32]
+    context_lens_R: NDArray[np.int32]
+    block_tables_RB: NDArray[np.int32]
+    cache_slots_T: NDArray[np.int64]
+    """Where in the cache each token's keys and values go: block * block_size + offset."""
+    sampled_at_N: NDArray[np.int64]
+    sampled_slots_N: NDArray[np.int64]
+    max_query_len: int
+    max_context_len: int
+    num_decodes: int
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int64] | NDArray[np.int32], ...]:
+        """What the device needs, in the order of the fields."""
+        return (
+            self.token_ids_T,
+            self.positions_T,
+            self.query_starts_R1,
+            self.context_lens_R,
+            self.block_tables_RB,
+            self.cache_slots_T,
+            self.sampled_at_N,
+            self.sampled_slots_N,
+        )
+
+    @classmethod
+    def of(cls, rows: Rows, table: SlotTable) -> StepInputs:
+        """There is at least one row."""
+        context_lens_R = rows.num_computed_R + rows.num_tokens_R
+        starts_R1 = np.zeros(len(context_lens_R) + 1, dtype=np.int64)
+        np.cumsum(rows.num_tokens_R, out=starts_R1[1:])
+        starts_R = starts_R1[:-1]
+        positions_T = np.arange(starts_R1[-1]) + np.repeat(rows.num_computed_R - starts_R, rows.num_tokens_R)
+        is_sampled_R = rows.num_computed_R >= table.num_given_S[rows.slots_R]
+        max_context_len = int(context_lens_R.max())
+        return cls(
+            token_ids_T=_given_token_ids(rows, table, starts_R1, ~is_sampled_R),
+            positions_T=positions_T,
+            query_starts_R1=starts_R1.astype(np.int32),
+            context_lens_R=context_lens_R.astype(np.int32),
+            block_tables_RB=table.block_tables_SB[rows.slots_R, : -(-max_context_len // table.block_size)],
+            cache_slots_T=_cache_slots(rows, table, positions_T),
+            sampled_at_N=starts_R[is_sampled_R],
+            sampled_slots_N=rows.slots_R[is_sampled_R],
+            max_query_len=int(rows.num_tokens_R.max()),
+            max_context_len=max_context_len,
+            num_decodes=int((rows.num_tokens_R == 1).sum()),
+        )
+
+
+def _given_token_ids(
+    rows: Rows, table: SlotTable, starts_R1: NDArray[np.int64], is_given_R: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Token ids of the rows whose ids came with the request; 0 for the others."""
+    token_ids_T = np.zeros(starts_R1[-1], dtype=np.int64)
+    for row in np.flatnonzero(is_given_R).tolist():
+        given = table.given[rows.slots_R[row]]
+        assert given is not None
+        first = rows.num_computed_R[row]
+        token_ids_T[starts_R1[row] : starts_R1[row + 1]] = given[first : first + rows.num_tokens_R[row]]
+    return token_ids_T
+
+
+def _cache_slots(rows: Rows, table: SlotTable, positions_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    blocks_T = table.block_tables_SB[
+        np.repeat(rows.slots_R, rows.num_tokens_R), positions_T // table.block_size
+    ].astype(np.int64)
+    return blocks_T * table.block_size + positions_T % table.block_size

@@ -1,0 +1,73 @@
+"""A rank in a process of its own: attach, load, then serve calls until Stop or until the brain is gone."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from phalanx.errors import PeerDiedError
+from phalanx.protocol import Call, Reply, WorkerMessage
+from phalanx.transport.queue import WorkerEndpoint
+from phalanx.worker.failure import describe
+from phalanx.worker.spec import WorkerSpec
+from phalanx.worker.worker import Worker
+
+PUT_DEADLINE_S = 30.0
+"""A reply ring that stays full for this long means that the brain is stuck."""
+
+Endpoint = WorkerEndpoint[Call, WorkerMessage]
+
+
+class BrainGoneError(Exception):
+    """The brain died: there is nobody left to work for."""
+
+
+def run(spec: WorkerSpec) -> int:
+    """Serve one rank; returns the process's exit code. Does not return while the brain lives and has not said Stop."""
+    faulthandler.enable(sys.stderr)
+    assert spec.queue is not None
+    with ExitStack() as stack:
+        endpoint: Endpoint = WorkerEndpoint.attach(spec.queue, command_type=Call, reply_type=WorkerMessage)
+        stack.callback(endpoint.close)
+
+        def put(message: WorkerMessage) -> None:
+            try:
+                endpoint.put(message, deadline_s=PUT_DEADLINE_S)
+            except PeerDiedError as error:
+                raise BrainGoneError from error
+
+        try:
+            return _live(spec, endpoint, put, stack)
+        except BrainGoneError:
+            return 1
+
+
+def _live(spec: WorkerSpec, endpoint: Endpoint, put: Callable[[WorkerMessage], None], stack: ExitStack) -> int:
+    worker = None
+    try:
+        worker = Worker(spec, report=put)
+        stack.callback(worker.close)
+        put(Reply(0, worker.load()))
+        while not worker.stopped or worker.is_busy:
+            _turn(endpoint, worker, put)
+    except BrainGoneError:
+        raise
+    except Exception as error:
+        put(describe(worker.call_id if worker else 0, worker.phase if worker else "starting", error))
+        return 1
+    return 0
+
+
+def _turn(endpoint: Endpoint, worker: Worker, put: Callable[[WorkerMessage], None]) -> None:
+    """Take in a call if there is one, send a reply if there is one; sleep only when there can be neither."""
+    try:
+        received = endpoint.get(timeout_s=0.0 if worker.is_busy else None)
+    except PeerDiedError as error:
+        raise BrainGoneError from error
+    if received is not None:
+        worker.accept(received[0])
+    reply = worker.next_reply(block=received is None)
+    if reply is not None:
+        put(reply)

@@ -1,0 +1,192 @@
+"""Runs the plans of one rank: inputs, model, sampler.
+
+Shape suffixes: T tokens of a step, R rows, N rows that compute a sampled token, S rows that sample, B blocks of a
+request, D hidden size, V vocabulary, Q all slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phalanx.models.attention import AttentionBatch
+from phalanx.protocol import LogprobColumns, StepPlan, StepResult, as_ints, ints
+from phalanx.worker.inputs import StepInputs
+from phalanx.worker.sampler import IMPOSSIBLE, Logprobs, Sampled, Sampler
+from phalanx.worker.slots import Rows, SlotTable
+from phalanx.worker.staging import to_device, to_host
+
+if TYPE_CHECKING:
+    from phalanx.collectives.group import Group
+    from phalanx.models.model import CausalLM
+
+
+class LogitsError(ArithmeticError):
+    """The model gave logits that no token can be chosen from."""
+
+    def __init__(self, step: int, slot: int) -> None:
+        super().__init__(f"step {step}, slot {slot}: the logits are NaN, or -inf for every token that may be chosen")
+        self.step = step
+        self.slot = slot
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step that was launched. Its tensors are in host memory; from a GPU they are there once `arrived` says so."""
+
+    step: int
+    slots_S: NDArray[np.int64]
+    tokens_S: Tensor
+    logprobs: Logprobs | None
+    arrived: torch.Event | None
+
+    def is_ready(self) -> bool:
+        """Whether `Runner.finish` would return at once."""
+        return self.arrived is None or self.arrived.query()
+
+
+class Runner:
+    """One rank's steps, in the order of the plans. For the use of one thread.
+
+    The sequence of collectives in a step depends on its StepShape alone (invariant 1): the model's for `num_tokens`, if
+    there are any; then those of `logits` and one broadcast of `num_samples` tokens, if there are any. Rank 0 of the
+    group chooses the tokens for all.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        group: Group,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._group = group
+        self._device = device
+        self._slots = SlotTable(
+            max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks
+        )
+        self._sampler = Sampler(self._slots, model.vocab_size, device) if group.rank == 0 else None
+        # A slot's newest token stays on the device, so that the next step can be launched before this one has finished.
+        self._newest_Q = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Apply the plan, run the model and choose tokens. On a CPU this is all of the work; a GPU is not waited for.
+
+        Plans come in the order of their steps, and a plan may be launched before earlier ones are finished. Raises what
+        the group's collectives raise.
+        """
+        self._take_in(plan)
+        rows = self._slots.advance(plan)
+        slots_S = rows.slots_R[rows.samples_R]
+        if not plan.shape.num_tokens:
+            return InFlight(plan.step, slots_S, torch.empty(0, dtype=torch.int64), None, None)
+        hidden_TD = self._forward(rows)
+        if plan.shape.num_samples:
+            sampled = self._sample(rows, hidden_TD)
+        else:
+            sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
+        return self._send_home(plan.step, slots_S, sampled)
+
+    def finish(self, flight: InFlight) -> StepResult:
+        """The outcome of a step; waits for a GPU to come to its end. Log-probabilities are known on rank 0 only.
+
+        Raises LogitsError, on every rank. A GPU that never ends is the caller's peer to notice: the brain's deadline.
+        """
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        tokens_S = flight.tokens_S.numpy()
+        impossible = np.flatnonzero(tokens_S == IMPOSSIBLE)
+        if len(impossible):
+            raise LogitsError(flight.step, int(flight.slots_S[impossible[0]]))
+        return StepResult(flight.step, ints(tokens_S.astype(np.int32)), _columns(flight.logprobs))
+
+    def _take_in(self, plan: StepPlan) -> None:
+        self._slots.apply(plan)
+        if self._sampler is None:
+            return
+        for slot in as_ints(plan.dropped).tolist():
+            self._sampler.drop(slot)
+        for request in plan.new:
+            self._sampler.admit(request)
+
+    def _forward(self, rows: Rows) -> Tensor:
+        inputs = StepInputs.of(rows, self._slots)
+        (
+            token_ids_T,
+            positions_T,
+            query_starts_R1,
+            context_lens_R,
+            block_tables_RB,
+            cache_slots_T,
+            sampled_at_N,
+            sampled_slots_N,
+        ) = to_device(inputs.arrays, self._device)
+        if len(sampled_at_N):
+            token_ids_T[sampled_at_N] = self._newest_Q[sampled_slots_N]
+        batch = AttentionBatch(
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
+            block_tables_RB=block_tables_RB,
+            slots_T=cache_slots_T,
+            max_query_len=inputs.max_query_len,
+            max_context_len=inputs.max_context_len,
+            num_decodes=inputs.num_decodes,
+            block_size=self._slots.block_size,
+        )
+        return self._model.hidden_states(token_ids_T, positions_T, batch)
+
+    def _sample(self, rows: Rows, hidden_TD: Tensor) -> Sampled:
+        """Tokens of the rows that sample, the same on every rank, and each remembered as its slot's newest."""
+        slots_S = rows.slots_R[rows.samples_R]
+        ends_S = np.cumsum(rows.num_tokens_R)[rows.samples_R]
+        positions_S = (rows.num_computed_R + rows.num_tokens_R)[rows.samples_R]
+        last_S, slots_on_device_S = to_device([ends_S - 1, slots_S], self._device)
+        logits_SV = self._model.logits(hidden_TD[last_S])
+        if self._sampler is not None:
+            sampled = self._sampler.sample(logits_SV, slots_S, positions_S)
+        else:
+            sampled = Sampled(torch.empty(len(slots_S), dtype=torch.int64, device=self._device))
+        self._group.broadcast(sampled.tokens_R, src=0)
+        # An impossible token must not get into the embedding of the step that may already follow: `finish` reports it.
+        self._newest_Q[slots_on_device_S] = sampled.tokens_R.clamp(min=0)
+        return sampled
+
+    def _send_home(self, step: int, slots_S: NDArray[np.int64], sampled: Sampled) -> InFlight:
+        tokens_S, logprobs = to_host(sampled.tokens_R), sampled.logprobs
+        if logprobs is not None:
+            logprobs = Logprobs(
+                logprobs.entries_E,
+                to_host(logprobs.chosen_E),
+                to_host(logprobs.top_ids_EK),
+                to_host(logprobs.top_EK),
+            )
+        arrived = None
+        if self._device.type == "cuda":
+            arrived = torch.Event(
+                self._device, blocking=True
+            )  # `synchronize` then sleeps instead of spinning on a core
+            arrived.record()
+        return InFlight(step, slots_S, tokens_S, logprobs, arrived)
+
+
+def _columns(logprobs: Logprobs | None) -> LogprobColumns | None:
+    if logprobs is None:
+        return None
+    return LogprobColumns(
+        entries=ints(logprobs.entries_E.astype(np.int32)),
+        chosen=logprobs.chosen_E.numpy().tobytes(),
+        width=logprobs.top_ids_EK.shape[1],
+        top_ids=ints(logprobs.top_ids_EK.numpy().astype(np.int32)),
+        top_logprobs=logprobs.top_EK.numpy().tobytes(),
+    )

@@ -1,0 +1,32 @@
+"""What a worker is told at its birth. Knows no torch, so that the brain can write it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from phalanx.collectives.spec import GroupSpec
+from phalanx.config import Config
+from phalanx.transport.queue import QueueHandle
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's place in the run."""
+
+    rank: int
+    local_rank: int
+    """Index into the devices of this host."""
+    ranks_on_host: int
+    device: str
+    """`cpu` or `cuda`."""
+    config: Config
+    checkpoint: str
+    """Directory of the resolved checkpoint on this host."""
+    epoch: int
+    group: GroupSpec
+    queue: QueueHandle | None
+    """How to reach the brain; None when the worker lives in the brain's own process."""
+
+    @property
+    def party(self) -> str:
+        """The name that errors give this worker."""
+        return f"rank {self.rank}"

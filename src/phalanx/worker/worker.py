@@ -1,0 +1,189 @@
+"""One rank: takes calls, answers them in order.
+
+The same object serves a process of its own (process.py) and the brain's process (executor/inline.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from phalanx.collectives.join import join
+from phalanx.memory.arena import Arena
+from phalanx.memory.sizing import cache_bytes
+from phalanx.models.checkpoint import resolve
+from phalanx.models.model import CausalLM, load_model
+from phalanx.protocol import (
+    AllocateCache,
+    Call,
+    CommandBody,
+    Done,
+    Loaded,
+    Measured,
+    MeasureMemory,
+    Progress,
+    Reply,
+    ReplyBody,
+    StepPlan,
+    Stop,
+)
+from phalanx.worker.kv_cache import allocate_cache, block_bytes
+from phalanx.worker.profile import peak_activation_bytes
+from phalanx.worker.runner import InFlight, Runner
+from phalanx.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from phalanx.collectives.group import Group
+
+REPORT_INTERVAL_S = 0.1
+"""Progress within a phase is told this often: a model has hundreds of tensors, and many load in no time."""
+
+MAX_STEPS_IN_FLIGHT = 2
+"""Steps launched on a GPU before the oldest is waited for."""
+
+
+class Worker:
+    """A rank from its birth to Stop. Not thread-safe."""
+
+    def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None]) -> None:
+        self.spec = spec
+        self.phase = "starting"
+        self.call_id = 0
+        self.stopped = False
+        self._report = report
+        self._reported_at = 0.0
+        self._device = _device(spec)
+        self._checkpoint = resolve(spec.checkpoint)
+        self._arena = Arena(f"rank{spec.rank}", self._device)
+        self._group: Group | None = None
+        self._model: CausalLM | None = None
+        self._runner: Runner | None = None
+        self._flights: deque[tuple[Call, InFlight]] = deque()
+        self._replies: deque[Reply] = deque()
+
+    def load(self) -> Loaded:
+        """Join the group and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
+        self._enter("joining")
+        self._group = join(self.spec.group, self.spec.rank, self._device)
+        self._enter("loading")
+        config = self.spec.config
+        self._model = load_model(
+            self._checkpoint,
+            dtype=getattr(torch, config.model.dtype),
+            device=self._device,
+            group=self._group,
+            allocate=self._arena.allocate,
+            on_progress=lambda done, total: self._enter("loading", done, total),
+        )
+        return Loaded(
+            weight_bytes=self._model.weight_bytes,
+            device=_device_name(self._device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+        )
+
+    def accept(self, call: Call) -> None:
+        """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
+        self.call_id = call.call_id
+        if isinstance(call.body, StepPlan):
+            assert self._runner is not None, "a step before AllocateCache"
+            self.phase = "stepping"
+            self._flights.append((call, self._runner.launch(call.body)))
+            return
+        while self._flights:  # replies keep the order of the calls
+            self._finish_oldest()
+        self._answer(call, self._carry_out(call.body))
+
+    def next_reply(self, *, block: bool) -> Reply | None:
+        """The oldest reply that is ready. With `block`, wait for the device if a step is still under way there."""
+        if self._flights and (block or self._flights[0][1].is_ready() or len(self._flights) > MAX_STEPS_IN_FLIGHT):
+            self._finish_oldest()
+        return self._replies.popleft() if self._replies else None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is under way on the device, or a reply waits to be fetched."""
+        return bool(self._flights or self._replies)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
+        now = time.monotonic()
+        if phase == self.phase and done < total and now < self._reported_at + REPORT_INTERVAL_S:
+            return
+        self.phase, self._reported_at = phase, now
+        self._report(Progress(phase, done, total))
+
+    def _finish_oldest(self) -> None:
+        assert self._runner is not None
+        call, flight = self._flights.popleft()
+        self._answer(call, self._runner.finish(flight))
+        if not self._flights:
+            self.phase = "idle"
+
+    def _answer(self, call: Call, body: ReplyBody) -> None:
+        if self.spec.rank in call.reply_ranks:
+            self._replies.append(Reply(call.call_id, body))
+
+    def _carry_out(self, body: CommandBody) -> ReplyBody:
+        if isinstance(body, MeasureMemory):
+            return self._measure()
+        if isinstance(body, AllocateCache):
+            self._allocate_cache(body.num_blocks, body.max_model_len)
+        elif isinstance(body, Stop):
+            self.stopped = True
+        return Done()
+
+    def _measure(self) -> Measured:
+        assert self._model is not None
+        self._enter("sizing")
+        model, config = self._model, self.spec.config
+        bytes_of_block = block_bytes(model.cache_layers, config.cache.block_size, model.dtype)
+        longest = config.model.max_model_len or self._checkpoint.max_model_len
+        blocks_per_request = -(-longest // config.cache.block_size)
+        return Measured(
+            cache_bytes=cache_bytes(
+                config.cache,
+                self._device,
+                useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
+                peak_activation_bytes=peak_activation_bytes(model, config.scheduler, config.cache.block_size),
+                ranks_on_host=self.spec.ranks_on_host,
+            ),
+            block_bytes=bytes_of_block,
+        )
+
+    def _allocate_cache(self, num_blocks: int, max_model_len: int) -> None:
+        assert self._model is not None and self._group is not None
+        self._enter("allocating")
+        config, model = self.spec.config, self._model
+        model.bind_cache(
+            allocate_cache(model.cache_layers, num_blocks, config.cache.block_size, model.dtype, self._arena.allocate)
+        )
+        self._runner = Runner(
+            model,
+            self._group,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+            num_blocks=num_blocks,
+            device=self._device,
+        )
+        self._enter("idle")
+
+
+def _device(spec: WorkerSpec) -> torch.device:
+    if spec.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", spec.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
