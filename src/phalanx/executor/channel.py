@@ -1,0 +1,21 @@
+"""How calls reach workers and replies come back. A channel knows nothing of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from phalanx.protocol import Call, WorkerMessage
+
+
+class Channel(Protocol):
+    """One sender of calls to all workers; one receiver of what they say."""
+
+    def put(self, message: Call, *, deadline_s: float) -> None:
+        """Send to every worker. Raises DeadlineError or PeerDiedError naming the rank that does not take it."""
+
+    def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
+        """The next message of any rank, with its rank; None when none came in time. Raises PeerDiedError."""
+
+    def close(self) -> None:
+        """Let go of the channel's memory. Nothing can be sent afterwards."""

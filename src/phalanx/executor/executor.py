@@ -1,0 +1,203 @@
+"""The brain's hand: one Executor over any launcher and any channel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
+from phalanx.executor.channel import Channel
+from phalanx.executor.launcher import Launcher
+from phalanx.executor.pending import Pending
+from phalanx.protocol import Call, CommandBody, Failure, Loaded, Progress, Reply, ReplyBody, StepPlan, StepResult, Stop
+
+T = TypeVar("T")
+
+OnProgress = Callable[[int, str, int, int], None]
+"""Called with rank, phase, bytes done and bytes in all."""
+
+OUTPUT_RANK = 0
+"""The rank that samples and answers for a step."""
+
+LOAD_CALL = 0
+"""The call that nobody makes: a worker answers it, unasked, when it has loaded."""
+
+PUT_DEADLINE_S = 30.0
+POLL_EXITS_S = 0.05
+CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchError"})
+"""What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
+CAUSE_GRACE_S = 1.0
+STOP_TIMEOUT_S = 5.0
+
+
+class Executor:
+    """Sends calls to all ranks and collects their answers. Belongs to one thread.
+
+    The first failure of any rank is final: it is raised by whatever is awaited and by every later call.
+    """
+
+    def __init__(
+        self, launcher: Launcher, channel: Channel, world_size: int, step_timeout_s: float, *, resources: ExitStack
+    ) -> None:
+        """`resources` holds what workers use, such as the channel and the rendezvous of their group; closed last."""
+        self.world_size = world_size
+        self._launcher = launcher
+        self._channel = channel
+        self._step_timeout_s = step_timeout_s
+        self._calls: dict[int, Pending[Any]] = {}
+        self._next_call_id = LOAD_CALL + 1
+        self._last_reply_at = 0.0
+        self._error: PhalanxError | None = None
+        self._on_progress: OnProgress = lambda rank, phase, done, total: None
+        self._resources = resources
+
+    def step(self, plan: StepPlan) -> Pending[StepResult]:
+        """Send one step to every rank. Returns at once; the output rank's answer is awaited by the Pending."""
+        return self._call(plan, (OUTPUT_RANK,), self._step_timeout_s, f"step {plan.step}", _step_result)
+
+    def submit(
+        self, body: CommandBody, *, ranks: Sequence[int] | None = None, deadline_s: float
+    ) -> Pending[list[ReplyBody]]:
+        """Send a command to every rank; the Pending gives the answers of `ranks` (all by default), in rank order."""
+        ranks = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
+        return self._call(body, ranks, deadline_s, type(body).__name__, list)
+
+    def await_loaded(self, on_progress: OnProgress, deadline_s: float) -> list[Loaded]:
+        """Wait until every rank has its weights. Raises StartError, or the user's mistake that a rank reported.
+
+        A rank that ends before it could say anything is noticed within a twentieth of a second.
+        """
+        self._on_progress = on_progress
+        ranks = range(self.world_size)
+        pending: Pending[list[Loaded]] = Pending("the model to be loaded", ranks, deadline_s, self._pump, _all_loaded)
+        self._calls[LOAD_CALL] = pending
+        while pending.missing:
+            self._pump(pending, True, at_most_s=POLL_EXITS_S)
+            self._check_exits()
+        return pending.result()
+
+    def close(self) -> None:
+        """Stop the workers and let everything go. None is left when this returns. Takes seconds at most."""
+        with self._resources:
+            if self._error is None:
+                self._stop_workers()
+            self._launcher.close(STOP_TIMEOUT_S if self._error is None else 0.0)
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(
+        self,
+        body: CommandBody,
+        ranks: Sequence[int],
+        deadline_s: float,
+        awaited: str,
+        convert: Callable[[Sequence[ReplyBody]], T],
+    ) -> Pending[T]:
+        if self._error is not None:
+            raise self._error
+        call_id = self._next_call_id
+        self._next_call_id += 1
+        pending = Pending(awaited, ranks, deadline_s, self._pump, convert)
+        self._calls[call_id] = pending
+        try:
+            self._channel.put(Call(call_id, body, tuple(ranks)), deadline_s=PUT_DEADLINE_S)
+        except (PeerDiedError, DeadlineError) as error:
+            self._fail(error)
+        return pending
+
+    def _pump(self, pending: Pending[Any], block: bool, *, at_most_s: float = float("inf")) -> None:
+        """Take in one message, waiting for it until the deadline of `pending` if `block`."""
+        if self._error is not None:
+            raise self._error
+        # Calls are carried out in turn: one's time begins when the one before it was answered.
+        began_at = max(pending.called_at, self._last_reply_at)
+        remaining_s = began_at + pending.deadline_s - time.monotonic()
+        try:
+            received = self._channel.get(timeout_s=max(min(remaining_s, at_most_s), 0.0) if block else 0.0)
+        except PeerDiedError as error:
+            self._fail(error)
+            return
+        if received is not None:
+            self._take(received[0], received[1])
+        elif remaining_s <= 0:
+            ranks = ", ".join(f"rank {rank}" for rank in sorted(pending.missing))
+            self._fail(DeadlineError(pending.awaited, ranks, pending.deadline_s))
+
+    def _take(self, rank: int, message: Reply | Failure | Progress) -> None:
+        if isinstance(message, Progress):
+            self._on_progress(rank, message.phase, message.done, message.total)
+        elif isinstance(message, Failure):
+            self._fail(self._cause(rank, message))
+        else:
+            self._last_reply_at = time.monotonic()
+            pending = self._calls[message.call_id]
+            pending.resolve(rank, message.body)
+            if not pending.missing:
+                del self._calls[message.call_id]
+
+    def _fail(self, error: PhalanxError) -> None:
+        self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
+        raise self._error
+
+    def _cause(self, rank: int, failure: Failure) -> PhalanxError:
+        """The error to report; waits a little for a better one if this is what a healthy rank says of a sick one."""
+        expires_at = time.monotonic() + CAUSE_GRACE_S
+        cause_rank, cause = rank, failure
+        while cause.kind in CONSEQUENCES and (remaining_s := expires_at - time.monotonic()) > 0:
+            try:
+                received = self._channel.get(timeout_s=remaining_s)
+            except PeerDiedError as error:
+                return error
+            if received is not None and isinstance(received[1], Failure) and received[1].kind not in CONSEQUENCES:
+                cause_rank, cause = received[0], received[1]
+        if cause.is_user_error:
+            return _UserErrorOfRank(cause.message)
+        return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback)
+
+    def _explain_death(self, error: PeerDiedError) -> PeerDiedError:
+        rank = int(error.party.removeprefix("rank ")) if error.party.startswith("rank ") else -1
+        how = self._exit_of(rank)
+        return PeerDiedError(error.party, error.pid, how or error.detail)
+
+    def _exit_of(self, rank: int) -> str | None:
+        # The queue sees a death before the launcher has collected it.
+        expires_at = time.monotonic() + CAUSE_GRACE_S
+        while rank not in self._launcher.exits() and time.monotonic() < expires_at:
+            time.sleep(0.005)
+        return self._launcher.exits().get(rank)
+
+    def _check_exits(self) -> None:
+        """A worker that ended without a word (it may not have come as far as its queue)."""
+        for rank, how in self._launcher.exits().items():
+            received = self._channel.get(timeout_s=0.0)
+            while received is not None:  # its last words first, if there are any
+                self._take(received[0], received[1])
+                received = self._channel.get(timeout_s=0.0)
+            self._fail(StartError(f"rank {rank}", "starting", how))
+
+    def _stop_workers(self) -> None:
+        try:
+            self.submit(Stop(), deadline_s=STOP_TIMEOUT_S).result()
+        except PhalanxError:
+            # Workers that do not follow the order are killed by the launcher a moment later.
+            return
+
+
+class _UserErrorOfRank(UserError):
+    """A user's mistake that only a worker could see, such as a checkpoint that does not fit its configuration."""
+
+
+def _all_loaded(replies: Sequence[ReplyBody]) -> list[Loaded]:
+    return [reply for reply in replies if isinstance(reply, Loaded)]
+
+
+def _step_result(replies: Sequence[ReplyBody]) -> StepResult:
+    (reply,) = replies
+    assert isinstance(reply, StepResult)
+    return reply

@@ -1,0 +1,168 @@
+"""A process that has torch imported and makes workers by forking itself: the import takes seconds, a fork milliseconds.
+
+It runs no model code and has one thread, so hardly anything can wedge it. It speaks with the launcher over two pipes
+and dies with it; its workers die with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import msgspec
+
+from phalanx.executor.shared_fate import describe_exit, die_with_parent
+from phalanx.worker.spec import WorkerSpec
+
+
+class Warm(msgspec.Struct, frozen=True, tag=True):
+    """Import what workers of this checkpoint will need."""
+
+    checkpoint: str
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Start this worker."""
+
+    spec: WorkerSpec
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+    how: str
+
+
+Order = Warm | Fork
+Event = Forked | Exited
+
+HEADER_BYTES = 4
+_orders = msgspec.msgpack.Decoder(Order)
+
+
+def send(descriptor: int, message: Order | Event) -> None:
+    """Write one length-prefixed message; blocks while the pipe is full."""
+    body = msgspec.msgpack.encode(message)
+    view = memoryview(len(body).to_bytes(HEADER_BYTES, "little") + body)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def split_frames(pending: bytearray) -> Iterator[bytes]:
+    """Take the whole messages out of what has been read so far."""
+    while len(pending) >= HEADER_BYTES:
+        end = HEADER_BYTES + int.from_bytes(pending[:HEADER_BYTES], "little")
+        if len(pending) < end:
+            return
+        yield bytes(pending[HEADER_BYTES:end])
+        del pending[:end]
+
+
+class ForkServer:
+    """Serves orders from descriptor `orders` until it is closed; reports on descriptor `events`."""
+
+    def __init__(self, orders: int, events: int) -> None:
+        self._orders = orders
+        self._events = events
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(orders, selectors.EVENT_READ)
+        self._ranks: dict[int, tuple[int, int]] = {}  # pidfd: (pid, rank)
+        self._unread = bytearray()
+
+    def serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fd in self._ranks:
+                    self._reap(key.fd)
+                elif not self._read_orders():
+                    self._kill_all()
+                    return
+
+    def _read_orders(self) -> bool:
+        data = os.read(self._orders, 1 << 16)
+        self._unread += data
+        for frame in split_frames(self._unread):
+            order = _orders.decode(frame)
+            if isinstance(order, Warm):
+                _warm(order.checkpoint)
+            else:
+                self._fork(order.spec)
+        return bool(data)
+
+    def _fork(self, spec: WorkerSpec) -> None:
+        server_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(spec, server_pid)
+        pidfd = os.pidfd_open(pid)
+        self._ranks[pidfd] = (pid, spec.rank)
+        self._selector.register(pidfd, selectors.EVENT_READ)
+        send(self._events, Forked(spec.rank, pid))
+
+    def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
+        # Whatever happens, the child must not return into the server's loop.
+        code = 1
+        try:
+            die_with_parent(server_pid)
+            self._selector.close()
+            os.close(self._orders)
+            os.close(self._events)
+            from phalanx.worker.process import run
+
+            code = run(spec)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self, pidfd: int) -> None:
+        pid, rank = self._ranks.pop(pidfd)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        send(self._events, Exited(rank, describe_exit(os.waitstatus_to_exitcode(status))))
+
+    def _kill_all(self) -> None:
+        for pid, _ in self._ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid, _ in self._ranks.values():
+            os.waitpid(pid, 0)
+
+
+def _warm(checkpoint: str) -> None:
+    """Import the model's own module before the fork. What is wrong with a checkpoint is for the workers to report."""
+    from phalanx.errors import UserError
+    from phalanx.models.model import import_definition
+
+    with contextlib.suppress(UserError):
+        import_definition(checkpoint)
+
+
+def main() -> None:
+    """Usage: python -m phalanx.executor.fork_server LAUNCHER_PID ORDERS_FD EVENTS_FD"""
+    launcher_pid, orders, events = map(int, sys.argv[1:])
+    die_with_parent(launcher_pid)
+    # Ctrl-C reaches every process of the terminal's group; it is the server that decides when workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import phalanx.worker.process  # noqa: F401  (brings torch in, before the first fork)
+
+    with contextlib.suppress(BrokenPipeError):  # the launcher is gone: nobody is left to report to
+        ForkServer(orders, events).serve()
+    os._exit(0)  # with torch imported, the interpreter would take its time to tidy up
+
+
+if __name__ == "__main__":
+    main()

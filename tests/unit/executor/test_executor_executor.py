@@ -1,0 +1,161 @@
+"""The executor's own rules, over a channel and a launcher that are lists: order, deadlines, and one cause for a failure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import pytest
+
+from phalanx.errors import DeadlineError, PeerDiedError, StartError, UserError, WorkerError
+from phalanx.executor.executor import LOAD_CALL, Executor
+from phalanx.protocol import (
+    Call,
+    Done,
+    Failure,
+    Loaded,
+    Ping,
+    Progress,
+    Reply,
+    StepPlan,
+    StepResult,
+    StepShape,
+    WorkerMessage,
+    ints,
+)
+from phalanx.worker.spec import WorkerSpec
+
+
+class ScriptedChannel:
+    """Gives out what the test put in; records what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Call] = []
+        self.script: deque[tuple[int, WorkerMessage] | Exception] = deque()
+
+    def put(self, message: Call, *, deadline_s: float) -> None:
+        self.sent.append(message)
+
+    def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
+        if not self.script:
+            return None
+        item = self.script[0]
+        if isinstance(item, Exception):
+            raise item
+        self.script.popleft()
+        return (*item, ())
+
+    def close(self) -> None: ...
+
+
+class ScriptedLauncher:
+    def __init__(self) -> None:
+        self.exited: dict[int, str] = {}
+        self.closed_with: float | None = None
+
+    def start(self, specs: Sequence[WorkerSpec]) -> None: ...
+
+    def exits(self) -> dict[int, str]:
+        return self.exited
+
+    def close(self, timeout_s: float) -> None:
+        self.closed_with = timeout_s
+
+
+class Bench:
+    def __init__(self, world_size: int = 2, step_timeout_s: float = 0.05) -> None:
+        self.channel = ScriptedChannel()
+        self.launcher = ScriptedLauncher()
+        self.executor = Executor(self.launcher, self.channel, world_size, step_timeout_s, resources=ExitStack())
+
+    def say(self, *items: tuple[int, WorkerMessage] | Exception) -> None:
+        self.channel.script.extend(items)
+
+
+def plan(step: int) -> StepPlan:
+    return StepPlan(1, step, StepShape(1, 1, 1), ints([0]), ints([1]))
+
+
+def failure(kind: str, message: str = "it broke", *, is_user_error: bool = False) -> Failure:
+    return Failure(1, "host", "stepping", kind, message, "Traceback ...", is_user_error)
+
+
+def test_steps_resolve_in_order_and_only_the_output_rank_is_asked() -> None:
+    bench = Bench()
+    first, second = bench.executor.step(plan(1)), bench.executor.step(plan(2))
+    assert [call.reply_ranks for call in bench.channel.sent] == [(0,), (0,)]
+    assert not first.done()
+    bench.say((0, Reply(1, StepResult(1, ints([11])))), (0, Reply(2, StepResult(2, ints([22])))))
+    assert first.done()
+    assert first.result().step == 1
+    assert second.result().step == 2
+
+
+def test_a_command_is_answered_by_all_ranks_in_rank_order() -> None:
+    bench = Bench()
+    pending = bench.executor.submit(Ping(), deadline_s=1)
+    bench.say((1, Reply(1, Done())), (0, Reply(1, Done())))
+    assert pending.result() == [Done(), Done()]
+
+
+def test_a_missing_answer_is_an_error_that_names_who_and_what() -> None:
+    bench = Bench()
+    pending = bench.executor.submit(Ping(), deadline_s=0.01)
+    bench.say((0, Reply(1, Done())))
+    with pytest.raises(DeadlineError, match="Ping from rank 1") as caught:
+        pending.result()
+    assert caught.value.party == "rank 1"
+
+
+def test_the_first_failure_is_final() -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    bench.say((1, failure("ZeroDivisionError")))
+    with pytest.raises(WorkerError, match="rank 1 on host: ZeroDivisionError: it broke") as caught:
+        pending.result()
+    assert caught.value.traceback == "Traceback ..."
+    with pytest.raises(WorkerError):
+        bench.executor.step(plan(2))
+    bench.executor.close()
+    assert bench.launcher.closed_with == 0.0, "a failed run is killed, not asked to stop"
+
+
+def test_the_cause_is_told_from_its_consequences() -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    bench.say((0, failure("DeadlineError", "waited for rank 1")), (1, failure("ValueError", "the cause")))
+    with pytest.raises(WorkerError, match="rank 1 on host: ValueError: the cause"):
+        pending.result()
+
+
+def test_a_killed_worker_is_named_with_its_end() -> None:
+    bench = Bench()
+    bench.launcher.exited[1] = "killed by SIGKILL"
+    pending = bench.executor.step(plan(1))
+    bench.say((0, failure("PeerDiedError", "rank 1 died")), PeerDiedError("rank 1", 123))
+    with pytest.raises(PeerDiedError, match=r"rank 1 \(pid 123\) died: killed by SIGKILL"):
+        pending.result()
+
+
+def test_a_users_mistake_in_a_worker_stays_one() -> None:
+    bench = Bench()
+    bench.say((1, failure("CheckpointError", "no such tensor", is_user_error=True)))
+    with pytest.raises(UserError, match="^no such tensor$"):
+        bench.executor.await_loaded(lambda *_: None, 1.0)
+
+
+def test_loading_reports_progress_of_every_rank() -> None:
+    bench = Bench()
+    seen: list[tuple[int, str, int, int]] = []
+    loaded = [Loaded(rank, "cpu", "float32") for rank in range(2)]
+    bench.say((1, Progress("loading", 5, 10)), (1, Reply(LOAD_CALL, loaded[1])), (0, Reply(LOAD_CALL, loaded[0])))
+    assert bench.executor.await_loaded(lambda *event: seen.append(event), 1.0) == loaded
+    assert seen == [(1, "loading", 5, 10)]
+
+
+def test_a_worker_that_ends_without_a_word_ends_the_start() -> None:
+    bench = Bench()
+    bench.launcher.exited[0] = "exit code 3"
+    with pytest.raises(StartError, match="rank 0 did not start: exit code 3"):
+        bench.executor.await_loaded(lambda *_: None, 60.0)
