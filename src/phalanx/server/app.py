@@ -1,0 +1,128 @@
+"""The HTTP application: which path does what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from phalanx import __version__
+from phalanx.errors import PhalanxError, RequestError
+from phalanx.server.api_error import as_api_error, json_response
+from phalanx.server.api_keys import ApiKeys
+from phalanx.server.attendance import ClientGoneError
+from phalanx.server.chat import create_chat_completion, tokenize_chat
+from phalanx.server.completions import create_completion, tokenize
+from phalanx.server.gate import Gate
+from phalanx.server.openapi import describe_bodies
+from phalanx.server.request_body import read_request
+from phalanx.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from phalanx.server.service import Service
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that left before its answer: nobody reads it."""
+
+_BODIES: dict[str, type[msgspec.Struct]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+def create_app(service: Service, keys: ApiKeys) -> ASGIApp:
+    """The application for one engine. It starts and stops nothing."""
+    app = FastAPI(title="Phalanx", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, service=service, keys=keys)
+    app.add_exception_handler(PhalanxError, _error_handler(service))
+    app.add_exception_handler(HTTPException, _error_handler(service))
+    app.add_exception_handler(Exception, _error_handler(service))
+    _add_generation(app, service)
+    _add_tokenization(app, service)
+    _add_information(app, service)
+    describe_bodies(app, _BODIES)
+    return app
+
+
+def _error_handler(service: Service) -> Any:
+    async def answer_error(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientGoneError):
+            return Response(status_code=CLIENT_CLOSED)
+        reported = as_api_error(error)
+        service.metrics.count_refused(reported.status)
+        return reported.response()
+
+    return answer_error
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await create_completion(request, service)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await create_chat_completion(request, service)
+
+
+def _add_tokenization(app: FastAPI, service: Service) -> None:
+    tokenizer = service.engine.tokenizer
+
+    @app.post("/tokenize")
+    async def tokenize_text(request: Request) -> Response:
+        asked = await read_request(request, TokenizeRequest)
+        service.check_model(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise RequestError("prompt", asked.prompt, "send either prompt or messages")
+        if asked.prompt is not None:
+            tokens = await tokenize(tokenizer, asked.prompt, add_special_tokens=asked.add_special_tokens)
+        else:
+            messages = asked.messages or []
+            tokens = await tokenize_chat(tokenizer, messages, add_generation_prompt=asked.add_generation_prompt)
+        limit = service.engine.info.max_model_len
+        return json_response({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        asked = await read_request(request, DetokenizeRequest)
+        service.check_model(asked.model)
+        for token in asked.tokens:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise RequestError("tokens", token, f"this model's ids go from 0 to {tokenizer.vocab_size - 1}")
+        return json_response({"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)})
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "phalanx",
+        "max_model_len": service.engine.info.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return json_response({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        service.check_model(name)
+        return json_response(model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        refusal = service.refusal()
+        return json_response({"status": "ok"}) if refusal is None else refusal.response()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})

@@ -1,0 +1,108 @@
+"""What Prometheus reads at /metrics: counts of this server, and the engine's state at the time of asking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from phalanx.engine.client import EngineClient
+from phalanx.engine.stream import OutputDelta
+from phalanx.protocol import EngineStats
+
+_FIRST_TOKEN_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+_NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 30)
+_WHOLE_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """Its own registry, so that two servers in one process do not meet."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(_EngineCollector(engine))
+        self._ended = Counter(
+            "phalanx_requests", "Outputs that ended, by how; n choices are n.", ["outcome"], registry=registry
+        )
+        self._refused = Counter(
+            "phalanx_requests_refused", "HTTP requests answered with an error.", ["status"], registry=registry
+        )
+        self._first_token = Histogram(
+            "phalanx_time_to_first_token_seconds",
+            "From acceptance to the first token.",
+            buckets=_FIRST_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._next_token = Histogram(
+            "phalanx_inter_token_latency_seconds",
+            "From one token to the next, as they leave the server.",
+            buckets=_NEXT_TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self._whole = Histogram(
+            "phalanx_request_seconds", "From acceptance to the last token.", buckets=_WHOLE_BUCKETS_S, registry=registry
+        )
+
+    def count_refused(self, status: int) -> None:
+        self._refused.labels(str(status)).inc()
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    async def observe(self, deltas: AsyncGenerator[OutputDelta, None]) -> AsyncGenerator[OutputDelta, None]:
+        """Pass one output on, and note its times and its end. Closing this closes `deltas`."""
+        started = previous = time.monotonic()
+        outcome, has_token = "cancelled", False
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    now = time.monotonic()
+                    if delta.token_ids:
+                        self._note_tokens(len(delta.token_ids), now - previous, is_first=not has_token)
+                        previous, has_token = now, True
+                    outcome = delta.finish_reason or outcome
+                    yield delta
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            self._ended.labels(outcome).inc()
+            self._whole.observe(time.monotonic() - started)
+
+    def _note_tokens(self, num_tokens: int, waited_s: float, *, is_first: bool) -> None:
+        if is_first:
+            self._first_token.observe(waited_s)
+            return
+        for _ in range(num_tokens):  # tokens that came together waited equally long
+            self._next_token.observe(waited_s / num_tokens)
+
+
+class _EngineCollector(Collector):
+    """The engine's latest stats; zeros before it has told any."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(self._engine.dead is None))
+        stats = self._engine.stats or EngineStats(0, 0, 0, self._engine.info.num_blocks, 0, 0, 0, 0, 0)
+        for name, text, gauge in (
+            ("running", "Requests in the batch.", stats.num_running),
+            ("waiting", "Requests that wait for room in the batch.", stats.num_waiting),
+        ):
+            yield GaugeMetricFamily(f"phalanx_requests_{name}", text, gauge)
+        used = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
+        yield GaugeMetricFamily("phalanx_kv_cache_used_ratio", "Share of KV cache blocks in use.", used)
+        for name, text, count in (
+            ("prompt_tokens", "Tokens of prompts.", stats.num_prompt_tokens),
+            ("prompt_tokens_cached", "Tokens of prompts that came from the prefix cache.", stats.num_cached_tokens),
+            ("generated_tokens", "Tokens of outputs.", stats.num_generated_tokens),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("preemptions", "Requests that lost their KV cache and were computed anew.", stats.num_preemptions),
+        ):
+            yield CounterMetricFamily(f"phalanx_{name}", text, count)

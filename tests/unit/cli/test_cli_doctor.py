@@ -1,0 +1,92 @@
+"""`phalanx doctor`: every line says how it is and what to do; failures give exit code 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+from pathlib import Path
+
+import pytest
+
+from phalanx.cli import checks, main
+from phalanx.cli.checks import Check
+
+
+def test_json_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["doctor", "--json"]) == 0
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert {"python", "phalanx", "torch", "cores", "memory", "shared memory", "futex", "pidfd", "open files"} <= set(
+        found
+    )
+    for name in ("shared memory", "futex", "pidfd"):
+        assert found[name]["status"] == "ok"
+    assert all(check["advice"] for check in found.values() if check["status"] != "ok")
+
+
+def test_a_failure_is_shown_with_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = [Check("torch", "ok", "2"), Check("futex", "fail", "not permitted", "allow it")]
+    monkeypatch.setattr(checks, "all_checks", lambda model: iter(broken))
+    assert main.run(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["ok", "torch", "2"]
+    assert lines[1].split() == ["fail", "futex", "not", "permitted"]
+    assert lines[2].strip() == "→ allow it"
+
+
+def test_a_call_that_is_not_permitted_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    for check in (*checks.memfd(), *checks.pidfd()):
+        assert check.status == "fail"
+        assert "not permitted" in check.detail
+        assert "seccomp" in (check.advice or "")
+
+
+def test_few_files_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    (check,) = checks.open_files()
+    assert (check.status, check.advice) == ("warn", "ulimit -n 4096")
+
+
+def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(checks, "ServerConfig", lambda: checks_server(port))
+        (check,) = checks.port()
+    assert check.status == "warn"
+    assert str(port) in check.detail
+
+
+def checks_server(port: int) -> object:
+    from phalanx.config import ServerConfig
+
+    return ServerConfig(port=port)
+
+
+def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"/sys/fs/cgroup/memory.max": 3 * 2**20, "/sys/fs/cgroup/memory.current": 2**20}
+    monkeypatch.setattr(checks, "_number", numbers.get)
+    assert checks.free_memory() == (2 * 2**20, 3 * 2**20, True)
+    (check,) = checks.memory()
+    assert check.status == "warn"
+    assert "control group" in check.detail
+
+
+@pytest.mark.parametrize(("content", "status"), [(b"GGUF and more", "ok"), (b"PK\3\4", "fail"), (None, "warn")])
+def test_a_models_file(tmp_path: Path, content: bytes | None, status: str) -> None:
+    file = tmp_path / "model.gguf"
+    if content is not None:
+        file.write_bytes(content)
+    (check,) = checks.checkpoint(str(file))
+    assert check.status == status
+
+
+def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
+    (check,) = checks.checkpoint(str(tmp_path))
+    assert check.status == "fail"
+    assert "config.json" in check.detail

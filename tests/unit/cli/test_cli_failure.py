@@ -1,0 +1,102 @@
+"""A failed command: one line, the right exit code, a traceback only on demand."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from phalanx.cli import main
+from phalanx.cli.failure import report
+from phalanx.errors import CheckpointError, RequestError, StartError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["serve", "m", "--max-num-seqs", "0"], "--max-num-seqs: 0 is not possible: a whole number, at least 1"),
+        (["serve", "m", "--dtype", "int8"], "--dtype: 'int8' is not possible: one of auto, float32"),
+        (["serve", "m", "--max-num-sqs", "1"], "--max-num-seqs"),
+        (["serve"], "MODEL"),
+        (["serv", "m"], "serv"),
+        (["serve", "m", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens: 8 is not possible"),
+        (["serve", "m", "--launcher", "inline", "-tp", "2"], "--launcher: 'inline' is not possible"),
+        (["serve", "m", "--api-key-file", "/no/such"], "--api-key-file: '/no/such' is not possible"),
+        (["serve", "m", "--host", "no such host"], "--host: 'no such host' is not possible"),
+        (["generate", "m"], "--file: None is not possible: give either prompts or a file"),
+        (["generate", "m", "hi", "--file", "x"], "--file: 'x' is not possible: give either prompts or a file"),
+        (["generate", "m", "--file", "/no/such"], "--file: '/no/such' is not possible: it cannot be read"),
+        (["generate", "m", "hi", "--temperature", "-1"], "--temperature: -1.0 is not possible"),
+        (["generate", "m", "hi", "--output", "/no/such/file"], "--output: '/no/such/file' is not possible"),
+    ],
+)
+def test_the_users_mistakes(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("phalanx: error: ")
+    assert err.count("\n") == 1
+    assert line in err
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main.run(["serve", "/no/such/model", "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert f"--port: {port} is not possible: another process listens on 127.0.0.1:{port}" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CheckpointError("no config.json\n in it"), 2, "phalanx: error: no config.json in it\n"),
+        (RequestError("prompt", [], "one token"), 2, "phalanx: error: prompt: [] is not possible: one token\n"),
+        (
+            StartError("rank 1", "loading", "killed"),
+            1,
+            "phalanx: error: rank 1 did not start: killed (while loading) (PHALANX_DEBUG=1 shows the traceback)\n",
+        ),
+        (KeyError("x"), 1, "phalanx: error: KeyError: 'x' (PHALANX_DEBUG=1 shows the traceback)\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_report(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(error) == code
+    assert capsys.readouterr().err == line
+
+
+def test_the_traceback_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PHALANX_DEBUG", "1")
+    try:
+        raise KeyError("x")
+    except KeyError as error:
+        report(error)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_is_fast_because_it_loads_little() -> None:
+    code = (
+        "import sys; from phalanx.cli.main import run; assert run(['serve', '--help']) == 0; "
+        "print(*{'torch', 'transformers', 'uvicorn', 'fastapi', 'rich'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--max-num-seqs" in done.stdout
+    assert done.stderr.strip() == ""
+
+
+def test_as_a_program() -> None:
+    command = [sys.executable, "-c", "from phalanx.cli.main import main; main()", "serve", "m", "--port", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PHALANX_DEBUG": "0"})
+    assert done.returncode == 2
+    assert done.stderr == "phalanx: error: --port: -1 is not possible: a whole number, at least 0 and at most 65535\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]])
+def test_without_a_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(arguments) == 0
+    assert "phalanx" in capsys.readouterr().out

@@ -1,0 +1,155 @@
+"""`phalanx generate` with an engine that answers what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.cli import main
+from phalanx.config import Config
+from phalanx.engine import client
+from phalanx.engine.stream import OutputDelta
+from phalanx.errors import CheckpointError
+from phalanx.protocol import SamplingParams, StartProgress
+
+
+class EchoTokenizer:
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def apply_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        return self.encode("".join(f"<{message['role']}>{message['content']}" for message in messages))
+
+
+class EchoEngine:
+    """Answers each prompt with itself in capitals; long prompts take longer."""
+
+    latest: EchoEngine
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.tokenizer = EchoTokenizer()
+        self.default_sampling = SamplingParams(temperature=0.6, top_k=9)
+        self.asked: list[SamplingParams] = []
+        self.last: dict[str, Any] = {"finish_reason": "stop"}
+        self.is_closed = False
+
+    @classmethod
+    async def start(cls, config: Config, on_progress: Any = None) -> EchoEngine:
+        if config.model.model == "missing":
+            raise CheckpointError("missing: no such model")
+        on_progress(StartProgress(0, "loading weights", 1, 2))
+        on_progress(StartProgress(0, "loading weights", 2, 2))
+        EchoEngine.latest = cls(config)
+        if config.model.model == "failing":
+            EchoEngine.latest.last = {"finish_reason": "error", "error": "no room"}
+        return EchoEngine.latest
+
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
+        self.asked.append(sampling)
+        for token in prompt[:-1]:
+            await asyncio.sleep(0)
+            yield OutputDelta(text=chr(token).upper(), token_ids=(token,))
+        yield OutputDelta(text=chr(prompt[-1]).upper(), token_ids=(prompt[-1],), **self.last)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture(autouse=True)
+def _echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "EngineClient", EchoEngine)
+
+
+def test_one_prompt_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "m", "hello", "--temperature", "0", "--stop", "a", "--stop", "b", "-tp", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "HELLO\n"
+    assert err == "rank 0: loading weights\n"
+    engine = EchoEngine.latest
+    (sampling,) = engine.asked
+    assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.stop) == (0.0, 9, 256, ("a", "b"))
+    assert engine.config.parallel.tensor_parallel_size == 2
+    assert engine.is_closed
+
+
+def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "m", "hi", "--chat", "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out == "<USER>HI\n"
+    assert EchoEngine.latest.asked[0].max_tokens == 3
+
+
+def test_several_prompts_come_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "m", "a long one", "b"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {
+            "index": 0, "prompt": "a long one", "text": "A LONG ONE", "finish_reason": "stop",
+            "num_prompt_tokens": 10, "num_output_tokens": 10,
+        },
+        {
+            "index": 1, "prompt": "b", "text": "B", "finish_reason": "stop",
+            "num_prompt_tokens": 1, "num_output_tokens": 1,
+        },
+    ]  # fmt: skip
+
+
+def test_a_text_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    output = tmp_path / "out.jsonl"
+    assert main.run(["generate", "m", "--file", str(tmp_path / "prompts.txt"), "--output", str(output)]) == 0
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["ONE", "TWO"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = [{"role": "user", "content": "hey"}]
+    rows = [{"id": "first", "prompt": "one"}, {"messages": conversation}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main.run(["generate", "m", "-f", str(tmp_path / "in.jsonl")]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["id"], first["text"]) == ("first", "ONE")
+    assert (second["messages"], second["text"]) == (conversation, "<USER>HEY")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no prompts"),
+        ('{"prompt": "a"}\n{"promt": "b"}', "in.jsonl:2"),
+        ('{"prompt": "a", "messages": []}', "either prompt or messages"),
+        ("hello", "in.jsonl:1"),
+    ],
+)
+def test_a_wrong_file(tmp_path: Path, content: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    assert main.run(["generate", "m", "-f", str(tmp_path / "in.jsonl")]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+def test_a_failed_request_fails_the_command(prompts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "failing", *prompts]) == 1
+    assert "no room" in capsys.readouterr().err
+    assert EchoEngine.latest.is_closed
+
+
+def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "missing", "a"]) == 2
+    assert capsys.readouterr().err == "phalanx: error: missing: no such model\n"
+
+
+def test_nothing_heavy_was_needed() -> None:
+    assert "phalanx.worker" not in sys.modules
+
+
+@pytest.mark.parametrize("flag", ["--logprobs", "--served-model-name"])
+def test_what_would_change_nothing_is_no_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "m", "a", flag, "1"]) == 2
+    assert flag in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""`phalanx serve`: what it says when it is ready, and how it shows the start."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+
+from rich.console import Console
+
+from phalanx.cli.progress import StartScreen
+from phalanx.cli.serve import announcement
+from phalanx.protocol import EngineReady, StartProgress
+from phalanx.server.run import Served
+
+READY = EngineReady(max_model_len=2048, num_blocks=100, block_size=16, world_size=2, device="cpu", dtype="bfloat16")
+
+
+def command_in(text: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("curl"))
+    return shlex.split(line)
+
+
+def test_the_command_can_be_pasted() -> None:
+    text = announcement(Served(READY, "it's tiny", "http://[::1]:8000", needs_key=False, can_chat=True))
+    command = command_in(text)
+    assert command[1] == "http://[::1]:8000/v1/chat/completions"
+    body = json.loads(command[command.index("-d") + 1])
+    assert body["model"] == "it's tiny"
+    assert body["messages"][0]["role"] == "user"
+    assert "Authorization" not in text
+    assert "bfloat16 on cpu, 2 ranks, 2048 tokens of context, 1600 tokens of KV cache" in text
+
+
+def test_a_model_without_a_template_and_a_server_with_keys() -> None:
+    text = announcement(Served(READY, "base", "http://127.0.0.1:1", needs_key=True, can_chat=False))
+    command = command_in(text)
+    assert command[1] == "http://127.0.0.1:1/v1/completions"
+    assert "prompt" in json.loads(command[command.index("-d") + 1])
+    assert "Authorization: Bearer YOUR_KEY" in command
+
+
+def notes() -> list[StartProgress]:
+    return [
+        StartProgress(0, "starting", 0, 0),
+        StartProgress(1, "starting", 0, 0),
+        StartProgress(0, "loading weights", 10, 100),
+        StartProgress(0, "loading weights", 90, 100),
+    ]
+
+
+def test_elsewhere_than_on_a_terminal_a_phase_is_a_line() -> None:
+    written = io.StringIO()
+    with StartScreen(Console(file=written)) as screen:
+        for note in notes():
+            screen.note(note)
+    assert written.getvalue() == "rank 0: starting\nrank 1: starting\nrank 0: loading weights\n"
+
+
+def test_on_a_terminal_the_lines_change_and_go_away() -> None:
+    written = io.StringIO()
+    with StartScreen(Console(file=written, force_terminal=True, width=100)) as screen:
+        for note in notes():
+            screen.note(note)
+        screen._live.refresh()
+        assert "rank 1" in written.getvalue()
+        assert "90 bytes of 100 bytes" in written.getvalue()
+        screen.note(StartProgress(0, "sizing", 0, 0))
+        written.truncate(0)
+        screen._live.refresh()
+        assert "sizing" in written.getvalue()
+        assert "100 bytes" not in written.getvalue()
+        screen.close()
+    screen.close()
