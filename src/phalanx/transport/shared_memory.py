@@ -1,0 +1,124 @@
+"""Anonymous shared memory: a memfd that other processes of the same user open through its owner's /proc entry.
+
+Such memory has no name, neither in /dev/shm nor elsewhere, so nothing can be left behind: the kernel frees it when the
+last process that maps it is gone. It is not limited by the size of /dev/shm either.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+from contextlib import ExitStack, suppress
+from types import TracebackType
+
+import msgspec
+
+from phalanx.errors import FrameError, PeerDiedError
+from phalanx.transport.liveness import is_running
+
+_MAGIC = b"PHALANX1"
+_HEADER = struct.Struct("<8sQQ")  # magic, nonce, size_bytes
+# A whole page, so that what the user gets is aligned to a page too.
+_HEADER_BYTES = 4096
+_NAME_PREFIX = "phalanx:"
+
+
+class SegmentHandle(msgspec.Struct, frozen=True):
+    """Where a segment is. Travels to another process of the same machine and user, which attaches with it."""
+
+    pid: int
+    fd: int
+    size_bytes: int
+    nonce: int
+    label: str = ""
+
+
+class SharedSegment:
+    """`size_bytes` of zeroed memory that several processes map. `buf` starts at a page boundary.
+
+    Closing drops the descriptor and this object's mapping; views that were taken from `buf` stay usable, and the memory
+    lives until the last of them is gone.
+    """
+
+    def __init__(self, fd: int | None, mapping: mmap.mmap, handle: SegmentHandle) -> None:
+        self._fd = fd
+        self._mapping = mapping
+        self.handle = handle
+        self.buf = memoryview(mapping)[_HEADER_BYTES : _HEADER_BYTES + handle.size_bytes]
+
+    @classmethod
+    def create(cls, size_bytes: int, label: str) -> SharedSegment:
+        """Make a segment that this process owns. `label` shows in /proc/PID/fd and in errors."""
+        with ExitStack() as undo:
+            fd = os.memfd_create(f"{_NAME_PREFIX}{label}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, fd)
+            os.ftruncate(fd, _HEADER_BYTES + size_bytes)
+            # A file that shrinks under a mapping is a SIGBUS in every process that has it.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            mapping = mmap.mmap(fd, _HEADER_BYTES + size_bytes)
+            undo.pop_all()
+        handle = SegmentHandle(os.getpid(), fd, size_bytes, secrets.randbits(63), label)
+        _HEADER.pack_into(mapping, 0, _MAGIC, handle.nonce, size_bytes)
+        return cls(fd, mapping, handle)
+
+    @classmethod
+    def attach(cls, handle: SegmentHandle) -> SharedSegment:
+        """Map a segment of another process (or of this one).
+
+        Raises PeerDiedError when its owner is gone, FrameError when the owner closed it or the descriptor is now
+        something else (pids and descriptors are used again).
+        """
+        with ExitStack() as undo:
+            fd = _open_of_owner(handle)
+            undo.callback(os.close, fd)  # the mapping keeps a descriptor of its own
+            if os.fstat(fd).st_size != _HEADER_BYTES + handle.size_bytes:
+                raise _not_the_segment(handle)
+            mapping = mmap.mmap(fd, _HEADER_BYTES + handle.size_bytes)
+            if _HEADER.unpack_from(mapping, 0) != (_MAGIC, handle.nonce, handle.size_bytes):
+                mapping.close()
+                raise _not_the_segment(handle)
+        return cls(None, mapping, handle)
+
+    def close(self) -> None:
+        """Drop the descriptor and the mapping. May be called more than once."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        self.buf.release()
+        with suppress(BufferError):  # somebody still holds a view; the mapping goes with the last one
+            self._mapping.close()
+
+    def __enter__(self) -> SharedSegment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_of_owner(handle: SegmentHandle) -> int:
+    path = f"/proc/{handle.pid}/fd/{handle.fd}"
+    try:
+        # Looked at before it is opened: opening a stranger's FIFO or device can block or have effects.
+        if not os.readlink(path).startswith(f"/memfd:{_NAME_PREFIX}"):
+            raise _not_the_segment(handle)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if not is_running(handle.pid):
+            raise PeerDiedError(f"the owner of {_described(handle)}", handle.pid) from error
+        raise _not_the_segment(handle) from error
+
+
+def _not_the_segment(handle: SegmentHandle) -> FrameError:
+    return FrameError(
+        f"descriptor {handle.fd} of process {handle.pid} is not {_described(handle)}: "
+        "its owner closed it, or is gone and its pid is in use again"
+    )
+
+
+def _described(handle: SegmentHandle) -> str:
+    return f"the shared segment {handle.label!r} ({handle.size_bytes} bytes)"

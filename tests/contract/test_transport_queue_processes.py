@@ -1,0 +1,114 @@
+"""The queue between real processes: everything arrives, in order and untorn, however they are scheduled."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+import zlib
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Frame(msgspec.Struct, tag=True, array_like=True):
+    number: int
+    checksum: int
+
+
+class Stop(msgspec.Struct, tag=True, array_like=True):
+    pass
+
+
+Queue = MessageQueue[Frame | Stop, Frame]
+
+
+def _checksum(buffers: list[memoryview] | list[bytes]) -> int:
+    checksum = 0
+    for buffer in buffers:
+        checksum = zlib.crc32(buffer, checksum)
+    return checksum
+
+
+def _answer(handle: QueueHandle, pause_s: float) -> None:
+    endpoint: WorkerEndpoint[Frame | Stop, Frame] = WorkerEndpoint.attach(
+        handle, command_type=Frame | Stop, reply_type=Frame
+    )
+    with endpoint:
+        while (found := endpoint.get(timeout_s=30)) is not None:
+            message, buffers = found
+            if isinstance(message, Stop):
+                return
+            time.sleep(pause_s * random.random())
+            endpoint.put(Frame(message.number, _checksum(buffers)), buffers[:1], deadline_s=30)
+
+
+@pytest.fixture
+def queue(request: pytest.FixtureRequest) -> Iterator[Queue]:
+    names = [f"rank {r}" for r in range(request.param)]
+    shm = sorted(os.listdir("/dev/shm"))
+    with MessageQueue.create(names, command_type=Frame | Stop, reply_type=Frame, slot_bytes=4096, num_slots=4) as queue:
+        processes = [FORK.Process(target=_answer, args=(queue.handle(r), 0.001 * (r % 2))) for r in range(len(names))]
+        for process in processes:
+            process.start()
+        yield queue
+        queue.put(Stop(), deadline_s=30)
+        for process in processes:
+            process.join(30)
+            assert process.exitcode == 0
+            process.close()
+    assert sorted(os.listdir("/dev/shm")) == shm
+
+
+def _frame(number: int) -> list[bytes]:
+    random_bytes = random.Random(number)
+    sizes = [random_bytes.choice([0, 1, 100, 3900, 4096, 20_000]) for _ in range(random_bytes.randrange(4))]
+    return [random_bytes.randbytes(size) for size in sizes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queue", [1, 2, 4], indirect=True)
+def test_everything_arrives_in_order_and_whole(queue: Queue) -> None:
+    num_readers, num_frames = len(queue._names), 400
+    num_replies = [0] * num_readers
+    for number in range(num_frames):
+        while number - min(num_replies) >= 4:  # keep several in flight, but never more than the rings hold
+            _take(queue, num_replies)
+        frame = _frame(number)
+        queue.put(Frame(number, _checksum(frame)), frame, deadline_s=30)
+    while min(num_replies) < num_frames:
+        _take(queue, num_replies)
+    assert num_replies == [num_frames] * num_readers
+
+
+def _take(queue: Queue, num_replies: list[int]) -> None:
+    found = queue.get(timeout_s=30)
+    assert found is not None
+    reader, reply, buffers = found
+    frame = _frame(num_replies[reader])
+    assert reply == Frame(num_replies[reader], _checksum(frame))
+    assert [bytes(buffer) for buffer in buffers] == frame[:1]
+    num_replies[reader] += 1
+
+
+@pytest.mark.parametrize("queue", [2], indirect=True)
+def test_an_idle_queue_takes_no_cpu_in_any_process(queue: Queue) -> None:
+    queue.put(Frame(0, 0), deadline_s=30)
+    for _ in range(2):
+        assert queue.get(timeout_s=30) is not None
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    before = list(map(_cpu_ticks, pids))
+    assert queue.get(timeout_s=1.0) is None
+    assert [after - earlier <= 1 for after, earlier in zip(map(_cpu_ticks, pids), before, strict=True)] == [True] * 3
+
+
+def _cpu_ticks(pid: int | None) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rsplit(b")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])

@@ -1,0 +1,32 @@
+"""No test of the transport leaves anything behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from phalanx.transport.readiness import Poller
+
+
+def _descriptors() -> list[str]:
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return sorted(link for link in links if "memfd:phalanx" in link or "pidfd" in link or "socket" in link)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    Poller.of_process()
+    before = _descriptors(), sorted(os.listdir("/dev/shm"))
+    yield
+    request.node.funcargs.clear()  # a mapping goes with its last view, and pytest keeps fixtures longer than this
+    if _descriptors() != before[0]:
+        gc.collect()
+    assert (_descriptors(), sorted(os.listdir("/dev/shm"))) == before

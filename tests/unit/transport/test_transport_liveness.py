@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from phalanx.errors import PeerDiedError
+from phalanx.transport.futex import Doorbell
+from phalanx.transport.liveness import Party, Watch
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    made = Watch(Doorbell(memoryview(bytearray(4))))
+    yield made
+    made.close()
+
+
+def _wait_for_bell(watch: Watch) -> None:
+    assert watch._bell.wait(0, timeout_s=10)
+
+
+def test_a_party_knows_itself() -> None:
+    me = Party.me("brain")
+    assert me.is_alive()
+    assert str(me) == f"brain (pid {os.getpid()})"
+
+
+def test_the_same_pid_with_another_start_time_is_another_process() -> None:
+    me = Party.me("brain")
+    assert not Party("brain", me.pid, me.start_time + 1).is_alive()
+
+
+def test_a_zombie_is_dead(child: subprocess.Popen[bytes]) -> None:
+    party = Party.of("rank 3", child.pid)
+    assert party.is_alive()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not party.is_alive()
+    with pytest.raises(PeerDiedError, match="rank 3"):
+        Party.of("rank 3", child.pid)
+
+
+def test_a_death_rings_within_milliseconds(child: subprocess.Popen[bytes], watch: Watch) -> None:
+    party = Party.of("rank 3", child.pid)
+    watch.add(party)
+    watch.add(party)
+    assert watch.dead == []
+    started = time.monotonic()
+    os.kill(child.pid, signal.SIGKILL)
+    _wait_for_bell(watch)
+    assert watch.dead == [party]
+    assert time.monotonic() - started < 0.5
+
+
+def test_who_is_dead_already_is_reported(child: subprocess.Popen[bytes], watch: Watch) -> None:
+    party = Party.of("rank 3", child.pid)
+    child.kill()
+    child.wait()
+    watch.add(party)
+    _wait_for_bell(watch)
+    assert watch.dead == [party]
+
+
+def test_a_pid_that_is_in_use_again_is_a_death(watch: Watch) -> None:
+    me = Party.me("rank 3")
+    watch.add(Party(me.name, me.pid, me.start_time - 1))
+    _wait_for_bell(watch)
+
+
+def test_a_process_that_is_no_child_is_watched(watch: Watch) -> None:
+    script = "import subprocess as s; print(s.Popen(['sleep', '60'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+    party = Party.of("stranger", pid)
+    watch.add(party)
+    os.kill(pid, signal.SIGKILL)
+    _wait_for_bell(watch)
+    assert watch.dead == [party]
+
+
+def test_a_closed_watch_rings_no_more(child: subprocess.Popen[bytes]) -> None:
+    watch = Watch(Doorbell(memoryview(bytearray(4))))
+    watch.add(Party.of("rank 3", child.pid))
+    watch.close()
+    watch.close()
+    child.kill()
+    child.wait()
+    assert not watch._bell.wait(0, timeout_s=0.05)
+    assert watch.dead == []

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+
+from phalanx.errors import FrameError, PeerDiedError
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+
+
+def test_what_one_mapping_writes_the_other_reads() -> None:
+    with SharedSegment.create(1000, "test") as ours, SharedSegment.attach(ours.handle) as theirs:
+        assert len(ours.buf) == len(theirs.buf) == 1000
+        ours.buf[999] = 7
+        assert theirs.buf[999] == 7
+
+
+def test_a_handle_travels_as_a_message() -> None:
+    with SharedSegment.create(64, "test") as segment:
+        encoded = msgspec.msgpack.encode(segment.handle)
+        assert msgspec.msgpack.decode(encoded, type=SegmentHandle) == segment.handle
+
+
+def test_a_closed_segment_is_not_attached() -> None:
+    segment = SharedSegment.create(64, "gone")
+    segment.close()
+    segment.close()
+    with pytest.raises(FrameError, match="'gone'"):
+        SharedSegment.attach(segment.handle)
+
+
+def test_another_segment_at_the_same_descriptor_is_not_taken_for_it() -> None:
+    with SharedSegment.create(64, "first") as first, SharedSegment.create(64, "second") as second:
+        forged = msgspec.structs.replace(first.handle, fd=second.handle.fd)
+        with pytest.raises(FrameError, match="pid is in use again"):
+            SharedSegment.attach(forged)
+
+
+def test_a_descriptor_that_is_no_segment_is_not_opened() -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(FrameError):
+            SharedSegment.attach(SegmentHandle(os.getpid(), reading, 64, 1))
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_the_owner_of_a_segment_is_gone() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    handle = SegmentHandle(pid, 3, 64, 1, "kv cache")
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie now
+    with pytest.raises(PeerDiedError, match="kv cache"):
+        SharedSegment.attach(handle)
+    os.waitpid(pid, 0)
+    with pytest.raises(PeerDiedError, match="kv cache"):
+        SharedSegment.attach(handle)
+
+
+def test_a_view_outlives_the_segment() -> None:
+    segment = SharedSegment.create(64, "test")
+    view = segment.buf[:1]
+    segment.close()
+    view[0] = 1
+    assert view[0] == 1
+
+
+def test_it_cannot_be_shortened_under_its_readers() -> None:
+    with SharedSegment.create(64, "test") as segment, pytest.raises(PermissionError):
+        os.ftruncate(segment.handle.fd, 0)
