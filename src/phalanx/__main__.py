@@ -1,0 +1,5 @@
+"""`python -m phalanx` is the same as `phalanx`."""
+
+from phalanx.cli.main import main
+
+main()
