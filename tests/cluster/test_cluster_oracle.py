@@ -21,7 +21,14 @@ from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
 pytestmark = pytest.mark.slow
 
 TP_SIZES = (1, 2, 4)
-NUM_HEADS = {"llama": (9, 3), "qwen2": (8, 4), "qwen3": (8, 2), "mistral": (4, 4), "mixtral": (6, 3), "qwen3_moe": (8, 4)}
+NUM_HEADS = {
+    "llama": (9, 3),
+    "qwen2": (8, 4),
+    "qwen3": (8, 2),
+    "mistral": (4, 4),
+    "mixtral": (6, 3),
+    "qwen3_moe": (8, 4),
+}
 """Query and KV heads; several do not divide by the number of ranks."""
 
 
@@ -82,9 +89,7 @@ arrivals = st.builds(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(workload=st.lists(arrivals, min_size=1, max_size=10))
-def test_greedy_tokens_equal_transformers(
-    family: tuple[Path, Oracle], rig: Rig, workload: list[Arrival]
-) -> None:
+def test_greedy_tokens_equal_transformers(family: tuple[Path, Oracle], rig: Rig, workload: list[Arrival]) -> None:
     _, oracle = family
     for arrival, outcome in zip(workload, rig.run(workload), strict=True):
         expected = oracle.greedy(arrival.prompt, arrival.sampling.max_tokens or 0)

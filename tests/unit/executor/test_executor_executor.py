@@ -1,4 +1,4 @@
-"""The executor's own rules, over a channel and a launcher that are lists: order, deadlines, and one cause for a failure."""
+"""The executor's own rules, over a channel and a launcher that are lists: order, deadlines, one cause for a failure."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_named_with_its_end() -> None:
 def test_a_users_mistake_in_a_worker_stays_one() -> None:
     bench = Bench()
     bench.say((1, failure("CheckpointError", "no such tensor", is_user_error=True)))
-    with pytest.raises(UserError, match="^no such tensor$"):
+    with pytest.raises(UserError, match=r"^no such tensor$"):
         bench.executor.await_loaded(lambda *_: None, 1.0)
 
 

@@ -18,7 +18,13 @@ def config(**settings: object) -> Config:
 
 @pytest.mark.parametrize(
     ("gpus", "ranks", "wanted", "device"),
-    [(0, 1, "auto", "cpu"), (1, 1, "auto", "cuda"), (1, 2, "auto", "cpu"), (2, 2, "cuda", "cuda"), (4, 1, "cpu", "cpu")],
+    [
+        (0, 1, "auto", "cpu"),
+        (1, 1, "auto", "cuda"),
+        (1, 2, "auto", "cpu"),
+        (2, 2, "cuda", "cuda"),
+        (4, 1, "cpu", "cpu"),
+    ],
 )
 def test_device(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int, wanted: str, device: str) -> None:
     monkeypatch.setattr(platform, "num_gpus", lambda: gpus)
