@@ -255,10 +255,10 @@ class StepPlan(Message, frozen=True):
     """One step, as the difference to what the workers know.
 
     In this order a worker: forgets the slots in `dropped`, takes in `new`, appends each of `block_ids` to the block
-    table of the slot at the same place in `block_slots`, then computes the next `num_tokens[i]` tokens of slot `slots[i]`
-    for each row i. Rows with one token come first. A row whose last token is the last one known to the slot (prompt,
-    or sampled by an earlier step) samples one more token; the worker appends it to the slot itself, so that the next
-    plan need not wait for it.
+    table of the slot at the same place in `block_slots`, then computes the next `num_tokens[i]` tokens of slot
+    `slots[i]` for each row i. Rows with one token come first. A row whose last token is the last one known to the slot
+    (prompt, or sampled by an earlier step) samples one more token; the worker appends it to the slot itself, so that
+    the next plan need not wait for it.
     """
 
     epoch: int

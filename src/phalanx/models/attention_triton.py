@@ -36,7 +36,9 @@ def paged_attention(
     block_size, num_kv_heads, value_dim = value_cache.shape[1:]
     group = num_heads // num_kv_heads
     num_rows = batch.context_lens_R.shape[0]
-    tile_rows = max(16, triton.next_power_of_2(group)) if batch.max_query_len == 1 else max(64, triton.next_power_of_2(group))
+    tile_rows = (
+        max(16, triton.next_power_of_2(group)) if batch.max_query_len == 1 else max(64, triton.next_power_of_2(group))
+    )
     queries_per_tile = tile_rows // group
     out_THV = torch.empty(num_tokens, num_heads, value_dim, dtype=query_THD.dtype, device=query_THD.device)
     # Row r begins at tile query_starts[r] // queries_per_tile + r: an upper bound that needs no look at the device.

@@ -1,0 +1,209 @@
+"""From what the user calls a model to a checkpoint directory that is known to be complete and supported.
+
+Importing this module brings in neither torch nor transformers, so that a wrong name is refused in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError
+from phalanx.models.weight_files import DTYPES, TensorInfo, read_headers
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, and how many bytes of how many are done; both are 0 when there is nothing to count."""
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that transformers recomputes from the longest position in the batch: a request's tokens would
+depend on what else runs."""
+
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+_NOT_DOWNLOADED = ("consolidated*", "original/*", "*.gguf")
+"""Second copies of the weights that some repositories have."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with config.json and safetensors files, of a supported architecture."""
+
+    path: Path
+    name: str
+    """What the user called it."""
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The transformers PretrainedConfig, which knows the defaults of what config.json leaves out.
+
+        Raises CheckpointError if transformers does not accept config.json.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+            raise CheckpointError(f"{self.path / 'config.json'} is not accepted by transformers: {error}") from error
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json as it stands. Raises CheckpointError."""
+        file = self.path / "config.json"
+        try:
+            settings = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path} is no checkpoint: it has no config.json") from error
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{file} is not a JSON object")
+        return settings
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of the checkpoint's files by name. Raises CheckpointError."""
+        return read_headers(self.path)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class in transformers, such as "LlamaForCausalLM"."""
+        names = self.settings.get("architectures")
+        return str(names[0]) if names else "none"
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output that the model was made for, in tokens."""
+        return int(self._setting("max_position_embeddings"))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._setting("vocab_size"))
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights: "float32", "bfloat16" or "float16"."""
+        stated = self.settings.get("dtype") or self.settings.get("torch_dtype")
+        if stated in DTYPES.values():
+            return str(stated)
+        (most_common, _), *_ = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)
+        return DTYPES[most_common]
+
+    def check(self) -> None:
+        """Raises CheckpointError or UnsupportedModelError, naming what is wrong and what would be right."""
+        if self.architecture not in SUPPORTED_ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"{self.name} is a {self.architecture}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        if quantization := self.settings.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown")
+            raise UnsupportedModelError(
+                f"{self.name} is quantised ({method}); supported are {', '.join(DTYPES.values())}, and GGUF files"
+            )
+        rope = self.settings.get("rope_parameters") or self.settings.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type"))
+        if rope_type in BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"{self.name} has {rope_type} rotary embeddings; supported are default, linear, llama3 and yarn"
+            )
+        if odd := {tensor.dtype for tensor in self.tensors.values()} - DTYPES.keys():
+            raise UnsupportedModelError(
+                f"{self.name} has tensors of type {', '.join(sorted(odd))}; supported are {', '.join(DTYPES)}"
+            )
+
+    def _setting(self, name: str) -> Any:
+        value = self.settings.get(name)
+        return getattr(self.hf_config, name) if value is None else value
+
+
+def resolve(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
+    """Find a model: a checkpoint directory, a GGUF file, or the name of a model on the Hugging Face hub.
+
+    A GGUF file is converted once, into the user's cache; a hub model is downloaded into the hub's own cache. Both block
+    for as long as that takes, and tell `progress`.
+
+    Raises:
+        CheckpointError: it cannot be found or fetched, or its files are missing or damaged.
+        UnsupportedModelError: its architecture or quantisation is not one that Phalanx runs.
+        ConfigError: a revision is given for a model that has none.
+    """
+    progress = progress or _silent
+    path = Path(model).expanduser()
+    if path.exists() and revision is not None:
+        raise ConfigError("revision", revision, f"only a model on the hub has revisions, and {model} is a local path")
+    if path.is_dir():
+        directory = path.resolve()
+    elif path.is_file():
+        directory = _from_file(path.resolve(), progress)
+    elif _looks_like_path(model):
+        raise CheckpointError(f"{model}: there is no such file or directory")
+    else:
+        directory = _download(model, revision, progress)
+    checkpoint = Checkpoint(directory, model)
+    checkpoint.check()
+    return checkpoint
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """For callers that want no progress."""
+
+
+def _from_file(file: Path, progress: Progress) -> Path:
+    if file.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{file}: a model is a checkpoint directory, a GGUF file (.gguf) or a hub name")
+    from phalanx.models.gguf import convert_once
+
+    return convert_once(file, progress)
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.lower().endswith(".gguf")
+
+
+def _download(model: str, revision: str | None, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    progress("downloading", 0, 0)
+    tried = f"{model} is not a file or directory here, and"
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_NOT_DOWNLOADED)
+            )
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{tried} it cannot be the name of a hub model: {error}") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{tried} the hub's model has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{tried} the hub has no such model, or it asks for a token (HF_TOKEN)") from error
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        raise CheckpointError(f"{tried} {reason}, and the hub's cache does not have it") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{tried} the hub did not give it: {error}") from error

@@ -1,0 +1,189 @@
+"""One rank's shard of a causal language model, ready to compute.
+
+Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from phalanx.collectives.group import Group
+from phalanx.errors import CheckpointError
+from phalanx.models.attention import AttentionBatch, PagedAttention, Step, pick_backend
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.models.definition import build, definition_class
+from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
+from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
+from phalanx.models.weights import Source, WeightReader, find_sources
+
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+OnProgress = Callable[[int, int], None]
+
+
+class LayerCache(NamedTuple):
+    """What one attention layer caches of a token, on this rank."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class CausalLM:
+    """A rank's shard of a model. For the use of one thread.
+
+    All ranks of the group call the same methods with the same arguments; the collectives that a method issues depend on
+    the number of tokens or rows alone.
+    """
+
+    def __init__(self, definition: Any, head: VocabParallelHead, *, weight_bytes: int, device: torch.device) -> None:
+        self.vocab_size: int = definition.config.vocab_size
+        self.dtype: torch.dtype = definition.dtype
+        self.device = device
+        self.weight_bytes = weight_bytes
+        self._decoder = definition.base_model
+        self._head = head
+        self._step = Step()
+        backend = pick_backend(device)
+        self._attention: list[PagedAttention] = []
+        cache_layers = []
+        for module in _attention_modules(definition):
+            module.paged_attention = PagedAttention(self._step, backend)
+            self._attention.append(module.paged_attention)
+            key_size, value_size = module.k_proj.weight.shape[0], module.v_proj.weight.shape[0]
+            num_kv_heads = key_size // module.head_dim
+            cache_layers.append(LayerCache(num_kv_heads, module.head_dim, value_size // num_kv_heads))
+        self.cache_layers = tuple(cache_layers)
+
+    def bind_cache(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Use these key and value caches, one pair for each of `cache_layers`; an empty sequence lets go of them.
+
+        Shapes are [num_blocks, block_size, num_kv_heads, key_dim] and [..., value_dim]; the memory may hold anything.
+        """
+        assert len(caches) in (0, len(self._attention))
+        for i, attention in enumerate(self._attention):
+            attention.bind(*caches[i] if caches else (None, None))
+
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+        """Run the decoder on a step's tokens and put their keys and values into the cache.
+
+        Returns [T, D], after the final normalisation.
+        """
+        self._step.batch = batch
+        try:
+            output = self._decoder(input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False)
+        finally:
+            self._step.batch = None
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Logits [R, V] in float32 of the next token after each hidden state, on every rank."""
+        return self._head(hidden_RD)
+
+
+def import_definition(checkpoint: str) -> None:
+    """Import the modules that a checkpoint's model needs, so that forked workers have them. Raises UserError."""
+    found = Checkpoint(Path(checkpoint), checkpoint)
+    found.check()
+    definition_class(found)
+    found.hf_config  # noqa: B018  (its class is in a module too)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    allocate: Allocate,
+    on_progress: OnProgress,
+) -> CausalLM:
+    """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
+
+    Blocks for as long as reading takes; `on_progress(bytes_done, bytes_total)` counts this rank's bytes. Issues no
+    collective.
+
+    Raises CheckpointError if tensors are missing or of the wrong shape, ConfigError naming `tensor_parallel_size` if
+    the model cannot be shared out over that many ranks, UnsupportedModelError for a layout that is not known.
+    """
+    definition = build(checkpoint, dtype)
+    sharding = Sharding(definition, group.rank, group.size)
+    shards = {
+        name: sharding.shard(name, parameter) for name, parameter in definition.named_parameters(remove_duplicate=False)
+    }
+    sources = find_sources(definition, checkpoint.tensors, list(shards))
+    with WeightReader(checkpoint.tensors) as reader:
+        if definition.config.tie_word_embeddings:
+            _tie(sharding, shards, sources, reader)
+        if missing := [name for name in shards if name not in sources]:
+            some = ", ".join(missing[:4])
+            raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
+        weights = _read(reader, shards, sources, dtype, allocate, on_progress)
+    _install(definition, weights, sharding, group, device)
+    head_weight = weights.get(sharding.head_name, weights[sharding.embedding_name])
+    return CausalLM(
+        definition,
+        VocabParallelHead(head_weight, checkpoint.vocab_size, group),
+        weight_bytes=sum(tensor.nbytes for tensor in weights.values()),
+        device=device,
+    )
+
+
+def _tie(sharding: Sharding, shards: dict[str, Shard], sources: dict[str, list[Source]], reader: WeightReader) -> None:
+    """Drop the head where it is the embedding's weight. As in transformers, a checkpoint that has both is believed."""
+    embedding, head = sources.get(sharding.embedding_name), sources.get(sharding.head_name)
+    if embedding and head and not reader.are_equal(embedding[0].key, head[0].key):
+        return
+    if head and not embedding:
+        sources[sharding.embedding_name] = head
+    del shards[sharding.head_name]
+
+
+def _read(
+    reader: WeightReader,
+    shards: dict[str, Shard],
+    sources: dict[str, list[Source]],
+    dtype: torch.dtype,
+    allocate: Allocate,
+    on_progress: OnProgress,
+) -> dict[str, Tensor]:
+    total_bytes = sum(math.prod(shard.shape) for shard in shards.values()) * dtype.itemsize
+    done_bytes = 0
+    weights = {}
+    for name, shard in shards.items():
+        weights[name] = allocate(name, shard.shape, dtype)
+        reader.fill(weights[name], shard, sources[name])
+        done_bytes += weights[name].nbytes
+        on_progress(done_bytes, total_bytes)
+    return weights
+
+
+def _install(
+    definition: Any, weights: dict[str, Tensor], sharding: Sharding, group: Group, device: torch.device
+) -> None:
+    """Put the rank's weights into the definition, and parallel layers where the ranks' outputs are to be summed."""
+    for name, tensor in weights.items():
+        module_name, _, leaf = name.rpartition(".")
+        definition.get_submodule(module_name).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    for name, module in list(definition.named_modules()):
+        style = sharding.style(name)
+        if style in ROWS:
+            definition.set_submodule(name, RowParallelLinear(module.weight, module.bias, group))
+        elif style in EXPERTS:
+            sum_output(module, group)
+        for buffer_name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(buffer_name, buffer.to(device), persistent=False)
+    embedding = definition.get_input_embeddings()
+    definition.set_input_embeddings(VocabParallelEmbedding(embedding.weight, group))
+
+
+def _attention_modules(definition: Any) -> list[Any]:
+    """The layers' attention modules, in the order of the layers."""
+    found = [module for module in definition.modules() if hasattr(module, "k_proj") and hasattr(module, "layer_idx")]
+    return sorted(found, key=lambda module: module.layer_idx)

@@ -1,0 +1,104 @@
+"""What the safetensors files of a checkpoint hold, from their headers alone. No torch here.
+
+A file is the header's length (8 bytes, little-endian), the header (JSON: dtype, shape and offsets of each tensor), then
+the tensors' bytes. Source: github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from phalanx.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""torch's names of the types that weights may have, by safetensors' names."""
+
+_LENGTH = struct.Struct("<Q")
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor of a checkpoint: its file, safetensors' name of its type (such as "BF16"), its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint by name.
+
+    Raises CheckpointError: there are no safetensors files, one is missing, cut short or not of this format, or one
+    lacks a tensor that the index says it has.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        return _read_header(directory / SINGLE)
+    tensors: dict[str, TensorInfo] = {}
+    weight_map = _weight_map(index)
+    for name in sorted(set(weight_map.values())):
+        tensors |= _read_header(directory / name)
+    for tensor, file in weight_map.items():
+        if tensor not in tensors:
+            raise CheckpointError(f"{directory / file} lacks the tensor {tensor}, which {INDEX} says it has")
+    return {name: tensors[name] for name in weight_map}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("its weight_map is empty or no object")
+        return weight_map
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    try:
+        with file.open("rb") as stream:
+            (header_bytes,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            size_bytes = file.stat().st_size
+            if header_bytes > size_bytes:
+                raise CheckpointError(f"{file} is cut short, or is no safetensors file")
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        expected_bytes = _LENGTH.size + header_bytes + data_bytes
+        tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(_describe_missing(file)) from error
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} is no safetensors file: {error}") from error
+    if size_bytes < expected_bytes:
+        raise CheckpointError(f"{file} is cut short: it has {size_bytes} bytes of {expected_bytes}")
+    return tensors
+
+
+def _describe_missing(file: Path) -> str:
+    others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in file.parent.glob(pattern))
+    if others:
+        return f"{file.parent} has no {file.name}, only {others[0]}: weights must be in safetensors files"
+    return f"{file} is missing: the checkpoint has no weights, or not all of them"
+
+
+def write_header(sink: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Begin a safetensors file whose tensors, all of torch's `dtype`, follow one another in this order."""
+    (kind,) = (kind for kind, name in DTYPES.items() if name == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * _ITEM_BYTES[kind]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % _LENGTH.size)  # tensors begin aligned
+    sink.write(_LENGTH.pack(len(encoded)) + encoded)

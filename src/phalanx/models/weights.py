@@ -1,0 +1,141 @@
+"""From the tensors of a checkpoint to a rank's parameters: each rank reads its own part, out of mapped files.
+
+A checkpoint's names and layout may be older than the model's: transformers' conversion mapping tells how they relate.
+Of its operations those are known here that put single experts' matrices into fused ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from phalanx.errors import CheckpointError, UnsupportedModelError
+from phalanx.models.shards import Shard
+from phalanx.models.weight_files import TensorInfo
+from phalanx.topology.sharding import Span
+
+_STACK_AND_CONCATENATE = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+"""Operations of a fused experts' parameter: matrices of all experts stacked, then (gate and up) one above the other."""
+
+_log = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """A tensor of the checkpoint and its place in a parameter."""
+
+    key: str
+    expert: int | None = None
+    """Index in the parameter's first dimension, which the tensor lacks; None if it has all dimensions."""
+    row: int = 0
+    """Where the tensor begins along its own first dimension."""
+
+
+def find_sources(model: Any, tensors: Mapping[str, TensorInfo], parameters: Sequence[str]) -> dict[str, list[Source]]:
+    """The checkpoint's tensors that each parameter is made of.
+
+    What the checkpoint has and the model has no use for is logged. A parameter without sources is absent from the
+    result. Raises UnsupportedModelError for a conversion that is not known here.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    transforms = get_model_conversion_mapping(model)
+    wanted = set(parameters)
+    sources: dict[str, list[Source]] = {}
+    unused = []
+    for key in tensors:
+        name, source = _place(key, tensors[key], transforms)
+        if name in wanted:
+            sources.setdefault(name, []).append(source)
+        else:
+            unused.append(key)
+    if unused:
+        _log.warning("the model has no use for %d tensors of its checkpoint: %s", len(unused), ", ".join(unused[:4]))
+    return sources
+
+
+def _place(key: str, info: TensorInfo, transforms: Sequence[Any]) -> tuple[str, Source]:
+    """The parameter that a tensor belongs to, and where in it."""
+    name, source = key, Source(key)
+    for transform in transforms:
+        name, pattern = transform.rename_source_key(name)
+        operations = [type(operation).__name__ for operation in getattr(transform, "operations", ())]
+        if pattern is None or not operations:
+            continue
+        if operations not in _STACK_AND_CONCATENATE:
+            raise UnsupportedModelError(f"{key} is converted by {' and '.join(operations)}, which is not known here")
+        expert = int(re.findall(r"\.(\d+)\.", key)[-1])
+        source = Source(key, expert, transform.source_patterns.index(pattern) * info.shape[0])
+    return name, source
+
+
+class WeightReader:
+    """Reads parts of tensors. A context manager: the files stay mapped until it ends."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def fill(self, target: Tensor, shard: Shard, sources: Sequence[Source]) -> None:
+        """Write a rank's part of a parameter into `target`, converting the dtype.
+
+        Raises CheckpointError if the tensors' shapes do not make up the parameter's.
+        """
+        self._check(shard, sources)
+        if shard.is_padded:
+            target.zero_()
+        for source in sources:
+            if source.expert is None:
+                self._copy(target, shard, source, shard.dim)
+            else:
+                self._copy(target[source.expert], shard, source, shard.dim - 1)
+
+    def are_equal(self, key: str, other_key: str) -> bool:
+        """Whether two tensors of the checkpoint hold the same values."""
+        tensor, other = (self._file(self._tensors[name].file).get_tensor(name) for name in (key, other_key))
+        return torch.equal(tensor, other)
+
+    def _copy(self, target: Tensor, shard: Shard, source: Source, dim: int) -> None:
+        """Copy what the shard takes of one tensor. `dim` is the shared-out dimension of the tensor and of `target`."""
+        info = self._tensors[source.key]
+        tensor = self._file(info.file).get_slice(source.key)
+        if dim > 0:
+            target = target.narrow(0, source.row, info.shape[0])
+        begin = source.row if dim == 0 else 0
+        has = Span(begin, begin + info.shape[dim])
+        for i, span in enumerate(shard.spans):
+            taken = span.intersection(has)
+            if taken.size:
+                inside = taken.shifted(-begin)
+                part = tensor[(*[slice(None)] * dim, slice(*inside))]
+                target.narrow(dim, i * shard.span_size + taken.start - span.start, taken.size).copy_(part)
+
+    def _check(self, shard: Shard, sources: Sequence[Source]) -> None:
+        shapes = [self._tensors[source.key].shape for source in sources]
+        inner = shard.full_shape[1:] if sources[0].expert is None else shard.full_shape[2:]
+        if any(shape[1:] != inner for shape in shapes) or sum(map(math.prod, shapes)) != math.prod(shard.full_shape):
+            found = " + ".join(str(list(shape)) for shape in shapes[:4]) + (" + ..." if len(shapes) > 4 else "")
+            raise CheckpointError(
+                f"{self._tensors[sources[0].key].file}: {sources[0].key} has shape {found}, "
+                f"and the model's configuration wants {list(shard.full_shape)}"
+            )
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]

@@ -1,0 +1,189 @@
+"""What is not a complete, supported model is refused by name, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
+from phalanx.models.checkpoint import SUPPORTED_ARCHITECTURES, resolve
+from phalanx.models.weight_files import read_headers
+from phalanx.testing.checkpoints import write_checkpoint
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", "qwen3", dtype="bfloat16")
+
+
+def set_in_config(directory: Path, **settings: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_a_directory_is_described(directory: Path) -> None:
+    checkpoint = resolve(str(directory))
+    assert checkpoint.path == directory.resolve()
+    assert checkpoint.name == str(directory)
+    assert checkpoint.architecture == "Qwen3ForCausalLM"
+    assert checkpoint.max_model_len == 512
+    assert checkpoint.vocab_size == 260
+    assert checkpoint.dtype == "bfloat16"
+    assert checkpoint.weight_files == (directory / "model.safetensors",)
+    assert checkpoint.hf_config.num_hidden_layers == 2
+
+
+def test_what_the_configuration_leaves_out_is_the_models_default(directory: Path) -> None:
+    set_in_config(directory, max_position_embeddings=None, dtype=None)
+    file = directory / "config.json"
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if value is not None}
+    file.write_text(json.dumps(kept))
+    assert resolve(str(directory)).max_model_len == 32768
+    assert resolve(str(directory)).dtype == "bfloat16", "that of the tensors"
+
+
+def test_importing_and_refusing_needs_no_torch() -> None:
+    code = (
+        "import sys; from phalanx.models.checkpoint import resolve\n"
+        "try: resolve('./nowhere')\n"
+        "except ValueError as error: print(error)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["./nowhere: there is no such file or directory", "[]"]
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def write(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def configure(**settings: Any) -> Callable[[Path], None]:
+    return lambda directory: set_in_config(directory, **settings)
+
+
+def cut_short(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def index_of(weight_map: Any) -> Callable[[Path], Any]:
+    return write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (remove("config.json"), CheckpointError, "no config.json"),
+        (write("config.json", b"{"), CheckpointError, "is not JSON"),
+        (write("config.json", b"[]"), CheckpointError, "not a JSON object"),
+        (remove("model.safetensors"), CheckpointError, "model.safetensors is missing"),
+        (pickled, CheckpointError, "only pytorch_model.bin: weights must be in safetensors"),
+        (cut_short, CheckpointError, "model.safetensors is cut short: it has .* bytes of"),
+        (write("model.safetensors", b""), CheckpointError, "no safetensors file"),
+        (write("model.safetensors", b"\x08" + bytes(7) + b"notajson"), CheckpointError, "no safetensors file"),
+        (write("model.safetensors", b"\xff" * 100), CheckpointError, "cut short"),
+        (index_of({"a": "model-2.safetensors"}), CheckpointError, "model-2.safetensors is missing"),
+        (index_of({"nothing": "model.safetensors"}), CheckpointError, "lacks the tensor nothing"),
+        (index_of([]), CheckpointError, "not an index"),
+        (configure(architectures=["GPT2LMHeadModel"]), UnsupportedModelError, "a GPT2LMHeadModel; supported are"),
+        (configure(architectures=None), UnsupportedModelError, "a none; supported are"),
+        (configure(quantization_config={"quant_method": "awq"}), UnsupportedModelError, r"quantised \(awq\)"),
+        (configure(rope_parameters={"rope_type": "dynamic"}), UnsupportedModelError, "dynamic rotary embeddings"),
+        (configure(rope_parameters=None, rope_scaling={"type": "longrope"}), UnsupportedModelError, "longrope rotary"),
+    ],
+)
+def test_faults_are_named(directory: Path, spoil: Callable[[Path], Any], error: type[UserError], message: str) -> None:
+    spoil(directory)
+    with pytest.raises(error, match=message) as caught:
+        resolve(str(directory))
+    assert str(directory) in str(caught.value)
+
+
+def test_supported_architectures_are_listed(directory: Path) -> None:
+    set_in_config(directory, architectures=["MambaForCausalLM"])
+    with pytest.raises(UnsupportedModelError) as caught:
+        resolve(str(directory))
+    assert all(name in str(caught.value) for name in SUPPORTED_ARCHITECTURES)
+
+
+def test_weights_of_another_type_are_refused(directory: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UnsupportedModelError, match="F8_E4M3"):
+        resolve(str(directory))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "model.gguf"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{name}: there is no such file"):
+        resolve(name)
+
+
+def test_a_file_of_another_kind_is_refused(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint directory, a GGUF file"):
+        resolve(str(directory / "model.safetensors"))
+
+
+def test_a_local_model_has_no_revision(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="revision"):
+        resolve(str(directory), revision="main")
+
+
+def test_offline_a_hub_model_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="not a file or directory here, and HF_HUB_OFFLINE is set"):
+        resolve("someone/no-such-model")
+
+
+def test_a_name_that_no_hub_model_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="cannot be the name of a hub model"):
+        resolve("what is this")
+
+
+def test_a_hub_model_is_found_in_the_cache(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    seen: list[tuple[str, int, int]] = []
+    checkpoint = resolve("someone/model", revision="v2", progress=lambda *state: seen.append(state))
+    assert (checkpoint.name, checkpoint.path) == ("someone/model", directory)
+    assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
+    assert seen == [("downloading", 0, 0)]
+
+
+def test_a_sharded_checkpoint_has_several_files(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "whole", "mixtral"))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    checkpoint = resolve(str(tmp_path / "sharded"))
+    assert len(checkpoint.weight_files) > 2
+    whole, sharded = read_headers(tmp_path / "whole"), checkpoint.tensors
+    assert {name: info[1:] for name, info in whole.items()} == {name: info[1:] for name, info in sharded.items()}
