@@ -1,0 +1,76 @@
+"""The blocks of the KV cache: who holds them, and which are taken next."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.engine.prefix_cache import PrefixCache
+
+Blocks = NDArray[np.int32]
+"""Block ids, in the order of the tokens that they hold."""
+
+
+class BlockPool:
+    """Every block is in one of three states: held by one request or more, *empty*, or *idle*.
+
+    An idle block is held by nobody but can still be found by its digest. Blocks are taken from the empty ones first,
+    then from the idle ones, the longest idle first.
+    """
+
+    def __init__(self, num_blocks: int, cache: PrefixCache) -> None:
+        self.num_blocks = num_blocks
+        self._cache = cache
+        self._num_holders_B = np.zeros(num_blocks, dtype=np.int32)
+        # A stack; the lowest block is on top.
+        self._empty = np.arange(num_blocks, dtype=np.int32)[::-1].copy()
+        self._num_empty = num_blocks
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken: the empty and the idle ones."""
+        return self._num_empty + len(self._idle)
+
+    def num_idle(self, blocks: Blocks) -> int:
+        """How many of these would no longer be free if they were shared."""
+        return int(np.count_nonzero(self._num_holders_B[blocks] == 0))
+
+    def take(self, num_blocks: int) -> Blocks:
+        """Blocks to write to, held once. There must be that many free ones."""
+        assert num_blocks <= self.num_free, f"{num_blocks} blocks are asked for, {self.num_free} are free"
+        if num_blocks > self._num_empty:
+            self._evict(num_blocks - self._num_empty)
+        self._num_empty -= num_blocks
+        blocks = self._empty[self._num_empty : self._num_empty + num_blocks][::-1].copy()
+        self._num_holders_B[blocks] = 1
+        return blocks
+
+    def share(self, blocks: Blocks) -> None:
+        """One more holder for blocks that the prefix cache has found. They are not to be written."""
+        for block in blocks[self._num_holders_B[blocks] == 0].tolist():
+            del self._idle[block]
+        self._num_holders_B[blocks] += 1
+
+    def release(self, blocks: Blocks) -> None:
+        """One holder less for the blocks of one request."""
+        self._num_holders_B[blocks] -= 1
+        holders = self._num_holders_B[blocks]
+        assert not (holders < 0).any(), "a block was released twice"
+        free = blocks[holders == 0]
+        is_cached = self._cache.is_cached_B[free]
+        self._push_empty(free[~is_cached])
+        # The end of a sequence goes first: without its beginning it could not be found anyway.
+        self._idle.update(dict.fromkeys(free[is_cached][::-1].tolist()))
+
+    def _evict(self, num_blocks: int) -> None:
+        evicted = [self._idle.popitem(last=False)[0] for _ in range(num_blocks)]
+        for block in evicted:
+            self._cache.forget(block)
+        self._push_empty(np.array(evicted, dtype=np.int32))
+
+    def _push_empty(self, blocks: Blocks) -> None:
+        self._empty[self._num_empty : self._num_empty + len(blocks)] = blocks
+        self._num_empty += len(blocks)

@@ -1,0 +1,150 @@
+"""The brain: takes requests, keeps the workers busy, lets committed tokens out."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.engine.request import Request
+from phalanx.engine.scheduler import PlannedStep, Scheduler
+from phalanx.errors import RequestError
+from phalanx.protocol import EngineStats, FinishReason, StepPlan, StepResult, Submit, TokenBatch, as_ints
+
+T = TypeVar("T", covariant=True)
+
+SEED_BITS = 63
+
+
+class Pending(Protocol[T]):
+    """An answer to come."""
+
+    def result(self) -> T:
+        """Block until it is there. Raises what kept it from coming, at the latest at its deadline."""
+
+
+class StepExecutor(Protocol):
+    """Carries out plans, in the order in which they come."""
+
+    def step(self, plan: StepPlan) -> Pending[StepResult]: ...
+
+
+class Brain:
+    """Everything that is decided about requests, in one place and one thread.
+
+    With async scheduling the plan of one step is sent while the step before it computes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        executor: StepExecutor,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self._executor = executor
+        self._max_model_len = max_model_len
+        self._block_size = config.cache.block_size
+        self._num_blocks = num_blocks
+        self._eos_token_ids = eos_token_ids
+        self._depth = 2 if config.scheduler.async_scheduling else 1
+        self._scheduler = Scheduler(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+            num_blocks=num_blocks,
+            is_prefix_caching=config.cache.enable_prefix_caching,
+            eos_token_ids=eos_token_ids,
+        )
+        self._in_flight: deque[tuple[PlannedStep, Pending[StepResult]]] = deque()
+        self._cancelled: list[int] = []
+        self._num_submitted = 0
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request. Raises RequestError if it could never run."""
+        token_ids, sampling = as_ints(request.prompt_token_ids), request.sampling
+        max_len = self._max_len(request)
+        self._scheduler.add(
+            Request(
+                request_id=request.request_id,
+                arrival=self._num_submitted,
+                token_ids=token_ids,
+                num_prompt=len(token_ids),
+                max_len=max_len,
+                sampling=sampling,
+                seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
+                end_token_ids=sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids),
+            )
+        )
+        self._num_submitted += 1
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """End requests, whether they wait, run or are in a step under way. Ids of requests that are over are ignored.
+
+        The next `step` tells that they have ended.
+        """
+        self._cancelled += self._scheduler.cancel(request_ids)
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(len(self._scheduler) or self._in_flight or self._cancelled)
+
+    def step(self) -> TokenBatch | None:
+        """One turn: send plans as far as they may run ahead, then wait for the oldest step and commit it.
+
+        Gives what left the brain in this turn, if anything did. Blocks for as long as that step takes; raises what the
+        executor raises (WorkerError, PeerDiedError, DeadlineError), after which the brain is of no use any more.
+        """
+        while len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
+            self._in_flight.append((planned, self._executor.step(planned.plan)))
+        batch = TokenBatch(b"", b"")
+        if self._in_flight:
+            planned, pending = self._in_flight.popleft()
+            batch = self._scheduler.commit(planned, pending.result())
+        else:
+            assert not len(self._scheduler), "requests are left that can never run"
+        if self._cancelled:
+            ended = tuple((request_id, FinishReason.CANCELLED) for request_id in self._cancelled)
+            batch = msgspec.structs.replace(batch, finished=batch.finished + ended)
+            self._cancelled = []
+        return batch if batch.tokens or batch.finished else None
+
+    def stats(self) -> EngineStats:
+        """What there is now, and counts since the start."""
+        scheduler, totals = self._scheduler, self._scheduler.totals
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks_used=self._num_blocks - scheduler.pool.num_free,
+            num_blocks=self._num_blocks,
+            num_steps=totals.num_steps,
+            num_preemptions=totals.num_preemptions,
+            num_prompt_tokens=totals.num_prompt_tokens,
+            num_cached_tokens=totals.num_cached_tokens,
+            num_generated_tokens=totals.num_generated_tokens,
+        )
+
+    def _max_len(self, request: Submit) -> int:
+        """The longest that the request can get. Raises RequestError if it is wrong or there is no room for that."""
+        num_prompt, max_tokens = len(as_ints(request.prompt_token_ids)), request.sampling.max_tokens
+        if request.request_id in self._scheduler:
+            raise RequestError("request_id", request.request_id, "a request with this id is running")
+        if num_prompt == 0:
+            raise RequestError("prompt", [], "it must have at least one token")
+        if num_prompt >= self._max_model_len:
+            raise RequestError("prompt", f"{num_prompt} tokens", f"at most {self._max_model_len - 1}")
+        max_len = self._max_model_len if max_tokens is None else min(num_prompt + max_tokens, self._max_model_len)
+        room = self._num_blocks * self._block_size
+        if max_len - 1 > room:  # the last token is never computed
+            field, value = ("prompt", num_prompt) if num_prompt > room else ("max_tokens", max_tokens)
+            raise RequestError(
+                field, value, f"prompt and output share {room + 1} tokens: kv_cache_memory has no room for more"
+            )
+        return max_len

@@ -1,0 +1,91 @@
+"""The engine's process as its parent sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from phalanx.errors import DeadlineError
+from phalanx.executor.shared_fate import describe_exit
+from phalanx.transport.stream import stream_pair
+
+ENGINE_COMMAND = (sys.executable, "-m", "phalanx.engine.process")
+
+KILL_TIMEOUT_S = 10.0
+"""How long the kernel may take to end a process after SIGKILL; freeing a GPU's memory takes a second or two."""
+
+
+class EngineChild:
+    """A child process, watched through a pidfd by the event loop that spawned it.
+
+    The kernel kills the child when the *thread* that spawned it ends (see `die_with_parent`): it must be a thread that
+    lives as long as the engine shall.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+        """Use `spawn`."""
+        self.pid = process.pid
+        self.descriptor = descriptor
+        """Our end of the stream to it; whoever opens it owns it."""
+        self._process = process
+        self._exited = asyncio.Event()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    def spawn(cls, command: Sequence[str] = ENGINE_COMMAND) -> EngineChild:
+        """Start `command` with two more arguments: the number of its stream's descriptor, and our pid."""
+        ours, theirs = stream_pair()
+        try:
+            process = subprocess.Popen(
+                [*command, str(theirs), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs,),
+                # Out of the terminal's group: Ctrl-C goes to the server alone, which decides when the engine ends.
+                process_group=0,
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return cls(process, ours)
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; False if it has not come after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._exited.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end. Blocks the event loop for that moment: no cancellation may come in between.
+
+        Raises DeadlineError if the kernel cannot end it.
+        """
+        if self._process.returncode is None:
+            self._process.kill()
+            try:
+                self._process.wait(KILL_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise DeadlineError("the end after SIGKILL", f"process {self.pid}", KILL_TIMEOUT_S) from None
+            self._reap()
+
+    def how_it_ended(self) -> str:
+        """In words, such as `killed by SIGKILL`."""
+        code = self._process.returncode
+        return "still running" if code is None else describe_exit(code)
+
+    def _reap(self) -> None:
+        if self._exited.is_set():
+            return
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.wait()
+        self._exited.set()

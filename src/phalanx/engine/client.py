@@ -1,0 +1,282 @@
+"""The engine as the server has it: a process of its own, reached over one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.engine.admission import check_request
+from phalanx.engine.child import ENGINE_COMMAND, EngineChild
+from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.stream import OutputDelta, RequestStream, Streams
+from phalanx.engine.tokenizer import Tokenizer
+from phalanx.errors import EngineDeadError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import (
+    Cancel,
+    ClientMessage,
+    EngineFailed,
+    EngineMessage,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    Shutdown,
+    StartProgress,
+    Submit,
+    TokenBatch,
+    ints,
+)
+from phalanx.transport.liveness import Party
+from phalanx.transport.stream import AsyncStream
+
+OnProgress = Callable[[StartProgress], None]
+
+NAME = "the engine"
+START_GRACE_S = 10.0
+"""Beyond the start's own deadline: that the engine reports it says more than its silence."""
+SHUTDOWN_TIMEOUT_S = 10.0
+LAST_WORDS_S = 1.0
+"""Between the end of the engine's stream and the end of its process."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: Callable[[bytes], EngineMessage] = msgspec.msgpack.Decoder(EngineMessage).decode
+
+
+class EngineClient:
+    """Starts the engine's process, submits requests to it, and hands their output out.
+
+    For one event loop, in a thread that lives as long as the engine: the kernel kills the engine with that thread.
+    """
+
+    def __init__(
+        self,
+        child: EngineChild,
+        stream: AsyncStream,
+        info: EngineReady,
+        tokenizer: Tokenizer,
+        default_sampling: SamplingParams,
+    ) -> None:
+        """Use `start`."""
+        self.info = info
+        self.tokenizer = tokenizer
+        self.default_sampling = default_sampling
+        """For what a request leaves open: the checkpoint's advice (generation_config.json) over our defaults."""
+        self.stats: EngineStats | None = None
+        self.dead: str | None = None
+        """Why the engine takes no more requests; None while it does."""
+        self._child = child
+        self._stream = stream
+        self._streams = Streams()
+        self._news: dict[int, asyncio.Event] = {}
+        self._idle = asyncio.Event()
+        self._is_closing = False
+        self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
+        self._request_ids = itertools.count()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls, config: Config, on_progress: OnProgress | None = None, *, command: Sequence[str] = ENGINE_COMMAND
+    ) -> EngineClient:
+        """Start the engine's process and wait until it serves.
+
+        `on_progress` is called in the event loop. Raises UserError for the user's mistakes and StartError for the rest,
+        also when nothing is heard for `start_timeout_s`. If it raises or is cancelled, no process is left.
+        """
+        child = EngineChild.spawn(command)
+        try:
+            stream = await AsyncStream.open(child.descriptor, Party(NAME, child.pid, start_time=0))
+            try:
+                return await cls._start(config, on_progress, child, stream)
+            except BaseException as error:
+                await stream.close()
+                if isinstance(error, PhalanxError):
+                    await child.wait(LAST_WORDS_S)  # it is ending its workers
+                raise
+        except BaseException:
+            child.kill()
+            raise
+
+    @classmethod
+    async def _start(
+        cls, config: Config, on_progress: OnProgress | None, child: EngineChild, stream: AsyncStream
+    ) -> EngineClient:
+        silence_s = config.executor.start_timeout_s + START_GRACE_S
+        frames = aiter(stream)
+        with contextlib.suppress(PeerDiedError):  # it ended at once: the end of `frames` will tell
+            await stream.send(_encode(config))
+        ready = asyncio.create_task(_await_ready(frames, child, on_progress, silence_s))
+        front = asyncio.create_task(_load_front(config, ready))
+        try:
+            info, (tokenizer, generation) = await asyncio.gather(ready, front)
+        finally:
+            ready.cancel()
+            front.cancel()
+        client = cls(child, stream, info, tokenizer, generation.default_sampling())
+        client._tasks = [asyncio.create_task(client._read(frames)), asyncio.create_task(client._write())]
+        return client
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._streams)
+
+    def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
+        """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.
+
+        Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
+        request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as the engine dies.
+        """
+        check_request(
+            prompt_token_ids,
+            sampling,
+            max_model_len=self.info.max_model_len,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        if self.dead is not None or self._is_closing:
+            raise EngineDeadError(self.dead or f"{NAME} is shutting down")
+        return self._deltas(prompt_token_ids, sampling)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
+
+        By force if it does not end by itself: takes seconds beyond `grace_s` at most. May be called more than once.
+        """
+        self._is_closing = True
+        try:
+            if self.dead is None:
+                await self._end_running(grace_s)
+                self._outbox.put_nowait(Shutdown())
+            # An engine that failed ends by itself too, when it has ended its workers.
+            await self._child.wait(SHUTDOWN_TIMEOUT_S)
+        finally:
+            self._child.kill()
+            self._die(f"{NAME} was shut down")
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+            await self._stream.close()
+
+    async def _deltas(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams
+    ) -> AsyncGenerator[OutputDelta, None]:
+        request_id = next(self._request_ids)
+        stream = RequestStream(self.tokenizer, prompt_token_ids, sampling)
+        self._streams.add(request_id, stream)
+        self._news[request_id] = news = asyncio.Event()
+        self._outbox.put_nowait(Submit(request_id, ints(prompt_token_ids), sampling))
+        try:
+            while True:
+                delta = stream.take()
+                if delta is not None:
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+                elif self.dead is not None:
+                    raise EngineDeadError(self.dead)
+                else:
+                    await news.wait()
+                news.clear()
+        finally:
+            del self._news[request_id]
+            if self._streams.drop(request_id) and self.dead is None:
+                self._outbox.put_nowait(Cancel((request_id,)))
+            self._note_idle()
+
+    async def _end_running(self, grace_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self.num_running:
+                    self._idle.clear()
+                    await self._idle.wait()
+        cancelled = self._streams.end_all(FinishReason.CANCELLED)
+        self._wake(cancelled)
+        if cancelled:
+            self._outbox.put_nowait(Cancel(tuple(cancelled)))
+
+    async def _read(self, frames: AsyncIterator[bytes]) -> None:
+        try:
+            async for frame in frames:
+                self._take(_decode(frame))
+                if self.dead is not None:
+                    await self._stream.close()  # tells the engine that its last words were heard
+        except PeerDiedError:
+            await self._child.wait(LAST_WORDS_S)
+            self._die(f"{NAME}'s process (pid {self._child.pid}) ended: {self._child.how_it_ended()}")
+        finally:
+            # Whatever else ends this task, nobody may go on waiting for what it would have read.
+            self._die(f"{NAME}'s messages cannot be read any more")
+
+    async def _write(self) -> None:
+        with contextlib.suppress(PeerDiedError):  # the reading task says so, with the reason
+            while True:
+                await self._stream.send(_encode(await self._outbox.get()))
+
+    def _take(self, message: EngineMessage) -> None:
+        if isinstance(message, TokenBatch):
+            touched, stopped = self._streams.apply(message)
+            self._wake(touched)
+            if stopped:
+                self._outbox.put_nowait(Cancel(tuple(stopped)))
+            self._note_idle()
+        elif isinstance(message, EngineStats):
+            self.stats = message
+        elif isinstance(message, EngineFailed):
+            self._die(message.reason)
+
+    def _die(self, reason: str) -> None:
+        if self.dead is None:
+            self.dead = reason
+            self._wake(list(self._news))
+
+    def _wake(self, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            self._news[request_id].set()
+
+    def _note_idle(self) -> None:
+        if not self.num_running:
+            self._idle.set()
+
+
+async def _await_ready(
+    frames: AsyncIterator[bytes], child: EngineChild, on_progress: OnProgress | None, silence_s: float
+) -> EngineReady:
+    phase = "starting"
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                message = _decode(await anext(frames))
+        except TimeoutError:
+            raise StartError(NAME, phase, f"nothing was heard of it for {silence_s:.0f} s") from None
+        except PeerDiedError:
+            await child.wait(LAST_WORDS_S)
+            raise StartError(NAME, phase, child.how_it_ended()) from None
+        if isinstance(message, EngineReady):
+            return message
+        if isinstance(message, EngineFailed):
+            raise UserError(message.reason) if message.is_user_error else StartError(NAME, phase, message.reason)
+        assert isinstance(message, StartProgress), message
+        phase = message.phase
+        if on_progress is not None:
+            on_progress(message)
+
+
+async def _load_front(config: Config, ready: asyncio.Task[EngineReady]) -> tuple[Tokenizer, GenerationConfig]:
+    """What the client itself needs of the checkpoint, loaded while the engine starts."""
+    if not Path(config.model.model).expanduser().is_dir():
+        await ready  # by then the engine has fetched and converted the checkpoint
+    return await asyncio.to_thread(_read_front, config)
+
+
+def _read_front(config: Config) -> tuple[Tokenizer, GenerationConfig]:
+    directory = Path(config.model.model).expanduser()
+    if not directory.is_dir():
+        directory = resolve(config.model.model, revision=config.model.revision).path
+    return Tokenizer.load(config.model.tokenizer or directory), GenerationConfig.read(directory)

@@ -1,0 +1,243 @@
+"""The engine's process: checkpoint, executor, brain, and one stream to the client that it works for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.engine.admission import refusal
+from phalanx.engine.brain import Brain
+from phalanx.engine.tokenizer import eos_token_ids
+from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
+from phalanx.executor.executor import Executor
+from phalanx.executor.pending import Pending
+from phalanx.executor.shared_fate import die_with_parent
+from phalanx.executor.start import start_executor
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import (
+    Cancel,
+    ClientMessage,
+    EngineFailed,
+    EngineMessage,
+    EngineReady,
+    EngineStats,
+    Ping,
+    ReplyBody,
+    StartProgress,
+    Submit,
+)
+from phalanx.transport.liveness import Party
+from phalanx.transport.stream import Stream
+
+CONFIG_DEADLINE_S = 10.0
+SEND_DEADLINE_S = 30.0
+LAST_WORDS_S = 1.0
+STATS_INTERVAL_S = 0.2
+IDLE_CHECK_S = 0.5
+"""How often an idle engine looks after its workers."""
+HEARTBEAT_DEADLINE_S = 10.0
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+
+log = logging.getLogger("phalanx.engine")
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_config: Callable[[bytes], Config] = msgspec.msgpack.Decoder(Config).decode
+_decode: Callable[[bytes], ClientMessage] = msgspec.msgpack.Decoder(ClientMessage).decode
+
+
+class ClientGone(Exception):
+    """The client closed its end, or died."""
+
+
+class ClientLink:
+    """The engine's end of the stream to its client."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def receive_config(self) -> Config:
+        """The first frame. Raises DeadlineError, ClientGone."""
+        frames: list[bytes] = []
+        expires_at = time.monotonic() + CONFIG_DEADLINE_S
+        while not frames:
+            if not self._stream.wait(expires_at - time.monotonic()):
+                raise DeadlineError("the configuration", "the server", CONFIG_DEADLINE_S)
+            frames = self._poll()
+        (frame,) = frames  # a client submits nothing before it knows that the engine is ready
+        return _decode_config(frame)
+
+    def receive(self, timeout_s: float) -> list[ClientMessage]:
+        """What has come, in order; waits up to `timeout_s` for anything to come. Raises ClientGone."""
+        if timeout_s > 0 and not self._stream.wait(timeout_s):
+            return []
+        return [_decode(frame) for frame in self._poll()]
+
+    def send(self, message: EngineMessage) -> None:
+        """Raises ClientGone, and DeadlineError if the client does not read."""
+        try:
+            self._stream.send(_encode(message), deadline_s=SEND_DEADLINE_S)
+        except PeerDiedError as error:
+            raise ClientGone from error
+
+    def send_last(self, message: EngineMessage) -> None:
+        """Send, and wait a little for the client to close its end. Raises DeadlineError if it does not read at all.
+
+        An end that is closed over unread bytes resets the connection; asyncio then drops what it has not handed out.
+        """
+        expires_at = time.monotonic() + LAST_WORDS_S
+        with suppress(ClientGone):
+            self.send(message)
+            while (remaining_s := expires_at - time.monotonic()) > 0 and self._stream.wait(remaining_s):
+                self._poll()
+
+    def _poll(self) -> list[bytes]:
+        try:
+            return self._stream.poll()
+        except PeerDiedError as error:
+            raise ClientGone from error
+
+
+class EngineLoop:
+    """Feeds the brain with what the client sends, and the client with what the brain makes. Sleeps when idle."""
+
+    def __init__(self, link: ClientLink, brain: Brain, executor: Executor) -> None:
+        self._link = link
+        self._brain = brain
+        self._executor = executor
+        self._heartbeat: Pending[list[ReplyBody]] | None = None
+        self._sent_stats: EngineStats | None = None
+        self._stats_due_at = 0.0
+
+    def run(self) -> None:
+        """Return at Shutdown. Raises ClientGone, and whatever ends a step."""
+        while self._take_messages():
+            if self._brain.has_work():
+                batch = self._brain.step()
+                if batch is not None:
+                    self._link.send(batch)
+            else:
+                self._check_workers()
+            self._send_stats()
+
+    def _take_messages(self) -> bool:
+        """False after Shutdown."""
+        for message in self._link.receive(0.0 if self._brain.has_work() else IDLE_CHECK_S):
+            if isinstance(message, Submit):
+                self._submit(message)
+            elif isinstance(message, Cancel):
+                self._brain.cancel(message.request_ids)
+            else:
+                return False
+        return True
+
+    def _submit(self, request: Submit) -> None:
+        try:
+            self._brain.submit(request)
+        except RequestError as error:
+            self._link.send(refusal(request.request_id, error))
+
+    def _check_workers(self) -> None:
+        """Between requests nobody awaits a worker, so one that died or was stopped has to be looked for."""
+        if self._heartbeat is None or self._heartbeat.done():
+            self._heartbeat = self._executor.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
+
+    def _send_stats(self) -> None:
+        now = time.monotonic()
+        if now < self._stats_due_at:
+            return
+        self._stats_due_at = now + STATS_INTERVAL_S
+        stats = self._brain.stats()
+        if stats != self._sent_stats:
+            self._link.send(stats)
+            self._sent_stats = stats
+
+
+def serve(link: ClientLink) -> int:
+    """Be the engine until the client has enough of it; returns the process's exit code.
+
+    The client hears of a failure before workers are ended, which may take seconds.
+    """
+    with ExitStack() as resources:
+        try:
+            _start(link, resources).run()
+        except ClientGone:
+            log.info("the server has gone")
+        except UserError as error:
+            _tell(link, EngineFailed(str(error), is_user_error=True))
+            return EXIT_USER_ERROR
+        except Exception as error:
+            if isinstance(error, WorkerError):
+                log.error("%s", error.traceback)
+            if isinstance(error, PhalanxError):
+                log.error("the engine cannot go on: %s", error)
+                reason = str(error)
+            else:
+                log.exception("the engine cannot go on")
+                reason = f"{type(error).__name__}: {error}"
+            _tell(link, EngineFailed(reason, is_user_error=False))
+            return EXIT_FAILURE
+    return 0
+
+
+def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
+    config = link.receive_config()
+
+    def on_progress(rank: int, phase: str, done: int, total: int) -> None:
+        link.send(StartProgress(rank, phase, done, total))
+
+    checkpoint = resolve(config.model.model, revision=config.model.revision, progress=partial(on_progress, 0))
+    executor, capacity = start_executor(config, checkpoint, on_progress)
+    resources.enter_context(executor)
+    brain = Brain(
+        config,
+        executor,
+        num_blocks=capacity.num_blocks,
+        max_model_len=capacity.max_model_len,
+        eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
+    )
+    link.send(
+        EngineReady(
+            max_model_len=capacity.max_model_len,
+            num_blocks=capacity.num_blocks,
+            block_size=capacity.block_size,
+            world_size=capacity.world_size,
+            device=capacity.device,
+            dtype=capacity.dtype,
+        )
+    )
+    return EngineLoop(link, brain, executor)
+
+
+def _tell(link: ClientLink, failure: EngineFailed) -> None:
+    try:
+        link.send_last(failure)
+    except DeadlineError:
+        log.warning("the server did not hear that %s", failure.reason)
+
+
+def main() -> None:
+    """Usage: python -m phalanx.engine.process DESCRIPTOR SERVER_PID"""
+    descriptor, server_pid = map(int, sys.argv[1:])
+    die_with_parent(server_pid)
+    # Ctrl-C is the server's: it decides when the engine ends, and workers inherit this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    with Stream(descriptor, Party.of("the server", server_pid)) as stream:
+        code = serve(ClientLink(stream))
+    logging.shutdown()
+    os._exit(code)  # everything is closed; with torch imported, the interpreter would tidy up for a second or more
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A request in the brain: an object all its life, and while it runs also a row in columns by slot.
+
+Shape suffixes: S all slots, R some slots, L tokens of the longest sequence, B blocks of the longest sequence, O offsets
+in a block, E token ids that end a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.engine.block_pool import Blocks
+from phalanx.protocol import NewRequest, SamplingParams, ints
+
+Slots = NDArray[np.intp]
+Counts = NDArray[np.int64]
+
+NO_TOKEN = -1
+FREE = -1
+"""In `Running.ticket_S`: nobody has the slot."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What does not change from step to step, and what outlives a preemption."""
+
+    request_id: int
+    arrival: int
+    """Grows from request to request; the order in which they are served."""
+    token_ids: NDArray[np.int32]
+    """All tokens that are known: the prompt and, after a preemption, the output so far. Not kept up while it runs."""
+    num_prompt: int
+    max_len: int
+    """Prompt and output never get longer than this."""
+    sampling: SamplingParams
+    seed: int
+    end_token_ids: tuple[int, ...]
+    """The model's own and the request's: each ends the output."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of the sequence's full blocks, as far as they were needed."""
+    num_cached: int | None = None
+    """Prompt tokens that came from the prefix cache; None until it has run."""
+    slot: int | None = None
+    """None while it waits."""
+
+
+class Running:
+    """The running requests as columns by slot, so that a step over all of them is a few array operations.
+
+    Of a sequence's tokens, `num_committed_S` are known here, and `num_known_S` to the workers once they have done what
+    was planned: it is ahead by the samples under way. The first `num_computed_S` are then in the KV cache.
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.requests: list[Request | None] = [None] * max_num_seqs
+        self.ticket_S = np.full(max_num_seqs, FREE, dtype=np.int64)
+        """A number for each stay in a slot: tells whether a row is still the one that a step was planned for."""
+        self.request_id_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.arrival_S = np.full(max_num_seqs, FREE, dtype=np.int64)
+        self.num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.min_len_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.max_len_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_computed_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_known_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_committed_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.end_token_ids_SE = np.full((max_num_seqs, 1), NO_TOKEN, dtype=np.int32)
+        # Zeros are mapped, not written: memory is taken as sequences grow into it.
+        max_blocks = -(-max_model_len // block_size)
+        self.block_ids_SB = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.token_ids_SL = np.zeros((max_num_seqs, max_blocks * block_size), dtype=np.int32)
+        self.token_ids_SBO = self.token_ids_SL.reshape(max_num_seqs, max_blocks, block_size)
+        """The same tokens, by block."""
+        self._free_slots = list(range(max_num_seqs))[::-1]
+        self._next_ticket = 0
+
+    def __len__(self) -> int:
+        return len(self.requests) - len(self._free_slots)
+
+    @property
+    def has_free_slot(self) -> bool:
+        return bool(self._free_slots)
+
+    def add(self, request: Request, blocks: Blocks, num_computed: int) -> int:
+        """Give the request a slot. `blocks` has room for all its tokens, `num_computed` of which are in there."""
+        slot = self._free_slots.pop()
+        num_tokens = len(request.token_ids)
+        assert num_computed < num_tokens <= len(blocks) * self.block_size
+        assert num_tokens < request.max_len
+        self.requests[slot], request.slot = request, slot
+        self.ticket_S[slot] = self._next_ticket
+        self.request_id_S[slot] = request.request_id
+        self.arrival_S[slot] = request.arrival
+        self.num_prompt_S[slot] = request.num_prompt
+        self.min_len_S[slot] = request.num_prompt + request.sampling.min_tokens
+        self.max_len_S[slot] = request.max_len
+        self.num_computed_S[slot] = num_computed
+        self.num_known_S[slot] = self.num_committed_S[slot] = num_tokens
+        self.num_blocks_S[slot] = len(blocks)
+        self.token_ids_SL[slot, :num_tokens] = request.token_ids
+        self.block_ids_SB[slot, : len(blocks)] = blocks
+        self._set_end_token_ids(slot, request.end_token_ids)
+        self._next_ticket += 1
+        return slot
+
+    def remove(self, slot: int) -> tuple[Request, Blocks]:
+        """Free the slot; gives the request, with all its committed tokens, and its blocks."""
+        request = self.request(slot)
+        request.slot = None
+        request.token_ids = self.token_ids_SL[slot, : self.num_committed_S[slot]].copy()
+        self.requests[slot] = None
+        self.ticket_S[slot] = self.arrival_S[slot] = FREE
+        self.num_known_S[slot] = self.num_computed_S[slot] = self.max_len_S[slot] = 0
+        self._free_slots.append(slot)
+        return request, self.block_ids_SB[slot, : self.num_blocks_S[slot]].copy()
+
+    def request(self, slot: int) -> Request:
+        request = self.requests[slot]
+        assert request is not None, f"slot {slot} is free"
+        return request
+
+    def describe(self, slot: int, eos_token_ids: tuple[int, ...]) -> NewRequest:
+        """What the workers must know of a request that was just added."""
+        request = self.request(slot)
+        return NewRequest(
+            slot=slot,
+            token_ids=ints(request.token_ids),
+            num_prompt=request.num_prompt,
+            num_computed=int(self.num_computed_S[slot]),
+            blocks=ints(self.block_ids_SB[slot, : self.num_blocks_S[slot]]),
+            sampling=request.sampling,
+            seed=request.seed,
+            eos_token_ids=eos_token_ids,
+        )
+
+    def decoding(self) -> Slots:
+        """Those that have one token to compute, and may sample one more after it."""
+        is_decoding_S = (self.num_known_S - self.num_computed_S == 1) & (self.num_known_S < self.max_len_S)
+        return np.flatnonzero(is_decoding_S)
+
+    def prefilling(self) -> Slots:
+        """Those that have several tokens to compute, in order of arrival."""
+        slots_R = np.flatnonzero(self.num_known_S - self.num_computed_S > 1)
+        return slots_R[self.arrival_S[slots_R].argsort()]
+
+    def num_missing(self, slot: int) -> int:
+        """Known tokens that are still to be computed."""
+        return int(self.num_known_S[slot] - self.num_computed_S[slot])
+
+    def any_ending(self) -> bool:
+        """Whether the last token of a request is under way."""
+        return bool(((self.num_known_S == self.max_len_S) & (self.ticket_S != FREE)).any())
+
+    def last_arrived(self) -> int:
+        return int(self.arrival_S.argmax())
+
+    def without_room(self, slots_R: Slots) -> Slots:
+        """Those whose next token needs another block."""
+        is_full_R = self.num_computed_S[slots_R] == self.num_blocks_S[slots_R] * self.block_size
+        growing_R: Slots = slots_R[is_full_R]
+        return growing_R
+
+    def append_blocks(self, slots_R: Slots, blocks_R: Blocks) -> None:
+        """One more block for each."""
+        self.block_ids_SB[slots_R, self.num_blocks_S[slots_R]] = blocks_R
+        self.num_blocks_S[slots_R] += 1
+
+    def advance(self, slots_R: Slots, num_tokens_R: Counts) -> tuple[Counts, NDArray[np.bool_]]:
+        """Plan the next tokens of each; gives how many are then computed, and who then samples one more."""
+        ends_R = self.num_computed_S[slots_R] + num_tokens_R
+        samples_R: NDArray[np.bool_] = ends_R == self.num_known_S[slots_R]
+        self.num_computed_S[slots_R] = ends_R
+        self.num_known_S[slots_R] += samples_R
+        return ends_R, samples_R
+
+    def append_tokens(self, slots_R: Slots, tokens_R: NDArray[np.int32]) -> Counts:
+        """Commit one sampled token for each; gives the lengths."""
+        lengths_R = self.num_committed_S[slots_R] + 1
+        self.token_ids_SL[slots_R, lengths_R - 1] = tokens_R
+        self.num_committed_S[slots_R] = lengths_R
+        return lengths_R
+
+    def _set_end_token_ids(self, slot: int, token_ids: tuple[int, ...]) -> None:
+        missing = len(token_ids) - self.end_token_ids_SE.shape[1]
+        if missing > 0:
+            self.end_token_ids_SE = np.pad(self.end_token_ids_SE, ((0, 0), (0, missing)), constant_values=NO_TOKEN)
+        self.end_token_ids_SE[slot] = NO_TOKEN
+        self.end_token_ids_SE[slot, : len(token_ids)] = token_ids

@@ -1,0 +1,261 @@
+"""A model in the calling process: `with LLM("path/to/model") as llm: llm.generate("The capital of France is")`."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any, TypeAlias, cast
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.engine.admission import check_request, refusal
+from phalanx.engine.brain import Brain
+from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
+from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
+from phalanx.errors import EngineDeadError, RequestError
+from phalanx.executor.start import start_executor
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import FinishReason, SamplingParams, Submit, ints
+
+Prompt: TypeAlias = str | Sequence[int]
+"""Text, or token ids."""
+
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a conversation: `{"role": "user", "content": "..."}`."""
+
+OnProgress = Callable[[int, str, int, int], None]
+"""Called while the model loads, with rank, phase, bytes done and bytes in all."""
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt's whole output."""
+
+    prompt: Prompt
+    """As it was given; of a chat, the text that the template made."""
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishName
+    stop_reason: str | int | None
+    logprobs: tuple[PositionLogprobs, ...] | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    error: str | None
+    """Why, when `finish_reason` is `error`."""
+
+
+class LLM:
+    """A model that runs in the calling thread; ranks beyond the first run in processes that end with this thread.
+
+    Settings are those of `Config.build`, named like the flags of `phalanx serve`. Loading blocks for seconds or more.
+    Raises UserError (such as ConfigError, CheckpointError) for the user's mistakes, StartError and others otherwise.
+    """
+
+    def __init__(self, model: str, *, on_progress: OnProgress | None = None, **settings: Any) -> None:
+        self.config = Config.build(model=model, **settings)
+        report = on_progress or _say_nothing
+        checkpoint = resolve(model, revision=self.config.model.revision, progress=partial(report, 0))
+        tokenizer_source = self.config.model.tokenizer or checkpoint.path
+        self.tokenizer = Tokenizer.load(tokenizer_source)
+        self.default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
+        """What is used when no sampling is given: the checkpoint's advice (generation_config.json) over ours."""
+        executor, capacity = start_executor(self.config, checkpoint, report)
+        with ExitStack() as stack:
+            stack.enter_context(executor)
+            self.max_model_len = capacity.max_model_len
+            self._brain = Brain(
+                self.config,
+                executor,
+                num_blocks=capacity.num_blocks,
+                max_model_len=capacity.max_model_len,
+                eos_token_ids=eos_token_ids(checkpoint.path, tokenizer_source),
+            )
+            self._resources = stack.pop_all()
+        self._request_ids = itertools.count()
+        self._ended: str | None = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Complete every prompt; the list is in the order of the prompts. Blocks until all are done.
+
+        `sampling` is for all prompts or one for each; `default_sampling` if it is None. Raises RequestError before
+        anything is computed, and EngineDeadError if a fault ended the model before. Ctrl-C lets the current step end,
+        cancels the requests and raises KeyboardInterrupt; the LLM can be used again.
+        """
+        listed = _listed_prompts(prompts)
+        token_ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in listed]
+        return self._complete(listed, token_ids, self.default_sampling if sampling is None else sampling, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Answer a conversation, or each of several, through the model's chat template. Otherwise like `generate`.
+
+        Without `sampling`, an answer goes on until the model ends it.
+        """
+        conversations = _listed_conversations(messages)
+        token_ids = [self.tokenizer.apply_chat(conversation, tools=tools) for conversation in conversations]
+        prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in token_ids]
+        if sampling is None:
+            sampling = msgspec.structs.replace(self.default_sampling, max_tokens=None)
+        return self._complete(prompts, token_ids, sampling, progress)
+
+    def close(self) -> None:
+        """End the workers and let memory go. May be called more than once."""
+        self._ended = self._ended or "it was closed"
+        self._resources.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt],
+        token_ids: Sequence[list[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        progress: bool,
+    ) -> list[Completion]:
+        if self._ended is not None:
+            raise EngineDeadError(f"this LLM can run no more: {self._ended}")
+        num = len(prompts)
+        samplings = [sampling] * num if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(samplings) != num:
+            raise RequestError(
+                "sampling", f"{len(samplings)} of them", f"it must be one for all, or {num}: one for each"
+            )
+        requests = list(zip(token_ids, samplings, strict=True))
+        for ids, params in requests:
+            check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self.tokenizer.vocab_size)
+        submits = [Submit(next(self._request_ids), ints(ids), params) for ids, params in requests]
+        outputs = [RequestStream(self.tokenizer, ids, params) for ids, params in requests]
+        with _progress_bar(num, progress) as report:
+            self._run(submits, outputs, report)
+        return [
+            _completion(prompt, len(ids), output.take())
+            for prompt, ids, output in zip(prompts, token_ids, outputs, strict=True)
+        ]
+
+    def _run(self, submits: Sequence[Submit], outputs: Sequence[RequestStream], report: Callable[[int], None]) -> None:
+        """Submit, and step until every request has ended and the brain has nothing left to do."""
+        streams = Streams()
+        try:
+            with _interrupt_between_steps() as is_interrupted:
+                for submit, output in zip(submits, outputs, strict=True):
+                    streams.add(submit.request_id, output)
+                    self._submit(submit, streams)
+                while self._brain.has_work():
+                    batch = self._brain.step()
+                    if batch is not None:
+                        _, stopped = streams.apply(batch)
+                        if stopped:
+                            self._brain.cancel(tuple(stopped))
+                        report(len(streams))
+                    if is_interrupted() and len(streams):
+                        self._brain.cancel(tuple(streams.end_all(FinishReason.CANCELLED)))
+        except BaseException as error:
+            # A step was torn apart: nobody knows what the workers hold now.
+            self._ended = str(error) or type(error).__name__
+            raise
+        assert not len(streams), "the brain forgot requests"
+        if is_interrupted():
+            raise KeyboardInterrupt
+
+    def _submit(self, submit: Submit, streams: Streams) -> None:
+        try:
+            self._brain.submit(submit)
+        except RequestError as error:
+            streams.apply(refusal(submit.request_id, error))
+
+
+def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | None) -> Completion:
+    assert output is not None
+    assert output.finish_reason is not None
+    return Completion(
+        prompt=prompt,
+        text=output.text,
+        token_ids=output.token_ids,
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+        logprobs=output.logprobs,
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=output.num_cached_tokens or 0,
+        error=output.error,
+    )
+
+
+def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and isinstance(prompts[0], int):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _listed_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    if len(messages) > 0 and isinstance(messages[0], Mapping):
+        return [cast(Sequence[Message], messages)]
+    return list(cast(Sequence[Sequence[Message]], messages))
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only makes a note, so that no step is torn apart; a second one gets through, for a step that hangs.
+
+    Another handler than Python's own is left alone, and signals come to the main thread only.
+    """
+    is_interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_interrupted
+        if is_interrupted:
+            signal.default_int_handler(number, frame)
+        is_interrupted = True
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_interrupted
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _progress_bar(num_requests: int, is_shown: bool) -> Iterator[Callable[[int], None]]:
+    """Gives a function that takes the number of requests which still run."""
+    if not is_shown:
+        yield lambda num_running: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("requests", total=num_requests)
+        yield lambda num_running: bar.update(task, completed=num_requests - num_running)
+
+
+def _say_nothing(rank: int, phase: str, done: int, total: int) -> None:
+    """Progress that nobody asked to see."""

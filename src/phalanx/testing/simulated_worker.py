@@ -1,0 +1,286 @@
+"""Workers without a model: they follow StepPlan's contract to the letter and check that the brain does.
+
+The "model" is a hash. What it keeps in the KV cache for a token is the hash of all tokens up to it, and the next token
+follows from that hash and the request's seed. So outputs can be told beforehand (`expected_output`), and every step can
+check that the cache still holds what each sequence needs: a block that somebody else wrote to is found at once.
+
+Shape suffixes: S all slots, R rows of a step, L tokens of the longest sequence, B blocks, O offsets in a block,
+T tokens of several rows, D samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phalanx.protocol import (
+    Call,
+    FinishReason,
+    LogprobColumns,
+    NewRequest,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    as_ints,
+    ints,
+)
+
+Hashes = NDArray[np.uint64]
+Slots = NDArray[np.intp]
+Counts = NDArray[np.int64]
+
+_BITS = 2**64
+_START = 0x9E3779B97F4A7C15
+_FACTOR = 0xD6E8FEB86659FD93
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Call).decode
+
+
+class SimulatedWorker:
+    """One rank. `run` raises AssertionError for every breach of the contract."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int = 50,
+    ) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.cells_BO: Hashes = np.zeros((num_blocks, block_size), dtype=np.uint64)
+        """The KV cache: for each place the hash of the tokens up to the one that is stored there."""
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._next_step = 0
+        self._num_holders_B = np.zeros(num_blocks, dtype=np.int64)
+        self._requests: dict[int, NewRequest] = {}
+        # What the cells of a slot's blocks must hold, by position.
+        self._hashes_SL: Hashes = np.zeros((max_num_seqs, max_model_len), dtype=np.uint64)
+        self._num_known_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_computed_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self._seed_S: Hashes = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._block_ids_SB = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Carry out one step."""
+        assert plan.step == self._next_step, f"step {plan.step} comes where step {self._next_step} is due"
+        self._next_step += 1
+        for slot in as_ints(plan.dropped).tolist():
+            self._drop(slot)
+        for request in plan.new:
+            self._admit(request)
+        for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
+            self._append_block(slot, block)
+        return self._compute(plan)
+
+    def _drop(self, slot: int) -> None:
+        del self._requests[slot]
+        self._num_holders_B[self._block_ids_SB[slot, : self._num_blocks_S[slot]]] -= 1
+
+    def _admit(self, request: NewRequest) -> None:
+        slot, token_ids = request.slot, as_ints(request.token_ids).tolist()
+        assert slot not in self._requests, f"slot {slot} is given twice"
+        assert request.num_computed < len(token_ids), "the last token's logits are wanted"
+        assert request.num_computed % self.block_size == 0, "a shared block would be written"
+        assert 0 < request.num_prompt <= len(token_ids)
+        self._requests[slot] = request
+        self._hashes_SL[slot, : len(token_ids)] = token_hashes(token_ids)
+        self._num_known_S[slot] = len(token_ids)
+        self._num_computed_S[slot] = request.num_computed
+        self._seed_S[slot] = _effective_seed(request.sampling, request.seed)
+        self._num_blocks_S[slot] = 0
+        for block in as_ints(request.blocks).tolist():
+            self._append_block(slot, block)
+
+    def _append_block(self, slot: int, block: int) -> None:
+        assert slot in self._requests, f"a block for slot {slot}, which is free"
+        blocks = self._block_ids_SB[slot, : self._num_blocks_S[slot]]
+        assert block not in blocks, f"slot {slot} has block {block} twice"
+        self._block_ids_SB[slot, len(blocks)] = block
+        self._num_blocks_S[slot] += 1
+        self._num_holders_B[block] += 1
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        slots_R, num_tokens_R = as_ints(plan.slots).astype(np.intp), as_ints(plan.num_tokens).astype(np.int64)
+        starts_R = self._num_computed_S[slots_R]
+        ends_R = starts_R + num_tokens_R
+        samples_R = ends_R == self._num_known_S[slots_R]
+        self._check_rows(plan, slots_R, num_tokens_R, ends_R, samples_R)
+        self._write(slots_R, starts_R, num_tokens_R)
+        self._check_contexts(slots_R, ends_R)
+        self._num_computed_S[slots_R] = ends_R
+        return self._sample(plan.step, slots_R[samples_R])
+
+    def _check_rows(
+        self,
+        plan: StepPlan,
+        slots_R: Slots,
+        num_tokens_R: Counts,
+        ends_R: Counts,
+        samples_R: NDArray[np.bool_],
+    ) -> None:
+        shape = plan.shape
+        assert len(slots_R) > 0, "an empty step"
+        assert len(slots_R) == len(num_tokens_R) == shape.num_rows
+        assert len(np.unique(slots_R)) == len(slots_R), "two rows of one slot"
+        assert self._requests.keys() >= set(slots_R.tolist()), "a row of a free slot"
+        assert int(num_tokens_R.sum()) == shape.num_tokens <= self._max_num_batched_tokens
+        assert int(samples_R.sum()) == shape.num_samples
+        assert num_tokens_R.min() > 0, "a row without tokens"
+        assert (np.diff((num_tokens_R > 1).astype(np.int8)) >= 0).all(), "rows with one token come first"
+        assert (ends_R <= self._num_known_S[slots_R]).all(), "tokens are computed that nobody knows"
+        assert (ends_R <= self._num_blocks_S[slots_R] * self.block_size).all(), "too few blocks"
+
+    def _write(self, slots_R: Slots, starts_R: Counts, num_tokens_R: Counts) -> None:
+        slots_T, positions_T = _flatten(slots_R, starts_R, num_tokens_R)
+        blocks_T = self._block_ids_SB[slots_T, positions_T // self.block_size]
+        assert (self._num_holders_B[blocks_T] == 1).all(), "a block is written that another request holds"
+        self.cells_BO[blocks_T, positions_T % self.block_size] = self._hashes_SL[slots_T, positions_T]
+
+    def _check_contexts(self, slots_R: Slots, ends_R: Counts) -> None:
+        slots_T, positions_T = _flatten(slots_R, np.zeros_like(ends_R), ends_R)
+        blocks_T = self._block_ids_SB[slots_T, positions_T // self.block_size]
+        found_T = self.cells_BO[blocks_T, positions_T % self.block_size]
+        wrong = np.flatnonzero(found_T != self._hashes_SL[slots_T, positions_T])
+        assert not len(wrong), f"slot {slots_T[wrong[0]]} finds other keys at position {positions_T[wrong[0]]}"
+
+    def _sample(self, step: int, slots_D: Slots) -> StepResult:
+        lengths_D = self._num_known_S[slots_D]
+        assert (lengths_D < self._max_model_len).all(), "a sequence too long"
+        last_D = self._hashes_SL[slots_D, lengths_D - 1]
+        tokens_D = (_mix(last_D ^ self._seed_S[slots_D]) % np.uint64(self.vocab_size)).astype(np.int32)
+        for i, slot in enumerate(slots_D.tolist()):
+            request = self._requests[slot]
+            num_output = int(lengths_D[i]) - request.num_prompt
+            assert request.sampling.max_tokens is None or num_output < request.sampling.max_tokens, "an output too long"
+            if num_output < request.sampling.min_tokens:
+                ends = _end_token_ids(request.sampling, request.eos_token_ids)
+                tokens_D[i] = _next_but(int(tokens_D[i]), ends, self.vocab_size)
+        self._hashes_SL[slots_D, lengths_D] = _chain(last_D, tokens_D.astype(np.uint64))
+        self._num_known_S[slots_D] = lengths_D + 1
+        return StepResult(step, ints(tokens_D), self._logprobs(slots_D, tokens_D))
+
+    def _logprobs(self, slots_D: Slots, tokens_D: NDArray[np.int32]) -> LogprobColumns | None:
+        """Made up from the tokens, for the slots that asked: see `expected_logprob`."""
+        asked = [self._requests[slot].sampling.logprobs for slot in slots_D.tolist()]
+        entries = [i for i, count in enumerate(asked) if count is not None]
+        if not entries:
+            return None
+        width = max(count for count in asked if count is not None)
+        top_ids = (tokens_D[entries][:, None] + np.arange(width)).astype(np.int32)
+        return LogprobColumns(
+            entries=ints(entries),
+            chosen=expected_logprob(tokens_D[entries]).tobytes(),
+            width=width,
+            top_ids=ints(top_ids),
+            top_logprobs=expected_logprob(top_ids).tobytes(),
+        )
+
+
+class Answered:
+    """The answer of a call that has been carried out."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class SimulatedExecutor:
+    """Gives each plan, encoded and decoded as on its way to a process, to a worker in this thread."""
+
+    def __init__(self, worker: SimulatedWorker) -> None:
+        self.worker = worker
+        self.plans: list[StepPlan] = []
+
+    def step(self, plan: StepPlan) -> Answered:
+        call = _decode(_encode(Call(call_id=1, body=plan, reply_ranks=(0,))))
+        assert isinstance(call.body, StepPlan)
+        self.plans.append(call.body)
+        return Answered(self.worker.run(call.body))
+
+
+def expected_output(
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    eos_token_ids: Sequence[int],
+    max_model_len: int,
+    vocab_size: int = 50,
+) -> tuple[list[int], FinishReason]:
+    """What a request makes, whatever else runs: worked out token by token, without any of the machinery."""
+    state = token_hashes(prompt)[-1]
+    ends = _end_token_ids(sampling, eos_token_ids)
+    seed = _effective_seed(sampling, sampling.seed or 0)
+    max_tokens = max_model_len - len(prompt)
+    if sampling.max_tokens is not None:
+        max_tokens = min(max_tokens, sampling.max_tokens)
+    output: list[int] = []
+    while len(output) < max_tokens:
+        token = int(_mix(np.array([state ^ seed], dtype=np.uint64))[0]) % vocab_size
+        if len(output) < sampling.min_tokens:
+            token = _next_but(token, ends, vocab_size)
+        output.append(token)
+        if token in ends:
+            return output, FinishReason.STOP
+        state = ((state ^ token) * _FACTOR + 1) % _BITS
+    return output, FinishReason.LENGTH
+
+
+def expected_logprob(token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The log-probability that goes with a token."""
+    return (-0.5 - token_ids).astype(np.float32)
+
+
+def token_hashes(token_ids: Sequence[int]) -> list[int]:
+    """For each token the hash of the sequence up to it: what the worker stores for it."""
+    state, hashes = _START, []
+    for token in token_ids:
+        state = ((state ^ token) * _FACTOR + 1) % _BITS
+        hashes.append(state)
+    return hashes
+
+
+def _chain(states: Hashes, tokens: Hashes) -> Hashes:
+    return (states ^ tokens) * np.uint64(_FACTOR) + np.uint64(1)
+
+
+def _mix(states: Hashes) -> Hashes:
+    states = (states ^ (states >> np.uint64(32))) * np.uint64(_FACTOR)
+    return states ^ (states >> np.uint64(29))
+
+
+def _effective_seed(sampling: SamplingParams, seed: int) -> int:
+    """Only a seed that was asked for has an effect, or outputs could not be told beforehand."""
+    return 0 if sampling.seed is None else seed % _BITS
+
+
+def _end_token_ids(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> set[int]:
+    return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+
+
+def _next_but(token: int, excluded: set[int], vocab_size: int) -> int:
+    assert len(excluded) < vocab_size
+    while token in excluded:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def _flatten(slots_R: Slots, starts_R: Counts, num_tokens_R: Counts) -> tuple[Slots, Counts]:
+    """Slot and position of each token of the rows."""
+    first_R = np.cumsum(num_tokens_R) - num_tokens_R
+    positions_T = np.arange(num_tokens_R.sum()) + np.repeat(starts_R - first_R, num_tokens_R)
+    return np.repeat(slots_R, num_tokens_R), positions_T

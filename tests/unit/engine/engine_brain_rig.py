@@ -1,0 +1,131 @@
+"""A brain over a simulated worker, and the checks that hold after each of its turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from phalanx.config import Config
+from phalanx.engine.brain import Brain
+from phalanx.engine.prefix_cache import extend_digests
+from phalanx.protocol import FinishReason, SamplingParams, Submit, TokenBatch, as_ints, ints
+from phalanx.testing.simulated_worker import SimulatedExecutor, SimulatedWorker, expected_output, token_hashes
+
+EOS = (3, 7)
+VOCAB_SIZE = 50
+
+
+@dataclass
+class Client:
+    """One request as its client sees it."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    output: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    num_cached: int | None = None
+
+
+class Rig:
+    """`step` checks what must hold after every turn; `finish` what must hold at the end."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        async_scheduling: bool = True,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.worker = SimulatedWorker(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            vocab_size=VOCAB_SIZE,
+        )
+        self.executor = SimulatedExecutor(self.worker)
+        config = Config.build(
+            model="simulated",
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            async_scheduling=async_scheduling,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
+        self.clients: dict[int, Client] = {}
+
+    def submit(self, prompt: Sequence[int], **sampling: object) -> int:
+        request_id = len(self.clients)
+        client = Client(list(prompt), SamplingParams(**sampling))  # type: ignore[arg-type]
+        self.brain.submit(Submit(request_id, ints(client.prompt), client.sampling))
+        self.clients[request_id] = client
+        return request_id
+
+    def step(self) -> TokenBatch | None:
+        batch = self.brain.step()
+        if batch is not None:
+            self._take(batch)
+        self.check_cache()
+        return batch
+
+    def finish(self) -> None:
+        """Run until nothing is left; every request must have ended as it would have alone, and the pool be whole."""
+        for _ in range(10_000):
+            if not self.brain.has_work():
+                break
+            self.step()
+        assert not self.brain.has_work(), "livelock"
+        for client in self.clients.values():
+            self._check_output(client)
+        stats = self.brain.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+        assert stats.num_generated_tokens == sum(len(client.output) for client in self.clients.values())
+
+    def check_cache(self) -> None:
+        """Every block that can be found holds what its digest claims."""
+        claims: dict[bytes, int] = {}
+        for client in self.clients.values():
+            tokens = client.prompt + client.output
+            digests: list[bytes] = []
+            num_full = len(tokens) // self.worker.block_size
+            extend_digests(digests, np.array(tokens, dtype=np.int32), self.worker.block_size, num_full)
+            hashes = token_hashes(tokens)[self.worker.block_size - 1 :: self.worker.block_size]
+            claims.update(zip(digests, hashes, strict=True))
+        for digest, block in self.brain._scheduler.cache.entries().items():
+            assert self.worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
+
+    def _take(self, batch: TokenBatch) -> None:
+        request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()
+        assert len(set(request_ids)) == len(request_ids)
+        for request_id, token in zip(request_ids, as_ints(batch.tokens).tolist(), strict=True):
+            assert self.clients[request_id].reason is None, "a token after the end"
+            self.clients[request_id].output.append(token)
+        for request_id, num_cached in batch.cached:
+            assert len(self.clients[request_id].output) == 1
+            self.clients[request_id].num_cached = num_cached
+        for request_id, reason in batch.finished:
+            assert self.clients[request_id].reason is None, "ended twice"
+            self.clients[request_id].reason = reason
+
+    def _check_output(self, client: Client) -> None:
+        expected, reason = expected_output(
+            client.prompt,
+            client.sampling,
+            eos_token_ids=EOS,
+            max_model_len=self.max_model_len,
+            vocab_size=VOCAB_SIZE,
+        )
+        if client.reason is FinishReason.CANCELLED:
+            assert client.output == expected[: len(client.output)]
+        else:
+            assert (client.output, client.reason) == (expected, reason)
+        assert (client.num_cached is None) == (client.output == [])

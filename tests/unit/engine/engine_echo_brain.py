@@ -1,0 +1,53 @@
+"""A brain without a model: answers each prompt with its own tokens, over and over."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from phalanx.protocol import EngineStats, FinishReason, Submit, TokenBatch, as_ints, ints
+
+
+class EchoBrain:
+    """Has Brain's interface. `num_generated_tokens` of its stats counts cancellations: what tests want to know."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.running: dict[int, Submit] = {}
+        self.num_done: dict[int, int] = {}
+        self.cancelled: list[int] = []
+        self.num_steps = 0
+        self._finished: list[tuple[int, FinishReason]] = []
+
+    def submit(self, request: Submit) -> None:
+        self.running[request.request_id] = request
+        self.num_done[request.request_id] = 0
+
+    def cancel(self, request_ids: tuple[int, ...]) -> None:
+        for request_id in request_ids:
+            if self.running.pop(request_id, None) is not None:
+                self.cancelled.append(request_id)
+                self._finished.append((request_id, FinishReason.CANCELLED))
+
+    def has_work(self) -> bool:
+        return bool(self.running or self._finished)
+
+    def step(self) -> TokenBatch | None:
+        self.num_steps += 1
+        time.sleep(0)  # where a real step waits for its workers
+        tokens = {}
+        for request_id, request in list(self.running.items()):
+            prompt = as_ints(request.prompt_token_ids)
+            done = self.num_done[request_id]
+            tokens[request_id] = int(prompt[done % len(prompt)])
+            self.num_done[request_id] = done + 1
+            if done + 1 == request.sampling.max_tokens:
+                self._finished.append((request_id, FinishReason.LENGTH))
+                del self.running[request_id]
+        finished, self._finished = self._finished, []
+        request_ids = np.array(list(tokens), dtype=np.int64).tobytes()
+        return TokenBatch(request_ids, ints(list(tokens.values())), finished=tuple(finished))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 0, 10, self.num_steps, 0, 0, 0, len(self.cancelled))

@@ -1,0 +1,99 @@
+"""The engine's process without a model: speaks the protocol around an EchoBrain, and fails as it is told to.
+
+Usage, as for the real one: python engine_fake_process.py BEHAVIOUR DESCRIPTOR SERVER_PID
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from typing import NoReturn
+
+import msgspec
+from engine_echo_brain import EchoBrain
+
+from phalanx.config import Config
+from phalanx.errors import PeerDiedError
+from phalanx.executor.shared_fate import die_with_parent
+from phalanx.protocol import Cancel, ClientMessage, EngineFailed, EngineReady, Message, StartProgress, Submit
+from phalanx.transport.liveness import Party
+from phalanx.transport.stream import Stream
+
+DEADLINE_S = 20.0
+MAX_MODEL_LEN = 100_000
+
+
+class FakeEngine:
+    def __init__(self, stream: Stream, behaviour: str) -> None:
+        self.stream = stream
+        self.behaviour = behaviour
+        self.brain = EchoBrain()
+
+    def send(self, message: Message) -> None:
+        self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
+
+    def fail(self, reason: str, *, is_user_error: bool = False) -> NoReturn:
+        """As the real one does: stay until the client has heard it."""
+        self.send(EngineFailed(reason, is_user_error))
+        with contextlib.suppress(PeerDiedError):
+            while self.stream.wait(DEADLINE_S):
+                self.stream.poll()
+        sys.exit(1)
+
+    def start(self) -> None:
+        while not (frames := self.stream.poll()):
+            assert self.stream.wait(DEADLINE_S)
+        config = msgspec.msgpack.decode(frames[0], type=Config)
+        self.send(StartProgress(0, "loading", 1, 2))
+        if self.behaviour == "wrong-setting":
+            self.fail("block_size: 7 is not possible", is_user_error=True)
+        if self.behaviour == "broken-worker":
+            self.fail("rank 1 on here: RuntimeError: boom")
+        if self.behaviour == "dies-at-start":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.behaviour == "hangs-at-start":
+            time.sleep(DEADLINE_S)
+        self.send(EngineReady(MAX_MODEL_LEN, 10, config.cache.block_size, 1, "cpu", "float32"))
+
+    def serve(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ClientMessage)
+        while True:
+            if not self.brain.has_work():
+                assert self.stream.wait(DEADLINE_S)
+            for frame in self.stream.poll():
+                message = decoder.decode(frame)
+                if isinstance(message, Submit):
+                    self.brain.submit(message)
+                elif isinstance(message, Cancel):
+                    self.brain.cancel(message.request_ids)
+                elif self.behaviour != "ignores-shutdown":
+                    return
+            if self.brain.has_work():
+                self.step()
+
+    def step(self) -> None:
+        batch = self.brain.step()
+        if self.brain.num_steps == 5 and self.behaviour == "fails-in-step-5":
+            self.fail("step 5: rank 0 died")
+        if self.brain.num_steps == 5 and self.behaviour == "dies-in-step-5":
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert batch is not None
+        self.send(batch)
+        if batch.finished:
+            self.send(self.brain.stats())
+
+
+def main() -> None:
+    behaviour, descriptor, server_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    die_with_parent(server_pid)
+    with Stream(descriptor, Party.of("the server", server_pid)) as stream:
+        engine = FakeEngine(stream, behaviour)
+        engine.start()
+        engine.serve()
+
+
+if __name__ == "__main__":
+    main()

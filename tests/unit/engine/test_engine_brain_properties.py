@@ -1,0 +1,75 @@
+"""Random traffic: whatever happens around it, a request's output is the one it has alone."""
+
+from __future__ import annotations
+
+import pytest
+from engine_brain_rig import VOCAB_SIZE, Rig
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 40
+
+# Few different tokens and common beginnings, so that prefixes meet.
+_prompts = st.builds(
+    lambda shared, own: [11, 12, 13, 14, 15, 16, 17, 18, 19, 20][:shared] + own,
+    st.integers(0, 10),
+    st.lists(st.integers(10, 12), min_size=1, max_size=20),
+)
+_samplings = st.fixed_dictionaries(
+    {"max_tokens": st.one_of(st.integers(4, 30), st.none()), "ignore_eos": st.booleans()},
+    optional={
+        "min_tokens": st.integers(0, 4),
+        "stop_token_ids": st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=8).map(tuple),
+        "seed": st.integers(-5, 5),
+        "logprobs": st.integers(0, 3),
+    },
+)
+_rigs = st.builds(
+    Rig,
+    block_size=st.just(BLOCK_SIZE),
+    max_model_len=st.just(MAX_MODEL_LEN),
+    num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 18),
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(6, 30),
+    async_scheduling=st.booleans(),
+    enable_prefix_caching=st.booleans(),
+)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Arrivals, cancellations and steps in any order."""
+
+    @initialize(rig=_rigs)
+    def start(self, rig: Rig) -> None:
+        self.rig = rig
+
+    @rule(prompt=_prompts, sampling=_samplings)
+    def submit(self, prompt: list[int], sampling: dict[str, object]) -> None:
+        self.rig.submit(prompt, **sampling)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            if self.rig.brain.has_work():
+                self.rig.step()
+
+    @precondition(lambda self: self.rig.clients)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.rig.clients)))
+        self.rig.brain.cancel([request_id, request_id, 999])
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.finish()
+
+
+class TestTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.slow
+class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=500, stateful_step_count=50, deadline=None)

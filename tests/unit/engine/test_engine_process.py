@@ -1,0 +1,233 @@
+"""The engine's loop in this process, against a real stream, with an EchoBrain and no workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engine_tiny_tokenizers as tiny
+import msgspec
+import numpy as np
+import pytest
+from engine_echo_brain import EchoBrain
+
+import phalanx.engine.process as process
+from phalanx.config import Config
+from phalanx.errors import ConfigError, PeerDiedError, RequestError, WorkerError
+from phalanx.protocol import (
+    Cancel,
+    EngineFailed,
+    EngineMessage,
+    EngineReady,
+    EngineStats,
+    FinishReason,
+    Message,
+    SamplingParams,
+    Shutdown,
+    StartProgress,
+    Submit,
+    TokenBatch,
+    ints,
+)
+from phalanx.transport.liveness import Party
+from phalanx.transport.stream import Stream, stream_pair
+
+DEADLINE_S = 20.0
+
+
+class FakePing:
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return True
+
+
+class FakeExecutor:
+    """No workers; `error` is what looking after them finds."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.is_closed = False
+        self.pinged = threading.Event()
+
+    def submit(self, body: Message, *, deadline_s: float) -> FakePing:
+        self.pinged.set()
+        return FakePing(self.error)
+
+    def __enter__(self) -> FakeExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_closed = True
+
+
+class Engine:
+    """`process.serve` in a thread, and the client's end of its stream."""
+
+    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.executor = FakeExecutor()
+        self.start_error: Exception | None = None
+        self.brain = EchoBrain()
+        monkeypatch.setattr(process, "resolve", lambda *_, **__: SimpleNamespace(path=path))
+        monkeypatch.setattr(process, "start_executor", self._start_executor)
+        monkeypatch.setattr(process, "Brain", lambda *_, **__: self.brain)
+        ours, theirs = stream_pair()
+        self.stream = Stream(ours, Party.of("the engine", os.getpid()))
+        self.link = process.ClientLink(Stream(theirs, Party.of("the server", os.getpid())))
+        self._pool = ThreadPoolExecutor(1)
+        self._config = config
+        self._received: list[bytes] = []
+
+    def start(self) -> None:
+        self._exit_code = self._pool.submit(process.serve, self.link)
+        self.send(self._config)
+
+    def start_and_be_ready(self) -> None:
+        self.start()
+        self.receive(EngineReady)
+
+    def _start_executor(self, config: Config, checkpoint: Any, on_progress: Any) -> tuple[FakeExecutor, Any]:
+        on_progress(1, "loading", 1, 2)
+        if self.start_error is not None:
+            raise self.start_error
+        return self.executor, SimpleNamespace(
+            max_model_len=64, num_blocks=8, block_size=config.cache.block_size, world_size=2, device="cpu", dtype="f"
+        )
+
+    def send(self, message: Message | Config) -> None:
+        self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
+
+    def receive(self, kind: type[EngineMessage]) -> Any:
+        """The next message of this kind; others before it are dropped."""
+        while True:
+            while not self._received:
+                assert self.stream.wait(DEADLINE_S), f"no {kind.__name__}"
+                self._received = self.stream.poll()
+            message = msgspec.msgpack.decode(self._received.pop(0), type=EngineMessage)
+            if isinstance(message, kind):
+                return message
+
+    def exit_code(self) -> int:
+        return self._exit_code.result(DEADLINE_S)
+
+    def close(self) -> None:
+        self.stream.close()
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    directory = tiny.save(tiny.byte_level(), tmp_path)
+    engine = Engine(Config.build(model=str(directory), block_size=4), monkeypatch, directory)
+    yield engine
+    engine.close()
+
+
+def submit(request_id: int, max_tokens: int | None) -> Submit:
+    return Submit(request_id, ints([5, 6]), SamplingParams(max_tokens=max_tokens))
+
+
+def test_start_is_told_with_its_progress(engine: Engine) -> None:
+    engine.start()
+    assert engine.receive(StartProgress) == StartProgress(1, "loading", 1, 2)
+    assert engine.receive(EngineReady) == EngineReady(64, 8, 4, 2, "cpu", "f")
+
+
+def test_tokens_and_stats_go_to_the_client_and_shutdown_ends_it(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    engine.send(submit(3, max_tokens=2))
+    first, second = engine.receive(TokenBatch), engine.receive(TokenBatch)
+    assert [np.frombuffer(batch.tokens, dtype=np.int32).tolist() for batch in (first, second)] == [[5], [6]]
+    assert [request_id for request_id, _ in second.finished] == [3]
+    while engine.receive(EngineStats).num_running:
+        pass
+    engine.send(Shutdown())
+    assert engine.exit_code() == 0
+    assert engine.executor.is_closed
+
+
+def test_cancel_reaches_the_brain(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    engine.send(submit(3, max_tokens=None))
+    engine.receive(TokenBatch)
+    engine.send(Cancel((3,)))
+    while not engine.receive(TokenBatch).finished:
+        pass
+    assert engine.brain.cancelled == [3]
+
+
+def test_a_request_that_the_brain_refuses_ends_alone(engine: Engine) -> None:
+    def refuse(_: Submit) -> None:
+        raise RequestError("prompt", "9 tokens", "at most 8")
+
+    engine.start_and_be_ready()
+    engine.brain.submit = refuse  # type: ignore[method-assign]
+    engine.send(submit(1, max_tokens=None))
+    batch = engine.receive(TokenBatch)
+    assert batch.finished == ((1, FinishReason.ERROR),)
+    assert "at most 8" in dict(batch.errors)[1]
+    engine.send(Shutdown())
+    assert engine.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "is_user_error", "exit_code"),
+    [
+        (ConfigError("block_size", 7, "16"), "block_size: 7 is not possible: 16", True, 2),
+        (WorkerError(1, "here", "RuntimeError", "boom", "Traceback"), "rank 1 on here: RuntimeError: boom", False, 1),
+        (ZeroDivisionError("oh"), "ZeroDivisionError: oh", False, 1),
+    ],
+)
+def test_a_failed_start_is_told(
+    engine: Engine, error: Exception, reason: str, is_user_error: bool, exit_code: int
+) -> None:
+    engine.start_error = error
+    engine.start()
+    assert engine.receive(EngineFailed) == EngineFailed(reason, is_user_error)
+    engine.stream.close()
+    assert engine.exit_code() == exit_code
+
+
+def test_a_failed_step_is_told_and_the_workers_are_ended(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    engine.brain.step = lambda: 1 / 0  # type: ignore[assignment,return-value]
+    engine.send(submit(1, max_tokens=None))
+    assert "ZeroDivisionError" in engine.receive(EngineFailed).reason
+    engine.stream.close()
+    assert engine.exit_code() == 1
+    assert engine.executor.is_closed
+
+
+def test_a_worker_that_dies_while_nothing_runs_is_noticed(engine: Engine) -> None:
+    engine.executor.error = PeerDiedError("rank 1", 77, "killed by SIGKILL")
+    engine.start()
+    assert "rank 1 (pid 77) died" in engine.receive(EngineFailed).reason
+    engine.stream.close()
+    assert engine.exit_code() == 1
+
+
+def test_the_end_of_the_client_ends_the_engine(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    engine.send(submit(1, max_tokens=None))
+    engine.receive(TokenBatch)
+    engine.stream.close()
+    assert engine.exit_code() == 0
+    assert engine.executor.is_closed
+
+
+def test_an_idle_engine_takes_no_cpu(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    assert engine.executor.pinged.wait(DEADLINE_S)
+    used_s, since = time.process_time(), time.monotonic()
+    engine.executor.pinged.clear()
+    assert engine.executor.pinged.wait(DEADLINE_S)
+    assert time.process_time() - used_s < 0.1 * (time.monotonic() - since)

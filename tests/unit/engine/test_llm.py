@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engine_tiny_tokenizers as tiny
+import pytest
+from engine_echo_brain import EchoBrain
+
+from phalanx.errors import ConfigError, EngineDeadError, RequestError
+from phalanx.llm import LLM
+from phalanx.protocol import SamplingParams, Submit, TokenBatch
+
+MAX_MODEL_LEN = 1000
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    return tiny.save(tiny.byte_level(), tmp_path, chat_template=tiny.CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def llm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
+    monkeypatch.setattr("phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint))
+    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (nullcontext(), capacity))
+    monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
+    with LLM(str(checkpoint)) as llm:
+        yield llm
+
+
+def brain_of(llm: LLM) -> Any:
+    return llm._brain
+
+
+def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
+    (completion,) = llm.generate("fox", SamplingParams(max_tokens=2 * len(llm.tokenizer.encode("fox"))))
+    assert (completion.prompt, completion.text, completion.finish_reason) == ("fox", "foxfox", "length")
+    assert completion.num_prompt_tokens == len(llm.tokenizer.encode("fox"))
+
+
+def test_completions_come_in_the_order_of_the_prompts_whoever_ends_first(llm: LLM) -> None:
+    prompts = ["the fox", "a", "the lazy dog"]
+    samplings = [SamplingParams(max_tokens=len(llm.tokenizer.encode(prompt))) for prompt in prompts]
+    assert [completion.text for completion in llm.generate(prompts, samplings)] == prompts
+
+
+def test_token_ids_are_a_prompt_too(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("fox")
+    sampling = SamplingParams(max_tokens=len(ids))
+    assert [completion.text for completion in llm.generate(ids, sampling)] == ["fox"]
+    assert llm.generate([ids, "dog"], sampling)[0].text == "fox"
+
+
+def test_a_stop_string_ends_its_request_alone(llm: LLM) -> None:
+    stopped, whole = llm.generate(
+        ["the fox", "a fox"], [SamplingParams(stop=("fox",), max_tokens=None), SamplingParams(max_tokens=8)]
+    )
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("the ", "stop", "fox")
+    assert (len(whole.token_ids), whole.finish_reason) == (8, "length")
+    assert len(brain_of(llm).cancelled) == 1
+    assert not brain_of(llm).has_work()
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "hi"}]
+    one, other = llm.chat([conversation, conversation], SamplingParams(max_tokens=3))
+    assert one.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert one.token_ids == other.token_ids
+    assert len(llm.chat(conversation, SamplingParams(max_tokens=3))) == 1
+
+
+def test_without_sampling_the_checkpoints_advice_holds(llm: LLM) -> None:
+    seen: list[SamplingParams] = []
+    brain = brain_of(llm)
+    submit = brain.submit
+    brain.submit = lambda request: (seen.append(request.sampling), submit(request))
+    llm.generate("fox")
+    assert (seen[0].temperature, seen[0].max_tokens) == (0.6, 16)
+
+
+def test_a_wrong_request_is_refused_before_anything_is_computed(llm: LLM) -> None:
+    for prompts, sampling, field in (
+        (["fox", ""], SamplingParams(), "prompt"),
+        (["fox"], SamplingParams(max_tokens=MAX_MODEL_LEN), "max_tokens"),
+        (["fox"], [SamplingParams()] * 2, "sampling"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            llm.generate(prompts, sampling)
+        assert caught.value.field == field
+    assert brain_of(llm).num_steps == 0
+
+
+def test_a_request_that_the_brain_refuses_ends_alone(llm: LLM) -> None:
+    brain = brain_of(llm)
+    submit = brain.submit
+
+    def refuse_first(request: Submit) -> None:
+        if request.request_id == 0:
+            raise RequestError("prompt", "9 tokens", "at most 8")
+        submit(request)
+
+    brain.submit = refuse_first
+    refused, other = llm.generate(["fox", "dog"], SamplingParams(max_tokens=1))
+    assert refused.finish_reason == "error"
+    assert "at most 8" in (refused.error or "")
+    assert other.finish_reason == "length"
+
+
+def test_an_unknown_setting_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="no such setting"):
+        LLM(str(checkpoint), tensor_paralel_size=2)
+
+
+def test_ctrl_c_lets_the_step_end_and_the_llm_live(llm: LLM) -> None:
+    brain = brain_of(llm)
+    step = brain.step
+    ended_steps: list[int] = []
+
+    def interrupted_step() -> TokenBatch | None:
+        if brain.num_steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        batch: TokenBatch | None = step()
+        ended_steps.append(brain.num_steps)
+        return batch
+
+    brain.step = interrupted_step
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["fox", "dog"], SamplingParams(max_tokens=None))
+    assert 4 in ended_steps
+    assert len(brain.cancelled) == 2
+    assert not brain.has_work()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    brain.step = step
+    assert llm.generate("fox", SamplingParams(max_tokens=1))[0].finish_reason == "length"
+
+
+def test_after_a_fault_the_llm_says_why_it_can_run_no_more(llm: LLM) -> None:
+    def failing_step() -> TokenBatch | None:
+        raise RuntimeError("rank 1 is gone")
+
+    brain_of(llm).step = failing_step
+    with pytest.raises(RuntimeError):
+        llm.generate("fox")
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        llm.generate("fox")
+
+
+def test_a_closed_llm_says_so(llm: LLM) -> None:
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("fox")
+
+
+def test_progress_goes_to_the_end(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["fox", "dog"], SamplingParams(max_tokens=4), progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_no_prompts_no_completions(llm: LLM) -> None:
+    assert llm.generate([]) == []
