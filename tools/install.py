@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def main() -> int:
     say(f"[1/3] virtual environment in {target}")
     venv.create(target, with_pip=True, upgrade_deps=False)
     python = target / "bin" / "python"
-    say(f"[2/3] {TORCH} ({'CUDA' if has_gpu() else 'CPU'} build)")
-    pip(python, TORCH, *([] if has_gpu() else ["--extra-index-url", CPU_BUILDS]))
+    say(f"[2/3] {TORCH} ({'default' if has_gpu() else 'CPU'} build)")
+    pip(python, TORCH, *([] if has_gpu() else cpu_index()))
     say("[3/3] phalanx and what it needs")
     pip(python, "-e", ".[dev]")
     return 0
@@ -36,6 +37,16 @@ def main() -> int:
 
 def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def cpu_index() -> list[str]:
+    """Where torch's CPU builds are; they rank above PyPI's own build of the same version."""
+    try:
+        urllib.request.urlopen(f"{CPU_BUILDS}/torch/", timeout=10).close()
+    except OSError as error:
+        say(f"      {CPU_BUILDS} cannot be reached ({error}): taking what the package index has")
+        return []
+    return ["--extra-index-url", CPU_BUILDS]
 
 
 def pip(python: Path, *arguments: str) -> None:

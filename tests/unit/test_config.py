@@ -38,7 +38,9 @@ def test_a_wrong_setting_is_named(settings: dict[str, object], field: str, allow
 
 
 def test_no_two_sections_share_a_name() -> None:
-    fields = [field for section in ("model", "parallel", "cache", "scheduler", "executor") for field in _fields(section)]
+    fields = [
+        field for section in ("model", "parallel", "cache", "scheduler", "executor") for field in _fields(section)
+    ]
     assert sorted(fields) == sorted(settings_by_name())
 
 
