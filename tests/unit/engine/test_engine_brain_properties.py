@@ -72,4 +72,4 @@ class TestTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
 
 @pytest.mark.slow
 class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
+    settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -20,7 +20,7 @@ from phalanx.server import request_body
         ({"prompt": "x" * 500}, "prompt", "at most 199"),
         ({"temperature": "hot"}, "temperature", "expected float, got str"),
         ({"temperature": -1}, "temperature", "from 0 to 100"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "from 1 to"),
         ({"n": 0}, "n", "from 1 to 128"),
         ({"stop": [1]}, "stop[0]", "expected str"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
