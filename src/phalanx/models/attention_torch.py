@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 
 MAX_CHUNK_TOKENS = 8192
 """Context tokens gathered at a time for decoding rows: some megabytes, so that the allocator uses its memory again.
@@ -67,7 +67,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """See `attention.Backend`."""
+    """See `attention_batch.Backend`."""
     key = (sliding_window, query_THD.dtype)
     plan = batch.prepared.get(key)
     if plan is None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 
 CONTEXT_TILE = 64
 NO_WINDOW = 1 << 30

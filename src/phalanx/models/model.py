@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
-from phalanx.models.attention import AttentionBatch, PagedAttention, Step, pick_backend
+from phalanx.models.attention import PagedAttention, Step, pick_backend
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import build, definition_class
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from phalanx.config import SchedulerConfig
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.model import CausalLM
 from phalanx.worker.kv_cache import allocate_cache
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import LogprobColumns, StepPlan, StepResult, as_ints, ints
 from phalanx.worker.inputs import StepInputs
 from phalanx.worker.sampler import IMPOSSIBLE, Logprobs, Sampled, Sampler

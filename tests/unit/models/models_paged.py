@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phalanx.collectives.group import Group
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import resolve
 from phalanx.models.model import CausalLM, load_model
 

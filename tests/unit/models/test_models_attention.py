@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phalanx.models import attention_torch
-from phalanx.models.attention import AttentionBatch, PagedAttention, Step, pick_backend
+from phalanx.models.attention import PagedAttention, Step, pick_backend
+from phalanx.models.attention_batch import AttentionBatch
 
 CPU = torch.device("cpu")
 NOWHERE = 1 << 20

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.attention_torch import paged_attention as reference
 
 if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phalanx.models.attention import AttentionBatch
+from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import NewRequest, SamplingParams, StepPlan, StepResult, StepShape, as_floats, as_ints, ints
 from phalanx.worker.runner import LogitsError, Runner
 
