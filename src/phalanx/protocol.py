@@ -226,6 +226,10 @@ EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | Engine
 # -------------------------------------------------------------------------------- brain → workers
 
 
+FIRST_EPOCH = 1
+"""The epoch of the membership that a run starts with."""
+
+
 class StepShape(Message, frozen=True):
     """All that the sequence of collectives in a step may depend on, besides the Config (invariant 1)."""
 
@@ -320,8 +324,12 @@ class Measured(Message, frozen=True):
     block_bytes: int
 
 
+NO_TOKEN = -1
+"""In a StepResult: the row's logits were NaN, or -inf for every token that may be chosen."""
+
+
 class StepResult(Message, frozen=True):
-    """Tokens of the rows that sampled, in row order."""
+    """Tokens of the rows that sampled, in row order; NO_TOKEN for a row that none could be chosen for."""
 
     step: int
     tokens: Ints

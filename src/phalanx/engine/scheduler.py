@@ -20,6 +20,8 @@ from phalanx.engine.block_pool import BlockPool, Blocks
 from phalanx.engine.prefix_cache import ROOT, PrefixCache, block_digest, extend_digests
 from phalanx.engine.request import Counts, Request, Running, Slots
 from phalanx.protocol import (
+    FIRST_EPOCH,
+    NO_TOKEN,
     FinishReason,
     LogprobColumns,
     NewRequest,
@@ -31,9 +33,6 @@ from phalanx.protocol import (
     as_ints,
     ints,
 )
-
-EPOCH = 1
-"""There is one membership, that of the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +152,7 @@ class Scheduler:
         assert result.step == step.plan.step, f"step {step.plan.step} was answered as step {result.step}"
         tokens_S = as_ints(result.tokens)
         assert len(tokens_S) == step.plan.shape.num_samples
+        failed = self._fail_without_token(step, tokens_S)
         # Rows whose request ended, was cancelled or gave way after the step was planned have no effect.
         is_live_R = self.running.ticket_S[step.slots_R] == step.tickets_R
         if self._is_prefix_caching:
@@ -167,8 +167,9 @@ class Scheduler:
         return TokenBatch(
             request_ids=request_ids_S.tobytes(),
             tokens=ints(tokens_S),
-            finished=self._finish(slots_S, tokens_S, lengths_S),
+            finished=self._finish(slots_S, tokens_S, lengths_S) + tuple((i, FinishReason.ERROR) for i in failed),
             logprobs=_keep_entries(result.logprobs, is_live_S),
+            errors=tuple((i, "the model gave logits that no token can be chosen from") for i in failed),
             cached=cached,
         )
 
@@ -255,7 +256,7 @@ class Scheduler:
         ends_R, samples_R = self.running.advance(slots_R, num_tokens_R)
         shape = StepShape(int(num_tokens_R.sum()), len(slots_R), int(np.count_nonzero(samples_R)))
         plan = StepPlan(
-            epoch=EPOCH,
+            epoch=FIRST_EPOCH,
             step=self._next_step,
             shape=shape,
             slots=slots_R.astype(np.int32).tobytes(),
@@ -268,6 +269,15 @@ class Scheduler:
         self._dropped = []
         self._next_step += 1
         return PlannedStep(plan, slots_R, self.running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+
+    def _fail_without_token(self, step: PlannedStep, tokens_S: NDArray[np.int32]) -> list[int]:
+        """End the requests that no token could be chosen for; gives their ids. The others go on."""
+        slots_S, tickets_S = step.slots_R[step.samples_R], step.tickets_R[step.samples_R]
+        is_failed_S = (tokens_S == NO_TOKEN) & (self.running.ticket_S[slots_S] == tickets_S)
+        failed = [self._vacate(slot).request_id for slot in slots_S[is_failed_S].tolist()]
+        for request_id in failed:
+            del self._requests[request_id]
+        return failed
 
     def _note_first_tokens(self, slots_S: Slots, lengths_S: Counts) -> tuple[tuple[int, int], ...]:
         """Id and number of cached tokens of each request that has its first token now."""

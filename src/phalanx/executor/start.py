@@ -19,11 +19,9 @@ from phalanx.executor.launcher import Launcher
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.platform import pick_device, pick_threads, thread_environment
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import AllocateCache, Call, Loaded, Measured, MeasureMemory, Progress, WorkerMessage
+from phalanx.protocol import FIRST_EPOCH, AllocateCache, Call, Loaded, Measured, MeasureMemory, Progress, WorkerMessage
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
-
-FIRST_EPOCH = 1
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import LogprobColumns, StepPlan, StepResult, as_ints, ints
 from phalanx.worker.inputs import StepInputs
-from phalanx.worker.sampler import IMPOSSIBLE, Logprobs, Sampled, Sampler
+from phalanx.worker.sampler import Logprobs, Sampled, Sampler
 from phalanx.worker.slots import Rows, SlotTable
 from phalanx.worker.staging import to_device, to_host
 
@@ -26,21 +25,11 @@ if TYPE_CHECKING:
     from phalanx.models.model import CausalLM
 
 
-class LogitsError(ArithmeticError):
-    """The model gave logits that no token can be chosen from."""
-
-    def __init__(self, step: int, slot: int) -> None:
-        super().__init__(f"step {step}, slot {slot}: the logits are NaN, or -inf for every token that may be chosen")
-        self.step = step
-        self.slot = slot
-
-
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """A step that was launched. Its tensors are in host memory; from a GPU they are there once `arrived` says so."""
 
     step: int
-    slots_S: NDArray[np.int64]
     tokens_S: Tensor
     logprobs: Logprobs | None
     arrived: torch.Event | None
@@ -88,28 +77,23 @@ class Runner:
         """
         self._take_in(plan)
         rows = self._slots.advance(plan)
-        slots_S = rows.slots_R[rows.samples_R]
         if not plan.shape.num_tokens:
-            return InFlight(plan.step, slots_S, torch.empty(0, dtype=torch.int64), None, None)
+            return InFlight(plan.step, torch.empty(0, dtype=torch.int64), None, None)
         hidden_TD = self._forward(rows)
         if plan.shape.num_samples:
             sampled = self._sample(rows, hidden_TD)
         else:
             sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
-        return self._send_home(plan.step, slots_S, sampled)
+        return self._send_home(plan.step, sampled)
 
     def finish(self, flight: InFlight) -> StepResult:
         """The outcome of a step; waits for a GPU to come to its end. Log-probabilities are known on rank 0 only.
 
-        Raises LogitsError, on every rank. A GPU that never ends is the caller's peer to notice: the brain's deadline.
+        A GPU that never ends is for the brain to notice: its deadline.
         """
         if flight.arrived is not None:
             flight.arrived.synchronize()
-        tokens_S = flight.tokens_S.numpy()
-        impossible = np.flatnonzero(tokens_S == IMPOSSIBLE)
-        if len(impossible):
-            raise LogitsError(flight.step, int(flight.slots_S[impossible[0]]))
-        return StepResult(flight.step, ints(tokens_S.astype(np.int32)), _columns(flight.logprobs))
+        return StepResult(flight.step, ints(flight.tokens_S.numpy().astype(np.int32)), _columns(flight.logprobs))
 
     def _take_in(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
@@ -158,11 +142,11 @@ class Runner:
         else:
             sampled = Sampled(torch.empty(len(slots_S), dtype=torch.int64, device=self._device))
         self._group.broadcast(sampled.tokens_R, src=0)
-        # An impossible token must not get into the embedding of the step that may already follow: `finish` reports it.
+        # An impossible token must not get into the embedding of the step that may already follow.
         self._newest_Q[slots_on_device_S] = sampled.tokens_R.clamp(min=0)
         return sampled
 
-    def _send_home(self, step: int, slots_S: NDArray[np.int64], sampled: Sampled) -> InFlight:
+    def _send_home(self, step: int, sampled: Sampled) -> InFlight:
         tokens_S, logprobs = to_host(sampled.tokens_R), sampled.logprobs
         if logprobs is not None:
             logprobs = Logprobs(
@@ -177,7 +161,7 @@ class Runner:
                 self._device, blocking=True
             )  # `synchronize` then sleeps instead of spinning on a core
             arrived.record()
-        return InFlight(step, slots_S, tokens_S, logprobs, arrived)
+        return InFlight(step, tokens_S, logprobs, arrived)
 
 
 def _columns(logprobs: Logprobs | None) -> LogprobColumns | None:

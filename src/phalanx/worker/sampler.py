@@ -16,15 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phalanx.protocol import MAX_LOGPROBS, NewRequest, as_ints
+from phalanx.protocol import MAX_LOGPROBS, NO_TOKEN, NewRequest, as_ints
 from phalanx.worker.draw import WEIGHT_BITS, inverse_cdf, weights_of
 from phalanx.worker.penalties import TokenHistory
 from phalanx.worker.randomness import uniform
 from phalanx.worker.slots import SlotTable
 from phalanx.worker.staging import to_device
-
-IMPOSSIBLE = -1
-"""Stands for the token of a row whose logits are NaN or leave no token to choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """On the device; `tokens_R` is int64, IMPOSSIBLE where there is no token."""
+    """On the device; `tokens_R` is int64, NO_TOKEN where there is no token."""
 
     tokens_R: Tensor
     logprobs: Logprobs | None = None
@@ -128,17 +125,17 @@ class Sampler:
         at, uniforms = to_device([rows, uniform(sampling["seed"], positions)], self._device)
         logits = logits_RV if len(rows) == len(logits_RV) else logits_RV[at]
         drawn = inverse_cdf(weights_of(logits, top_R[at], sampling), uniforms)
-        tokens_R[at] = torch.where(top_R[at] > -math.inf, drawn, IMPOSSIBLE)
+        tokens_R[at] = torch.where(top_R[at] > -math.inf, drawn, NO_TOKEN)
 
 
 def _most_likely(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the most likely tokens of each row, IMPOSSIBLE where there is none, and their logits."""
+    """The first of the most likely tokens of each row, NO_TOKEN where there is none, and their logits."""
     if logits_RV.device.type == "cpu":
         tokens_R = torch.from_numpy(logits_RV.numpy().argmax(-1))  # torch's takes ten times as long (2.13)
     else:
         tokens_R = logits_RV.argmax(-1)
     top_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]  # NaN if the row has any: argmax stops at the first
-    return torch.where(top_R > -math.inf, tokens_R, IMPOSSIBLE), top_R
+    return torch.where(top_R > -math.inf, tokens_R, NO_TOKEN), top_R
 
 
 def _logprobs(raw_EV: Tensor, tokens_R: Tensor, asking: NDArray[np.int64], width: int) -> Logprobs:

@@ -9,7 +9,7 @@ from engine_brain_rig import EOS, Rig
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.errors import RequestError, WorkerError
-from phalanx.protocol import FinishReason, SamplingParams, StepPlan, StepResult, Submit, as_ints, ints
+from phalanx.protocol import NO_TOKEN, FinishReason, SamplingParams, StepPlan, StepResult, Submit, as_ints, ints
 
 
 class Unanswered:
@@ -61,6 +61,34 @@ def test_a_failed_step_is_the_callers_to_hear_of() -> None:
     executor.error = WorkerError(1, "here", "ValueError", "bad", "")
     with pytest.raises(WorkerError):
         brain.step()
+
+
+class SpoiltRow(Unanswered):
+    """Finds no token for the first row that samples in its second step."""
+
+    def result(self) -> StepResult:
+        plan = self.under_way.popleft()
+        tokens = [30] * plan.shape.num_samples
+        if plan.step == 1:
+            tokens[0] = NO_TOKEN
+        return StepResult(plan.step, ints(tokens))
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_a_row_without_a_token_ends_its_request_alone(async_scheduling: bool) -> None:
+    brain = brain_over(SpoiltRow(), async_scheduling=async_scheduling, max_num_seqs=4)
+    for request_id in (0, 1):
+        brain.submit(Submit(request_id, ints([1, 2, 3]), SamplingParams(max_tokens=4)))
+    batches = []
+    while brain.has_work():
+        batches.append(brain.step())
+    errors = [error for batch in batches if batch for error in batch.errors]
+    assert errors == [(0, "the model gave logits that no token can be chosen from")]
+    finished = [end for batch in batches if batch for end in batch.finished]
+    assert finished == [(0, FinishReason.ERROR), (1, FinishReason.LENGTH)]
+    made = [i for batch in batches if batch for i in np.frombuffer(batch.request_ids, np.int64).tolist()]
+    assert (made.count(0), made.count(1)) == (1, 4)
+    assert brain.stats().num_blocks_used == 0
 
 
 @pytest.mark.parametrize(

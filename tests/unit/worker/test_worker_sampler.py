@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phalanx.protocol import NewRequest, SamplingParams, ints
+from phalanx.protocol import NO_TOKEN, NewRequest, SamplingParams, ints
 from phalanx.worker.draw import FIRST_CANDIDATES, inverse_cdf
 from phalanx.worker.randomness import uniform
-from phalanx.worker.sampler import IMPOSSIBLE, Sampled, Sampler
+from phalanx.worker.sampler import Sampled, Sampler
 from phalanx.worker.slots import SlotTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,7 +265,7 @@ def test_a_row_without_a_token_is_told_and_harms_no_other(sampling: dict[str, An
     good = [0.0, 1.0, 2.0, 9.0]
     batch = Batch(4).add(**sampling).add(**sampling).add(**sampling)
     expected = Batch(4).add(**sampling).add(**sampling).add(**sampling).tokens([good, good, good])
-    assert batch.tokens([good, bad, good]) == [expected[0], IMPOSSIBLE, expected[2]]
+    assert batch.tokens([good, bad, good]) == [expected[0], NO_TOKEN, expected[2]]
 
 
 def test_more_tokens_in_the_nucleus_than_are_first_looked_at() -> None:
