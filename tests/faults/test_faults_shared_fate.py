@@ -94,12 +94,16 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 def expect_gone(family: Family, members: list[psutil.Process], killed_at: float) -> None:
     while time.monotonic() < killed_at + GONE_WITHIN_S:
         family.server.poll()  # reaps the server itself, whose parent is this test
-        if not alive(members):
-            break
+        if not alive(members) and not is_listening(family.port):
+            return
         time.sleep(0.01)
     assert not alive(members), f"still there after {GONE_WITHIN_S} s"
+    assert not is_listening(family.port), f"still listening after {GONE_WITHIN_S} s"
+
+
+def is_listening(port: int) -> bool:
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", family.port)) == errno.ECONNREFUSED, "something still listens there"
+        return probe.connect_ex(("127.0.0.1", port)) != errno.ECONNREFUSED
 
 
 @pytest.mark.parametrize("victim", LAYERS)

@@ -193,6 +193,8 @@ def test_workers_killed_at_random_moments_of_a_conversation(spawn: Callable[...,
     for attempt in range(20):
         with _create(2) as queue:
             pids = [spawn(_echo, queue.handle(r)) for r in range(2)]
+            for r, pid in enumerate(pids):  # one may be killed before it has attached
+                queue.expect(r, Party.of(f"rank {r}", pid))
             victim = attempt % 2
             timer = threading.Timer(0.02 + 0.001 * attempt, os.kill, (pids[victim], signal.SIGKILL))
             timer.start()
