@@ -292,7 +292,7 @@ class Ping(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """Leave in good order, after the reply."""
+    """Finish what is under way and leave."""
 
 
 CommandBody = StepPlan | MeasureMemory | AllocateCache | Ping | Stop

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from phalanx.config import Config
-from phalanx.errors import PeerDiedError, StartError, UserError
+from phalanx.errors import PeerDiedError, StartError, UserError, WorkerError
 from phalanx.executor.executor import Executor
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import Done, Ping
+from phalanx.protocol import FIRST_EPOCH, Done, NewRequest, Ping, SamplingParams, StepPlan, StepShape, ints
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -81,6 +81,18 @@ def test_a_killed_rank_is_noticed_and_named(executor: Executor) -> None:
     with pytest.raises(PeerDiedError, match=r"rank 1 .* killed by SIGKILL"):
         executor.submit(Ping(), deadline_s=30).result()
     assert time.monotonic() - killed_at < 1.0
+
+
+def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path) -> None:
+    """The brain itself awaits nothing but the output rank's answer."""
+    request = NewRequest(0, ints([1]), 1, 0, ints([0]), SamplingParams(temperature=0.0), 0, ())
+    plan = StepPlan(FIRST_EPOCH, 1, StepShape(1, 1, 1), ints([0]), ints([1]), new=(request,))
+    with start(checkpoint, step_timeout_s=4.0) as executor:
+        os.kill(launcher_of(executor).pids()[1], signal.SIGSTOP)
+        with pytest.raises(
+            WorkerError, match=r"rank 0 on .*: DeadlineError: waited 3.* s for all_reduce .* from rank 1"
+        ):
+            executor.step(plan).result()
 
 
 def test_a_users_mistake_that_only_a_rank_sees(tmp_path: Path) -> None:

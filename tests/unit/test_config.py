@@ -21,6 +21,7 @@ def test_flat_names_reach_their_sections() -> None:
         ({"model": "m", "dtype": "int8"}, "dtype", "one of auto, float32, bfloat16, float16"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs", "int"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "<= 1"),
+        ({"model": "m", "step_timeout_s": float("inf")}, "step_timeout_s", "<= 1000000"),
         ({"model": "m", "wings": 2}, "wings", "no such setting"),
         ({"model": "m", "launcher": "inline", "tensor_parallel_size": 2}, "launcher", "use local"),
         ({"model": "m", "max_num_batched_tokens": 8}, "max_num_batched_tokens", "at least max_num_seqs"),

@@ -15,6 +15,7 @@ import msgspec
 
 from phalanx.cli.options import SectionedCommand, engine_options, given, sampling_options
 from phalanx.cli.prompt_file import PromptLine, read_prompts
+from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
 from phalanx.errors import ConfigError, EngineDeadError
 from phalanx.protocol import SamplingParams
@@ -55,8 +56,8 @@ class OutputLine(msgspec.Struct, kw_only=True, omit_defaults=True):
         *engine_options(leave_out=("served_model_name",)),
     ],
 )
-@click.argument("model")
-@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.argument("model", type=type_for("model", str))
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...", type=type_for("prompt", str))
 def generate(
     model: str, prompts: tuple[str, ...], file: str | None, output: str | None, chat: bool, **settings: Any
 ) -> None:

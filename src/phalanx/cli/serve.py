@@ -11,6 +11,7 @@ import click
 
 from phalanx import __version__
 from phalanx.cli.options import SectionedCommand, engine_options, given, server_options
+from phalanx.cli.setting_types import type_for
 from phalanx.config import Config, ServerConfig, convert
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SectionedCommand, params=[*server_options(), *engine_options()])
-@click.argument("model")
+@click.argument("model", type=type_for("model", str))
 def serve(model: str, **settings: Any) -> None:
     """Serve MODEL on an OpenAI-compatible port.
 

@@ -50,6 +50,8 @@ class ValueType(click.ParamType):  # type: ignore[type-arg]  # generic only in l
         self.allowed = ", ".join([_WORDS[base], " and ".join(limits)]).removesuffix(", ")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not _is_unicode(value):
+            raise ConfigError(self.field, value, "text in UTF-8")
         try:
             return msgspec.convert(value, self._hint, strict=False)
         except msgspec.ValidationError:
@@ -88,6 +90,15 @@ def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
     return hint
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes of the command line that are not UTF-8: Python has them as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_number(text: Any) -> Any:

@@ -194,7 +194,10 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
     config = link.receive_config()
 
     def on_progress(rank: int, phase: str, done: int, total: int) -> None:
-        link.send(StartProgress(rank, phase, done, total))
+        # It is called from within the one rank, where a client that has gone would pass for that rank's failure. The
+        # stream's other users find out as well, and a client that has gone kills this process anyway.
+        with suppress(ClientGone):
+            link.send(StartProgress(rank, phase, done, total))
 
     checkpoint = resolve(config.model.model, revision=config.model.revision, progress=partial(on_progress, 0))
     executor, capacity = start_executor(config, checkpoint, on_progress)

@@ -55,8 +55,7 @@ class Tokenizer:
         try:
             loaded = _load(source)
         except Exception as error:  # transformers and tokenizers raise anything, bare Exception too, for a broken file
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise CheckpointError(f"{source} has no tokenizer that can be loaded: {reason}") from error
+            raise CheckpointError(f"{source} has no tokenizer that can be loaded: {_why(source, error)}") from error
         if not getattr(loaded, "is_fast", False):
             kind = type(loaded).__name__
             raise CheckpointError(f"{source}: {kind} has no tokenizer.json and cannot be made into one")
@@ -103,7 +102,7 @@ class Tokenizer:
                 **(template_variables or {}),
             )
         # A template is code of the checkpoint's and stumbles over unforeseen messages in any of these ways.
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise RequestError("messages", _roles(messages), f"the model's chat template says: {error}") from error
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
@@ -173,7 +172,19 @@ def _load(source: str) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    # Unless it is told no, transformers asks on the terminal whether to run a checkpoint's own code, and waits.
+    return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir(), trust_remote_code=False)
+
+
+def _why(source: str, error: Exception) -> str:
+    """transformers' own words, except where they speak of something else than what is wrong."""
+    path = Path(source)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        return "there is no tokenizer.json in it; --tokenizer names a directory or hub model that has one"
+    if path.is_absolute() and not path.exists():
+        return "there is no such directory"
+    words = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _roles(messages: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -17,5 +17,8 @@ class Channel(Protocol):
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
         """The next message of any rank, with its rank; None when none came in time. Raises PeerDiedError."""
 
+    def forget(self, reader: int) -> None:
+        """Go on without this rank, which has said its last: its end raises no PeerDiedError."""
+
     def close(self) -> None:
         """Let go of the channel's memory. Nothing can be sent afterwards."""

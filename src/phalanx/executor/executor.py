@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, TypeVar
+from contextlib import ExitStack, suppress
+from typing import Any, NoReturn, TypeVar
 
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
 from phalanx.executor.channel import Channel
@@ -106,8 +106,9 @@ class Executor:
         pending = Pending(awaited, ranks, deadline_s, self._pump, convert)
         self._calls[call_id] = pending
         try:
-            self._channel.put(Call(call_id, body, tuple(ranks)), deadline_s=PUT_DEADLINE_S)
+            self._channel.put(Call(call_id, body, tuple(ranks)), deadline_s=min(deadline_s, PUT_DEADLINE_S))
         except (PeerDiedError, DeadlineError) as error:
+            self._take_all()  # a rank that failed said why before it ended
             self._fail(error)
         return pending
 
@@ -122,12 +123,19 @@ class Executor:
             received = self._channel.get(timeout_s=max(min(remaining_s, at_most_s), 0.0) if block else 0.0)
         except PeerDiedError as error:
             self._fail(error)
-            return
         if received is not None:
             self._take(received[0], received[1])
         elif remaining_s <= 0:
             ranks = ", ".join(f"rank {rank}" for rank in sorted(pending.missing))
             self._fail(DeadlineError(pending.awaited, ranks, pending.deadline_s))
+
+    def _take_all(self) -> None:
+        """Take in what has come. Raises when a rank has failed or died."""
+        try:
+            while (received := self._channel.get(timeout_s=0.0)) is not None:
+                self._take(received[0], received[1])
+        except PeerDiedError as error:
+            self._fail(error)
 
     def _take(self, rank: int, message: Reply | Failure | Progress) -> None:
         if isinstance(message, Progress):
@@ -141,7 +149,7 @@ class Executor:
             if not pending.missing:
                 del self._calls[message.call_id]
 
-    def _fail(self, error: PhalanxError) -> None:
+    def _fail(self, error: PhalanxError) -> NoReturn:
         self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
         raise self._error
 
@@ -149,13 +157,18 @@ class Executor:
         """The error to report; waits a little for a better one if this is what a healthy rank says of a sick one."""
         expires_at = time.monotonic() + CAUSE_GRACE_S
         cause_rank, cause = rank, failure
-        while cause.kind in CONSEQUENCES and (remaining_s := expires_at - time.monotonic()) > 0:
+        silent = set(range(self.world_size)) - {rank}
+        self._channel.forget(rank)  # it ends now, which must not pass for the cause
+        while cause.kind in CONSEQUENCES and silent and (remaining_s := expires_at - time.monotonic()) > 0:
             try:
                 received = self._channel.get(timeout_s=remaining_s)
             except PeerDiedError as error:
                 return error
-            if received is not None and isinstance(received[1], Failure) and received[1].kind not in CONSEQUENCES:
-                cause_rank, cause = received[0], received[1]
+            if received is not None and isinstance(received[1], Failure):
+                silent.discard(received[0])
+                self._channel.forget(received[0])
+                if received[1].kind not in CONSEQUENCES:
+                    cause_rank, cause = received[0], received[1]
         if cause.is_user_error:
             return _UserErrorOfRank(cause.message)
         return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback)
@@ -175,18 +188,13 @@ class Executor:
     def _check_exits(self) -> None:
         """A worker that ended without a word (it may not have come as far as its queue)."""
         for rank, how in self._launcher.exits().items():
-            received = self._channel.get(timeout_s=0.0)
-            while received is not None:  # its last words first, if there are any
-                self._take(received[0], received[1])
-                received = self._channel.get(timeout_s=0.0)
+            self._take_all()  # its last words first, if there are any
             self._fail(StartError(f"rank {rank}", "starting", how))
 
     def _stop_workers(self) -> None:
-        try:
-            self.submit(Stop(), deadline_s=STOP_TIMEOUT_S).result()
-        except PhalanxError:
-            # Workers that do not follow the order are killed by the launcher a moment later.
-            return
+        # That they have stopped shows in their exits: one that leaves before another answered would pass for dead.
+        with suppress(PhalanxError):  # the launcher kills workers that the order does not reach
+            self.submit(Stop(), ranks=(), deadline_s=STOP_TIMEOUT_S)
 
 
 class _UserErrorOfRank(UserError):

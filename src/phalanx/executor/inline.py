@@ -51,6 +51,9 @@ class InlineRank:
             self._run(worker.call_id, lambda: self._fetch(worker, block=timeout_s != 0))
         return (0, self._messages.popleft(), ()) if self._messages else None
 
+    def forget(self, reader: int) -> None:
+        """Nothing to do: the one rank ends with this process."""
+
     def close(self, timeout_s: float = 0.0) -> None:
         if self._worker is not None:
             self._worker.close()

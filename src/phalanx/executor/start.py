@@ -23,6 +23,9 @@ from phalanx.protocol import FIRST_EPOCH, AllocateCache, Call, Loaded, Measured,
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
 
+COLLECTIVE_TIMEOUT_SHARE = 0.75
+"""Of a step's: ranks that wait for a peer give up, and say for which, before the brain, which knows of no peers."""
+
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What a started executor can hold."""
@@ -103,7 +106,8 @@ def _rendezvous(config: Config) -> Rendezvous:
         backend = pick_backend(config.executor.device, world_size, one_host=True)
     else:
         backend = asked
-    return open_rendezvous("tp", backend, world_size, epoch=FIRST_EPOCH, timeout_s=config.executor.step_timeout_s)
+    timeout_s = config.executor.step_timeout_s * COLLECTIVE_TIMEOUT_SHARE
+    return open_rendezvous("tp", backend, world_size, epoch=FIRST_EPOCH, timeout_s=timeout_s)
 
 
 def _report_inline(on_progress: OnProgress, progress: Progress) -> None:

@@ -110,7 +110,9 @@ def _open_of_owner(handle: SegmentHandle) -> int:
     except OSError as error:
         if not is_running(handle.pid):
             raise PeerDiedError(f"the owner of {_described(handle)}", handle.pid) from error
-        raise _not_the_segment(handle) from error
+        if isinstance(error, FileNotFoundError):
+            raise _not_the_segment(handle) from error
+        raise FrameError(f"{_described(handle)} cannot be opened: {error}") from error
 
 
 def _not_the_segment(handle: SegmentHandle) -> FrameError:

@@ -10,6 +10,9 @@ import torch
 from phalanx.errors import UserError
 from phalanx.protocol import Failure
 
+MAX_TEXT_CHARS = 8192
+"""The message must fit into a slot of the queue: a larger one stays with its sender, which is about to end."""
+
 
 def describe(call_id: int, phase: str, error: BaseException) -> Failure:
     """The error as a message. An exception cannot travel itself: that would take pickle."""
@@ -21,7 +24,7 @@ def describe(call_id: int, phase: str, error: BaseException) -> Failure:
         node=os.uname().nodename,
         phase=phase,
         kind=type(error).__name__,
-        message=message,
-        traceback="".join(traceback.format_exception(error)),
+        message=message[:MAX_TEXT_CHARS],
+        traceback="".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:],
         is_user_error=isinstance(error, UserError),
     )

@@ -26,6 +26,8 @@ from phalanx.errors import CheckpointError, RequestError, StartError
         (["serve", "m", "--launcher", "inline", "-tp", "2"], "--launcher: 'inline' is not possible"),
         (["serve", "m", "--api-key-file", "/no/such"], "--api-key-file: '/no/such' is not possible"),
         (["serve", "m", "--host", "no such host"], "--host: 'no such host' is not possible"),
+        (["serve", "\udcff"], r"MODEL: '\udcff' is not possible: text in UTF-8"),
+        (["generate", "m", "hi\udcff"], r"prompt: 'hi\udcff' is not possible: text in UTF-8"),
         (["generate", "m"], "--file: None is not possible: give either prompts or a file"),
         (["generate", "m", "hi", "--file", "x"], "--file: 'x' is not possible: give either prompts or a file"),
         (["generate", "m", "--file", "/no/such"], "--file: '/no/such' is not possible: it cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -91,12 +92,21 @@ class Engine:
         self._exit_code = self._pool.submit(process.serve, self.link)
         self.send(self._config)
 
+    def start_when_client_has_gone(self) -> None:
+        """The client leaves after its configuration."""
+        self.send(self._config)
+        self.stream.close()
+        self._exit_code = self._pool.submit(process.serve, self.link)
+
     def start_and_be_ready(self) -> None:
         self.start()
         self.receive(EngineReady)
 
     def _start_executor(self, config: Config, checkpoint: Any, on_progress: Any) -> tuple[FakeExecutor, Any]:
-        on_progress(1, "loading", 1, 2)
+        try:
+            on_progress(1, "loading", 1, 2)
+        except Exception as error:  # as the inline rank does with whatever comes out of its worker
+            raise WorkerError(0, "here", type(error).__name__, str(error), "traceback") from error
         if self.start_error is not None:
             raise self.start_error
         return self.executor, SimpleNamespace(
@@ -222,6 +232,13 @@ def test_the_end_of_the_client_ends_the_engine(engine: Engine) -> None:
     engine.stream.close()
     assert engine.exit_code() == 0
     assert engine.executor.is_closed
+
+
+def test_a_client_that_leaves_during_the_start_is_no_fault(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.start_when_client_has_gone()
+    assert engine.exit_code() == 0
+    assert engine.executor.is_closed
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_an_idle_engine_takes_no_cpu(engine: Engine) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import engine_tiny_tokenizers as tiny
 import pytest
@@ -70,6 +71,24 @@ def test_no_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_directory_is_called_that() -> None:
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        Tokenizer.load("/no/such/directory")
+
+
+def test_a_directory_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer.json in it; --tokenizer names"):
+        Tokenizer.load(tmp_path)
+
+
+def test_variables_too_deep_for_the_template_are_the_users_mistake(checkpoint: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="recursion"):
+        Tokenizer.load(checkpoint).apply_chat([{"role": "user", "content": "hi"}], template_variables={"deep": deep})
 
 
 def test_a_broken_file_is_one_clear_line(tmp_path: Path) -> None:

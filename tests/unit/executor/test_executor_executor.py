@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from phalanx.errors import DeadlineError, PeerDiedError, StartError, UserError, WorkerError
-from phalanx.executor.executor import LOAD_CALL, Executor
+from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.protocol import (
     Call,
     Done,
@@ -21,6 +22,7 @@ from phalanx.protocol import (
     StepPlan,
     StepResult,
     StepShape,
+    Stop,
     WorkerMessage,
     ints,
 )
@@ -32,19 +34,28 @@ class ScriptedChannel:
 
     def __init__(self) -> None:
         self.sent: list[Call] = []
-        self.script: deque[tuple[int, WorkerMessage] | Exception] = deque()
+        self.script: deque[tuple[int, WorkerMessage] | PeerDiedError] = deque()
+        self.put_error: PeerDiedError | None = None
 
     def put(self, message: Call, *, deadline_s: float) -> None:
+        if self.put_error is not None:
+            raise self.put_error
         self.sent.append(message)
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
         if not self.script:
             return None
         item = self.script[0]
-        if isinstance(item, Exception):
+        if isinstance(item, PeerDiedError):
             raise item
         self.script.popleft()
         return (*item, ())
+
+    def forget(self, reader: int) -> None:
+        lasting = [
+            item for item in self.script if not isinstance(item, PeerDiedError) or item.party != f"rank {reader}"
+        ]
+        self.script = deque(lasting)
 
     def close(self) -> None: ...
 
@@ -69,7 +80,7 @@ class Bench:
         self.launcher = ScriptedLauncher()
         self.executor = Executor(self.launcher, self.channel, world_size, step_timeout_s, resources=ExitStack())
 
-    def say(self, *items: tuple[int, WorkerMessage] | Exception) -> None:
+    def say(self, *items: tuple[int, WorkerMessage] | PeerDiedError) -> None:
         self.channel.script.extend(items)
 
 
@@ -127,6 +138,50 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     bench.say((0, failure("DeadlineError", "waited for rank 1")), (1, failure("ValueError", "the cause")))
     with pytest.raises(WorkerError, match="rank 1 on host: ValueError: the cause"):
         pending.result()
+
+
+def test_a_rank_that_ends_after_its_failure_is_not_the_cause() -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    ended = PeerDiedError("rank 0", 123, "it closed its end of the queue")
+    bench.say((0, failure("DeadlineError", "waited for rank 1")), ended, (1, failure("ValueError", "the cause")))
+    with pytest.raises(WorkerError, match="rank 1 on host: ValueError: the cause"):
+        pending.result()
+
+
+def test_when_all_ranks_name_a_consequence_the_first_is_told_at_once() -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    bench.say((0, failure("CollectiveMismatchError", "first")), (1, failure("CollectiveMismatchError", "second")))
+    began_at = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 0 on host: CollectiveMismatchError: first"):
+        pending.result()
+    assert time.monotonic() - began_at < CAUSE_GRACE_S
+
+
+def test_a_failure_that_waits_to_be_read_explains_why_a_call_cannot_be_sent() -> None:
+    bench = Bench()
+    bench.executor.step(plan(1))
+    bench.say((1, failure("ValueError", "the cause")), PeerDiedError("rank 1", 123))
+    bench.channel.put_error = PeerDiedError("rank 1", 123)
+    with pytest.raises(WorkerError, match="rank 1 on host: ValueError: the cause"):
+        bench.executor.step(plan(2))
+
+
+def test_workers_that_leave_one_by_one_are_waited_for() -> None:
+    bench = Bench()
+    bench.say(PeerDiedError("rank 0", 123, "it closed its end of the queue"))
+    bench.executor.close()
+    assert isinstance(bench.channel.sent[-1].body, Stop)
+    assert bench.launcher.closed_with == STOP_TIMEOUT_S
+
+
+def test_a_worker_that_is_killed_while_it_loads_is_named_with_its_end() -> None:
+    bench = Bench()
+    bench.launcher.exited[0] = "killed by SIGKILL"
+    bench.say((0, Progress("loading", 5, 10)), PeerDiedError("rank 0", 123))
+    with pytest.raises(PeerDiedError, match=r"rank 0 \(pid 123\) died: killed by SIGKILL"):
+        bench.executor.await_loaded(lambda *_: None, 60.0)
 
 
 def test_a_killed_worker_is_named_with_its_end() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import msgspec
@@ -58,6 +59,16 @@ def test_the_owner_of_a_segment_is_gone() -> None:
     os.waitpid(pid, 0)
     with pytest.raises(PeerDiedError, match="kv cache"):
         SharedSegment.attach(handle)
+
+
+def test_a_segment_that_may_not_be_opened_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_descriptors(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with SharedSegment.create(64, "kv cache") as segment:
+        monkeypatch.setattr(os, "open", out_of_descriptors)
+        with pytest.raises(FrameError, match=r"'kv cache' .*Too many open files"):
+            SharedSegment.attach(segment.handle)
 
 
 def test_a_view_outlives_the_segment() -> None:

@@ -1,0 +1,57 @@
+"""The launcher when its fork server does not do what it should. No rank is ever forked here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from phalanx.collectives.spec import GroupSpec
+from phalanx.config import Config
+from phalanx.errors import StartError
+from phalanx.executor.local import LocalLauncher
+from phalanx.worker.spec import WorkerSpec
+
+
+def spec(rank: int) -> WorkerSpec:
+    return WorkerSpec(
+        rank=rank,
+        local_rank=rank,
+        ranks_on_host=2,
+        device="cpu",
+        config=Config.build(model="m"),
+        checkpoint="m",
+        epoch=1,
+        group=GroupSpec("tp", "shm", 2, 1, 1.0),
+        queue=None,
+    )
+
+
+def test_it_may_be_closed_as_soon_as_it_is_made() -> None:
+    launcher = LocalLauncher({})
+    launcher.close(0.0)
+    assert launcher._process.returncode == -signal.SIGKILL
+
+
+def test_a_fork_server_that_dies_before_it_forks_is_the_end_of_every_rank() -> None:
+    launcher = LocalLauncher({})
+    launcher.start([spec(0), spec(1)])
+    launcher._process.kill()  # torch's import takes longer than this
+    expires_at = time.monotonic() + 5
+    while len(launcher.exits()) < 2:
+        assert time.monotonic() < expires_at
+        time.sleep(0.005)
+    assert set(launcher.exits()) == {0, 1}
+    assert all("fork server ended: killed by SIGKILL" in how for how in launcher.exits().values())
+    launcher.close(0.0)
+
+
+def test_a_fork_server_that_cannot_be_started_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(StartError, match=r"the fork server did not start: .*/no/such/python"):
+        LocalLauncher({})
+    assert set(os.listdir("/proc/self/fd")) == before
