@@ -95,6 +95,12 @@ def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path) -> 
             executor.step(plan).result()
 
 
+def test_a_plan_of_another_epoch_is_dropped(executor: Executor) -> None:
+    stale = StepPlan(epoch=99, step=1, shape=StepShape(1, 1, 1), slots=ints([3]), num_tokens=ints([1]))
+    executor.submit(stale, ranks=(), deadline_s=5)
+    assert executor.submit(Ping(), deadline_s=5).result() == [Done(), Done()]
+
+
 def test_a_users_mistake_that_only_a_rank_sees(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, num_attention_heads=1, num_key_value_heads=1)
     with pytest.raises(UserError, match="tensor_parallel_size"):

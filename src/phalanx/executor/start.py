@@ -168,7 +168,8 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
         raise ConfigError(
             "max_model_len",
             asked,
-            f"the KV cache has room for {room} tokens; lower it, or raise kv_cache_memory to {needed} bytes or more",
+            f"the KV cache has room for {room} tokens; lower it, or raise kv_cache_memory to {needed} bytes or more"
+            " (on a GPU, gpu_memory_utilization does too)",
         )
     if room < config.cache.block_size:
         raise ConfigError(

@@ -56,10 +56,6 @@ class Arena:
             self._segments[region.segment], dtype=dtype, count=math.prod(shape), offset=region.offset_bytes
         ).view(shape)
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(region.size_bytes for region in self.regions.values())
-
     def _reserve(self, size_bytes: int) -> Region:
         if not self._segments or self._free_from + size_bytes > len(self._segments[-1]):
             self._segments.append(_map_anonymous(self._label, max(size_bytes, SEGMENT_BYTES)))

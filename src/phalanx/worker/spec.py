@@ -25,8 +25,3 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     group: GroupSpec
     queue: QueueHandle | None
     """How to reach the brain; None when the worker lives in the brain's own process."""
-
-    @property
-    def party(self) -> str:
-        """The name that errors give this worker."""
-        return f"rank {self.rank}"

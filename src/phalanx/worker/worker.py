@@ -54,6 +54,8 @@ class Worker:
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
+        self.num_stale = 0
+        """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
         self._reported_at = 0.0
         self._device = _device(spec)
@@ -89,6 +91,9 @@ class Worker:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         self.call_id = call.call_id
         if isinstance(call.body, StepPlan):
+            if call.body.epoch != self.spec.epoch:
+                self.num_stale += 1
+                return
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
             self._flights.append((call, self._runner.launch(call.body)))
