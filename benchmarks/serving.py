@@ -58,14 +58,15 @@ class Server:
 
     def await_ready(self) -> float:
         """Seconds from the command to the first token that it serves."""
-        while time.monotonic() - self._started_at < START_TIMEOUT_S:
-            if self._process.poll() is not None:
-                raise click.ClickException(f"{self.name} ended: {self._log.read_text()[-2000:]}")
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=1.0).status_code == 200:
-                    asyncio.run(measure(self.url, streams=1, requests=1, prompt_tokens=4, output_tokens=1))
-                    return time.monotonic() - self._started_at
-            time.sleep(0.05)
+        with httpx.Client(timeout=1.0) as client:
+            while time.monotonic() - self._started_at < START_TIMEOUT_S:
+                if self._process.poll() is not None:
+                    raise click.ClickException(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        asyncio.run(measure(self.url, streams=1, requests=1, prompt_tokens=4, output_tokens=1))
+                        return time.monotonic() - self._started_at
+                time.sleep(0.1)
         raise click.ClickException(f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s; its log is {self._log}")
 
     def processes(self) -> list[psutil.Process]:

@@ -14,7 +14,10 @@ from msgspec import Meta
 
 from phalanx.errors import ConfigError
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+NumBytes = Annotated[int, Meta(ge=1, le=2**62)]
+Name = Annotated[str, Meta(min_length=1)]
+Ranks = Annotated[int, Meta(ge=1, le=64)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -28,16 +31,16 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
-    model: str
+    model: Name
     """A checkpoint directory (safetensors), a GGUF file, or the name of a model on the Hugging Face hub."""
 
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a hub model."""
 
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Directory or hub name of the tokenizer, when it is not the model's own."""
 
-    served_model_name: str | None = None
+    served_model_name: Name | None = None
     """The name that API clients use; the model's own name by default."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -48,7 +51,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
-    tensor_parallel_size: Positive = 1
+    tensor_parallel_size: Ranks = 1
     """Ranks that share every layer."""
 
     @property
@@ -60,7 +63,7 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     block_size: Positive = 16
     """Tokens in one block of the KV cache."""
 
-    kv_cache_memory: Positive | None = None
+    kv_cache_memory: NumBytes | None = None
     """Bytes of KV cache on each rank. By default what the device has left on a GPU, and on a CPU what the limits on
     sequences and length can use, within a quarter of the memory that is free."""
 

@@ -100,7 +100,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 "from 0 to max_tokens",
             ),
             ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
-            ("stop_token_ids", len(self.stop_token_ids) <= 64, "at most 64 ids"),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= 64 and all(0 <= token < 2**31 for token in self.stop_token_ids),
+                "at most 64 ids, each from 0 to 2**31 - 1",
+            ),
             (
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,

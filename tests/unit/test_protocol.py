@@ -77,6 +77,8 @@ def test_columns_are_read_without_a_copy() -> None:
         ("max_tokens", 0),
         ("min_tokens", 17),
         ("stop", ("",)),
+        ("stop_token_ids", (10**12,)),
+        ("stop_token_ids", (-1,)),
         ("logprobs", 21),
         ("seed", 2**64),
     ],

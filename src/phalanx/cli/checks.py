@@ -174,16 +174,22 @@ def checkpoint(model: str) -> Iterator[Check]:
         advice = "if it is the name of a hub model, it is fetched when it is first served; otherwise mind the spelling"
         yield Check("model", "warn", f"there is no file or directory {model}", advice)
     elif path.is_file():
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        advice = "give a GGUF file, a checkpoint directory or a hub name"
-        yield (
-            _fit("model", path.stat().st_size)
-            if is_gguf
-            else Check("model", "fail", f"{model} is no GGUF file", advice)
-        )
+        yield _file(path)
     else:
         yield _directory(path)
+
+
+def _file(path: Path) -> Check:
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    except OSError as error:
+        return Check("model", "fail", f"{path} cannot be read: {error.strerror}", "let this user read it")
+    if not is_gguf:
+        return Check(
+            "model", "fail", f"{path} is no GGUF file", "give a GGUF file, a checkpoint directory or a hub name"
+        )
+    return _fit("model", path.stat().st_size)
 
 
 def _directory(path: Path) -> Check:

@@ -87,6 +87,8 @@ def _is_plain(lines: Sequence[PromptLine], file: str | None, output: str | None)
 @contextmanager
 def _opened(output: str | None) -> Iterator[IO[str]]:
     if output is None:
+        if sys.stdout is None:  # so Python has a descriptor 1 that was closed before the start
+            raise ConfigError("--output", output, "standard output is closed; name a file")
         yield sys.stdout
         return
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from phalanx.errors import CheckpointError
+from phalanx.errors import CheckpointError, RequestError
 from phalanx.protocol import SamplingParams
 
 
@@ -27,15 +27,17 @@ class GenerationConfig(msgspec.Struct, frozen=True):
     def read(cls, directory: Path) -> GenerationConfig:
         """Read `generation_config.json`; an older checkpoint has the end-of-sequence ids in `config.json` instead.
 
-        Raises CheckpointError if a file is not JSON or a value is of a wrong type.
+        Raises CheckpointError if a file is not JSON or a value is of a wrong type or out of range.
         """
         for name in ("generation_config.json", "config.json"):
             path = directory / name
             if path.is_file():
                 try:
-                    return msgspec.json.decode(path.read_bytes(), type=cls)
-                except msgspec.DecodeError as error:
+                    found = msgspec.json.decode(path.read_bytes(), type=cls)
+                    found.default_sampling().check()
+                except (msgspec.DecodeError, RequestError) as error:
                     raise CheckpointError(f"{path}: {error}") from error
+                return found
         return cls()
 
     def default_sampling(self) -> SamplingParams:

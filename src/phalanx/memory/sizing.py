@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from phalanx.config import CacheConfig
+from phalanx.errors import ConfigError
 
 CPU_CACHE_SHARE = 0.25
 """Share of the host's free memory that all ranks' KV caches take by default. It is touched only as it fills."""
@@ -30,9 +31,13 @@ def cache_bytes(
 ) -> int:
     """Bytes that one rank may use for its KV cache.
 
-    `useful_bytes` is what the limits on sequences and length could fill; more is never taken on a CPU.
+    `useful_bytes` is what the limits on sequences and length could fill; more is never taken on a CPU. Raises
+    ConfigError when more is asked for than there is.
     """
     if cache.kv_cache_memory is not None:
+        free_bytes = free_host_bytes() // ranks_on_host if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        if cache.kv_cache_memory > free_bytes:
+            raise ConfigError("kv_cache_memory", cache.kv_cache_memory, f"each rank has {free_bytes} bytes free")
         return cache.kv_cache_memory
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from phalanx.config import Positive
 from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError
 from phalanx.models.weight_files import DTYPES, TensorInfo, read_headers
 
@@ -38,6 +41,23 @@ _NOT_DOWNLOADED = ("consolidated*", "original/*", "*.gguf")
 """Second copies of the weights that some repositories have."""
 
 
+class _Settings(msgspec.Struct):
+    """What must be true of config.json wherever it says something, so that it can be relied on."""
+
+    architectures: list[str] | None = None
+    max_position_embeddings: Positive | None = None
+    vocab_size: Positive | None = None
+    num_hidden_layers: Positive | None = None
+    num_attention_heads: Positive | None = None
+    num_key_value_heads: Positive | None = None
+    hidden_size: Positive | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A directory with config.json and safetensors files, of a supported architecture."""
@@ -56,7 +76,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
             raise CheckpointError(f"{self.path / 'config.json'} is not accepted by transformers: {error}") from error
 
@@ -70,9 +90,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is no checkpoint: it has no config.json") from error
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{file} is not a JSON object")
-        return settings
+        try:
+            msgspec.convert(settings, _Settings)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        return dict(settings)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -86,8 +108,7 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The name of the model's class in transformers, such as "LlamaForCausalLM"."""
-        names = self.settings.get("architectures")
-        return str(names[0]) if names else "none"
+        return str(self.settings["architectures"][0])
 
     @property
     def max_model_len(self) -> int:
@@ -109,6 +130,8 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raises CheckpointError or UnsupportedModelError, naming what is wrong and what would be right."""
+        if not self.settings.get("architectures"):
+            raise CheckpointError(f"{self.path / 'config.json'} does not name an architecture")
         if self.architecture not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{self.name} is a {self.architecture}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"

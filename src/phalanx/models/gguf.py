@@ -111,6 +111,16 @@ def convert_once(file: Path, progress: Progress) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{file}: to read GGUF files, install the package gguf: pip install 'phalanx[gguf]'")
+    try:
+        _convert_into(target, file, progress)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be converted into {cache} ({error}); XDG_CACHE_HOME moves it") from error
+    return target
+
+
+def _convert_into(target: Path, file: Path, progress: Progress) -> None:
+    """Make `target`, whole or not at all."""
+    cache = target.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=cache, ignore_cleanup_errors=True) as partial:
         _convert(file, Path(partial), progress)
@@ -119,7 +129,6 @@ def convert_once(file: Path, progress: Progress) -> Path:
         except OSError:
             if not target.is_dir():  # another process may have put the same there meanwhile
                 raise
-    return target
 
 
 def _digest(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def run_server(
     after the requests in flight have their errors.
     """
     keys = ApiKeys.load(server)
+    _raise_file_limit()
     with listen(server.host, server.port) as listener:
         if not keys and not is_loopback(listener):
             logger.warning(
@@ -70,6 +72,13 @@ def run_server(
             )
         lifetime = _Lifetime(config, server, keys, listener)
         asyncio.run(lifetime.run(on_progress, on_ready, start_engine))
+
+
+def _raise_file_limit() -> None:
+    """Every client takes a descriptor, and many systems start processes with a low limit that they may raise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def served_name(config: Config) -> str:
@@ -148,6 +157,7 @@ class _HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                backlog=128,  # asyncio accepts so many at a time, and logs each that fails when descriptors run out
                 timeout_keep_alive=75,  # longer than clients' and proxies' pools keep a connection
                 timeout_graceful_shutdown=2,  # requests have ended by then; this is for connections
             )

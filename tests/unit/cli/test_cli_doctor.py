@@ -86,6 +86,17 @@ def test_a_models_file(tmp_path: Path, content: bytes | None, status: str) -> No
     assert check.status == status
 
 
+def test_a_models_file_that_cannot_be_read_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "m.gguf"
+    file.touch()
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, whom no file's mode stops
+    (check,) = checks.checkpoint(str(file))
+    assert (check.status, check.detail) == ("fail", f"{file} cannot be read: Permission denied")
+
+
 def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
     (check,) = checks.checkpoint(str(tmp_path))
     assert check.status == "fail"

@@ -141,6 +141,15 @@ def test_a_failed_request_fails_the_command(prompts: list[str], capsys: pytest.C
     assert EchoEngine.latest.is_closed
 
 
+def test_without_a_standard_output_a_file_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        assert main.run(["generate", "m", "a"]) == 2
+    assert "--output: None is not possible: standard output is closed" in capsys.readouterr().err
+
+
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["generate", "missing", "a"]) == 2
     assert capsys.readouterr().err == "phalanx: error: missing: no such model\n"

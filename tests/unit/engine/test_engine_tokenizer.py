@@ -79,7 +79,7 @@ def test_a_missing_directory_is_called_that() -> None:
 
 
 def test_a_directory_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer.json in it; --tokenizer names"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json in it; --tokenizer names"):
         Tokenizer.load(tmp_path)
 
 

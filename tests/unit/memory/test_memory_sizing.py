@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phalanx.config import CacheConfig
+from phalanx.errors import ConfigError
 from phalanx.memory import sizing
 
 CPU = torch.device("cpu")
@@ -19,6 +20,11 @@ def ask(cache: CacheConfig, useful_bytes: int, ranks_on_host: int = 1) -> int:
 
 def test_what_is_asked_for_is_given() -> None:
     assert ask(CacheConfig(kv_cache_memory=12345), useful_bytes=10) == 12345
+
+
+def test_more_than_there_is_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_memory: 1125899906842624 is not possible: each rank has"):
+        ask(CacheConfig(kv_cache_memory=1 << 50), useful_bytes=10)
 
 
 def test_never_more_than_can_be_used() -> None:
