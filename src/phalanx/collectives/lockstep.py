@@ -152,6 +152,10 @@ class Lockstep:
         """Say that this rank is done with the turn's data."""
         self._publish(self._own_finished, self._turn)
 
+    def mark_issued(self) -> None:
+        """Say how far this rank has issued, for a group that takes no turns for its data. Never blocks."""
+        self._words[self._own_finished] = self._sequence  # looked at only after a time-out: needs no fence and no bell
+
     def await_finished(self) -> None:
         """Wait until every peer is done with the turn's data, and see what it wrote until then. Like `arrive`."""
         turn, words = self._turn, self._words
@@ -166,8 +170,10 @@ class Lockstep:
         if end is not None:
             raise self._end(*end)
 
-    def blame(self, cause: Exception, waited_s: float) -> PhalanxError:
-        """End the group because what carries its data failed in this turn; the error names the peers that are to blame.
+    def blame(self, cause: Exception, waited_s: float, *, is_by_turn: bool) -> PhalanxError:
+        """End the group because what carries its data failed; the error names the peers that are behind.
+
+        Behind is who has not finished this turn, or, where no turns are taken, who has not issued as much as this rank.
 
         Blocks for `_DEATH_TAKES_S` at most: a dying process's connections break before it counts as dead.
         """
@@ -177,10 +183,11 @@ class Lockstep:
         for party in self._watch.dead:
             error: PhalanxError = party.died(f"{self.last} failed: {cause}")
             return self._end(_Reason.DIED, self._parties.index(party), error)
-        unfinished = [peer for peer, word in self._finished if self._words[word] != self._turn]
-        who = ", ".join(str(self._parties[peer]) for peer in unfinished) or "peers that have finished it"
+        reached = self._turn if is_by_turn else self._sequence
+        behind = [peer for peer, word in self._finished if self._words[word] < reached]
+        who = ", ".join(str(self._parties[peer]) for peer in behind) or "peers of which none is behind"
         error = DeadlineError(f"{self.last} ({cause})", who, waited_s)
-        return self._end(_Reason.DEADLINE, unfinished[0] if unfinished else self.rank, error)
+        return self._end(_Reason.DEADLINE, behind[0] if behind else self.rank, error)
 
     def abandon(self, error: BaseException) -> None:
         """End the group because an operation was left half done. Does nothing if the group has ended."""

@@ -73,7 +73,7 @@ class _TorchGroup(ABC):
         # The backends cannot add bools.
         options.reduceOp = c10d.ReduceOp.MAX if x.dtype == torch.bool else c10d.ReduceOp.SUM
         with self._collective(_descriptor("all_reduce", x)):
-            carried = x.to(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+            carried = (x.to(torch.uint8) if x.dtype == torch.bool else x).contiguous()
             if x.numel():
                 self._complete(self._backend.allreduce([carried], options))
             if carried is not x:
@@ -168,7 +168,7 @@ class GlooGroup(_TorchGroup):
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lockstep.blame(error, time.monotonic() - start) from error
+            raise self._lockstep.blame(error, time.monotonic() - start, is_by_turn=True) from error
         self._lockstep.mark_finished()
 
 
@@ -205,6 +205,7 @@ class NcclGroup(_TorchGroup):
 
     def _enter(self, descriptor: Descriptor) -> None:
         self._lockstep.issue(descriptor)
+        self._lockstep.mark_issued()
 
     def _complete(self, work: _Work | None) -> None:
         # None: it runs on the current stream itself. Otherwise that stream waits, and not the host.
@@ -219,7 +220,8 @@ class NcclGroup(_TorchGroup):
             self._lockstep.check_peers()
             waited_s = time.monotonic() - start
             if waited_s > self._timeout_s:
-                raise self._lockstep.blame(TimeoutError("the GPU has not finished what was enqueued"), waited_s)
+                cause = TimeoutError("the GPU has not finished what was enqueued")
+                raise self._lockstep.blame(cause, waited_s, is_by_turn=False)
             os.sched_yield()
 
 

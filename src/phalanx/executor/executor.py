@@ -104,7 +104,8 @@ class Executor:
         call_id = self._next_call_id
         self._next_call_id += 1
         pending = Pending(awaited, ranks, deadline_s, self._pump, convert)
-        self._calls[call_id] = pending
+        if ranks:
+            self._calls[call_id] = pending
         try:
             self._channel.put(Call(call_id, body, tuple(ranks)), deadline_s=min(deadline_s, PUT_DEADLINE_S))
         except (PeerDiedError, DeadlineError) as error:
