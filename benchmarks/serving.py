@@ -190,6 +190,7 @@ def main(
     output_tokens: int,
 ) -> None:
     """Measure `phalanx serve`, and vLLM's server beside it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended on the way out
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
         ours = stack.enter_context(running(phalanx(model, tp_size, dtype, free_port(), Path(logs) / "phalanx.log")))
         click.echo(f"phalanx TP {tp_size} {dtype}: command to first token {ours.await_ready():.1f} s")
