@@ -138,6 +138,7 @@ def report(case: Case, rounds: list[list[Figures]], num_workers: int) -> None:
 @click.option("--short", is_flag=True, help="A tenth of the calls: to see that it works.")
 def main(peer_python: Path | None, workers: tuple[int, ...], rounds: int, short: bool) -> None:
     """Measure calls to 1, 2 and 4 workers. Times in microseconds."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestants, stopped ones too, are ended
     if peer_python is not None and not peer_python.exists():
         click.echo(f"skipped vLLM: there is no {peer_python}")
         peer_python = None
