@@ -142,3 +142,14 @@ def test_seeded_sampling_is_the_same_in_every_mix_and_layout(family: tuple[Path,
     together = [outcome.tokens for outcome in rig.run([*crowd, *seeded])[len(crowd) :]]
     assert together == alone
     assert SEEDED.setdefault(checkpoint, alone) == alone, "another tensor-parallel size chose other tokens"
+
+
+def test_over_gloo_the_tokens_are_the_same(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path)
+    oracle = Oracle(checkpoint)
+    workload = [Arrival(i, PREFIXES[i][: 10 + i], SamplingParams(temperature=0, max_tokens=10)) for i in range(3)]
+    with Rig(
+        checkpoint, tensor_parallel_size=2, collective_backend="gloo", max_model_len=64, kv_cache_memory=1 << 20
+    ) as rig:
+        for arrival, outcome in zip(workload, rig.run(workload), strict=True):
+            assert outcome.tokens == oracle.greedy(arrival.prompt, 10)
