@@ -96,7 +96,7 @@ class _Codec(Generic[Sent, Received]):
 
 
 class _Waiter:
-    """How an end waits for frames: it spins for a bounded time if there is a core for it, then sleeps on its bell."""
+    """How an end waits for frames: it spins for a bounded time, yielding its core, then sleeps on its bell."""
 
     def __init__(self, bell: Doorbell, spin_s: float) -> None:
         self._bell = bell

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import threading
 import time
@@ -111,6 +112,7 @@ def test_a_fence_can_be_used_again_and_again() -> None:
         fence()
 
 
-def test_nobody_spins_when_processes_outnumber_cores() -> None:
-    assert spin_s_for(1) > 0
+def test_parties_spin_for_less_when_they_share_cores_and_not_at_all_when_they_crowd_them() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert spin_s_for(cores) > spin_s_for(cores + 1) > 0
     assert spin_s_for(100_000) == 0
