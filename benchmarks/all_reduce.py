@@ -76,22 +76,23 @@ def _measure(size: int, calls: int) -> list[tuple[Figures, Figures]]:
     """Figures of both groups for each case, from rank 0 of a fresh set of processes."""
     processes = multiprocessing.get_context("spawn")
     receiver, sender = processes.Pipe(duplex=False)
+    ranks = tuple(range(size))
     with (
-        open_rendezvous("ours", "shm", size, epoch=0, timeout_s=_TIMEOUT_S) as ours,
-        open_rendezvous("gloo", "gloo", size, epoch=0, timeout_s=_TIMEOUT_S) as gloo,
+        open_rendezvous("ours", "shm", ranks, 0, _TIMEOUT_S, _TIMEOUT_S) as ours,
+        open_rendezvous("gloo", "gloo", ranks, 0, _TIMEOUT_S, _TIMEOUT_S) as gloo,
     ):
-        ranks = [
+        crew = [
             processes.Process(target=_rank, args=(ours.spec, gloo.spec, rank, calls, sender), daemon=True)
-            for rank in range(size)
+            for rank in ranks
         ]
-        for rank in ranks:
-            rank.start()
-        wait([receiver, *(rank.sentinel for rank in ranks)], timeout=10 * _TIMEOUT_S)
+        for process in crew:
+            process.start()
+        wait([receiver, *(process.sentinel for process in crew)], timeout=10 * _TIMEOUT_S)
         if not receiver.poll():
             raise click.ClickException("a rank died or took too long")
         figures: list[tuple[Figures, Figures]] = receiver.recv()
-        for rank in ranks:
-            rank.join(_TIMEOUT_S)
+        for process in crew:
+            process.join(_TIMEOUT_S)
     return figures
 
 

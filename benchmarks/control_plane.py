@@ -33,6 +33,7 @@ class Case(NamedTuple):
     payload: str
     pace_s: float
     num_calls: int
+    num_warm_up: int = 3
 
 
 class Figures(NamedTuple):
@@ -57,11 +58,12 @@ CASES = [
 class Contestant:
     """One system's brain and workers, in a process group of their own."""
 
-    def __init__(self, name: str, command: list[str], num_workers: int) -> None:
+    def __init__(self, name: str, command: list[str], *more: object) -> None:
+        """`more` are arguments after the descriptor for orders; the first is the number of workers."""
         self.name = name
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = [*command, str(theirs.fileno()), str(num_workers)]
+            arguments = [*command, str(theirs.fileno()), *map(str, more)]
             self._process = subprocess.Popen(
                 arguments,
                 pass_fds=[theirs.fileno()],

@@ -140,9 +140,10 @@ def _write(folder: Path, shape: str, dtype: str) -> Path:
 
 
 def _vocab_size(path: Path) -> int:
-    from transformers import AutoConfig
+    """Of the token ids that both the model and its tokenizer have."""
+    from transformers import AutoConfig, AutoTokenizer
 
-    return int(AutoConfig.from_pretrained(path).vocab_size)
+    return min(int(AutoConfig.from_pretrained(path).vocab_size), len(AutoTokenizer.from_pretrained(path)))
 
 
 def _time_phalanx(load: Load) -> Figures:
@@ -175,7 +176,8 @@ def _time_transformers(load: Load) -> Figures:
     def generate(prompts: Sequence[Sequence[int]]) -> object:
         input_ids = torch.tensor(prompts, device=device)
         exactly = {"max_new_tokens": load.output_len, "min_new_tokens": load.output_len}
-        return model.generate(input_ids, do_sample=False, pad_token_id=0, **exactly).cpu()
+        mask = torch.ones_like(input_ids)
+        return model.generate(input_ids, attention_mask=mask, do_sample=False, pad_token_id=0, **exactly).cpu()
 
     with torch.inference_mode():
         return Figures(load_s, _time_all(load, generate))

@@ -6,17 +6,19 @@ argument names, and answers with one line each: the times of its calls, and the 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 NUM_REQUESTS = 256
 BLOCK_SIZE = 16
 LARGE_BYTES = {"1 MB": 1_000_000, "30 MB": 30_000_000}
-_WARM_UP_CALLS = 3
+_CLONE_NEWNET = 0x40000000
 
 Call = Callable[[], None]
 
@@ -26,19 +28,39 @@ def num_workers() -> int:
     return int(sys.argv[2])
 
 
+class SecondHost(NamedTuple):
+    """The third to fifth argument, of contestants whose workers are on another host: a network namespace here."""
+
+    brain_address: str
+    worker_address: str
+    namespace: str
+
+    @classmethod
+    def of_arguments(cls) -> SecondHost:
+        return cls(*sys.argv[3:6])
+
+    def enter(self) -> None:
+        """Have this thread, and what it starts, live there from now on."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(self.namespace) as namespace:
+            if libc.setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns to {self.namespace}")
+
+
 def serve(calls: Mapping[str, Call], worker_pids: list[int]) -> None:
     """Carry out orders until there are no more."""
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rw") as orders:
         print("ready", file=orders, flush=True)
         for line in orders:
             order = json.loads(line)
-            answer = _measure(calls[order["payload"]], order["num_calls"], order["pace_s"], [os.getpid(), *worker_pids])
+            call = calls[order["payload"]]
+            for _ in range(order["num_warm_up"]):
+                call()
+            answer = _measure(call, order["num_calls"], order["pace_s"], [os.getpid(), *worker_pids])
             print(json.dumps(answer), file=orders, flush=True)
 
 
 def _measure(call: Call, num_calls: int, pace_s: float, pids: list[int]) -> dict[str, object]:
-    for _ in range(_WARM_UP_CALLS):
-        call()
     times_s = []
     cpu_before_s, started = _cpu_s(pids), time.perf_counter()
     for n in range(num_calls):

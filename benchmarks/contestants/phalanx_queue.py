@@ -10,6 +10,7 @@ from contest import BLOCK_SIZE, LARGE_BYTES, NUM_REQUESTS, num_workers, serve
 
 from phalanx.errors import PeerDiedError
 from phalanx.protocol import Call, CommandBody, Done, Ping, Reply, StepPlan, StepShape, WorkerMessage, ints
+from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
 
 DEADLINE_S = 60.0
@@ -45,7 +46,10 @@ def step_plan() -> StepPlan:
 
 
 def round_trip(
-    queue: MessageQueue[Call, WorkerMessage], ranks: tuple[int, ...], body: CommandBody, buffers: Sequence[bytes]
+    queue: MessageQueue[Call, WorkerMessage] | ClusterQueue[Call, WorkerMessage],
+    ranks: tuple[int, ...],
+    body: CommandBody,
+    buffers: Sequence[bytes],
 ) -> None:
     queue.put(Call(1, body, ranks), buffers, deadline_s=DEADLINE_S)
     for _ in ranks:

@@ -19,6 +19,8 @@ NumBytes = Annotated[int, Meta(ge=1, le=2**62)]
 Name = Annotated[str, Meta(min_length=1)]
 Ranks = Annotated[int, Meta(ge=1, le=64)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
+Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
+Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
@@ -49,14 +51,22 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     max_model_len: Positive | None = None
     """Longest prompt plus output, in tokens; the model's own limit by default."""
 
+    pack_weights: bool = True
+    """On a CPU, hold the weights of linear layers as its matrix kernels read them. Faster, and no larger, but that an
+    embedding which is also the model's head is then held twice."""
+
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
     tensor_parallel_size: Ranks = 1
     """Ranks that share every layer."""
 
+    pipeline_parallel_size: Ranks = 1
+    """Stages that the layers are shared out to, each of tensor-parallel-size ranks. Several steps are under way at a
+    time, one in each stage."""
+
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class CacheConfig(Section, frozen=True, kw_only=True):
@@ -86,15 +96,20 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
 
 
 class ExecutorConfig(Section, frozen=True, kw_only=True):
-    launcher: Literal["auto", "inline", "local"] = "auto"
-    """How workers start: `inline` runs the one rank inside the engine's process, `local` starts a process per rank.
-    `auto` takes `inline` for one rank and `local` for more."""
+    launcher: Literal["auto", "inline", "local", "ray"] = "auto"
+    """How workers start: `inline` runs the one rank inside the engine's process, `local` starts a process per rank on
+    this host, `ray` an actor per rank on the nodes of a Ray cluster. `auto` takes `inline` for one rank and `local` for
+    more."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks compute. `auto` takes the GPUs when there are enough of them."""
 
     collective_backend: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     """How ranks exchange tensors. `auto`: NCCL between GPUs, shared memory between CPU ranks of one host."""
+
+    worker_extension_cls: Name | None = None
+    """`package.module:Class` whose methods marked with `remote_method` every rank offers to `collective_rpc`; made with
+    the worker when the model is loaded."""
 
     threads_per_rank: Positive | None = None
     """CPU threads of each rank; by default the cores are shared out evenly, and never more than there are."""
@@ -104,6 +119,47 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
 
     step_timeout_s: Seconds = 60.0
     """Longest time for one step before the rank that is awaited is named and the run ends."""
+
+
+class ClusterConfig(Section, frozen=True, kw_only=True):
+    """For `launcher` ray alone."""
+
+    ray_address: Name | None = None
+    """Host and port of the Ray cluster to join, or `local` to start a Ray of its own. By default the Ray that this
+    process is connected to, then RAY_ADDRESS, then the one that runs on this host; if there is none, one is started and
+    ended with the engine."""
+
+    placement_group: Name | None = None
+    """Name or id of a Ray placement group that exists, with a bundle for each rank. By default the one that the calling
+    Ray task or actor is in; otherwise one is made, and removed at the end. From Python the object will do."""
+
+    ray_bundle_indices: tuple[Index, ...] | None = None
+    """The bundle of each rank in the placement group, in rank order, such as 0,1,4,5. By default ranks are given to the
+    bundles node by node, the engine's own node first."""
+
+    ray_per_worker_gpus: Share = 1.0
+    """How much of a GPU (or, computing on the CPU, how many of Ray's CPUs) each rank reserves. A fraction lets several
+    engines share a GPU; ranks of one engine never do."""
+
+    ray_runtime_env: dict[str, Any] | None = None
+    """Ray's runtime environment for the workers, a JSON object."""
+
+    ray_workers_use_nsight: bool = False
+    """Run each worker under Nsight Systems."""
+
+    allow_split_tensor_parallel: bool = False
+    """Let the ranks of a tensor-parallel group be on several nodes if they fit on none. Every layer then waits for the
+    network."""
+
+    node_address: Name | None = None
+    """Address or name of this host that the other nodes reach it at; Ray's own by default."""
+
+    network_interface: Name | None = None
+    """The interface that the other nodes are reached through, such as eth1, for hosts that have several; by default the
+    one with the address that Ray uses."""
+
+    node_timeout_s: Seconds = 10.0
+    """A node that is silent for so long is given up; shorter stalls of the network are survived."""
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
@@ -128,6 +184,7 @@ class Config(Section, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @classmethod
     def build(cls, **settings: Any) -> Config:
@@ -140,7 +197,7 @@ class Config(Section, frozen=True, kw_only=True):
         for name, value in settings.items():
             if name not in section_of:
                 raise ConfigError(name, value, f"there is no such setting; known are {', '.join(sorted(section_of))}")
-            sections[section_of[name]][name] = value
+            sections[section_of[name]][name] = _as_setting(value)
         config = convert(sections, cls)
         config.check()
         return config
@@ -160,6 +217,10 @@ class Config(Section, frozen=True, kw_only=True):
                 f"a step must hold one token of each running request: at least max_num_seqs "
                 f"({self.scheduler.max_num_seqs})",
             )
+        if self.executor.launcher != "ray":
+            for field in msgspec.structs.fields(ClusterConfig):
+                if (value := getattr(self.cluster, field.name)) != field.default:
+                    raise ConfigError(field.name, value, "only with launcher ray")
         if self.executor.device == "cpu" and self.executor.collective_backend == "nccl":
             raise ConfigError("collective_backend", "nccl", "with device cpu: auto, shm or gloo")
         if self.executor.device == "cuda" and self.executor.collective_backend in ("shm", "gloo"):
@@ -177,11 +238,18 @@ def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
             raise ConfigError(missing[1], None, "it is required") from None
         found: Any = values
         owner: Any = kind
-        for name in path:
+        for name in (part.partition("[")[0] for part in path):
             found = found[name]
             owner = get_type_hints(owner)[name]
         allowed = _choices(owner) if path else None
-        raise ConfigError(path[-1] if path else kind.__name__, found, allowed or complaint) from None
+        field = path[-1].partition("[")[0] if path else kind.__name__
+        raise ConfigError(field, found, allowed or complaint) from None
+
+
+def _as_setting(value: Any) -> Any:
+    """A Ray placement group becomes its id, which any process can look up."""
+    identity: Any = getattr(value, "id", None)
+    return identity.hex() if hasattr(identity, "hex") else value
 
 
 def _choices(hint: Any) -> str | None:

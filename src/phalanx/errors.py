@@ -5,6 +5,7 @@
     │   ├── ConfigError                 a setting: names the field, the value and what is allowed
     │   ├── CheckpointError             the model's files cannot be found or read
     │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
+    │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
     ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
@@ -54,11 +55,21 @@ class UnsupportedModelError(UserError):
     """An architecture or a quantisation that Phalanx does not run. The message lists what it does run."""
 
 
+class PlacementError(UserError):
+    """The nodes cannot hold the ranks as asked for. `table` has a line for each node; its lines are indented."""
+
+    def __init__(self, complaint: str, table: str) -> None:
+        super().__init__(f"{complaint}\n{table}")
+        self.complaint = complaint
+        self.table = table
+
+
 class StartError(PhalanxError):
     """A process did not come up."""
 
     def __init__(self, party: str, phase: str, cause: str) -> None:
-        super().__init__(f"{party} did not start: {cause} (while {phase})")
+        reason, newline, details = cause.partition("\n")
+        super().__init__(f"{party} did not start: {reason} (while {phase}){newline}{details}")
         self.party = party
         self.phase = phase
         self.cause = cause

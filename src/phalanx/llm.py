@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from numbers import Integral
 from types import FrameType
 from typing import Any, TypeAlias, cast
 
 import msgspec
 
 from phalanx.config import Config
-from phalanx.engine.admission import check_request, refusal
+from phalanx.engine.admission import check_request, fitted, refusal, typed
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
@@ -65,10 +66,15 @@ class LLM:
         self.tokenizer = Tokenizer.load(tokenizer_source)
         self.default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
         """What is used when no sampling is given: the checkpoint's advice (generation_config.json) over ours."""
-        executor, capacity = start_executor(self.config, checkpoint, report)
+        self._vocab_size = min(self.tokenizer.vocab_size, checkpoint.vocab_size)  # either may have ids of its own
+        executor, capacity = start_executor(
+            self.config, checkpoint, lambda told: report(told.rank, told.phase, told.done, told.total)
+        )
         with ExitStack() as stack:
             stack.enter_context(executor)
             self.max_model_len = capacity.max_model_len
+            self.executor = executor
+            """For `collective_rpc`, `check_health`, `on_failure`; only for the thread that made this object."""
             self._brain = Brain(
                 self.config,
                 executor,
@@ -89,13 +95,16 @@ class LLM:
     ) -> list[Completion]:
         """Complete every prompt; the list is in the order of the prompts. Blocks until all are done.
 
-        `sampling` is for all prompts or one for each; `default_sampling` if it is None. Raises RequestError before
-        anything is computed, and EngineDeadError if a fault ended the model before. Ctrl-C lets the current step end,
-        cancels the requests and raises KeyboardInterrupt; the LLM can be used again.
+        `sampling` is for all prompts or one for each; without it, `default_sampling` is used, and gives way where the
+        length limit is near. Raises RequestError before anything is computed, and EngineDeadError if a fault ended the
+        model before. Ctrl-C lets the current step end, cancels the requests and raises KeyboardInterrupt; the LLM can
+        be used again.
         """
         listed = _listed_prompts(prompts)
-        token_ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in listed]
-        return self._complete(listed, token_ids, self.default_sampling if sampling is None else sampling, progress)
+        token_ids = [self._token_ids(prompt) for prompt in listed]
+        if sampling is None:
+            sampling = [fitted(self.default_sampling, len(ids), self.max_model_len) for ids in token_ids]
+        return self._complete(listed, token_ids, sampling, progress)
 
     def chat(
         self,
@@ -136,23 +145,24 @@ class LLM:
     ) -> list[Completion]:
         if self._ended is not None:
             raise EngineDeadError(f"this LLM can run no more: {self._ended}")
-        num = len(prompts)
-        samplings = [sampling] * num if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(samplings) != num:
-            raise RequestError(
-                "sampling", f"{len(samplings)} of them", f"it must be one for all, or {num}: one for each"
-            )
-        requests = list(zip(token_ids, samplings, strict=True))
+        requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
-            check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self.tokenizer.vocab_size)
+            check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
         submits = [Submit(next(self._request_ids), ints(ids), params) for ids, params in requests]
         outputs = [RequestStream(self.tokenizer, ids, params) for ids, params in requests]
-        with _progress_bar(num, progress) as report:
+        with _progress_bar(len(prompts), progress) as report:
             self._run(submits, outputs, report)
         return [
             _completion(prompt, len(ids), output.take())
             for prompt, ids, output in zip(prompts, token_ids, outputs, strict=True)
         ]
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not _is_list(prompt):
+            raise RequestError("prompt", prompt, "it must be text or a list of token ids")
+        return list(prompt)
 
     def _run(self, submits: Sequence[Submit], outputs: Sequence[RequestStream], report: Callable[[int], None]) -> None:
         """Submit, and step until every request has ended and the brain has nothing left to do."""
@@ -205,15 +215,39 @@ def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | No
 def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and isinstance(prompts[0], int):
+    if not _is_list(prompts):
+        raise RequestError("prompts", prompts, "it must be text, a list of token ids, or a list of such prompts")
+    if len(prompts) > 0 and isinstance(prompts[0], Integral):
         return [cast(Sequence[int], prompts)]
     return list(cast(Sequence[Prompt], prompts))
 
 
 def _listed_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
-    if len(messages) > 0 and isinstance(messages[0], Mapping):
-        return [cast(Sequence[Message], messages)]
-    return list(cast(Sequence[Sequence[Message]], messages))
+    is_one = _is_list(messages) and len(messages) > 0 and isinstance(messages[0], Mapping)
+    conversations = [messages] if is_one else messages
+    if not _is_list(conversations) or not all(map(_is_conversation, conversations)):
+        raise RequestError("messages", messages, "it must be a list of messages, or a list of such lists")
+    return list(cast(Sequence[Sequence[Message]], conversations))
+
+
+def _listed_samplings(sampling: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+    if isinstance(sampling, SamplingParams):
+        return [typed(sampling)] * num_prompts
+    if not _is_list(sampling):
+        raise RequestError("sampling", sampling, "it must be SamplingParams, or a list with one for each prompt")
+    if len(sampling) != num_prompts:
+        raise RequestError(
+            "sampling", f"{len(sampling)} of them", f"it must be one for all, or {num_prompts}: one for each"
+        )
+    return list(map(typed, sampling))
+
+
+def _is_conversation(found: object) -> bool:
+    return _is_list(found) and all(isinstance(message, Mapping) for message in cast(Sequence[Any], found))
+
+
+def _is_list(found: object) -> bool:
+    return isinstance(found, Sequence) and not isinstance(found, str | bytes | bytearray)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Three conversations use them:
     client  → brain     Submit, Cancel, Shutdown                   (server process to engine process)
     brain   → client    EngineReady, TokenBatch, EngineStats, ...
     brain   → workers   Call(StepPlan | AllocateCache | ...)       (one frame for all workers)
-    worker  → brain     Reply(StepResult | ...), Failure, Progress
+    worker  → brain     Reply(StepResult | ...), Failure, Progress, Publish
 
 What grows with the number of requests travels as columns: the bytes of an int32 or float32 array, in the machine's own
 order (every supported machine is little-endian). See `ints` and `as_ints`.
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.errors import RequestError
+from phalanx.errors import ConfigError, RequestError
 
 Ints = bytes
 """Column of int32."""
@@ -155,12 +156,16 @@ ClientMessage = Submit | Cancel | Shutdown
 
 
 class StartProgress(Message, frozen=True):
-    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any."""
+    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any.
+
+    `node` is said once, when it is known; empty for ranks on the engine's own host.
+    """
 
     rank: int
     phase: str
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
+    node: str = ""
 
 
 class EngineReady(Message, frozen=True):
@@ -174,11 +179,34 @@ class EngineReady(Message, frozen=True):
     dtype: str
 
 
+class WrongSetting(Message, frozen=True):
+    """A ConfigError: an exception cannot travel itself, and its text does not know how the user calls the setting."""
+
+    field: str
+    value: bool | int | float | str | None
+    allowed: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Self | None:
+        """None if the error is another one."""
+        if not isinstance(error, ConfigError):
+            return None
+        value = error.value if isinstance(error.value, bool | int | float | str | None) else repr(error.value)
+        return cls(error.field, value, error.allowed)
+
+    def error(self) -> ConfigError:
+        return ConfigError(self.field, self.value, self.allowed)
+
+
 class EngineFailed(Message, frozen=True):
-    """The engine did not start, or cannot go on. `is_user_error` tells a wrong setting from a fault."""
+    """The engine did not start, or cannot go on. `is_user_error` tells the user's mistake from a fault.
+
+    `setting` is the one that is wrong, if one is.
+    """
 
     reason: str
     is_user_error: bool
+    setting: WrongSetting | None = None
 
 
 class LogprobColumns(Message, frozen=True):
@@ -267,6 +295,9 @@ class StepPlan(Message, frozen=True):
     `slots[i]` for each row i. Rows with one token come first. A row whose last token is the last one known to the slot
     (prompt, or sampled by an earlier step) samples one more token; the worker appends it to the slot itself, so that
     the next plan need not wait for it.
+
+    In a pipeline the stage that embeds tokens is not the one that samples them. There `tokens` has, for each row that
+    computes a token which an earlier step sampled, that token; `token_slots` are these rows' slots, in row order.
     """
 
     epoch: int
@@ -278,6 +309,8 @@ class StepPlan(Message, frozen=True):
     block_ids: Ints = b""
     dropped: Ints = b""
     new: tuple[NewRequest, ...] = ()
+    token_slots: Ints = b""
+    tokens: Ints = b""
 
 
 class MeasureMemory(Message, frozen=True):
@@ -299,7 +332,32 @@ class Stop(Message, frozen=True):
     """Finish what is under way and leave."""
 
 
-CommandBody = StepPlan | MeasureMemory | AllocateCache | Ping | Stop
+class Publish(Message, frozen=True):
+    """From a rank to all of them: what ranks of one group that share no memory need to know of each other."""
+
+    epoch: int
+    group: str
+    key: str
+    value: bytes
+
+
+class Published(Message, frozen=True):
+    """What ranks have published since the last of these. Nobody answers it."""
+
+    entries: tuple[Publish, ...]
+
+
+class CallMethod(Message, frozen=True):
+    """Call a method that the worker or its extension declares; every rank answers, with MethodResult or MethodError.
+
+    `arguments` is msgpack: [[positional, ...], {name: value, ...}].
+    """
+
+    method: str
+    arguments: bytes
+
+
+CommandBody = StepPlan | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod
 
 
 class Call(Message, frozen=True):
@@ -344,7 +402,23 @@ class Done(Message, frozen=True):
     """The call is carried out and has nothing to say."""
 
 
-ReplyBody = Loaded | Measured | StepResult | Done
+class MethodResult(Message, frozen=True):
+    """What a method returned, as msgpack."""
+
+    value: bytes
+
+
+class MethodError(Message, frozen=True):
+    """What a method raised. The worker goes on."""
+
+    node: str
+    kind: str
+    message: str
+    traceback: str
+    is_user_error: bool
+
+
+ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError
 
 
 class Reply(Message, frozen=True):
@@ -364,6 +438,7 @@ class Failure(Message, frozen=True):
     message: str
     traceback: str
     is_user_error: bool
+    setting: WrongSetting | None = None
 
 
 class Progress(Message, frozen=True):
@@ -374,4 +449,4 @@ class Progress(Message, frozen=True):
     total: int
 
 
-WorkerMessage = Reply | Failure | Progress
+WorkerMessage = Reply | Failure | Progress | Publish

@@ -41,14 +41,14 @@ class Rig:
     """Ranks that live through many runs: each run leaves them with whatever its prefix cache holds."""
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        config = Config.build(model=str(checkpoint), dtype=settings.pop("dtype", "float32"), **settings)
+        self.config = config = Config.build(model=str(checkpoint), dtype=settings.pop("dtype", "float32"), **settings)
         resolved = resolve(config.model.model)
         with ExitStack() as stack:
-            executor, self.capacity = start_executor(config, resolved, lambda *_: None)
-            stack.push(executor)
+            self.executor, self.capacity = start_executor(config, resolved, lambda *_: None)
+            stack.push(self.executor)
             self.brain = Brain(
                 config,
-                executor,
+                self.executor,
                 num_blocks=self.capacity.num_blocks,
                 max_model_len=self.capacity.max_model_len,
                 eos_token_ids=(257,),

@@ -27,16 +27,17 @@ WORKLOAD = [
 ]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(("tp_size", "num_stages"), [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_transformers_on_gpus(tmp_path: Path, family: str, tp_size: int) -> None:
-    if torch.cuda.device_count() < tp_size:
-        pytest.skip(f"needs {tp_size} GPUs")
-    checkpoint = write_checkpoint(tmp_path, family)
+def test_greedy_tokens_equal_transformers_on_gpus(tmp_path: Path, family: str, tp_size: int, num_stages: int) -> None:
+    if torch.cuda.device_count() < tp_size * num_stages:
+        pytest.skip(f"needs {tp_size * num_stages} GPUs")
+    checkpoint = write_checkpoint(tmp_path, family, num_hidden_layers=3)
     oracle = Oracle(checkpoint)
     with Rig(
         checkpoint,
         tensor_parallel_size=tp_size,
+        pipeline_parallel_size=num_stages,
         device="cuda",
         max_num_seqs=6,
         max_num_batched_tokens=24,

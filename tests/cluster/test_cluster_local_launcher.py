@@ -111,3 +111,71 @@ def test_a_start_that_takes_too_long_says_who_is_awaited(checkpoint: Path) -> No
     with pytest.raises(Exception, match="rank 0, rank 1") as caught:
         start(checkpoint, start_timeout_s=0.05)
     assert isinstance(caught.value, (TimeoutError, StartError))
+
+
+EXTENSION = """
+from phalanx.worker.methods import remote_method
+
+class Probe:
+    def __init__(self, worker):
+        self.worker = worker
+
+    @remote_method
+    def parameters_like(self, part: str) -> int:
+        return sum(part in name for name in self.worker.model.named_parameters())
+
+    @remote_method
+    def summed(self, value: float) -> float:
+        import torch
+
+        return float(self.worker.groups["tp@0"].all_reduce(torch.tensor([value * (1 + self.worker.spec.rank)]))[0])
+
+    @remote_method
+    def fail_on(self, rank: int) -> None:
+        if self.worker.spec.rank == rank:
+            raise ArithmeticError("no such sum")
+"""
+
+
+@pytest.fixture
+def extended(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
+    (tmp_path / "phalanx_probe.py").write_text(EXTENSION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with start(checkpoint, worker_extension_cls="phalanx_probe:Probe") as executor:
+        yield executor
+
+
+def test_ranks_carry_out_methods_that_they_declare(extended: Executor) -> None:
+    places = extended.collective_rpc("whereabouts")
+    assert [place["rank"] for place in places] == [0, 1]
+    assert {place["pid"] for place in places} == set(launcher_of(extended).pids().values())
+    assert extended.collective_rpc("parameters_like", ["q_proj"]) == [2, 2]
+    assert extended.collective_rpc("summed", kwargs={"value": 1.5}, unique_reply_rank=1) == 4.5
+    pending = extended.collective_rpc("summed", [1.0], non_block=True)
+    assert pending.result() == [3.0, 3.0]
+
+
+def test_a_method_that_raises_names_its_rank_and_the_run_goes_on(extended: Executor) -> None:
+    with pytest.raises(WorkerError, match=r"rank 1.*ArithmeticError.*no such sum"):
+        extended.collective_rpc("fail_on", [1], unique_reply_rank=0)
+    with pytest.raises(UserError, match="'remove' is not declared"):
+        extended.collective_rpc("remove")
+    with pytest.raises(UserError, match="unique_reply_rank: 2"):
+        extended.collective_rpc("whereabouts", unique_reply_rank=2)
+    extended.check_health()
+
+
+def test_a_failure_is_told_once_and_health_tells_it_again(executor: Executor) -> None:
+    told: list[Exception] = []
+    executor.on_failure(told.append)
+    executor.check_health()
+    os.kill(launcher_of(executor).pids()[1], signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(PeerDiedError, match="rank 1"):
+            executor.check_health()
+    assert len(told) == 1 and "rank 1" in str(told[0])
+
+
+def test_an_extension_that_does_not_exist_is_named_before_serving(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"worker_extension_cls.*no_such_module"):
+        start(checkpoint, worker_extension_cls="no_such_module:Probe")

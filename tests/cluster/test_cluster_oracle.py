@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,12 +16,36 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from rig import Arrival, Rig
 
+from phalanx.config import ParallelConfig
+from phalanx.errors import ConfigError
 from phalanx.protocol import FinishReason, SamplingParams
 from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
 
 pytestmark = pytest.mark.slow
 
-TP_SIZES = (1, 2, 4)
+NUM_LAYERS = 3
+
+
+class Layout(NamedTuple):
+    """Ranks, and limits that make their work awkward."""
+
+    tp_size: int
+    num_stages: int
+    max_num_batched_tokens: int
+    block_size: int
+
+    def __str__(self) -> str:
+        return f"tp{self.tp_size}-pp{self.num_stages}"
+
+
+LAYOUTS = (
+    Layout(1, 1, 24, 4),
+    Layout(2, 1, 11, 8),
+    Layout(4, 1, 40, 16),
+    Layout(1, 2, 24, 8),
+    Layout(1, 3, 11, 4),
+    Layout(2, 2, 13, 4),
+)
 NUM_HEADS = {
     "llama": (9, 3),
     "qwen2": (8, 4),
@@ -30,38 +55,50 @@ NUM_HEADS = {
     "qwen3_moe": (8, 4),
 }
 """Query and KV heads; several do not divide by the number of ranks."""
+TIED = ("qwen2", "qwen3")
+"""Their head is the embedding: with several stages the last one reads it too."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     heads, kv_heads = NUM_HEADS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    write_checkpoint(folder, request.param, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    write_checkpoint(
+        folder,
+        request.param,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=NUM_LAYERS,
+        tie_word_embeddings=request.param in TIED,
+    )
     return folder, Oracle(folder)
 
 
-@pytest.fixture(scope="module", params=TP_SIZES)
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
 def rig(request: pytest.FixtureRequest, family: tuple[Path, Oracle]) -> Iterator[Rig]:
     checkpoint, _ = family
+    layout: Layout = request.param
     with Rig(
         checkpoint,
-        tensor_parallel_size=request.param,
+        tensor_parallel_size=layout.tp_size,
+        pipeline_parallel_size=layout.num_stages,
         max_num_seqs=6,
-        max_num_batched_tokens=(24, 11, 40)[TP_SIZES.index(request.param)],
-        block_size=(4, 8, 16)[TP_SIZES.index(request.param)],
+        max_num_batched_tokens=layout.max_num_batched_tokens,
+        block_size=layout.block_size,
         max_model_len=128,
-        kv_cache_memory=_cache_bytes(checkpoint, request.param, num_tokens=208),
+        kv_cache_memory=_cache_bytes(checkpoint, layout, num_tokens=208),
     ) as rig:
         yield rig
 
 
-def _cache_bytes(checkpoint: Path, tp_size: int, num_tokens: int) -> int:
-    """Room for so few tokens that some requests must be preempted, on the rank with the most KV heads."""
+def _cache_bytes(checkpoint: Path, layout: Layout, num_tokens: int) -> int:
+    """Room for so few tokens that some requests must be preempted, on the rank with the most KV heads and layers."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
-    kv_heads = -(-config.num_key_value_heads // tp_size)
-    return 2 * 4 * kv_heads * config.head_dim * config.num_hidden_layers * num_tokens
+    kv_heads = -(-config.num_key_value_heads // layout.tp_size)
+    num_layers = -(-NUM_LAYERS // layout.num_stages)
+    return 2 * 4 * kv_heads * config.head_dim * num_layers * num_tokens
 
 
 PREFIXES = [tuple((7 * i + 13 * k) % 256 for i in range(48)) for k in range(3)]
@@ -141,15 +178,61 @@ def test_seeded_sampling_is_the_same_in_every_mix_and_layout(family: tuple[Path,
     crowd = [Arrival(k, PREFIXES[k % 3][: 5 + k], SamplingParams(max_tokens=20)) for k in range(4)]
     together = [outcome.tokens for outcome in rig.run([*crowd, *seeded])[len(crowd) :]]
     assert together == alone
-    assert SEEDED.setdefault(checkpoint, alone) == alone, "another tensor-parallel size chose other tokens"
+    assert SEEDED.setdefault(checkpoint, alone) == alone, "another layout chose other tokens"
 
 
-def test_over_gloo_the_tokens_are_the_same(tmp_path: Path) -> None:
+def test_penalties_and_limits_are_the_same_in_every_layout(family: tuple[Path, Oracle], rig: Rig) -> None:
+    checkpoint, _ = family
+    penalised = [
+        Arrival(
+            0,
+            PREFIXES[k % 3][: 12 + k],
+            SamplingParams(
+                temperature=0.7, seed=k, max_tokens=20, min_tokens=6, repetition_penalty=1.3, presence_penalty=0.4
+            ),
+        )
+        for k in range(4)
+    ]
+    tokens = [outcome.tokens for outcome in rig.run(penalised)]
+    assert PENALISED.setdefault(checkpoint, tokens) == tokens, "another layout chose other tokens"
+
+
+PENALISED: dict[Path, list[list[int]]] = {}
+
+
+def test_each_rank_caches_the_layers_of_its_stage(family: tuple[Path, Oracle], rig: Rig) -> None:
+    block_bytes, parallel = rig.capacity.block_bytes, rig.config.parallel
+    per_stage = [sum(block_bytes[i : i + parallel.tensor_parallel_size]) for i in _first_ranks(parallel)]
+    if parallel.tensor_parallel_size <= 2:  # more ranks than KV heads share them
+        whole = 2 * 4 * NUM_LAYERS * rig.capacity.block_size
+        assert sum(per_stage) % whole == 0
+        shares = {1: [3], 2: [2, 1], 3: [1, 1, 1]}[parallel.pipeline_parallel_size]
+        assert [stage * NUM_LAYERS // sum(per_stage) for stage in per_stage] == shares
+
+
+def _first_ranks(parallel: ParallelConfig) -> range:
+    return range(0, parallel.world_size, parallel.tensor_parallel_size)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_over_gloo_the_tokens_are_the_same(tmp_path: Path, num_stages: int) -> None:
     checkpoint = write_checkpoint(tmp_path)
     oracle = Oracle(checkpoint)
     workload = [Arrival(i, PREFIXES[i][: 10 + i], SamplingParams(temperature=0, max_tokens=10)) for i in range(3)]
     with Rig(
-        checkpoint, tensor_parallel_size=2, collective_backend="gloo", max_model_len=64, kv_cache_memory=1 << 20
+        checkpoint,
+        tensor_parallel_size=2,
+        pipeline_parallel_size=num_stages,
+        collective_backend="gloo",
+        max_model_len=64,
+        kv_cache_memory=1 << 20,
     ) as rig:
         for arrival, outcome in zip(workload, rig.run(workload), strict=True):
             assert outcome.tokens == oracle.greedy(arrival.prompt, 10)
+
+
+def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="at most 2 for this model") as refusal:
+        Rig(checkpoint, pipeline_parallel_size=3)
+    assert (refusal.value.field, refusal.value.value) == ("pipeline_parallel_size", 3)

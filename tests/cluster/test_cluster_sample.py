@@ -34,9 +34,16 @@ def oracle(checkpoint: Checkpoint) -> Oracle:
     return Oracle(checkpoint.path)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 def rig(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[Rig]:
-    with Rig(checkpoint.path, tensor_parallel_size=request.param, max_num_seqs=4, max_model_len=256) as rig:
+    tp_size, num_stages = request.param
+    with Rig(
+        checkpoint.path,
+        tensor_parallel_size=tp_size,
+        pipeline_parallel_size=num_stages,
+        max_num_seqs=4,
+        max_model_len=256,
+    ) as rig:
         yield rig
 
 

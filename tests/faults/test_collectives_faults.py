@@ -130,13 +130,15 @@ def test_a_rank_that_does_not_come_is_named(backend: str) -> None:
     with Crew(backend, 3, timeout_s=0.7) as crew:
         crew.send(0, all_reduce)
         crew.send(2, all_reduce)
-        for outcome in crew.answers([0, 2]):
+        outcomes = crew.answers([0, 2])
+        for outcome in outcomes:
             assert outcome.error is not None
             assert outcome.error.kind == "DeadlineError"
             assert _OURS in outcome.error.message
             assert "sequence 1 of group tp" in outcome.error.message
             assert "from rank 1 (pid" in outcome.error.message
-            assert 0.6 < outcome.took_s < 3.0
+        # Who began to wait first waits to the end; the other hears from it that it gave up.
+        assert 0.6 < max(outcome.took_s for outcome in outcomes) < 3.0
 
 
 @pytest.mark.parametrize("shape", [(2, 576), (2000, 576)], ids=["small", "large"])

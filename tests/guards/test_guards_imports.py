@@ -18,7 +18,7 @@ HOMES = {
     "pickle": (),
     "cloudpickle": (),
     "marshal": (),
-    "ray": ("executor/ray.py",),
+    "ray": ("executor/ray/",),
     "triton": ("models/attention_triton.py",),
     "fastapi": ("server",),
     "uvicorn": ("server",),

@@ -1,5 +1,7 @@
 """Settings are checked as a whole, and a mistake names the field, its value and what is allowed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from phalanx.config import Config, settings_by_name
@@ -9,6 +11,7 @@ from phalanx.errors import ConfigError
 def test_flat_names_reach_their_sections() -> None:
     config = Config.build(model="m", tensor_parallel_size=2, block_size=8, dtype="float32")
     assert config.parallel.tensor_parallel_size == 2
+    assert config.parallel.pipeline_parallel_size == 1
     assert config.cache.block_size == 8
     assert config.model.dtype == "float32"
 
@@ -27,6 +30,11 @@ def test_flat_names_reach_their_sections() -> None:
         ({"model": "m", "max_num_batched_tokens": 8}, "max_num_batched_tokens", "at least max_num_seqs"),
         ({"model": "m", "device": "cpu", "collective_backend": "nccl"}, "collective_backend", "shm or gloo"),
         ({"model": "m", "device": "cuda", "collective_backend": "shm"}, "collective_backend", "nccl"),
+        ({"model": "m", "ray_address": "10.0.0.1:6379"}, "ray_address", "only with launcher ray"),
+        ({"model": "m", "launcher": "local", "node_timeout_s": 3.0}, "node_timeout_s", "only with launcher ray"),
+        ({"model": "m", "launcher": "ray", "ray_bundle_indices": [0, -1]}, "ray_bundle_indices", ">= 0"),
+        ({"model": "m", "launcher": "ray", "ray_runtime_env": "x"}, "ray_runtime_env", "object"),
+        ({"model": "m", "launcher": "ray", "ray_per_worker_gpus": 0}, "ray_per_worker_gpus", "> 0"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], field: str, allowed: str) -> None:
@@ -38,10 +46,16 @@ def test_a_wrong_setting_is_named(settings: dict[str, object], field: str, allow
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_placement_group_may_be_given_as_an_object() -> None:
+    group = SimpleNamespace(id=bytes.fromhex("c0ffee"))  # Ray's ids have `hex` as bytes do
+    config = Config.build(model="m", launcher="ray", placement_group=group, ray_bundle_indices=[1, 0])
+    assert config.cluster.placement_group == "c0ffee"
+    assert config.cluster.ray_bundle_indices == (1, 0)
+
+
 def test_no_two_sections_share_a_name() -> None:
-    fields = [
-        field for section in ("model", "parallel", "cache", "scheduler", "executor") for field in _fields(section)
-    ]
+    sections = ("model", "parallel", "cache", "scheduler", "executor", "cluster")
+    fields = [field for section in sections for field in _fields(section)]
     assert sorted(fields) == sorted(settings_by_name())
 
 

@@ -27,6 +27,7 @@ PLAN = protocol.StepPlan(
         (protocol.Shutdown(), protocol.ClientMessage),
         (protocol.TokenBatch(b"", b"", ((1, protocol.FinishReason.STOP),)), protocol.EngineMessage),
         (protocol.EngineFailed("why", is_user_error=True), protocol.EngineMessage),
+        (protocol.EngineFailed("why", True, protocol.WrongSetting("dtype", None, "auto")), protocol.EngineMessage),
         (protocol.Call(3, PLAN, (0,)), protocol.Call),
         (protocol.Call(4, protocol.AllocateCache(10, 128), (0, 1)), protocol.Call),
         (protocol.Reply(3, protocol.StepResult(7, protocol.ints([4]))), protocol.WorkerMessage),

@@ -13,9 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from phalanx import __version__
 from phalanx.config import ServerConfig
 from phalanx.errors import ConfigError, PhalanxError, UserError
+from phalanx.version import __version__
 
 GIB = 2**30
 MIN_OPEN_FILES = 1024
@@ -24,12 +24,14 @@ LITTLE_MEMORY_BYTES = 2 * GIB
 
 
 class Check(msgspec.Struct, frozen=True):
-    """`advice` says what to do, unless all is well."""
+    """`advice` says what to do, unless all is well. `table` has indented lines; `facts` are for programs."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
     detail: str
     advice: str | None = None
+    table: str | msgspec.UnsetType = msgspec.UNSET
+    facts: msgspec.Struct | msgspec.UnsetType = msgspec.UNSET
 
 
 def all_checks(model: str | None) -> Iterator[Check]:
@@ -169,8 +171,9 @@ def port() -> Iterator[Check]:
 
 def checkpoint(model: str) -> Iterator[Check]:
     """Whether the model is here and can be run. Nothing is loaded, converted or fetched."""
-    path = Path(model).expanduser()
-    if not path.exists():
+    # Other than pathlib's, these two take a home that is unknown, or a name too long, as what is not there.
+    path = Path(os.path.expanduser(model))
+    if not os.path.exists(path):
         advice = "if it is the name of a hub model, it is fetched when it is first served; otherwise mind the spelling"
         yield Check("model", "warn", f"there is no file or directory {model}", advice)
     elif path.is_file():

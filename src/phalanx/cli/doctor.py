@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING, Any
+
 import click
 import msgspec
 
-from phalanx.cli.failure import FAILURE
+from phalanx.cli.exit_codes import FAILURE
+from phalanx.cli.options import SectionedCommand, engine_options, given
+from phalanx.config import Config
+
+if TYPE_CHECKING:
+    from phalanx.cli.checks import Check
+
+UNKNOWN = "no model"
 
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command()
+@click.command(cls=SectionedCommand, params=engine_options())
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of lines.")
-def doctor(model: str | None, as_json: bool) -> None:
+def doctor(model: str | None, as_json: bool, **settings: Any) -> None:
     """Check this machine, and MODEL if it is given.
 
-    Each line is ok, warn or fail, and says what to do. The exit code is 1 if something fails.
+    Each line is ok, warn or fail, and says what to do. The exit code is 1 if something fails. With the flags of
+    `phalanx serve` it says whether there is room for the ranks, and with --launcher ray where each of them would be.
     """
     from phalanx.cli.checks import all_checks
+    from phalanx.cli.placement import placement
 
+    config = Config.build(model=model or UNKNOWN, **given(settings))
     checks = []
-    for check in all_checks(model):
+    for check in itertools.chain(all_checks(model), placement(config, config.model.model)):
         checks.append(check)
         if not as_json:
-            click.echo(f"{click.style(f'{check.status:4}', fg=_COLORS[check.status])}  {check.name:14} {check.detail}")
-            if check.advice is not None:
-                click.echo(f"{'':20} → {check.advice}")
+            _print(check)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(checks)).decode())
     if any(check.status == "fail" for check in checks):
         click.get_current_context().exit(FAILURE)
+
+
+def _print(check: Check) -> None:
+    click.echo(f"{click.style(f'{check.status:4}', fg=_COLORS[check.status])}  {check.name:14} {check.detail}")
+    if check.advice is not None:
+        click.echo(f"{'':20} → {check.advice}")
+    if check.table is not msgspec.UNSET:
+        click.echo(f"\n{check.table}\n")

@@ -1,4 +1,4 @@
-"""What a failed command leaves: one line on stderr and an exit code."""
+"""What a failed command leaves: one line on stderr, with a table under it if it needs one, and an exit code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import sys
 
 import click
 
+from phalanx.cli.exit_codes import FAILURE, INTERRUPTED, USER_ERROR
 from phalanx.cli.options import shown_name
 from phalanx.errors import ConfigError, PhalanxError, RequestError, UserError
 
-USER_ERROR = 2
-FAILURE = 1
-INTERRUPTED = 130
-
 DEBUG_VARIABLE = "PHALANX_DEBUG"
+TABLE_INDENT = "  "
 
 
 def report(error: BaseException) -> int:
@@ -24,8 +22,17 @@ def report(error: BaseException) -> int:
     if os.environ.get(DEBUG_VARIABLE) == "1" and not isinstance(error, click.ClickException):
         sys.excepthook(type(error), error, error.__traceback__)
     message, code = _explained(error)
-    click.echo(f"phalanx: error: {' '.join(message.split())}", err=True)
+    text, table = _apart(message) if isinstance(error, PhalanxError) else (message, [])
+    hint = f" ({DEBUG_VARIABLE}=1 shows the traceback)" if code == FAILURE else ""
+    click.echo("\n".join([f"phalanx: error: {' '.join(text.split())}{hint}", *table]), err=True)
     return code
+
+
+def _apart(message: str) -> tuple[str, list[str]]:
+    """The message, and the lines of the table in it: they are indented by two spaces."""
+    lines = message.splitlines()
+    table = [line.rstrip() for line in lines if line.startswith(TABLE_INDENT)]
+    return "\n".join(line for line in lines if not line.startswith(TABLE_INDENT)), table
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -36,4 +43,4 @@ def _explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), USER_ERROR
     kind = "" if isinstance(error, PhalanxError) else f"{type(error).__name__}: "
-    return f"{kind}{error} ({DEBUG_VARIABLE}=1 shows the traceback)", FAILURE
+    return f"{kind}{error}", FAILURE

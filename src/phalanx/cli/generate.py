@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from phalanx.cli.options import SectionedCommand, engine_options, given, sampling_options
+from phalanx.cli.output import Write, opened
 from phalanx.cli.prompt_file import PromptLine, read_prompts
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
-from phalanx.errors import ConfigError, EngineDeadError
+from phalanx.engine.admission import fitted
+from phalanx.errors import ConfigError, EngineDeadError, RequestError
 from phalanx.protocol import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,48 +68,38 @@ def generate(
     One prompt's text appears while it is made. Several give a line of JSON each, in their order.
     """
     lines = _lines(prompts, file)
-    sampling = {"max_tokens": MAX_TOKENS} | given(settings, SamplingParams)
-    SamplingParams(**sampling).check()
+    sampling = given(settings, SamplingParams)
+    SamplingParams(**{"max_tokens": MAX_TOKENS} | sampling).check()
     names = SamplingParams.__struct_fields__
     config = Config.build(model=model, **given({k: v for k, v in settings.items() if k not in names}))
-    with _opened(output) as out:
-        asyncio.run(_generate(config, lines, sampling, chat=chat, out=out, is_plain=_is_plain(lines, file, output)))
+    with opened(output) as write:
+        is_plain = _is_plain(lines, file, output)
+        asyncio.run(_generate(config, lines, sampling, chat=chat, write=write, is_plain=is_plain))
 
 
 def _lines(prompts: Sequence[str], file: str | None) -> list[PromptLine]:
-    if bool(prompts) == (file is not None):
+    if file is None:
+        if not prompts:
+            raise click.UsageError("there is no prompt: give some after MODEL, or a file of them with --file")
+        return [PromptLine(prompt=prompt) for prompt in prompts]
+    if prompts:
         raise ConfigError("--file", file, "give either prompts or a file of them")
-    return read_prompts(Path(file)) if file is not None else [PromptLine(prompt=prompt) for prompt in prompts]
+    return read_prompts(Path(file))
 
 
 def _is_plain(lines: Sequence[PromptLine], file: str | None, output: str | None) -> bool:
     return len(lines) == 1 and file is None and output is None
 
 
-@contextmanager
-def _opened(output: str | None) -> Iterator[IO[str]]:
-    if output is None:
-        if sys.stdout is None:  # so Python has a descriptor 1 that was closed before the start
-            raise ConfigError("--output", output, "standard output is closed; name a file")
-        yield sys.stdout
-        return
-    with ExitStack() as stack:
-        try:
-            opened = stack.enter_context(Path(output).open("w"))
-        except OSError as error:
-            raise ConfigError("--output", output, f"it cannot be written: {error.strerror}") from error
-        yield opened
-
-
 async def _generate(
-    config: Config, lines: Sequence[PromptLine], sampling: dict[str, Any], *, chat: bool, out: IO[str], is_plain: bool
+    config: Config, lines: Sequence[PromptLine], sampling: dict[str, Any], *, chat: bool, write: Write, is_plain: bool
 ) -> None:
     async with _engine(config) as engine:
-        params = msgspec.structs.replace(engine.default_sampling, **sampling)
+        settings = PromptSettings(engine, sampling, chat)
         if is_plain:
-            await _print_one(engine, _token_ids(engine, lines[0], chat), params, out)
+            await _print_one(engine, settings.token_ids(lines[0]), settings, write)
         else:
-            await _write_all(engine, lines, params, chat, out)
+            await _write_all(engine, lines, settings, write)
 
 
 @asynccontextmanager
@@ -123,38 +115,54 @@ async def _engine(config: Config) -> AsyncIterator[EngineClient]:
         await engine.close()
 
 
-def _token_ids(engine: EngineClient, line: PromptLine, chat: bool) -> list[int]:
-    if line.messages is not None:
-        return engine.tokenizer.apply_chat(line.messages)
-    assert line.prompt is not None
-    if chat:
-        return engine.tokenizer.apply_chat([{"role": "user", "content": line.prompt}])
-    return engine.tokenizer.encode(line.prompt)
+class PromptSettings:
+    """What the command line says of every prompt."""
+
+    def __init__(self, engine: EngineClient, sampling: Mapping[str, Any], chat: bool) -> None:
+        """`sampling` has the parameters that were given."""
+        self._engine = engine
+        self._has_limit = "max_tokens" in sampling
+        self._params = msgspec.structs.replace(engine.default_sampling, **{"max_tokens": MAX_TOKENS, **sampling})
+        self._chat = chat
+
+    def token_ids(self, line: PromptLine) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        if line.messages is not None:
+            return tokenizer.apply_chat(line.messages)
+        assert line.prompt is not None
+        if self._chat:
+            return tokenizer.apply_chat([{"role": "user", "content": line.prompt}])
+        return tokenizer.encode(line.prompt)
+
+    def params(self, prompt: Sequence[int]) -> SamplingParams:
+        if self._has_limit:
+            return self._params
+        return fitted(self._params, len(prompt), self._engine.info.max_model_len)
 
 
-async def _print_one(engine: EngineClient, prompt: list[int], params: SamplingParams, out: IO[str]) -> None:
+async def _print_one(engine: EngineClient, prompt: list[int], settings: PromptSettings, write: Write) -> None:
     num_tokens, started = 0, time.monotonic()
-    async for delta in engine.generate(prompt, params):
+    async for delta in engine.generate(prompt, settings.params(prompt)):
         if delta.finish_reason == "error":
             raise EngineDeadError(delta.error or "the request failed")
         num_tokens += len(delta.token_ids)
-        out.write(delta.text)
-        out.flush()
-    out.write("\n")
+        write(delta.text)
+    write("\n")
     if sys.stderr.isatty():
         taken_s = time.monotonic() - started
         click.echo(f"({num_tokens} tokens, {num_tokens / taken_s:.1f} a second)", err=True)
 
 
-async def _write_all(
-    engine: EngineClient, lines: Sequence[PromptLine], params: SamplingParams, chat: bool, out: IO[str]
-) -> None:
+async def _write_all(engine: EngineClient, lines: Sequence[PromptLine], settings: PromptSettings, write: Write) -> None:
     """Write outputs in the order of `lines`, each as soon as those before it are written."""
     places = asyncio.Semaphore(NUM_IN_ENGINE)
 
     async def one(index: int, line: PromptLine) -> OutputLine:
         async with places:
-            return await _output_line(engine, index, line, params, chat)
+            try:
+                return await _output_line(engine, index, line, settings)
+            except RequestError as error:
+                raise RequestError(f"{error.field} (index {index})", error.value, error.allowed) from None
 
     tasks = [asyncio.create_task(one(index, line)) for index, line in enumerate(lines)]
     try:
@@ -162,19 +170,16 @@ async def _write_all(
             for task in tasks:
                 task.add_done_callback(lambda _: advance())
             for task in tasks:
-                out.write(msgspec.json.encode(await task).decode() + "\n")
-                out.flush()
+                write(msgspec.json.encode(await task).decode() + "\n")
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _output_line(
-    engine: EngineClient, index: int, line: PromptLine, params: SamplingParams, chat: bool
-) -> OutputLine:
-    prompt = _token_ids(engine, line, chat)
-    deltas = [delta async for delta in engine.generate(prompt, params)]
+async def _output_line(engine: EngineClient, index: int, line: PromptLine, settings: PromptSettings) -> OutputLine:
+    prompt = settings.token_ids(line)
+    deltas = [delta async for delta in engine.generate(prompt, settings.params(prompt))]
     if deltas[-1].finish_reason == "error":
         raise EngineDeadError(deltas[-1].error or "the request failed")
     assert deltas[-1].finish_reason is not None

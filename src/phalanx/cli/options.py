@@ -14,7 +14,7 @@ from phalanx.cli.setting_types import type_for
 from phalanx.config import Config, ServerConfig
 from phalanx.protocol import SamplingParams
 
-SHORT = {"tensor_parallel_size": "-tp"}
+SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp"}
 """vLLM's short names."""
 
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
@@ -24,6 +24,7 @@ _TITLES = {
     "cache": "KV cache",
     "scheduler": "Scheduling",
     "executor": "Execution",
+    "cluster": "Cluster (with --launcher ray)",
 }
 
 

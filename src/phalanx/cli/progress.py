@@ -1,14 +1,29 @@
-"""How far the start is: a line per rank that changes on a terminal, a line per rank and phase elsewhere."""
+"""How far the start is: a table that changes on a terminal, a line per rank and phase elsewhere."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from phalanx.protocol import StartProgress
+
+REFRESHES_PER_S = 8
+BAR_WIDTH = 30
+
+
+class _Row(NamedTuple):
+    """One rank's."""
+
+    node: str
+    progress: StartProgress
+    since: float
 
 
 class StartScreen:
@@ -16,17 +31,9 @@ class StartScreen:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._phases: dict[int, str] = {}
-        self._tasks: dict[int, TaskID] = {}
-        self._live = Progress(
-            SpinnerColumn(),
-            TextColumn("rank {task.fields[rank]}"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
+        self._rows: dict[int, _Row] = {}
+        self._live = Live(
+            console=self._console, get_renderable=self._table, refresh_per_second=REFRESHES_PER_S, transient=True
         )
 
     def __enter__(self) -> StartScreen:
@@ -40,27 +47,30 @@ class StartScreen:
         self.close()
 
     def close(self) -> None:
-        """Take the changing lines away."""
+        """Take the table away."""
         if self._console.is_terminal:
             self._live.stop()
 
     def note(self, progress: StartProgress) -> None:
         """Show where a rank stands."""
-        is_new_phase = self._phases.get(progress.rank) != progress.phase
-        self._phases[progress.rank] = progress.phase
-        if self._console.is_terminal:
-            self._draw(progress, is_new_phase)
-        elif is_new_phase:
-            self._console.print(f"rank {progress.rank}: {progress.phase}", highlight=False, soft_wrap=True)
+        row = self._rows.get(progress.rank)
+        is_new_phase = row is None or row.progress.phase != progress.phase
+        since = time.monotonic() if row is None or is_new_phase else row.since
+        node = progress.node or (row.node if row is not None else "")
+        self._rows[progress.rank] = _Row(node, progress, since)
+        if is_new_phase and not self._console.is_terminal:
+            where = f" on {progress.node}" if progress.node else ""
+            self._console.print(f"rank {progress.rank}: {progress.phase}{where}", highlight=False, soft_wrap=True)
 
-    def _draw(self, progress: StartProgress, is_new_phase: bool) -> None:
-        task = self._tasks.get(progress.rank)
-        if task is None:
-            task = self._tasks[progress.rank] = self._live.add_task("", rank=progress.rank, amount="")
-        if is_new_phase:
-            self._live.reset(task)
-        # A phase that counts nothing has an empty bar: for rich a total of None means the one before.
-        amount = f"{decimal(progress.done)} of {decimal(progress.total)}" if progress.total else ""
-        self._live.update(
-            task, description=progress.phase, completed=progress.done, total=progress.total or 1, amount=amount
-        )
+    def _table(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        has_nodes = any(row.node for row in self._rows.values())
+        for title in ("rank", *(("node",) if has_nodes else ()), "phase", "", "", "time"):
+            table.add_column(title, justify="right" if title in ("rank", "time") else "left", no_wrap=True)
+        for rank, row in sorted(self._rows.items()):
+            progress = row.progress
+            bar = ProgressBar(total=progress.total or 1, completed=progress.done, width=BAR_WIDTH)
+            amount = f"{decimal(progress.done)} of {decimal(progress.total)}" if progress.total else ""
+            cells = [str(rank), *((row.node,) if has_nodes else ()), progress.phase]
+            table.add_row(*cells, bar, amount, f"{time.monotonic() - row.since:.0f} s")
+        return table

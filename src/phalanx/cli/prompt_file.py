@@ -21,7 +21,8 @@ class PromptLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
 def read_prompts(path: Path) -> list[PromptLine]:
     """Prompts of a .jsonl or text file; empty lines are passed over. Raises ConfigError naming the line."""
     try:
-        lines = path.read_text().splitlines()
+        # Only these: `splitlines` also cuts at separators that JSON may have within a string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError("--file", str(path), f"it cannot be read: {reason}") from error

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phalanx import __version__
 from phalanx.cli.options import SectionedCommand, engine_options, given, server_options
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config, ServerConfig, convert
+from phalanx.version import __version__
 
 if TYPE_CHECKING:
     from phalanx.server.run import Served

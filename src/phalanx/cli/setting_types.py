@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -24,11 +25,15 @@ _WORDS = {int: "a whole number", float: "a number", str: "text"}
 _LIMITS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
-def type_for(field: str, hint: Any) -> ValueType | ChoiceType:
+def type_for(field: str, hint: Any) -> ValueType | ChoiceType | ObjectType:
     """The flag's type for a setting whose annotation is `hint`."""
     wanted = _without_none(hint)
     if get_origin(wanted) is Literal:
         return ChoiceType(field, get_args(wanted))
+    if get_origin(wanted) is tuple:
+        return ListType(field, get_args(wanted)[0])
+    if get_origin(wanted) is dict:
+        return ObjectType(field)
     return ByteSizeType(field, wanted) if field in BYTE_SETTINGS else ValueType(field, wanted)
 
 
@@ -71,6 +76,36 @@ class ChoiceType(click.Choice):  # type: ignore[type-arg]
         return value
 
 
+class ListType(ValueType):
+    """Values with commas between them: 0,1,4."""
+
+    def __init__(self, field: str, hint: Any) -> None:
+        super().__init__(field, hint)
+        self.name = "list"
+        self.allowed = f"values with commas between them, each {self.allowed}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return tuple(super(ListType, self).convert(part.strip(), param, ctx) for part in value.split(","))
+        except ConfigError:
+            raise ConfigError(self.field, value, self.allowed) from None
+
+
+class ObjectType(click.ParamType):  # type: ignore[type-arg]
+    """A JSON object."""
+
+    name = "json"
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return msgspec.json.decode(value, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ConfigError(self.field, value, f"a JSON object ({error})") from None
+
+
 class ByteSizeType(ValueType):
     """A number of bytes, with or without a unit: 512MiB, 2GB, 1073741824."""
 
@@ -83,7 +118,10 @@ class ByteSizeType(ValueType):
         written = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
         if written is None or written[2].lower() not in _UNITS:
             raise ConfigError(self.field, value, self.allowed)
-        return super().convert(str(int(float(written[1]) * _UNITS[written[2].lower()])), param, ctx)
+        size = float(written[1]) * _UNITS[written[2].lower()]
+        if math.isinf(size):
+            raise ConfigError(self.field, value, self.allowed)
+        return super().convert(str(int(size)), param, ctx)
 
 
 def _without_none(hint: Any) -> Any:

@@ -23,6 +23,7 @@ class Group(Protocol):
 
     name: str
     rank: int
+    """This rank's place in the group, from 0. Errors name global ranks."""
     size: int
 
     @property

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.group import Group
 from phalanx.collectives.shared_memory import SharedMemoryGroup
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
 
 
-def join(spec: GroupSpec, rank: int, device: torch.device) -> Group:
-    """Join the group of `spec` as `rank`, for tensors on `device`. Blocks until every rank has joined.
+def join(spec: GroupSpec, rank: int, device: torch.device, exchange: Exchange | None) -> Group:
+    """Join the group of `spec` as global rank `rank`, for tensors on `device`. Blocks until every member has joined.
 
-    Raises DeadlineError, which names the ranks that did not come within `spec.timeout_s`; PeerDiedError when the
+    Only a group that spans hosts cannot do without `exchange`.
+
+    Raises DeadlineError, which names the ranks that did not come within `spec.join_timeout_s`; PeerDiedError when the
     process that opened the rendezvous is gone, FrameError when it has closed it.
     """
     if spec.backend == "single":
@@ -21,6 +24,12 @@ def join(spec: GroupSpec, rank: int, device: torch.device) -> Group:
     if spec.backend == "shm":
         return SharedMemoryGroup(spec, rank)
     # torch.distributed takes a while to import, and most groups do without it.
+    from phalanx.collectives.spanning import SpanningGroup
     from phalanx.collectives.torch_distributed import GlooGroup, NcclGroup
 
-    return GlooGroup(spec, rank) if spec.backend == "gloo" else NcclGroup(spec, rank, device)
+    if spec.backend == "nccl":
+        return NcclGroup(spec, rank, device, exchange)
+    if not spec.spans_hosts:
+        return GlooGroup(spec, rank)
+    assert exchange is not None
+    return SpanningGroup(spec, rank, exchange)

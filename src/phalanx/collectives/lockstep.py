@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+from contextlib import ExitStack
 
 from phalanx.collectives.descriptor import DESCRIPTOR_BYTES, CollectiveRecord, Descriptor
 from phalanx.collectives.layout import AWAITED, DESCRIPTOR, SEQUENCE, VERDICT, Layout
@@ -48,7 +49,7 @@ class _Reason(enum.IntEnum):
 
 
 _End = tuple[_Reason, int, PhalanxError]
-"""Why a group has ended, the rank that is to blame, and the error that says so."""
+"""Why a group has ended, the seat of the rank that is to blame, and the error that says so."""
 
 
 class Lockstep:
@@ -57,41 +58,40 @@ class Lockstep:
     def __init__(self, spec: GroupSpec, rank: int) -> None:
         """Take the seat of `rank`; wait until all seats are taken.
 
-        Raises DeadlineError, naming the ranks that did not come within `spec.timeout_s`; PeerDiedError if the owner of
-        the segment is gone, FrameError if it closed the segment.
+        Raises DeadlineError, naming the ranks that did not come within `spec.join_timeout_s`; PeerDiedError if the
+        owner of the segment is gone, FrameError if it closed the segment.
         """
         assert spec.rendezvous is not None
-        assert 0 <= rank < spec.size, rank
         self.layout = layout = Layout(spec.size, spec.slot_bytes)
-        self.rank = rank
+        self.seat = seat = spec.ranks.index(rank)
         self._spec = spec
         self._segment = segment = SharedSegment.attach(spec.rendezvous)
         self._fence = new_fence()
         self._words = segment.buf[: layout.data].cast("Q")
         self._awaited = segment.buf[AWAITED : AWAITED + spec.size]
         self._bells = [Doorbell(segment.buf[at : at + 4]) for at in map(layout.bell, range(spec.size))]
-        self._watch = Watch(self._bells[rank])
-        peers = [peer for peer in range(spec.size) if peer != rank]
-        own = [layout.header(rank, parity) for parity in (0, 1)]
+        self._watch = Watch(self._bells[seat])
+        peers = [peer for peer in range(spec.size) if peer != seat]
+        own = [layout.header(seat, parity) for parity in (0, 1)]
         self._own_header = [at // _WORD_BYTES for at in own]
         self._own_descriptor = [segment.buf[at + DESCRIPTOR :][:DESCRIPTOR_BYTES] for at in own]
         self._peer_headers = [
             [(peer, layout.header(peer, parity) // _WORD_BYTES) for peer in peers] for parity in (0, 1)
         ]
         self._finished = [(peer, layout.finished(peer) // _WORD_BYTES) for peer in peers]
-        self._own_finished = layout.finished(rank) // _WORD_BYTES
+        self._own_finished = layout.finished(seat) // _WORD_BYTES
         self._spin_s = _SPIN_WITH_A_CORE_S if spec.size <= len(os.sched_getaffinity(0)) else _SPIN_SHARING_S
         self._turn = 0
         self._sequence = 0
+        self._is_owed = False  # the wait for the peers at the turn that was published last
         self._current: Descriptor | None = None
         self._parties: list[Party] = []
         self._failure: PhalanxError | None = None
         self._closed = False
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             self._take_seat()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     @property
     def memory(self) -> memoryview:
@@ -118,8 +118,10 @@ class Lockstep:
             raise self._failure
 
     def issue(self, descriptor: Descriptor) -> None:
-        """Begin the next collective. Never blocks. Raises like `check`."""
+        """Begin the next collective. Blocks only to settle what was announced. Raises like `check` and `settle`."""
         self.check()
+        if self._is_owed:
+            self.settle()
         self._sequence += 1
         self._current = descriptor
 
@@ -129,16 +131,34 @@ class Lockstep:
         Blocks for the group's `timeout_s` at most for each peer. What peers wrote before they arrived is then visible
         here. Raises what `Group` says.
         """
-        assert self._current is not None
-        digest = self._current.digest
+        parity = self.announce()
+        self.settle()
+        return parity
+
+    def announce(self) -> int:
+        """The first half of a turn: publish. Never blocks. Nothing more may be written before `settle`.
+
+        For a rank that needs nothing of its peers at this turn: it may go on with something else meanwhile.
+        """
+        assert self._current is not None and not self._is_owed
         turn = self._turn = self._turn + 1
         parity = turn & 1
         words = self._words
         own = self._own_header[parity]
         self._own_descriptor[parity][:] = self._current.encoded
         words[own + _SEQUENCE] = self._sequence
+        self._is_owed = True
         self._publish(own, turn)
-        headers = self._peer_headers[parity]
+        return parity
+
+    def settle(self) -> None:
+        """The second half of a turn: wait for all peers, compare. Does nothing if no turn was announced."""
+        if not self._is_owed:
+            return
+        assert self._current is not None
+        self._is_owed = False
+        words, turn, digest = self._words, self._turn, self._current.digest
+        headers = self._peer_headers[turn & 1]
         for peer, header in headers:
             if words[header] != turn:
                 self._await(peer, header)
@@ -146,7 +166,6 @@ class Lockstep:
         for peer, header in headers:
             if words[header + _DIGEST] != digest:
                 raise self._end(_Reason.MISMATCH, peer, self._mismatch())
-        return parity
 
     def mark_finished(self) -> None:
         """Say that this rank is done with the turn's data."""
@@ -170,10 +189,11 @@ class Lockstep:
         if end is not None:
             raise self._end(*end)
 
-    def blame(self, cause: Exception, waited_s: float, *, is_by_turn: bool) -> PhalanxError:
+    def blame(self, cause: Exception, waited_s: float) -> PhalanxError:
         """End the group because what carries its data failed; the error names the peers that are behind.
 
-        Behind is who has not finished this turn, or, where no turns are taken, who has not issued as much as this rank.
+        Behind is who has not finished as many collectives as this rank has issued (one turn each), or, where they run
+        on by themselves, not issued as many.
 
         Blocks for `_DEATH_TAKES_S` at most: a dying process's connections break before it counts as dead.
         """
@@ -183,16 +203,15 @@ class Lockstep:
         for party in self._watch.dead:
             error: PhalanxError = party.died(f"{self.last} failed: {cause}")
             return self._end(_Reason.DIED, self._parties.index(party), error)
-        reached = self._turn if is_by_turn else self._sequence
-        behind = [peer for peer, word in self._finished if self._words[word] < reached]
+        behind = [peer for peer, word in self._finished if self._words[word] < self._sequence]
         who = ", ".join(str(self._parties[peer]) for peer in behind) or "peers of which none is behind"
         error = DeadlineError(f"{self.last} ({cause})", who, waited_s)
-        return self._end(_Reason.DEADLINE, behind[0] if behind else self.rank, error)
+        return self._end(_Reason.DEADLINE, behind[0] if behind else self.seat, error)
 
     def abandon(self, error: BaseException) -> None:
         """End the group because an operation was left half done. Does nothing if the group has ended."""
         if self._failure is None:
-            self._end(_Reason.LEFT, self.rank, CollectiveMismatchError(f"{self.last} was left half done: {error!r}"))
+            self._end(_Reason.LEFT, self.seat, CollectiveMismatchError(f"{self.last} was left half done: {error!r}"))
 
     def close(self) -> None:
         """Give the seat up; a peer that waits for this rank is told. Never blocks. May be called more than once."""
@@ -200,17 +219,17 @@ class Lockstep:
             return
         self._closed = True
         if self._failure is None:
-            self._end(_Reason.LEFT, self.rank, CollectiveMismatchError(f"{self._group} is closed"))
+            self._end(_Reason.LEFT, self.seat, CollectiveMismatchError(f"{self._group} is closed"))
         self._watch.close()
         self._segment.close()
 
     def _take_seat(self) -> None:
         """Join, and wait for the others."""
         words = self._words
-        joined = [self.layout.joined(rank) // _WORD_BYTES for rank in range(self._spec.size)]
-        own = joined[self.rank]
-        assert words[own] == 0, f"rank {self.rank} joins {self._group} twice"
-        me = Party.me(f"rank {self.rank}")
+        joined = [self.layout.joined(seat) // _WORD_BYTES for seat in range(self._spec.size)]
+        own = joined[self.seat]
+        assert words[own] == 0, f"{self._name(self.seat)} joins {self._group} twice"
+        me = Party.me(self._name(self.seat))
         words[own + 1], words[own + 2] = me.pid, me.start_time
         self._fence()
         words[own] = 1
@@ -218,22 +237,23 @@ class Lockstep:
         self._ring_all()
         self._await_all_seated(joined)
         self._fence()
-        self._parties = [Party(f"rank {rank}", words[at + 1], words[at + 2]) for rank, at in enumerate(joined)]
+        self._parties = [Party(self._name(seat), words[at + 1], words[at + 2]) for seat, at in enumerate(joined)]
         for peer, _ in self._finished:
             self._watch.add(self._parties[peer])
 
     def _await_all_seated(self, joined: list[int]) -> None:
-        deadline = time.monotonic() + self._spec.timeout_s
+        start = time.monotonic()
+        deadline = start + self._spec.join_timeout_s
         in_time = True
         while True:
             seen = self._bell.value()
             self._fence()
-            missing = [rank for rank, at in enumerate(joined) if not self._words[at]]
+            missing = [seat for seat, at in enumerate(joined) if not self._words[at]]
             if not missing:
                 return
             if not in_time or self._words[_VERDICT]:
-                who = ", ".join(f"rank {rank}" for rank in missing)
-                error = DeadlineError(f"the joining of {self._group}", who, self._spec.timeout_s)
+                who = ", ".join(map(self._name, missing))
+                error = DeadlineError(f"the joining of {self._group}", who, time.monotonic() - start)
                 raise self._end(_Reason.DEADLINE, missing[0], error)
             in_time = self._bell.wait(seen, max(0.0, deadline - time.monotonic()))
 
@@ -244,9 +264,9 @@ class Lockstep:
         # either it sees the turn or it is seen.
         self._fence()
         awaited = self._awaited.tobytes()
-        if self.rank + 1 in awaited:
+        if self.seat + 1 in awaited:
             for sleeper, whom in enumerate(awaited):
-                if whom == self.rank + 1:
+                if whom == self.seat + 1:
                     self._bells[sleeper].ring()
 
     def _await(self, peer: int, word: int) -> None:
@@ -258,11 +278,11 @@ class Lockstep:
             if words[word] == turn:
                 return
             os.sched_yield()
-        self._awaited[self.rank] = peer + 1
+        self._awaited[self.seat] = peer + 1
         try:
             self._sleep_until(peer, word, start)
         finally:
-            self._awaited[self.rank] = 0
+            self._awaited[self.seat] = 0
 
     def _sleep_until(self, peer: int, word: int, start: float) -> None:
         in_time = True
@@ -297,25 +317,29 @@ class Lockstep:
         if verdict := self._words[_VERDICT]:
             return self._verdict(verdict)
         for party in self._watch.dead:
-            return _Reason.DIED, self._parties.index(party), party.died(f"rank {self.rank} needs it for {self.last}")
+            return (
+                _Reason.DIED,
+                self._parties.index(party),
+                party.died(f"{self._name(self.seat)} needs it for {self.last}"),
+            )
         return None
 
     def _mismatch(self) -> CollectiveMismatchError:
         """An error that tells what every rank is in that has arrived, so that the odd one can be seen."""
-        met = {self.rank: str(self._current)}
+        met = {self.seat: str(self._current)}
         for peer, header in self._peer_headers[self._turn & 1]:
             if self._words[header] == self._turn:
                 self._fence()
                 encoded = self._segment.buf[header * _WORD_BYTES + DESCRIPTOR :][:DESCRIPTOR_BYTES]
                 met[peer] = str(Descriptor.decode(encoded))
-        ranks = "; ".join(f"rank {rank} is in {met[rank]}" for rank in sorted(met))
-        return CollectiveMismatchError(f"at sequence {self._sequence} of {self._group}: {ranks}")
+        who = "; ".join(f"{self._name(seat)} is in {met[seat]}" for seat in sorted(met))
+        return CollectiveMismatchError(f"at sequence {self._sequence} of {self._group}: {who}")
 
     def _end(self, reason: _Reason, culprit: int, failure: PhalanxError) -> PhalanxError:
         """End the group for every rank; returns `failure`, which every later operation of this rank raises."""
         self._failure = failure
         if not self._words[_VERDICT]:
-            self._words[_VERDICT] = reason | self.rank << 8 | culprit << 16
+            self._words[_VERDICT] = reason | self.seat << 8 | culprit << 16
         self._fence()
         self._ring_all()
         return failure
@@ -323,7 +347,7 @@ class Lockstep:
     def _verdict(self, verdict: int) -> _End:
         """What a peer found, as an error of this rank."""
         reason, finder, culprit = _Reason(verdict & 0xFF), verdict >> 8 & 0xFF, verdict >> 16 & 0xFF
-        found = f"as rank {finder} found while rank {self.rank} was in {self.last}"
+        found = f"as {self._name(finder)} found while {self._name(self.seat)} was in {self.last}"
         error: PhalanxError
         match reason:
             case _Reason.DIED:
@@ -331,20 +355,25 @@ class Lockstep:
             case _Reason.DEADLINE:
                 error = DeadlineError(str(self.last), f"{self._parties[culprit]}, {found}", self._spec.timeout_s)
             case _Reason.MISMATCH:
-                error = CollectiveMismatchError(f"rank {culprit} of {self._group} is in another collective, {found}")
+                error = CollectiveMismatchError(
+                    f"{self._name(culprit)} of {self._group} is in another collective, {found}"
+                )
             case _Reason.LEFT:
                 error = CollectiveMismatchError(
-                    f"rank {finder} has left {self._group}, and rank {self.rank} is in {self.last}"
+                    f"{self._name(finder)} has left {self._group}, and {self._name(self.seat)} is in {self.last}"
                 )
         return reason, culprit, error
 
     @property
     def _bell(self) -> Doorbell:
-        return self._bells[self.rank]
+        return self._bells[self.seat]
 
     @property
     def _group(self) -> str:
         return f"group {self._spec.name}, epoch {self._spec.epoch}"
+
+    def _name(self, seat: int) -> str:
+        return f"rank {self._spec.ranks[seat]}"
 
     def _ring_all(self) -> None:
         for bell in self._bells:

@@ -12,6 +12,9 @@ from phalanx.transport.shared_memory import SharedSegment
 
 # Two slots a rank stay in its core's second-level cache; larger tensors go in chunks of this.
 _SLOT_BYTES = 512 * 1024
+# What the source may be ahead of its peers: 2048 tokens of 4096 numbers of two bytes. Memory that is never written is
+# never taken.
+_AHEAD_SLOT_BYTES = 16 * 1024 * 1024
 # A shared sum has a second meeting and less to add. With a core each it is the quicker one from here on, for four ranks
 # and for eight; ranks that share cores pay more for a meeting. Two ranks never share: each would add half as much, and
 # copy as much more.
@@ -43,17 +46,46 @@ class Rendezvous:
         self.close()
 
 
-def open_rendezvous(name: str, backend: Backend, size: int, epoch: int, timeout_s: float) -> Rendezvous:
-    """Prepare a group of `size` ranks of this host. `name` and `epoch` show in errors; each call is a new group."""
+def open_rendezvous(
+    name: str,
+    backend: Backend,
+    ranks: tuple[int, ...],
+    epoch: int,
+    timeout_s: float,
+    join_timeout_s: float,
+    *,
+    runs_ahead: bool = False,
+) -> Rendezvous:
+    """Prepare a group of ranks of this host; see `GroupSpec`. Each call is a new group.
+
+    With `runs_ahead` the source of a broadcast may return before its peers have come: it waits for them in its next
+    operation, which then also raises what was wrong with this one. Only for groups over shared memory; over Gloo the
+    source waits, and over NCCL the host never does.
+    """
+    size = len(ranks)
     if backend == "single":
-        assert size == 1, size
-        return Rendezvous(GroupSpec(name, backend, size, epoch, timeout_s), ExitStack())
+        assert size == 1, ranks
+        return Rendezvous(GroupSpec(name, backend, ranks, epoch, timeout_s, join_timeout_s), ExitStack())
     with ExitStack() as undo:
-        slot_bytes = _SLOT_BYTES if backend == "shm" else 0
+        slot_bytes = 0
+        if backend == "shm":
+            slot_bytes = _AHEAD_SLOT_BYTES if runs_ahead else _SLOT_BYTES
         label = f"group {name}, epoch {epoch}"
         segment = undo.enter_context(SharedSegment.create(Layout(size, slot_bytes).size_bytes, label))
         store = None if backend == "shm" else _create_store(undo, label)
-        spec = GroupSpec(name, backend, size, epoch, timeout_s, segment.handle, store, slot_bytes, _alone_bytes(size))
+        spec = GroupSpec(
+            name,
+            backend,
+            ranks,
+            epoch,
+            timeout_s,
+            join_timeout_s,
+            segment.handle,
+            store,
+            slot_bytes,
+            _alone_bytes(size),
+            runs_ahead,
+        )
         return Rendezvous(spec, undo.pop_all())
 
 

@@ -14,7 +14,7 @@ Shape suffixes: N elements of a chunk, P elements of one rank's part of it. Name
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.lockstep import Lockstep
 from phalanx.collectives.spec import GroupSpec
+from phalanx.collectives.sums import ROUNDED_ONCE, add_up
 
 # Parts start on cache lines of their own, for every dtype.
 _PART_ALIGNMENT = 64
 # Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
 _MAX_PLANS = 1024
-_ROUNDED_ONCE = (torch.bfloat16, torch.float16)
 
 
 _ByParity = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -56,16 +56,20 @@ class _SharedSum(NamedTuple):
 
 
 class SharedMemoryGroup:
-    """A `Group` of CPU ranks of one host."""
+    """A `Group` of CPU ranks of one host.
+
+    Whatever interrupts an operation, be it Ctrl-C, ends the group: the peers would wait for the rest of it.
+    """
 
     def __init__(self, spec: GroupSpec, rank: int) -> None:
         """Join; blocks until all ranks have. Raises what `Lockstep` raises."""
         self.name = spec.name
-        self.rank = rank
+        self.rank = spec.ranks.index(rank)
         self.size = spec.size
         self._lockstep = Lockstep(spec, rank)
         self._slot_bytes = spec.slot_bytes
         self._alone_bytes = spec.alone_bytes
+        self._runs_ahead = spec.runs_ahead
         self._plans: dict[tuple[Operation, torch.dtype, torch.Size, int], _Plan] = {}
         self._shared_sums: dict[tuple[torch.dtype, int], _SharedSum] = {}
         self._barrier = Descriptor("barrier")
@@ -90,7 +94,7 @@ class SharedMemoryGroup:
                 if self.size == 2:
                     x.add_(slots[1 - self.rank])  # the quickest; two addends have no order
                 else:
-                    _sum(slots, x, plan.accumulator)
+                    add_up(slots, x, plan.accumulator)
         except BaseException as error:
             self._lockstep.abandon(error)
             raise
@@ -120,9 +124,9 @@ class SharedMemoryGroup:
             else:
                 if src == self.rank:
                     plan.own[self._lockstep.next_parity].copy_(x)
-                slots = plan.slots[self._lockstep.arrive()]
-                if src != self.rank:
-                    x.copy_(slots[src])
+                    self._hand_out()
+                else:
+                    x.copy_(plan.slots[self._lockstep.arrive()][src])
         except BaseException as error:
             self._lockstep.abandon(error)
             raise
@@ -162,7 +166,7 @@ class SharedMemoryGroup:
         parity = self._lockstep.arrive()
         parts_P = torch.split(chunk_N, plan.sizes_P)
         sums_P = plan.sums_P[parity]
-        _sum(plan.addends_P[parity], parts_P[self.rank], plan.accumulator)
+        add_up(plan.addends_P[parity], parts_P[self.rank], plan.accumulator)
         # Nobody else reads this rank's part of this rank's slot, so the sum may take its place.
         sums_P[self.rank].copy_(parts_P[self.rank])
         self._lockstep.mark_finished()
@@ -186,14 +190,23 @@ class SharedMemoryGroup:
     def _broadcast_in_chunks(self, x: Tensor, src: int) -> None:
         flat = x.reshape(-1)
         for chunk_N in self._chunks(flat):
+            self._lockstep.settle()
             slot_N = self._slot(src, self._lockstep.next_parity, chunk_N)
             if src == self.rank:
                 slot_N.copy_(chunk_N)
-            self._lockstep.arrive()
-            if src != self.rank:
+                self._hand_out()
+            else:
+                self._lockstep.arrive()
                 chunk_N.copy_(slot_N)
         if src != self.rank and flat.data_ptr() != x.data_ptr():
             x.copy_(flat.view_as(x))
+
+    def _hand_out(self) -> None:
+        """Let the peers read what this rank has put into its slot."""
+        if self._runs_ahead:
+            self._lockstep.announce()
+        else:
+            self._lockstep.arrive()
 
     def _chunks(self, flat: Tensor) -> Iterator[Tensor]:
         num_N = self._slot_bytes // flat.element_size()
@@ -229,8 +242,7 @@ class SharedMemoryGroup:
         return even, odd
 
     def _accumulator(self, like: Tensor) -> Tensor | None:
-        # Two addends need none: the sum of two is rounded once anyway.
-        if self.size == 2 or like.dtype not in _ROUNDED_ONCE:
+        if self.size == 2 or like.dtype not in ROUNDED_ONCE:
             return None
         return self._scratch[: like.numel()].view(like.shape)
 
@@ -250,16 +262,3 @@ class SharedMemoryGroup:
                 plan = _Plan(descriptor, own, slots, self._accumulator(x))
         self._plans[operation, x.dtype, x.shape, argument] = plan
         return plan
-
-
-def _sum(addends: Sequence[Tensor], out: Tensor, accumulator: Tensor | None) -> None:
-    """Add up `addends`, at least two, in their order. `out` is none of them."""
-    total = out if accumulator is None else accumulator
-    if accumulator is None:
-        torch.add(addends[0], addends[1], out=total)
-    else:
-        torch.add(total.copy_(addends[0]), addends[1], out=total)
-    for addend in addends[2:]:
-        total.add_(addend)
-    if accumulator is not None:
-        out.copy_(accumulator)

@@ -1,10 +1,10 @@
-"""Collectives that torch.distributed carries: Gloo and NCCL. The only use of torch.distributed.
+"""Collectives that torch.distributed carries: Gloo's on one host, and NCCL's.
 
 The process groups are made directly, with a store, a rank, a size and a timeout: no `init_process_group`, no global
 state, so that the groups of several epochs can stand beside each other in one process.
 
-The ranks of one host find each other through a FileStore whose file is a memfd of the brain: no TCP port is opened for
-it, and no file stays behind.
+The ranks of one host find each other through a FileStore whose file is a memfd of the process that opened their
+rendezvous: no TCP port is opened for it, and no file stays behind. Those of several hosts do so over an `Exchange`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,9 +23,13 @@ from torch import Tensor
 from torch._C import _distributed_c10d
 
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.lockstep import Lockstep
+from phalanx.collectives.nccl_bootstrap import connect_over
+from phalanx.collectives.remote_lockstep import RemoteLockstep
 from phalanx.collectives.spec import GroupSpec
-from phalanx.errors import FrameError
+from phalanx.errors import ConfigError, FrameError, PhalanxError
+from phalanx.transport.interfaces import interface_addresses
 
 _LOOPBACK = "lo"
 # NCCL's watchdog ends the process and names no rank; a wait of ours that does shall end first.
@@ -47,19 +52,21 @@ class _Backend(Protocol):
 
 
 class _TorchGroup(ABC):
-    """A `Group` whose data a backend of torch.distributed moves; `Lockstep` tells who is in which collective."""
+    """A `Group` whose data a backend of torch.distributed moves; a lockstep tells who is in which collective."""
 
-    def __init__(self, spec: GroupSpec, rank: int, device: torch.device) -> None:
-        """Join; blocks until all ranks have. Raises what `Lockstep` raises."""
+    def __init__(
+        self, spec: GroupSpec, rank: int, device: torch.device, lockstep: Callable[[], Lockstep | RemoteLockstep]
+    ) -> None:
+        """Join; blocks until all ranks have. Raises what `lockstep` raises."""
         self.name = spec.name
-        self.rank = rank
+        self.rank = spec.ranks.index(rank)
         self.size = spec.size
         self._device = device
         self._timeout_s = spec.timeout_s
         with ExitStack() as undo:
-            self._lockstep = Lockstep(spec, rank)
+            self._lockstep = lockstep()
             undo.callback(self._lockstep.close)
-            self._backend = self._connect(_open_store(spec, undo))
+            self._backend = self._connect(spec, undo)
             undo.callback(self._disconnect)
             self._ownership = undo.pop_all()
 
@@ -112,7 +119,7 @@ class _TorchGroup(ABC):
         self._ownership.close()
 
     @abstractmethod
-    def _connect(self, store: object) -> _Backend:
+    def _connect(self, spec: GroupSpec, ownership: ExitStack) -> _Backend:
         """Build the backend's connections. All ranks are there."""
 
     @abstractmethod
@@ -138,21 +145,23 @@ class _TorchGroup(ABC):
 
 
 class GlooGroup(_TorchGroup):
-    """CPU ranks over TCP. The ranks compare what they are about to do before the data moves."""
+    """CPU ranks of one host, over TCP. The ranks compare what they are about to do before the data moves."""
+
+    _lockstep: Lockstep
 
     def __init__(self, spec: GroupSpec, rank: int) -> None:
-        super().__init__(spec, rank, torch.device("cpu"))
+        super().__init__(spec, rank, torch.device("cpu"), partial(Lockstep, spec, rank))
 
     def barrier(self) -> None:
         with self._collective(Descriptor("barrier")):
             pass  # entering is all
 
-    def _connect(self, store: object) -> _Backend:
+    def _connect(self, spec: GroupSpec, ownership: ExitStack) -> _Backend:
         options = c10d.ProcessGroupGloo._Options()
         # The default is the address that the host's name resolves to: another interface, or none at all.
         options._devices = [c10d.ProcessGroupGloo.create_device(interface=_LOOPBACK)]
         options._timeout = timedelta(seconds=self._timeout_s)
-        backend: _Backend = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
+        backend: _Backend = c10d.ProcessGroupGloo(_open_store(spec, ownership), self.rank, self.size, options)
         return backend
 
     def _disconnect(self) -> None:
@@ -168,7 +177,7 @@ class GlooGroup(_TorchGroup):
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lockstep.blame(error, time.monotonic() - start, is_by_turn=True) from error
+            raise self._lockstep.blame(error, time.monotonic() - start) from error
         self._lockstep.mark_finished()
 
 
@@ -176,21 +185,54 @@ class NcclGroup(_TorchGroup):
     """GPU ranks. Operations are enqueued on the current stream, also into a CUDA graph, and never wait on the host.
 
     So a mismatch, a dead or a late peer shows in `barrier`, and in NCCL's own watchdog after the group's timeout, and
-    not in the operation itself.
+    not in the operation itself. Between hosts a mismatch is not even seen there, unless it makes a rank wait in vain.
     """
+
+    def __init__(self, spec: GroupSpec, rank: int, device: torch.device, exchange: Exchange | None) -> None:
+        self._exchange = exchange
+        if not spec.spans_hosts:
+            super().__init__(spec, rank, device, partial(Lockstep, spec, rank))
+        else:
+            assert exchange is not None
+            super().__init__(spec, rank, device, partial(RemoteLockstep, spec, rank, exchange))
 
     def barrier(self) -> None:
         """Wait on the host until the current stream has run all that this rank enqueued, then for every rank."""
         with self._collective(Descriptor("barrier")):
+            if isinstance(self._lockstep, RemoteLockstep):
+                self._meet()
             self._await_stream()
-            self._lockstep.arrive()
+            if isinstance(self._lockstep, Lockstep):
+                self._lockstep.arrive()
 
-    def _connect(self, store: object) -> _Backend:
-        # One host: NCCL's own bootstrap must not depend on a network either.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
+    def _connect(self, spec: GroupSpec, ownership: ExitStack) -> _Backend:
+        if self._exchange is None:  # NCCL's own bootstrap must not depend on a network either
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
+        else:
+            _choose_network(self._exchange.node_address)
         # By default NCCL connects peers in the first collective that needs it, and there the host hangs, unseen by
         # NCCL's watchdog, when a peer does not come.
         os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
+        if not isinstance(self._lockstep, RemoteLockstep):
+            return self._build(_open_store(spec, ownership))
+        assert self._exchange is not None
+        start = time.monotonic()
+        try:
+            return connect_over(
+                self._exchange,
+                spec.name,
+                self.rank == 0,
+                spec.join_timeout_s,
+                connect=self._build,
+                check=self._lockstep.check_peers,
+            )
+        except PhalanxError:
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            raise self._lockstep.blame(error, time.monotonic() - start) from error
+
+    def _build(self, store: object) -> _Backend:
+        torch.cuda.set_device(self._device)  # of this thread
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout_s + _WATCHDOG_AFTER_S)
         backend: Any = c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
@@ -212,6 +254,11 @@ class NcclGroup(_TorchGroup):
         if work is not None:
             work.wait()
 
+    def _meet(self) -> None:
+        options = c10d.AllreduceOptions()
+        options.asyncOp = False
+        self._complete(self._backend.allreduce([torch.zeros(1, device=self._device)], options))
+
     def _await_stream(self) -> None:
         done = cast(Any, torch.cuda).Event()  # untyped in torch's stubs
         done.record(torch.cuda.current_stream(self._device))
@@ -221,7 +268,7 @@ class NcclGroup(_TorchGroup):
             waited_s = time.monotonic() - start
             if waited_s > self._timeout_s:
                 cause = TimeoutError("the GPU has not finished what was enqueued")
-                raise self._lockstep.blame(cause, waited_s, is_by_turn=False)
+                raise self._lockstep.blame(cause, waited_s)
             os.sched_yield()
 
 
@@ -234,6 +281,16 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
+def _choose_network(node_address: str) -> None:
+    """Tell NCCL, once for the whole process, at which interface the other hosts reach this one."""
+    for interface, address in interface_addresses():
+        if address == node_address:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+            os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6" if ":" in address else "AF_INET")
+            return
+    raise ConfigError("node_address", node_address, "it must be an address of this host")
+
+
 def _open_store(spec: GroupSpec, ownership: ExitStack) -> object:
     """The store of the group. This process keeps its file open: the brain may close it when all have joined."""
     assert spec.store is not None
@@ -243,5 +300,5 @@ def _open_store(spec: GroupSpec, ownership: ExitStack) -> object:
         raise FrameError(f"the store of group {spec.name} was closed before this rank had joined") from error
     ownership.callback(os.close, fd)
     store: Any = c10d.FileStore(f"/proc/self/fd/{fd}", spec.size)
-    store.set_timeout(timedelta(seconds=spec.timeout_s))
+    store.set_timeout(timedelta(seconds=spec.join_timeout_s))
     return store

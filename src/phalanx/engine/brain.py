@@ -36,7 +36,8 @@ class StepExecutor(Protocol):
 class Brain:
     """Everything that is decided about requests, in one place and one thread.
 
-    With async scheduling the plan of one step is sent while the step before it computes.
+    With async scheduling the plan of one step is sent while the step before it computes. In a pipeline as many steps
+    are under way as it has stages.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Brain:
         self._block_size = config.cache.block_size
         self._num_blocks = num_blocks
         self._eos_token_ids = eos_token_ids
-        self._depth = 2 if config.scheduler.async_scheduling else 1
+        num_stages = config.parallel.pipeline_parallel_size
+        self._depth = max(num_stages, 2) if config.scheduler.async_scheduling else 1
         self._scheduler = Scheduler(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
@@ -62,6 +64,8 @@ class Brain:
             num_blocks=num_blocks,
             is_prefix_caching=config.cache.enable_prefix_caching,
             eos_token_ids=eos_token_ids,
+            is_pipelined=num_stages > 1,
+            num_micro_batches=self._depth if num_stages > 1 else 1,
         )
         self._in_flight: deque[tuple[PlannedStep, Pending[StepResult]]] = deque()
         self._cancelled: list[int] = []

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from phalanx.errors import DeadlineError
 from phalanx.executor.shared_fate import describe_exit
@@ -40,20 +41,23 @@ class EngineChild:
     def spawn(cls, command: Sequence[str] = ENGINE_COMMAND) -> EngineChild:
         """Start `command` with two more arguments: the number of its stream's descriptor, and our pid."""
         ours, theirs = stream_pair()
-        try:
-            process = subprocess.Popen(
-                [*command, str(theirs), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs,),
-                # Out of the terminal's group: Ctrl-C goes to the server alone, which decides when the engine ends.
-                process_group=0,
-            )
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(theirs)
-        return cls(process, ours)
+        with ExitStack() as on_failure:
+            on_failure.callback(os.close, ours)
+            try:
+                process = subprocess.Popen(
+                    [*command, str(theirs), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs,),
+                    # Out of the terminal's group: Ctrl-C goes to the server alone, which decides when the engine ends.
+                    process_group=0,
+                )
+            finally:
+                os.close(theirs)
+            on_failure.callback(process.wait, KILL_TIMEOUT_S)
+            on_failure.callback(process.kill)
+            child = cls(process, ours)
+            on_failure.pop_all()
+            return child
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait for its end; False if it has not come after `timeout_s`."""

@@ -7,17 +7,18 @@ import contextlib
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from phalanx.config import Config
-from phalanx.engine.admission import check_request
+from phalanx.engine.admission import check_request, typed
 from phalanx.engine.child import ENGINE_COMMAND, EngineChild
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import OutputDelta, RequestStream, Streams
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.errors import EngineDeadError, PeerDiedError, PhalanxError, StartError, UserError
-from phalanx.models.checkpoint import resolve
+from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.protocol import (
     Cancel,
     ClientMessage,
@@ -60,17 +61,17 @@ class EngineClient:
         child: EngineChild,
         stream: AsyncStream,
         info: EngineReady,
-        tokenizer: Tokenizer,
-        default_sampling: SamplingParams,
+        front: _Front,
     ) -> None:
         """Use `start`."""
         self.info = info
-        self.tokenizer = tokenizer
-        self.default_sampling = default_sampling
+        self.tokenizer = front.tokenizer
+        self.default_sampling = front.default_sampling
         """For what a request leaves open: the checkpoint's advice (generation_config.json) over our defaults."""
         self.stats: EngineStats | None = None
         self.dead: str | None = None
         """Why the engine takes no more requests; None while it does."""
+        self._vocab_size = front.vocab_size
         self._child = child
         self._stream = stream
         self._streams = Streams()
@@ -91,18 +92,18 @@ class EngineClient:
         also when nothing is heard for `start_timeout_s`. If it raises or is cancelled, no process is left.
         """
         child = EngineChild.spawn(command)
-        try:
+        async with contextlib.AsyncExitStack() as on_failure:
+            on_failure.callback(child.kill)
             stream = await AsyncStream.open(child.descriptor, Party(NAME, child.pid, start_time=0))
+            on_failure.push_async_callback(stream.close)
             try:
-                return await cls._start(config, on_progress, child, stream)
-            except BaseException as error:
-                await stream.close()
-                if isinstance(error, PhalanxError):
-                    await child.wait(LAST_WORDS_S)  # it is ending its workers
+                client = await cls._start(config, on_progress, child, stream)
+            except PhalanxError:
+                await stream.close()  # tells the engine that its last words were heard
+                await child.wait(LAST_WORDS_S)  # it is ending its workers
                 raise
-        except BaseException:
-            child.kill()
-            raise
+            on_failure.pop_all()
+            return client
 
     @classmethod
     async def _start(
@@ -115,11 +116,11 @@ class EngineClient:
         ready = asyncio.create_task(_await_ready(frames, child, on_progress, silence_s))
         front = asyncio.create_task(_load_front(config, ready))
         try:
-            info, (tokenizer, generation) = await asyncio.gather(ready, front)
+            info, found = await asyncio.gather(ready, front)
         finally:
             ready.cancel()
             front.cancel()
-        client = cls(child, stream, info, tokenizer, generation.default_sampling())
+        client = cls(child, stream, info, found)
         client._tasks = [asyncio.create_task(client._read(frames)), asyncio.create_task(client._write())]
         return client
 
@@ -134,12 +135,8 @@ class EngineClient:
         Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
         request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as the engine dies.
         """
-        check_request(
-            prompt_token_ids,
-            sampling,
-            max_model_len=self.info.max_model_len,
-            vocab_size=self.tokenizer.vocab_size,
-        )
+        sampling = typed(sampling)
+        check_request(prompt_token_ids, sampling, max_model_len=self.info.max_model_len, vocab_size=self._vocab_size)
         if self.dead is not None or self._is_closing:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
         return self._deltas(prompt_token_ids, sampling)
@@ -215,9 +212,15 @@ class EngineClient:
             self._die(f"{NAME}'s messages cannot be read any more")
 
     async def _write(self) -> None:
-        with contextlib.suppress(PeerDiedError):  # the reading task says so, with the reason
+        try:
             while True:
                 await self._stream.send(_encode(await self._outbox.get()))
+        except PeerDiedError:
+            pass  # the reading task says so, with the reason
+        except Exception as error:
+            # Such as a frame beyond the stream's limit. Whatever comes after it would be waited for in vain.
+            self._die(f"nothing can be sent to {NAME} any more: {error}")
+            raise
 
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, TokenBatch):
@@ -261,22 +264,38 @@ async def _await_ready(
         if isinstance(message, EngineReady):
             return message
         if isinstance(message, EngineFailed):
-            raise UserError(message.reason) if message.is_user_error else StartError(NAME, phase, message.reason)
+            raise _start_failure(message, phase)
         assert isinstance(message, StartProgress), message
         phase = message.phase
         if on_progress is not None:
             on_progress(message)
 
 
-async def _load_front(config: Config, ready: asyncio.Task[EngineReady]) -> tuple[Tokenizer, GenerationConfig]:
-    """What the client itself needs of the checkpoint, loaded while the engine starts."""
+def _start_failure(message: EngineFailed, phase: str) -> PhalanxError:
+    if message.setting is not None:
+        return message.setting.error()
+    return UserError(message.reason) if message.is_user_error else StartError(NAME, phase, message.reason)
+
+
+class _Front(NamedTuple):
+    """What the client itself needs of the checkpoint; loaded while the engine starts."""
+
+    tokenizer: Tokenizer
+    default_sampling: SamplingParams
+    vocab_size: int
+    """Of tokens that both the tokenizer and the model have: either may have some that the other lacks."""
+
+
+async def _load_front(config: Config, ready: asyncio.Task[EngineReady]) -> _Front:
     if not Path(config.model.model).expanduser().is_dir():
         await ready  # by then the engine has fetched and converted the checkpoint
     return await asyncio.to_thread(_read_front, config)
 
 
-def _read_front(config: Config) -> tuple[Tokenizer, GenerationConfig]:
-    directory = Path(config.model.model).expanduser()
-    if not directory.is_dir():
-        directory = resolve(config.model.model, revision=config.model.revision).path
-    return Tokenizer.load(config.model.tokenizer or directory), GenerationConfig.read(directory)
+def _read_front(config: Config) -> _Front:
+    name, directory = config.model.model, Path(config.model.model).expanduser()
+    is_local = directory.is_dir()
+    checkpoint = Checkpoint(directory, name) if is_local else resolve(name, revision=config.model.revision)
+    tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint.path)
+    default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
+    return _Front(tokenizer, default_sampling, min(tokenizer.vocab_size, checkpoint.vocab_size))

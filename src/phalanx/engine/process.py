@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 
 import msgspec
 
@@ -34,6 +33,7 @@ from phalanx.protocol import (
     ReplyBody,
     StartProgress,
     Submit,
+    WrongSetting,
 )
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
@@ -174,7 +174,7 @@ def serve(link: ClientLink) -> int:
         except ClientGone:
             log.info("the server has gone")
         except UserError as error:
-            _tell(link, EngineFailed(str(error), is_user_error=True))
+            _tell(link, EngineFailed(_sendable(str(error)), is_user_error=True, setting=WrongSetting.of(error)))
             return EXIT_USER_ERROR
         except Exception as error:
             if isinstance(error, WorkerError):
@@ -185,7 +185,7 @@ def serve(link: ClientLink) -> int:
             else:
                 log.exception("the engine cannot go on")
                 reason = f"{type(error).__name__}: {error}"
-            _tell(link, EngineFailed(reason, is_user_error=False))
+            _tell(link, EngineFailed(_sendable(reason), is_user_error=False))
             return EXIT_FAILURE
     return 0
 
@@ -193,13 +193,16 @@ def serve(link: ClientLink) -> int:
 def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
     config = link.receive_config()
 
-    def on_progress(rank: int, phase: str, done: int, total: int) -> None:
+    def on_progress(progress: StartProgress) -> None:
         # It is called from within the one rank, where a client that has gone would pass for that rank's failure. The
         # stream's other users find out as well, and a client that has gone kills this process anyway.
         with suppress(ClientGone):
-            link.send(StartProgress(rank, phase, done, total))
+            link.send(progress)
 
-    checkpoint = resolve(config.model.model, revision=config.model.revision, progress=partial(on_progress, 0))
+    def on_fetch(phase: str, done: int, total: int) -> None:
+        on_progress(StartProgress(0, phase, done, total))
+
+    checkpoint = resolve(config.model.model, revision=config.model.revision, progress=on_fetch)
     executor, capacity = start_executor(config, checkpoint, on_progress)
     resources.enter_context(executor)
     brain = Brain(
@@ -220,6 +223,11 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         )
     )
     return EngineLoop(link, brain, executor)
+
+
+def _sendable(text: str) -> str:
+    """Names of files that are no UTF-8 are in Python's text as lone surrogates, which no message can carry."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

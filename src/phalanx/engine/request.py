@@ -61,12 +61,16 @@ class Running:
         self.request_id_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.arrival_S = np.full(max_num_seqs, FREE, dtype=np.int64)
         self.num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_given_S = np.zeros(max_num_seqs, dtype=np.int64)
+        """Tokens that the workers were given when the request got its slot; they sampled the others."""
         self.min_len_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.max_len_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_computed_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_known_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_committed_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.planned_at_S = np.zeros(max_num_seqs, dtype=np.int64)
+        """The last step that the slot was in."""
         self.end_token_ids_SE = np.full((max_num_seqs, 1), NO_TOKEN, dtype=np.int32)
         # Zeros are mapped, not written: memory is taken as sequences grow into it.
         max_blocks = -(-max_model_len // block_size)
@@ -98,7 +102,7 @@ class Running:
         self.min_len_S[slot] = request.num_prompt + request.sampling.min_tokens
         self.max_len_S[slot] = request.max_len
         self.num_computed_S[slot] = num_computed
-        self.num_known_S[slot] = self.num_committed_S[slot] = num_tokens
+        self.num_known_S[slot] = self.num_committed_S[slot] = self.num_given_S[slot] = num_tokens
         self.num_blocks_S[slot] = len(blocks)
         self.token_ids_SL[slot, :num_tokens] = request.token_ids
         self.block_ids_SB[slot, : len(blocks)] = blocks
@@ -141,6 +145,13 @@ class Running:
         is_decoding_S = (self.num_known_S - self.num_computed_S == 1) & (self.num_known_S < self.max_len_S)
         return np.flatnonzero(is_decoding_S)
 
+    def longest_idle(self, slots_R: Slots, limit: int) -> Slots:
+        """Of the slots without a token under way those that were planned the longest ago, at most `limit`."""
+        idle_R: Slots = slots_R[self.num_known_S[slots_R] == self.num_committed_S[slots_R]]
+        if len(idle_R) <= limit:
+            return idle_R
+        return np.sort(idle_R[self.planned_at_S[idle_R].argsort(kind="stable")[:limit]])
+
     def prefilling(self) -> Slots:
         """Those that have several tokens to compute, in order of arrival."""
         slots_R = np.flatnonzero(self.num_known_S - self.num_computed_S > 1)
@@ -168,8 +179,16 @@ class Running:
         self.block_ids_SB[slots_R, self.num_blocks_S[slots_R]] = blocks_R
         self.num_blocks_S[slots_R] += 1
 
-    def advance(self, slots_R: Slots, num_tokens_R: Counts) -> tuple[Counts, NDArray[np.bool_]]:
+    def next_sampled(self, slots_R: Slots) -> tuple[Slots, NDArray[np.int32]]:
+        """Those whose next token was sampled by an earlier step, which is committed, and these tokens."""
+        sampled_R: Slots = slots_R[self.num_computed_S[slots_R] >= self.num_given_S[slots_R]]
+        positions_R = self.num_computed_S[sampled_R]
+        assert (positions_R < self.num_committed_S[sampled_R]).all(), "a token is needed that is still under way"
+        return sampled_R, self.token_ids_SL[sampled_R, positions_R]
+
+    def advance(self, slots_R: Slots, num_tokens_R: Counts, step: int) -> tuple[Counts, NDArray[np.bool_]]:
         """Plan the next tokens of each; gives how many are then computed, and who then samples one more."""
+        self.planned_at_S[slots_R] = step
         ends_R = self.num_computed_S[slots_R] + num_tokens_R
         samples_R: NDArray[np.bool_] = ends_R == self.num_known_S[slots_R]
         self.num_computed_S[slots_R] = ends_R

@@ -23,6 +23,7 @@ from phalanx.protocol import (
     FIRST_EPOCH,
     NO_TOKEN,
     FinishReason,
+    Ints,
     LogprobColumns,
     NewRequest,
     StepPlan,
@@ -60,7 +61,12 @@ class Totals:
 
 
 class Scheduler:
-    """Plans steps and commits them, in the same order. Plans may be ahead of commits by any number of steps."""
+    """Plans steps and commits them, in the same order. Plans may be ahead of commits by any number of steps.
+
+    A pipeline is to be busy with `num_micro_batches` steps at a time. Its first stage gets sampled tokens from the
+    plans, so a sequence whose newest token is under way decodes no further before that is committed; and each step
+    takes no more than its share of the sequences that decode, or the other steps would find none.
+    """
 
     def __init__(
         self,
@@ -72,7 +78,10 @@ class Scheduler:
         num_blocks: int,
         is_prefix_caching: bool,
         eos_token_ids: tuple[int, ...],
+        is_pipelined: bool = False,
+        num_micro_batches: int = 1,
     ) -> None:
+        assert is_pipelined or num_micro_batches == 1, num_micro_batches
         assert max_num_batched_tokens >= max_num_seqs, "every running request must find room in a step"
         self.totals = Totals()
         self.cache = PrefixCache(num_blocks)
@@ -84,6 +93,8 @@ class Scheduler:
         self._block_size = block_size
         self._is_prefix_caching = is_prefix_caching
         self._eos_token_ids = eos_token_ids
+        self._is_pipelined = is_pipelined
+        self._num_micro_batches = num_micro_batches
         self._dropped: list[int] = []
         self._next_step = 0
 
@@ -177,16 +188,23 @@ class Scheduler:
 
     def _find_room_for_decoding(self) -> tuple[Slots, Slots]:
         """Who decodes in this step, and who of them needs one more block. When this returns, the pool has these."""
-        decoding_R = self.running.decoding()
+        decoding_R = self._decoding()
         growing_R = self.running.without_room(decoding_R)
         while len(growing_R) > self.pool.num_free:
             if self.running.any_ending():  # its blocks come back with a step that is under way: pausing is cheaper
                 decoding_R = np.setdiff1d(decoding_R, growing_R[self.pool.num_free :], assume_unique=True)
             else:
                 self._preempt(self.running.last_arrived())
-                decoding_R = self.running.decoding()
+                decoding_R = self._decoding()
             growing_R = self.running.without_room(decoding_R)
         return decoding_R, growing_R
+
+    def _decoding(self) -> Slots:
+        """Who may decode in this step."""
+        decoding_R = self.running.decoding()
+        if not self._is_pipelined:
+            return decoding_R
+        return self.running.longest_idle(decoding_R, limit=-(-len(decoding_R) // self._num_micro_batches))
 
     def _admit_next(self) -> int | None:
         """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room."""
@@ -253,7 +271,8 @@ class Scheduler:
     def _planned(
         self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, new_blocks_R: Blocks, new: list[NewRequest]
     ) -> PlannedStep:
-        ends_R, samples_R = self.running.advance(slots_R, num_tokens_R)
+        token_slots, tokens = self._sampled_tokens(slots_R)
+        ends_R, samples_R = self.running.advance(slots_R, num_tokens_R, self._next_step)
         shape = StepShape(int(num_tokens_R.sum()), len(slots_R), int(np.count_nonzero(samples_R)))
         plan = StepPlan(
             epoch=FIRST_EPOCH,
@@ -265,10 +284,19 @@ class Scheduler:
             block_ids=new_blocks_R.tobytes(),
             dropped=ints(self._dropped),
             new=tuple(new),
+            token_slots=token_slots,
+            tokens=tokens,
         )
         self._dropped = []
         self._next_step += 1
         return PlannedStep(plan, slots_R, self.running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+
+    def _sampled_tokens(self, slots_R: Slots) -> tuple[Ints, Ints]:
+        """What a plan tells a pipeline's first stage: slots whose next token was sampled, and these tokens."""
+        if not self._is_pipelined:
+            return b"", b""
+        sampled_R, tokens_R = self.running.next_sampled(slots_R)
+        return sampled_R.astype(np.int32).tobytes(), tokens_R.tobytes()
 
     def _fail_without_token(self, step: PlannedStep, tokens_S: NDArray[np.int32]) -> list[int]:
         """End the requests that no token could be chosen for; gives their ids. The others go on."""

@@ -61,18 +61,20 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._beginnings = frozenset(stop[:length] for stop in self._stops for length in range(1, len(stop)))
-        self._longest = max(map(len, self._beginnings), default=0)
+        self._first_letters = frozenset(stop[0] for stop in self._stops)
+        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
 
-    def feed(self, piece: str) -> tuple[str, str | None]:
-        """Text that is safe to show, and the stop string that ends it, if one does: the one that is complete first."""
+    def feed(self, piece: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Text that is safe to show, and the stop string that ends it, if one does: the one that is complete first.
+
+        Without `may_stop`, a stop string that is complete in this piece is text like any other.
+        """
         if not self._stops:
             return piece, None
-        text = self._held + piece
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            _, start, stop = min(found)
+        text, num_held = self._held + piece, len(self._held)
+        if may_stop and (found := self._find(text, num_held)) is not None:
+            start, stop = found
             self._held = ""
             return text[:start], stop
         shown = len(text) - self._length_to_hold(text)
@@ -84,10 +86,22 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
+    def _find(self, text: str, num_old: int) -> tuple[int, str] | None:
+        """The first stop string that is complete only after the first `num_old` letters, and where it begins."""
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop, max(num_old - len(stop) + 1, 0))) >= 0
+        ]
+        return min(found)[1:] if found else None
+
     def _length_to_hold(self, text: str) -> int:
-        for length in range(min(self._longest, len(text)), 0, -1):
-            if text[-length:] in self._beginnings:
-                return length
+        """Length of the longest end of `text` that a stop string begins with."""
+        for start in range(max(len(text) - self._longest + 1, 0), len(text)):
+            if text[start] in self._first_letters:
+                end = text[start:]
+                if any(len(stop) > len(end) and stop.startswith(end) for stop in self._stops):
+                    return len(end)
         return 0
 
 
@@ -161,10 +175,8 @@ class RequestStream:
         return delta
 
     def _show(self, piece: str) -> None:
-        if self._num_tokens <= self._sampling.min_tokens:  # stop strings, too, count only after so many tokens
-            self._text.append(piece)
-            return
-        shown, stop = self._stops.feed(piece)
+        # A stop string, too, ends the output only after so many tokens, though it may begin before.
+        shown, stop = self._stops.feed(piece, may_stop=self._num_tokens > self._sampling.min_tokens)
         self._text.append(shown)
         if stop is not None:
             self._finish_reason, self._stop_reason = "stop", stop

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer as Vocabulary
 
+from phalanx.engine.admission import check_unicode
 from phalanx.engine.detokenizer import (
     ByteDetokenizer,
     Detokenizer,
@@ -68,8 +69,15 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what the model wants around it (such as BOS) unless told otherwise."""
-        return self._vocabulary.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`, with what the model wants around it (such as BOS) unless told otherwise.
+
+        Raises RequestError if `text` is not to be written in UTF-8.
+        """
+        try:
+            return self._vocabulary.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # which does not say why
+            check_unicode("prompt", text)
+            raise
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of whole output. What is not UTF-8 becomes U+FFFD."""
@@ -104,6 +112,7 @@ class Tokenizer:
         # A template is code of the checkpoint's and stumbles over unforeseen messages in any of these ways.
         except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise RequestError("messages", _roles(messages), f"the model's chat template says: {error}") from error
+        check_unicode("messages", text)
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
     def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar, overload
+
+import msgspec
 
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
 from phalanx.executor.channel import Channel
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
-from phalanx.protocol import Call, CommandBody, Failure, Loaded, Progress, Reply, ReplyBody, StepPlan, StepResult, Stop
+from phalanx.protocol import (
+    Call,
+    CallMethod,
+    CommandBody,
+    Failure,
+    Loaded,
+    MethodError,
+    MethodResult,
+    Ping,
+    Progress,
+    Publish,
+    Published,
+    ReplyBody,
+    StartProgress,
+    StepPlan,
+    StepResult,
+    Stop,
+    WorkerMessage,
+)
+from phalanx.worker.methods import MethodCallError, encode_arguments
 
 T = TypeVar("T")
 
-OnProgress = Callable[[int, str, int, int], None]
-"""Called with rank, phase, bytes done and bytes in all."""
+OnFailure = Callable[[PhalanxError], None]
+"""Called once, with what ended the run."""
 
-OUTPUT_RANK = 0
-"""The rank that samples and answers for a step."""
+OnProgress = Callable[[StartProgress], None]
+"""Called with where a rank stands."""
 
 LOAD_CALL = 0
 """The call that nobody makes: a worker answers it, unasked, when it has loaded."""
@@ -30,6 +52,8 @@ CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchE
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
 STOP_TIMEOUT_S = 5.0
+RPC_TIMEOUT_S = 60.0
+HEALTH_TIMEOUT_S = 10.0
 
 
 class Executor:
@@ -39,23 +63,37 @@ class Executor:
     """
 
     def __init__(
-        self, launcher: Launcher, channel: Channel, world_size: int, step_timeout_s: float, *, resources: ExitStack
+        self,
+        launcher: Launcher,
+        channel: Channel,
+        world_size: int,
+        step_timeout_s: float,
+        *,
+        output_rank: int,
+        resources: ExitStack,
     ) -> None:
-        """`resources` holds what workers use, such as the channel and the rendezvous of their group; closed last."""
+        """`output_rank` answers for a step.
+
+        `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
+        """
         self.world_size = world_size
+        self._output_rank = output_rank
         self._launcher = launcher
         self._channel = channel
         self._step_timeout_s = step_timeout_s
         self._calls: dict[int, Pending[Any]] = {}
         self._next_call_id = LOAD_CALL + 1
         self._last_reply_at = 0.0
+        self._unheard = set(range(world_size))
+        self._published: list[Publish] = []
         self._error: PhalanxError | None = None
-        self._on_progress: OnProgress = lambda rank, phase, done, total: None
+        self._on_progress: OnProgress = lambda progress: None
+        self._on_failure: OnFailure = lambda error: None
         self._resources = resources
 
     def step(self, plan: StepPlan) -> Pending[StepResult]:
         """Send one step to every rank. Returns at once; the output rank's answer is awaited by the Pending."""
-        return self._call(plan, (OUTPUT_RANK,), self._step_timeout_s, f"step {plan.step}", _step_result)
+        return self._call(plan, (self._output_rank,), self._step_timeout_s, f"step {plan.step}", _step_result)
 
     def submit(
         self, body: CommandBody, *, ranks: Sequence[int] | None = None, deadline_s: float
@@ -63,6 +101,67 @@ class Executor:
         """Send a command to every rank; the Pending gives the answers of `ranks` (all by default), in rank order."""
         ranks = tuple(range(self.world_size)) if ranks is None else tuple(ranks)
         return self._call(body, ranks, deadline_s, type(body).__name__, list)
+
+    @overload
+    def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[object] = ...,
+        kwargs: Mapping[str, object] | None = ...,
+        *,
+        timeout_s: float = ...,
+        unique_reply_rank: int | None = ...,
+        non_block: Literal[False] = ...,
+    ) -> Any: ...
+
+    @overload
+    def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[object] = ...,
+        kwargs: Mapping[str, object] | None = ...,
+        *,
+        timeout_s: float = ...,
+        unique_reply_rank: int | None = ...,
+        non_block: Literal[True],
+    ) -> Pending[Any]: ...
+
+    def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = RPC_TIMEOUT_S,
+        unique_reply_rank: int | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """Have every rank call a method that its worker or worker extension declares (`remote_method`).
+
+        Gives the list of what the ranks returned, in rank order, or with `unique_reply_rank` what that rank returned;
+        with `non_block` a Pending of it. It runs after all steps that were sent before. Where the method raised, the
+        error of the lowest such rank is raised here, as a UserError (wrong name or arguments) or a WorkerError, and the
+        run goes on. Raises DeadlineError after `timeout_s`, which ends the run, as a dead rank does.
+        """
+        if unique_reply_rank is not None and unique_reply_rank not in range(self.world_size):
+            raise MethodCallError(
+                f"unique_reply_rank: {unique_reply_rank!r} is no rank: there are {self.world_size}, from 0"
+            )
+        call = CallMethod(method, encode_arguments(tuple(args), kwargs or {}))
+        ranks = tuple(range(self.world_size))
+        awaited = f"the method {method}"
+        pending = self._call(call, ranks, timeout_s, awaited, partial(_returned, unique_reply_rank))
+        return pending if non_block else pending.result()
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """Have `callback` called when the run ends by a failure; at once if it has. It must not raise."""
+        self._on_failure = callback
+        if self._error is not None:
+            callback(self._error)
+
+    def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        """Return when every rank has answered. Raises what ended the run, or DeadlineError naming who is silent."""
+        self.submit(Ping(), deadline_s=timeout_s).result()
 
     def await_loaded(self, on_progress: OnProgress, deadline_s: float) -> list[Loaded]:
         """Wait until every rank has its weights. Raises StartError, or the user's mistake that a rank reported.
@@ -138,20 +237,28 @@ class Executor:
         except PeerDiedError as error:
             self._fail(error)
 
-    def _take(self, rank: int, message: Reply | Failure | Progress) -> None:
+    def _take(self, rank: int, message: WorkerMessage) -> None:
+        self._unheard.discard(rank)
         if isinstance(message, Progress):
-            self._on_progress(rank, message.phase, message.done, message.total)
+            self._on_progress(StartProgress(rank, message.phase, message.done, message.total))
         elif isinstance(message, Failure):
             self._fail(self._cause(rank, message))
+        elif isinstance(message, Publish):
+            self._published.append(message)
         else:
             self._last_reply_at = time.monotonic()
             pending = self._calls[message.call_id]
             pending.resolve(rank, message.body)
             if not pending.missing:
                 del self._calls[message.call_id]
+        # Not before all ranks take it in: it would fill the queue, and one may start much later than another.
+        if self._published and not self._unheard:
+            entries, self._published = tuple(self._published), []
+            self.submit(Published(entries), ranks=(), deadline_s=PUT_DEADLINE_S)
 
     def _fail(self, error: PhalanxError) -> NoReturn:
         self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
+        self._on_failure(self._error)
         raise self._error
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:
@@ -170,13 +277,16 @@ class Executor:
                 self._channel.forget(received[0])
                 if received[1].kind not in CONSEQUENCES:
                     cause_rank, cause = received[0], received[1]
+        if cause.setting is not None:
+            return cause.setting.error()
         if cause.is_user_error:
             return _UserErrorOfRank(cause.message)
         return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback)
 
     def _explain_death(self, error: PeerDiedError) -> PeerDiedError:
-        rank = int(error.party.removeprefix("rank ")) if error.party.startswith("rank ") else -1
-        how = self._exit_of(rank)
+        if not error.party.startswith("rank "):  # a whole node
+            return error
+        how = self._exit_of(int(error.party.removeprefix("rank ")))
         return PeerDiedError(error.party, error.pid, how or error.detail)
 
     def _exit_of(self, rank: int) -> str | None:
@@ -204,6 +314,16 @@ class _UserErrorOfRank(UserError):
 
 def _all_loaded(replies: Sequence[ReplyBody]) -> list[Loaded]:
     return [reply for reply in replies if isinstance(reply, Loaded)]
+
+
+def _returned(unique_rank: int | None, replies: Sequence[ReplyBody]) -> Any:
+    for rank, reply in enumerate(replies):
+        if isinstance(reply, MethodError):
+            if reply.is_user_error:
+                raise _UserErrorOfRank(reply.message)
+            raise WorkerError(rank, reply.node, reply.kind, reply.message, reply.traceback)
+    values = [msgspec.msgpack.decode(reply.value) for reply in replies if isinstance(reply, MethodResult)]
+    return values if unique_rank is None else values[unique_rank]
 
 
 def _step_result(replies: Sequence[ReplyBody]) -> StepResult:

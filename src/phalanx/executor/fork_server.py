@@ -110,7 +110,6 @@ class ForkServer:
         send(self._events, Forked(spec.rank, pid))
 
     def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
-        # Whatever happens, the child must not return into the server's loop.
         code = 1
         try:
             die_with_parent(server_pid)
@@ -120,7 +119,7 @@ class ForkServer:
             from phalanx.worker.process import run
 
             code = run(spec)
-        except BaseException:
+        except BaseException:  # whatever happens, the child must not return into the server's loop
             traceback.print_exc()
         finally:
             sys.stdout.flush()

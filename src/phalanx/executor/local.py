@@ -46,6 +46,7 @@ class LocalLauncher:
             self._process = spawned.result(SPAWN_DEADLINE_S)
         except OSError as error:  # TimeoutError is one
             os.close(self._orders)
+            self._thread.join(SPAWN_DEADLINE_S)  # it closes the pipe's other end
             raise StartError("the fork server", "starting", str(error) or f"waited {SPAWN_DEADLINE_S} s") from error
 
     def warm(self, checkpoint: str) -> None:

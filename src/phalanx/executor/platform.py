@@ -39,6 +39,12 @@ def torch_has_cuda() -> bool:
     return built_with is not None and built_with[1].strip() != "None"
 
 
+def require_ray() -> None:
+    """Raises ConfigError that says what to install when Ray, which is an optional extra, is not there."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("launcher", "ray", "Ray is not installed: pip install 'phalanx[ray]'")
+
+
 def pick_device(config: Config) -> str:
     """`cpu` or `cuda` for this run. Raises ConfigError when CUDA is asked for and cannot be had."""
     wanted, ranks = config.executor.device, config.parallel.world_size

@@ -8,23 +8,30 @@ from functools import partial
 
 import msgspec
 
-from phalanx.collectives.rendezvous import Rendezvous, open_rendezvous
-from phalanx.collectives.spec import Backend, GroupSpec, pick_backend
+from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.errors import ConfigError
-from phalanx.executor.channel import Channel
 from phalanx.executor.executor import Executor, OnProgress
+from phalanx.executor.groups import describe_group, open_group
 from phalanx.executor.inline import InlineRank
-from phalanx.executor.launcher import Launcher
 from phalanx.executor.local import LocalLauncher
-from phalanx.executor.platform import pick_device, pick_threads, thread_environment
+from phalanx.executor.placed import Placed
+from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import FIRST_EPOCH, AllocateCache, Call, Loaded, Measured, MeasureMemory, Progress, WorkerMessage
+from phalanx.protocol import (
+    FIRST_EPOCH,
+    AllocateCache,
+    Call,
+    Loaded,
+    Measured,
+    MeasureMemory,
+    Progress,
+    StartProgress,
+    WorkerMessage,
+)
+from phalanx.topology.grid import Grid
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
-
-COLLECTIVE_TIMEOUT_SHARE = 0.75
-"""Of a step's: ranks that wait for a peer give up, and say for which, before the brain, which knows of no peers."""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +65,8 @@ def start_executor(config: Config, checkpoint: Checkpoint, on_progress: OnProgre
 
 
 def _settle(config: Config, checkpoint: Checkpoint) -> Config:
-    """Replace what is `auto` in the model and executor sections."""
+    """Replace what is `auto` in the model and executor sections. Raises ConfigError for what the model cannot do."""
+    Grid.of(config.parallel).stage_layers(checkpoint.num_layers, stage=0)
     limit = checkpoint.max_model_len
     if config.model.max_model_len is not None and config.model.max_model_len > limit:
         raise ConfigError("max_model_len", config.model.max_model_len, f"this model goes up to {limit}")
@@ -66,10 +74,11 @@ def _settle(config: Config, checkpoint: Checkpoint) -> Config:
     launcher = config.executor.launcher
     if launcher == "auto":
         launcher = "inline" if config.parallel.world_size == 1 else "local"
+    device = config.executor.device if launcher == "ray" else pick_device(config)  # Ray knows the nodes' devices
     settled = msgspec.structs.replace(
         config,
         model=msgspec.structs.replace(config.model, dtype=dtype),
-        executor=msgspec.structs.replace(config.executor, device=pick_device(config), launcher=launcher),
+        executor=msgspec.structs.replace(config.executor, device=device, launcher=launcher),
     )
     settled.check()
     return settled
@@ -77,45 +86,70 @@ def _settle(config: Config, checkpoint: Checkpoint) -> Config:
 
 def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
-    world_size, threads = config.parallel.world_size, pick_threads(config)
-    environment = thread_environment(threads)
+    grid = Grid.of(config.parallel)
     with ExitStack() as stack:
-        group = stack.enter_context(_rendezvous(config)).spec
-        launcher: Launcher
-        channel: Channel
         if config.executor.launcher == "inline":
-            launcher = channel = InlineRank(environment, threads, partial(_report_inline, on_progress))
-            specs = _specs(config, checkpoint, group, [None])
+            placed = _place_inline(config, checkpoint, grid, on_progress, stack)
+        elif config.executor.launcher == "ray":
+            placed = _place_on_ray(config, checkpoint, grid, on_progress, stack)
         else:
-            launcher = local = LocalLauncher(environment)
-            stack.callback(local.close, 0.0)
-            local.warm(str(checkpoint.path))
-            queue: MessageQueue[Call, WorkerMessage] = MessageQueue.create(
-                [f"rank {rank}" for rank in range(world_size)], command_type=Call, reply_type=WorkerMessage
-            )
-            channel = stack.enter_context(queue)
-            specs = _specs(config, checkpoint, group, [queue.handle(rank) for rank in range(world_size)])
-        launcher.start(specs)
-        return Executor(launcher, channel, world_size, config.executor.step_timeout_s, resources=stack.pop_all())
+            placed = _place_local(config, checkpoint, grid, stack)
+        placed.launcher.start(placed.specs)
+        return Executor(
+            placed.launcher,
+            placed.channel,
+            grid.world_size,
+            config.executor.step_timeout_s,
+            output_rank=grid.output_rank,
+            resources=stack.pop_all(),
+        )
 
 
-def _rendezvous(config: Config) -> Rendezvous:
-    world_size, asked = config.parallel.world_size, config.executor.collective_backend
-    backend: Backend
-    if asked == "auto" or world_size == 1:
-        backend = pick_backend(config.executor.device, world_size, one_host=True)
-    else:
-        backend = asked
-    timeout_s = config.executor.step_timeout_s * COLLECTIVE_TIMEOUT_SHARE
-    return open_rendezvous("tp", backend, world_size, epoch=FIRST_EPOCH, timeout_s=timeout_s)
+def _place_inline(
+    config: Config, checkpoint: Checkpoint, grid: Grid, on_progress: OnProgress, resources: ExitStack
+) -> Placed:
+    """The one rank in this process."""
+    threads = pick_threads(config)
+    rank = InlineRank(thread_environment(threads), threads, partial(_report_inline, on_progress))
+    return Placed(rank, rank, _specs(config, checkpoint, _open_groups(config, grid, resources), [None]))
+
+
+def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: ExitStack) -> Placed:
+    """A process for each rank, all on this host."""
+    groups = _open_groups(config, grid, resources)
+    launcher = LocalLauncher(thread_environment(pick_threads(config)))
+    resources.callback(launcher.close, 0.0)
+    launcher.warm(str(checkpoint.path))
+    queue: MessageQueue[Call, WorkerMessage] = MessageQueue.create(
+        [f"rank {rank}" for rank in range(grid.world_size)], command_type=Call, reply_type=WorkerMessage
+    )
+    resources.enter_context(queue)
+    handles = [queue.handle(rank) for rank in range(grid.world_size)]
+    return Placed(launcher, queue, _specs(config, checkpoint, groups, handles))
+
+
+def _place_on_ray(
+    config: Config, checkpoint: Checkpoint, grid: Grid, on_progress: OnProgress, resources: ExitStack
+) -> Placed:
+    """An actor for each rank, on the nodes of a Ray cluster. Raises ConfigError if Ray is not installed."""
+    require_ray()
+    from phalanx.executor.ray.place import place_on_ray
+
+    return place_on_ray(config, checkpoint, grid, on_progress, resources)
+
+
+def _open_groups(config: Config, grid: Grid, resources: ExitStack) -> list[GroupSpec]:
+    """Every group of the grid, all of whose ranks are on this host."""
+    described = [describe_group(config, members, one_host=True) for members in grid.groups()]
+    return [resources.enter_context(open_group(group)).spec for group in described]
 
 
 def _report_inline(on_progress: OnProgress, progress: Progress) -> None:
-    on_progress(0, progress.phase, progress.done, progress.total)
+    on_progress(StartProgress(0, progress.phase, progress.done, progress.total))
 
 
 def _specs(
-    config: Config, checkpoint: Checkpoint, group: GroupSpec, queues: Sequence[QueueHandle | None]
+    config: Config, checkpoint: Checkpoint, groups: Sequence[GroupSpec], queues: Sequence[QueueHandle | None]
 ) -> list[WorkerSpec]:
     return [
         WorkerSpec(
@@ -126,7 +160,7 @@ def _specs(
             config=config,
             checkpoint=str(checkpoint.path),
             epoch=FIRST_EPOCH,
-            group=group,
+            groups=tuple(group for group in groups if rank in group.ranks),
             queue=queue,
         )
         for rank, queue in enumerate(queues)
@@ -142,7 +176,7 @@ def _allocate(executor: Executor, config: Config, checkpoint: Checkpoint, loaded
         if isinstance(reply, Measured)
     ]
     num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured), 0)
-    max_model_len = _fit_model_len(config, checkpoint, num_blocks, measured[0].block_bytes)
+    max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
     executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline_s).result()
     return Capacity(
         num_blocks=num_blocks,
@@ -159,7 +193,7 @@ def _allocate(executor: Executor, config: Config, checkpoint: Checkpoint, loaded
 def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int) -> int:
     """The length limit: the one asked for, or the model's own, shortened to what the cache can hold.
 
-    Raises ConfigError when the cache cannot hold one request of the length that was asked for.
+    Raises ConfigError when the cache cannot hold one request of the length that was asked for, or nothing at all.
     """
     room = num_blocks * config.cache.block_size
     asked = config.model.max_model_len
@@ -171,8 +205,16 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
             f"the KV cache has room for {room} tokens; lower it, or raise kv_cache_memory to {needed} bytes or more"
             " (on a GPU, gpu_memory_utilization does too)",
         )
-    if room < config.cache.block_size:
-        raise ConfigError(
-            "kv_cache_memory", num_blocks * block_bytes, f"it must hold at least one block of {block_bytes} bytes"
-        )
+    if num_blocks == 0:
+        raise _no_room_for_a_block(config, block_bytes)
     return min(asked or checkpoint.max_model_len, room)
+
+
+def _no_room_for_a_block(config: Config, block_bytes: int) -> ConfigError:
+    asked = config.cache.kv_cache_memory
+    if asked is None and config.executor.device == "cuda":
+        share = config.cache.gpu_memory_utilization
+        return ConfigError(
+            "gpu_memory_utilization", share, f"beside all else it must hold one block of KV cache: {block_bytes} bytes"
+        )
+    return ConfigError("kv_cache_memory", asked, f"it must hold at least one block of {block_bytes} bytes")

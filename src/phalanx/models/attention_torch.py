@@ -35,7 +35,9 @@ TILE_QUERIES = 256
 class _DecodeChunk:
     """Rows with one query each, of similar context, padded to the same number of blocks."""
 
-    tokens_R: Tensor
+    num_rows: int
+    tokens_R: Tensor | None
+    """None for all of the step's tokens."""
     blocks_N: Tensor
     empty_M: Tensor
     mask_R11L: Tensor
@@ -74,6 +76,8 @@ def paged_attention(
         plan = batch.prepared[key] = _prepare(batch, sliding_window, query_THD.dtype, query_THD.device)
     out_THV = query_THD.new_empty(*query_THD.shape[:2], value_cache.shape[-1])
     for chunk in plan.chunks:
+        if chunk.tokens_R is None:
+            return _decode(query_THD, key_cache, value_cache, chunk, scale)
         out_THV[chunk.tokens_R] = _decode(query_THD[chunk.tokens_R], key_cache, value_cache, chunk, scale)
     for row in plan.rows:
         out_THV[row.start : row.stop] = _prefill(
@@ -95,10 +99,9 @@ def _decode(query_RHD: Tensor, key_cache: Tensor, value_cache: Tensor, chunk: _D
 
 def _gather_chunk(cache: Tensor, chunk: _DecodeChunk) -> Tensor:
     """[R, K, L, D] from the rows' blocks. Where there is no token there are zeros: a masked NaN would still be NaN."""
-    num_rows = chunk.tokens_R.shape[0]
     gathered = cache.index_select(0, chunk.blocks_N)
     gathered.view(-1, *cache.shape[2:]).index_fill_(0, chunk.empty_M, 0)
-    return gathered.view(num_rows, -1, *cache.shape[2:]).transpose(1, 2)
+    return gathered.view(chunk.num_rows, -1, *cache.shape[2:]).transpose(1, 2)
 
 
 def _prefill(
@@ -211,8 +214,10 @@ def _decode_chunk(
     positions_RL = first_block_R1 * block_size + np.arange(num_blocks * block_size)
     is_seen_RL = (positions_RL >= first_seen_R1) & (positions_RL < lens_R1)
     mask_RL = torch.zeros(is_seen_RL.shape, dtype=dtype).masked_fill_(torch.from_numpy(~is_seen_RL), float("-inf"))
+    is_whole_step = len(rows_R) == starts_R1[-1]
     return _DecodeChunk(
-        tokens_R=torch.from_numpy(starts_R1[rows_R]).to(device),
+        num_rows=len(rows_R),
+        tokens_R=None if is_whole_step else torch.from_numpy(starts_R1[rows_R]).to(device),
         blocks_N=torch.from_numpy(tables_RB[rows_R[:, None], blocks_RB].reshape(-1)).to(device),
         empty_M=torch.from_numpy(np.flatnonzero(positions_RL >= lens_R1)).to(device),
         mask_R11L=mask_RL[:, None, None].to(device),

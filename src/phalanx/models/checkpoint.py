@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -32,13 +32,24 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that transformers recomputes from the longest position in the batch: a request's tokens would
-depend on what else runs."""
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings. transformers recomputes `dynamic` and `longrope` from the longest position in the batch: with them
+a request's tokens would depend on what else runs."""
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _NOT_DOWNLOADED = ("consolidated*", "original/*", "*.gguf")
 """Second copies of the weights that some repositories have."""
+
+
+class _Rope(msgspec.Struct):
+    rope_type: str | None = None
+    type: str | None = None
+    factor: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    original_max_position_embeddings: Positive | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.rope_type or self.type or "default"
 
 
 class _Settings(msgspec.Struct):
@@ -54,8 +65,8 @@ class _Settings(msgspec.Struct):
     dtype: str | None = None
     torch_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Checkpoint:
         try:
             settings = json.loads(file.read_text())
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path} is no checkpoint: it has no config.json") from error
+            raise CheckpointError(f"{self.name} is no checkpoint: it has no config.json") from error
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from error
         try:
@@ -112,12 +123,23 @@ class Checkpoint:
 
     @property
     def max_model_len(self) -> int:
-        """Longest prompt plus output that the model was made for, in tokens."""
-        return int(self._setting("max_position_embeddings"))
+        """Longest prompt plus output that the model was made for, in tokens.
+
+        That is max_position_embeddings, unless YaRN stretches it: model cards (Qwen's) tell users to switch YaRN on and
+        leave max_position_embeddings as it is.
+        """
+        stated, rope = int(self._setting("max_position_embeddings")), self._rope
+        if rope.kind != "yarn" or rope.factor is None:
+            return stated
+        return max(stated, int(rope.factor * (rope.original_max_position_embeddings or stated)))
 
     @property
     def vocab_size(self) -> int:
         return int(self._setting("vocab_size"))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._setting("num_hidden_layers"))
 
     @property
     def dtype(self) -> str:
@@ -130,6 +152,14 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raises CheckpointError or UnsupportedModelError, naming what is wrong and what would be right."""
+        self.check_settings()
+        if odd := {tensor.dtype for tensor in self.tensors.values()} - DTYPES.keys():
+            raise UnsupportedModelError(
+                f"{self.name} has tensors of type {', '.join(sorted(odd))}; supported are {', '.join(DTYPES)}"
+            )
+
+    def check_settings(self) -> None:
+        """As `check`, as far as config.json tells."""
         if not self.settings.get("architectures"):
             raise CheckpointError(f"{self.path / 'config.json'} does not name an architecture")
         if self.architecture not in SUPPORTED_ARCHITECTURES:
@@ -141,16 +171,15 @@ class Checkpoint:
             raise UnsupportedModelError(
                 f"{self.name} is quantised ({method}); supported are {', '.join(DTYPES.values())}, and GGUF files"
             )
-        rope = self.settings.get("rope_parameters") or self.settings.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type"))
-        if rope_type in BATCH_DEPENDENT_ROPE:
+        if self._rope.kind not in SUPPORTED_ROPE:
             raise UnsupportedModelError(
-                f"{self.name} has {rope_type} rotary embeddings; supported are default, linear, llama3 and yarn"
+                f"{self.name} has {self._rope.kind} rotary embeddings; supported are {', '.join(SUPPORTED_ROPE)}"
             )
-        if odd := {tensor.dtype for tensor in self.tensors.values()} - DTYPES.keys():
-            raise UnsupportedModelError(
-                f"{self.name} has tensors of type {', '.join(sorted(odd))}; supported are {', '.join(DTYPES)}"
-            )
+
+    @property
+    def _rope(self) -> _Rope:
+        """Where both names are in use, transformers believes the older one."""
+        return msgspec.convert(self.settings.get("rope_scaling") or self.settings.get("rope_parameters") or {}, _Rope)
 
     def _setting(self, name: str) -> Any:
         value = self.settings.get(name)
@@ -169,7 +198,7 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
         ConfigError: a revision is given for a model that has none.
     """
     progress = progress or _silent
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.exists() and revision is not None:
         raise ConfigError("revision", revision, f"only a model on the hub has revisions, and {model} is a local path")
     if path.is_dir():
@@ -179,7 +208,9 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     elif _looks_like_path(model):
         raise CheckpointError(f"{model}: there is no such file or directory")
     else:
-        directory = _download(model, revision, progress)
+        progress("downloading", 0, 0)
+        Checkpoint(_download(model, revision, ("config.json",)), model).check_settings()  # before gigabytes come
+        directory = _download(model, revision, _DOWNLOADED)
     checkpoint = Checkpoint(directory, model)
     checkpoint.check()
     return checkpoint
@@ -201,7 +232,7 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.lower().endswith(".gguf")
 
 
-def _download(model: str, revision: str | None, progress: Progress) -> Path:
+def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -211,12 +242,11 @@ def _download(model: str, revision: str | None, progress: Progress) -> Path:
         RevisionNotFoundError,
     )
 
-    progress("downloading", 0, 0)
     tried = f"{model} is not a file or directory here, and"
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns=list(_NOT_DOWNLOADED)
+                model, revision=revision, allow_patterns=list(files), ignore_patterns=list(_NOT_DOWNLOADED)
             )
         )
     except HFValidationError as error:

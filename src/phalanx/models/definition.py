@@ -7,10 +7,12 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from phalanx.models.attention import ATTENTION, register
 from phalanx.models.checkpoint import Checkpoint
+from phalanx.topology.sharding import Span
 
 _building = threading.Lock()
 """transformers sets torch's default dtype, which is the whole process's, while it builds a model."""
@@ -32,6 +34,30 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with _building, no_init_weights(), _EmptyOnMeta():
         model = definition_class(checkpoint)._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     return model.eval()
+
+
+def keep_stage(definition: Any, layers: Span) -> None:
+    """Leave only one stage of the model: some layers, the embedding before the first and the head after the last.
+
+    What another stage computes hands on what it is given, so that the model runs as it is and layers keep their names.
+    """
+    decoder = definition.base_model
+    num_layers = len(decoder.layers)
+    for i in range(num_layers):
+        if not layers.start <= i < layers.stop:
+            decoder.layers[i] = _OfAnotherStage()
+    if layers.start > 0:
+        definition.set_input_embeddings(nn.Identity())
+    if layers.stop < num_layers:
+        decoder.norm = nn.Identity()
+        definition.set_output_embeddings(nn.Identity())
+
+
+class _OfAnotherStage(nn.Module):
+    """Stands where a decoder layer was."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return hidden_states
 
 
 class _EmptyOnMeta(TorchFunctionMode):

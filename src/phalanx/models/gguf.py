@@ -24,7 +24,7 @@ from phalanx.errors import CheckpointError, UnsupportedModelError
 from phalanx.models.gguf_file import GGUFFile, GGUFTensor
 from phalanx.models.weight_files import SINGLE, write_header
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's name. Raise it when the files that the conversion writes change."""
 
 Progress = Callable[[str, int, int], None]
@@ -67,7 +67,6 @@ _SETTINGS = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 
@@ -87,6 +86,18 @@ _LAYER = {
 }
 _EXPERTS = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
+_LOST: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": (None, "none"),
+    "rope.scaling.factor": (None, 0, 1),
+    "rope.scale_linear": (None, 0, 1),
+    "attention.sliding_window": (None, 0),
+}
+"""Settings that a converted checkpoint would lack, with the values that mean nothing."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+"""How Llama 3.1 and later scale their rotary embeddings."""
+
+_CHUNK_BYTES = 64 << 20
 
 _SPECIAL_TOKENS = {
     "bos_token": "bos_token_id",
@@ -106,7 +117,7 @@ def convert_once(file: Path, progress: Progress) -> Path:
     has an architecture, or a feature of one, that cannot be converted faithfully.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phalanx" / "gguf"
-    target = cache / f"{_digest(file)}-{FORMAT}"
+    target = cache / f"{_digest(file, progress)}-{FORMAT}"
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
@@ -131,9 +142,13 @@ def _convert_into(target: Path, file: Path, progress: Progress) -> None:
                 raise
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, progress: Progress) -> str:
+    size_bytes, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            progress("checking the GGUF file", stream.tell(), size_bytes)
+    return digest.hexdigest()[:32]
 
 
 def _convert(file: Path, directory: Path, progress: Progress) -> None:
@@ -143,6 +158,7 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
     family = _family(file, head)
     dtype = _dtype(head)
     config = _config(file, head, family, dtype)
+    _check_nothing_is_lost(file, head, config["head_dim"])
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     eos = [head.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     generation = {
@@ -155,6 +171,9 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
 
 
 def _check_complete(file: Path, head: GGUFFile) -> None:
+    num_parts = head.metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise CheckpointError(f"{file} is one of {num_parts} parts: llama-gguf-split --merge makes one file of them")
     size_bytes = file.stat().st_size
     for tensor in head.tensors:
         if tensor.offset_bytes + math.prod(tensor.shape[:-1]) * _row_bytes(tensor) > size_bytes:
@@ -177,12 +196,20 @@ def _family(file: Path, head: GGUFFile) -> Family:
     architecture = head.metadata.get("general.architecture")
     if architecture not in _FAMILIES:
         raise UnsupportedModelError(f"{file} is a {architecture}; supported GGUF files are {', '.join(_FAMILIES)}")
-    for feature in ("rope.scaling.type", "attention.sliding_window"):
-        if head.metadata.get(f"{architecture}.{feature}") not in (None, "none", 0):
-            raise UnsupportedModelError(f"{file} has {architecture}.{feature}, which is not supported from a GGUF file")
     if architecture == "llama" and head.metadata.get("llama.expert_count"):
         return _MIXTRAL
     return _FAMILIES[architecture]
+
+
+def _check_nothing_is_lost(file: Path, head: GGUFFile, head_dim: int) -> None:
+    """Raises UnsupportedModelError if the model computes something that the checkpoint could not say."""
+    architecture = head.metadata["general.architecture"]
+    expected = {f"{architecture}.{key}": values for key, values in _LOST.items()}
+    expected[f"{architecture}.rope.dimension_count"] = (None, head_dim)
+    found = [key for key, values in expected.items() if head.metadata.get(key) not in values]
+    found += [tensor.name for tensor in head.tensors if tensor.name == _ROPE_FACTORS]
+    if found:
+        raise UnsupportedModelError(f"{file} has {found[0]}, which is not supported from a GGUF file")
 
 
 def _config(file: Path, head: GGUFFile, family: Family, dtype: str) -> dict[str, Any]:
@@ -195,6 +222,7 @@ def _config(file: Path, head: GGUFFile, family: Family, dtype: str) -> dict[str,
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{file} has no tensor token_embd.weight")
     config |= {
+        "num_key_value_heads": get("attention.head_count_kv", config["num_attention_heads"]),
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": dtype,
@@ -203,7 +231,8 @@ def _config(file: Path, head: GGUFFile, family: Family, dtype: str) -> dict[str,
         "rope_theta": get("rope.freq_base", 10000.0),
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": family.model_type == "llama" and "blk.0.attn_q.bias" in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "bos_token_id": get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": get("tokenizer.ggml.padding_token_id"),
@@ -239,6 +268,10 @@ def _write_tokenizer(file: Path, head: GGUFFile, directory: Path) -> None:
     for role, key in _SPECIAL_TOKENS.items():
         if (token_id := head.metadata.get(f"tokenizer.ggml.{key}")) is not None:
             setattr(tokenizer, role, head.metadata["tokenizer.ggml.tokens"][token_id])
+    # It does not read these either. llama.cpp begins with BOS where a sentencepiece vocabulary does not say.
+    is_sentencepiece = head.metadata.get("tokenizer.ggml.model") == "llama"
+    tokenizer.add_bos_token = head.metadata.get("tokenizer.ggml.add_bos_token", is_sentencepiece)
+    tokenizer.add_eos_token = head.metadata.get("tokenizer.ggml.add_eos_token", False)
     tokenizer.save_pretrained(directory)
 
 
@@ -302,7 +335,9 @@ def _undo_rotation(weights: NDArray[np.float32], name: str, head: GGUFFile, fami
     """
     if family.model_type not in ("llama", "mixtral") or not (".attn_q." in name or ".attn_k." in name):
         return weights
-    num_heads = head.metadata["llama.attention.head_count" if ".attn_q." in name else "llama.attention.head_count_kv"]
+    num_heads = head.metadata["llama.attention.head_count"]
+    if ".attn_k." in name:
+        num_heads = head.metadata.get("llama.attention.head_count_kv", num_heads)
     halves = weights.reshape(num_heads, weights.shape[0] // num_heads // 2, 2, *weights.shape[1:])
     return halves.swapaxes(1, 2).reshape(weights.shape)
 

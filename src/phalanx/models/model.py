@@ -1,5 +1,8 @@
 """One rank's shard of a causal language model, ready to compute.
 
+With pipeline parallelism it is the shard of one stage: some of the layers, the embedding with the first of them and
+the head with the last.
+
 Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vocabulary.
 """
 
@@ -18,10 +21,13 @@ from phalanx.errors import CheckpointError
 from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.models.definition import build, definition_class
+from phalanx.models.definition import build, definition_class, keep_stage
+from phalanx.models.packed import Packing, Product, Release, can_pack
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
 from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
+from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
+from phalanx.topology.sharding import Span
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 OnProgress = Callable[[int, int], None]
@@ -42,13 +48,29 @@ class CausalLM:
     the number of tokens or rows alone.
     """
 
-    def __init__(self, definition: Any, head: VocabParallelHead, *, weight_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        definition: Any,
+        head: VocabParallelHead | None,
+        *,
+        is_first: bool,
+        weight_bytes: int,
+        device: torch.device,
+        packing: Packing | None,
+    ) -> None:
         self.vocab_size: int = definition.config.vocab_size
+        self.hidden_size: int = definition.config.hidden_size
+        self.is_first = is_first
+        """Whether the model begins here: with an embedding."""
+        self.is_last = head is not None
+        """Whether it ends here: with logits."""
         self.dtype: torch.dtype = definition.dtype
         self.device = device
         self.weight_bytes = weight_bytes
+        self._definition = definition
         self._decoder = definition.base_model
         self._head = head
+        self._packing = packing
         self._step = Step()
         backend = pick_backend(device)
         self._attention: list[PagedAttention] = []
@@ -61,6 +83,17 @@ class CausalLM:
             cache_layers.append(LayerCache(num_kv_heads, module.head_dim, value_size // num_kv_heads))
         self.cache_layers = tuple(cache_layers)
 
+    def named_parameters(self) -> dict[str, Tensor]:
+        """This rank's part of each of its parameters, by transformers' names; what is tied comes under each name.
+
+        They may be written to until the next step. Where weights are packed, that step packs what they then hold, and
+        those tensors are empty afterwards; the step after which one is written to raises UserError.
+        """
+        parameters = {name: parameter.data for name, parameter in _parameters(self._definition).items()}
+        if self._packing is not None:
+            self._packing.lend(parameters)
+        return parameters
+
     def bind_cache(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Use these key and value caches, one pair for each of `cache_layers`; an empty sequence lets go of them.
 
@@ -70,21 +103,26 @@ class CausalLM:
         for i, attention in enumerate(self._attention):
             attention.bind(*caches[i] if caches else (None, None))
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
-        """Run the decoder on a step's tokens and put their keys and values into the cache.
+    def hidden_states(self, inputs: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+        """Run the layers on a step's tokens and put their keys and values into the cache.
 
-        Returns [T, D], after the final normalisation.
+        `inputs` are the token ids [T] where the model begins, elsewhere the hidden states [T, D] of the stage before.
+        Returns [T, D], where the model ends after the final normalisation.
         """
+        asked = {"input_ids" if self.is_first else "inputs_embeds": inputs[None]}
+        if self._packing is not None:
+            self._packing.pack()
         self._step.batch = batch
         try:
-            output = self._decoder(input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False)
+            output = self._decoder(**asked, position_ids=positions_T[None], use_cache=False)
         finally:
             self._step.batch = None
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Logits [R, V] in float32 of the next token after each hidden state, on every rank."""
+        """Logits [R, V] in float32 of the next token after each hidden state, on every rank of the last stage."""
+        assert self._head is not None, "the head is on another stage"
         return self._head(hidden_RD)
 
 
@@ -104,8 +142,13 @@ def load_model(
     group: Group,
     allocate: Allocate,
     on_progress: OnProgress,
+    layers: Span | None = None,
+    release: Release | None = None,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
+
+    `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
+    where that is possible, and the memory of those that are then not needed is given back through it.
 
     Blocks for as long as reading takes; `on_progress(bytes_done, bytes_total)` counts this rank's bytes. Issues no
     collective.
@@ -115,10 +158,10 @@ def load_model(
     """
     definition = build(checkpoint, dtype)
     sharding = Sharding(definition, group.rank, group.size)
-    shards = {
-        name: sharding.shard(name, parameter) for name, parameter in definition.named_parameters(remove_duplicate=False)
-    }
-    sources = find_sources(definition, checkpoint.tensors, list(shards))
+    sources = find_sources(definition, checkpoint.tensors, _parameters(definition))
+    layers = layers or Span(0, checkpoint.num_layers)
+    keep_stage(definition, layers)
+    shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
     with WeightReader(checkpoint.tensors) as reader:
         if definition.config.tie_word_embeddings:
             _tie(sharding, shards, sources, reader)
@@ -127,23 +170,41 @@ def load_model(
             raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
         weights = _read(reader, shards, sources, dtype, allocate, on_progress)
     _install(definition, weights, sharding, group, device)
-    head_weight = weights.get(sharding.head_name, weights[sharding.embedding_name])
+    if device.type == "cpu":
+        install_short_paths(definition)
+    head = None
+    if layers.stop == checkpoint.num_layers:
+        head_name = sharding.head_name if sharding.head_name in weights else sharding.embedding_name
+        head = VocabParallelHead(head_name.removesuffix(".weight"), weights[head_name], checkpoint.vocab_size, group)
+    packing = None
+    if release is not None and can_pack(dtype, device):
+        packing = _pack(definition, head, release, kept=sharding.embedding_name)
     return CausalLM(
         definition,
-        VocabParallelHead(head_weight, checkpoint.vocab_size, group),
-        weight_bytes=sum(tensor.nbytes for tensor in weights.values()),
+        head,
+        is_first=layers.start == 0,
+        weight_bytes=sum(tensor.nbytes for tensor in weights.values()) + (packing.duplicate_bytes if packing else 0),
         device=device,
+        packing=packing,
     )
 
 
+def _parameters(definition: Any) -> dict[str, nn.Parameter]:
+    return dict(definition.named_parameters(remove_duplicate=False))
+
+
 def _tie(sharding: Sharding, shards: dict[str, Shard], sources: dict[str, list[Source]], reader: WeightReader) -> None:
-    """Drop the head where it is the embedding's weight. As in transformers, a checkpoint that has both is believed."""
+    """Have head and embedding read the same tensor, once where one rank has both.
+
+    As in transformers, a checkpoint that has two different ones is believed.
+    """
     embedding, head = sources.get(sharding.embedding_name), sources.get(sharding.head_name)
     if embedding and head and not reader.are_equal(embedding[0].key, head[0].key):
         return
-    if head and not embedding:
-        sources[sharding.embedding_name] = head
-    del shards[sharding.head_name]
+    if found := embedding or head:
+        sources[sharding.embedding_name] = sources[sharding.head_name] = found
+    if sharding.embedding_name in shards:
+        shards.pop(sharding.head_name, None)
 
 
 def _read(
@@ -175,13 +236,26 @@ def _install(
     for name, module in list(definition.named_modules()):
         style = sharding.style(name)
         if style in ROWS:
-            definition.set_submodule(name, RowParallelLinear(module.weight, module.bias, group))
+            definition.set_submodule(name, RowParallelLinear(name, module.weight, module.bias, group))
         elif style in EXPERTS:
             sum_output(module, group)
         for buffer_name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(buffer_name, buffer.to(device), persistent=False)
-    embedding = definition.get_input_embeddings()
-    definition.set_input_embeddings(VocabParallelEmbedding(embedding.weight, group))
+    if sharding.embedding_name in weights:
+        embedding = definition.get_input_embeddings()
+        definition.set_input_embeddings(VocabParallelEmbedding(embedding.weight, group))
+        if sharding.head_name in _parameters(definition).keys() - weights.keys():
+            definition.get_output_embeddings().weight = embedding.weight
+
+
+def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
+    candidates = [getattr(module, "product", None) for module in definition.modules()]
+    products = [candidate for candidate in candidates if isinstance(candidate, Product)]
+    if head is not None:
+        products.append(head.product)
+    packing = Packing(products, release, kept=kept)
+    packing.pack()
+    return packing
 
 
 def _attention_modules(definition: Any) -> list[Any]:

@@ -14,20 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from phalanx.collectives.group import Group
+from phalanx.models.packed import Linear, Product
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer of which each rank has some inputs: the ranks' products are summed, then the bias is added."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group) -> None:
+    def __init__(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None, group: Group) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.product = Product(Linear(name, weight))
         self._group = group
 
     def forward(self, x_1TI: Tensor) -> Tensor:
         """[1, T, I] to [1, T, D], the same on every rank."""
-        out_1TD = self._group.all_reduce(functional.linear(x_1TI, self.weight))
+        (out_1TD,) = self.product(x_1TI)
+        out_1TD = self._group.all_reduce(out_1TD)
         return out_1TD if self.bias is None else out_1TD + self.bias
 
 
@@ -51,14 +54,14 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead:
     """The last linear layer, of which each rank has an equal part of the outputs."""
 
-    def __init__(self, weight: Tensor, vocab_size: int, group: Group) -> None:
-        self._weight = weight
+    def __init__(self, name: str, weight: Tensor, vocab_size: int, group: Group) -> None:
+        self.product = Product(Linear(name, weight))
         self._vocab_size = vocab_size
         self._group = group
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] in float32, the same on every rank."""
-        logits_TP = functional.linear(hidden_TD, self._weight)
+        (logits_TP,) = self.product(hidden_TD)
         return self._group.all_gather(logits_TP)[:, : self._vocab_size].float()
 
 

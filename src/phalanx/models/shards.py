@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from phalanx.errors import UnsupportedModelError
+from phalanx.errors import CheckpointError, UnsupportedModelError
 from phalanx.topology.sharding import ALIGNMENT, Span, round_up, shard_heads, split_columns, vocab_part
 
-COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output")
+COLUMNS = ("colwise",)
 """The outputs are shared out: dimension 0 of weight and bias."""
 
 PACKED_COLUMNS = ("packed_colwise",)
@@ -23,10 +23,10 @@ PACKED_COLUMNS = ("packed_colwise",)
 
 Experts' columns are padded to the alignment that grouped products insist on. Zeros add nothing to the sum."""
 
-ROWS = ("rowwise", "rowwise_rep")
+ROWS = ("rowwise",)
 """The inputs are shared out: the last dimension of the weight. The ranks' outputs are to be summed."""
 
-REPLICATED = (None, "replicated_with_grad_allreduce", "replicate")
+REPLICATED = (None, "replicated_with_grad_allreduce")
 
 EXPERTS = ("moe_tp_experts",)
 """A module whose fused weights have styles of their own, and whose output is to be summed over the ranks."""
@@ -67,7 +67,8 @@ class Shard(NamedTuple):
 class Sharding:
     """The parts of one rank. `model` may be on the meta device.
 
-    Raises ConfigError naming `tensor_parallel_size` if a rank would go without a head or a column.
+    Raises ConfigError naming `tensor_parallel_size` if a rank would go without a head or a column, CheckpointError if
+    the query heads cannot be shared out evenly to the KV heads.
     """
 
     def __init__(self, model: Any, rank: int, num_ranks: int) -> None:
@@ -76,6 +77,9 @@ class Sharding:
         config = model.config
         self._num_query_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        if self._num_query_heads % self._num_kv_heads:
+            heads = f"{self._num_query_heads} query heads and {self._num_kv_heads} KV heads"
+            raise CheckpointError(f"the model's configuration has {heads}: these cannot be shared out evenly")
         self._heads = shard_heads(self._num_query_heads, self._num_kv_heads, num_ranks, rank)
         prefix = model.base_model_prefix
         self._plan: dict[str, str] = {f"{prefix}.{name}": style for name, style in config.base_model_tp_plan.items()}

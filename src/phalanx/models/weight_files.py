@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import msgspec
+
 from phalanx.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -32,33 +34,36 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    """The file of each tensor."""
+
+
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint by name.
 
-    Raises CheckpointError: there are no safetensors files, one is missing, cut short or not of this format, or one
-    lacks a tensor that the index says it has.
+    Raises CheckpointError: there are no safetensors files, one is missing, of the wrong size or not of this format, or
+    one lacks a tensor that the index says it has.
     """
     index = directory / INDEX
     if not index.exists():
         return _read_header(directory / SINGLE)
-    tensors: dict[str, TensorInfo] = {}
     weight_map = _weight_map(index)
-    for name in sorted(set(weight_map.values())):
-        tensors |= _read_header(directory / name)
+    headers = {file: _read_header(directory / file) for file in sorted(set(weight_map.values()))}
     for tensor, file in weight_map.items():
-        if tensor not in tensors:
+        if tensor not in headers[file]:
             raise CheckpointError(f"{directory / file} lacks the tensor {tensor}, which {INDEX} says it has")
-    return {name: tensors[name] for name in weight_map}
+    return {tensor: headers[file][tensor] for tensor, file in weight_map.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("its weight_map is empty or no object")
-        return weight_map
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files: {error!r}") from error
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except (msgspec.DecodeError, OSError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {error}") from error
+    if not weight_map:
+        raise CheckpointError(f"{index} is not an index of safetensors files: it names no tensor")
+    return weight_map
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -79,8 +84,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} is no safetensors file: {error}") from error
-    if size_bytes < expected_bytes:
-        raise CheckpointError(f"{file} is cut short: it has {size_bytes} bytes of {expected_bytes}")
+    if size_bytes != expected_bytes:
+        fault = "is cut short" if size_bytes < expected_bytes else "goes on after its last tensor"
+        raise CheckpointError(f"{file} {fault}: it has {size_bytes} bytes of {expected_bytes}")
     return tensors
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
@@ -39,7 +39,7 @@ class Source(NamedTuple):
     """Where the tensor begins along its own first dimension."""
 
 
-def find_sources(model: Any, tensors: Mapping[str, TensorInfo], parameters: Sequence[str]) -> dict[str, list[Source]]:
+def find_sources(model: Any, tensors: Mapping[str, TensorInfo], parameters: Iterable[str]) -> dict[str, list[Source]]:
     """The checkpoint's tensors that each parameter is made of.
 
     What the checkpoint has and the model has no use for is logged. A parameter without sources is absent from the
@@ -94,7 +94,7 @@ class WeightReader:
     def fill(self, target: Tensor, shard: Shard, sources: Sequence[Source]) -> None:
         """Write a rank's part of a parameter into `target`, converting the dtype.
 
-        Raises CheckpointError if the tensors' shapes do not make up the parameter's.
+        Raises CheckpointError if the tensors' shapes do not make up the parameter's, or a file cannot be read.
         """
         self._check(shard, sources)
         if shard.is_padded:
@@ -137,5 +137,8 @@ class WeightReader:
 
     def _file(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            try:
+                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
         return self._files[path]

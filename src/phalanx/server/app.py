@@ -10,18 +10,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from phalanx import __version__
 from phalanx.errors import PhalanxError, RequestError
 from phalanx.server.api_error import as_api_error, json_response
 from phalanx.server.api_keys import ApiKeys
 from phalanx.server.attendance import ClientGoneError
-from phalanx.server.chat import create_chat_completion, tokenize_chat
-from phalanx.server.completions import create_completion, tokenize
+from phalanx.server.chat import create_chat_completion
+from phalanx.server.completions import create_completion
 from phalanx.server.gate import Gate
 from phalanx.server.openapi import describe_bodies
 from phalanx.server.request_body import read_request
 from phalanx.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from phalanx.server.service import Service
+from phalanx.server.tokenization import detokenize, tokenize, tokenize_chat
+from phalanx.version import __version__
 
 CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer: nobody reads it."""
@@ -74,12 +75,12 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize_text(request: Request) -> Response:
-        asked = await read_request(request, TokenizeRequest)
+        asked = await read_request(request, TokenizeRequest, service)
         service.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt", asked.prompt, "send either prompt or messages")
         if asked.prompt is not None:
-            tokens = await tokenize(tokenizer, asked.prompt, add_special_tokens=asked.add_special_tokens)
+            (tokens,) = await tokenize(tokenizer, [asked.prompt], add_special_tokens=asked.add_special_tokens)
         else:
             messages = asked.messages or []
             tokens = await tokenize_chat(tokenizer, messages, add_generation_prompt=asked.add_generation_prompt)
@@ -87,13 +88,14 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
         return json_response({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        asked = await read_request(request, DetokenizeRequest)
+    async def detokenize_tokens(request: Request) -> Response:
+        asked = await read_request(request, DetokenizeRequest, service)
         service.check_model(asked.model)
         for token in asked.tokens:
             if not 0 <= token < tokenizer.vocab_size:
                 raise RequestError("tokens", token, f"this model's ids go from 0 to {tokenizer.vocab_size - 1}")
-        return json_response({"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)})
+        (text,) = await detokenize(tokenizer, [asked.tokens], skip_special_tokens=False)
+        return json_response({"prompt": text})
 
 
 def _add_information(app: FastAPI, service: Service) -> None:

@@ -67,7 +67,7 @@ class Metrics:
                         previous, has_token = now, True
                     outcome = delta.finish_reason or outcome
                     yield delta
-        except Exception:
+        except Exception:  # whatever it is, it counts; a client that leaves is no Exception
             outcome = "error"
             raise
         finally:

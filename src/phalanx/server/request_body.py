@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,23 +12,26 @@ from starlette.requests import ClientDisconnect, Request
 
 from phalanx.errors import RequestError
 from phalanx.server.api_error import ApiError
-from phalanx.server.attendance import ClientGoneError
+from phalanx.server.attendance import ClientGoneError, uncut
+from phalanx.server.service import Service
 from phalanx.server.unsupported import drop_harmless
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """A prompt of a million tokens, written as token ids, is about 7 MB."""
+MAX_SILENCE_S = 30.0
+"""Between two pieces of a body."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-async def read_request(request: Request, kind: type[T]) -> T:
-    """The request's body as `kind`. Raises ApiError (400, 413, 415) or RequestError."""
+async def read_request(request: Request, kind: type[T], service: Service) -> T:
+    """The request's body as `kind`. Raises ApiError (400, 408, 413, 415) or RequestError, and like `attended`."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Not only pedantry: a page in a browser may post any other type to a server on this host without asking it first.
     if content_type != "application/json":
         message = f"Content-Type is {content_type or 'missing'}; send application/json"
         raise ApiError(415, message, code="unsupported_media_type")
-    return parse(await _read_body(request), kind)
+    return parse(await uncut(_read_body(request), service), kind)
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -66,11 +70,17 @@ def _named(complaint: str, values: Any, at: str) -> RequestError:
 
 async def _read_body(request: Request) -> bytes:
     body = bytearray()
+    now = asyncio.get_running_loop().time
     try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+        async with asyncio.timeout(MAX_SILENCE_S) as patience:
+            async for piece in request.stream():
+                patience.reschedule(now() + MAX_SILENCE_S)
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+    except TimeoutError:
+        message = f"{len(body)} bytes of the body came, and then nothing for {MAX_SILENCE_S:g} s"
+        raise ApiError(408, message, code="request_timeout") from None
     except ClientDisconnect:
         raise ClientGoneError("the client left before its request was complete") from None
     return bytes(body)

@@ -9,9 +9,12 @@ from msgspec import UNSET, UnsetType
 
 from phalanx.errors import RequestError
 from phalanx.protocol import MAX_LOGPROBS, SamplingParams
+from phalanx.server.request_body import build
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion, in OpenAI's API as well."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -19,7 +22,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What both endpoints take. Of the sampling parameters, those that are unset follow the model's own defaults."""
+    """The fields of both endpoints. Sampling parameters that are unset follow the model's own defaults."""
 
     model: str | None = None
     n: int = 1
@@ -39,36 +42,29 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] | UnsetType = UNSET
     ignore_eos: bool | UnsetType = UNSET
 
-    def num_logprobs(self) -> int | None:
-        """SamplingParams.logprobs for this request."""
-        raise NotImplementedError
-
-    def default_max_tokens(self) -> int | None:
-        """The limit when the request sets none; None is the model's own."""
-        raise NotImplementedError
-
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """Checked parameters: the request's own, then `defaults`. Raises RequestError."""
-        if not 1 <= self.n <= MAX_CHOICES:
-            raise RequestError("n", self.n, f"it must be from 1 to {MAX_CHOICES}")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options", {"include_usage": self.stream_options.include_usage}, "set stream")
-        given = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name in SamplingParams.__struct_fields__
-            if (value := getattr(self, name, UNSET)) is not UNSET
-        }
-        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        given["logprobs"] = self.num_logprobs()
-        given.setdefault("max_tokens", self.default_max_tokens())
-        sampling = msgspec.structs.replace(defaults, **given)
-        sampling.check()
-        return sampling
-
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _checked_sampling(
+    asked: GenerationRequest, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Checked parameters: these two, then the request's own, then `defaults`. Raises RequestError."""
+    if not 1 <= asked.n <= MAX_CHOICES:
+        raise RequestError("n", asked.n, f"it must be from 1 to {MAX_CHOICES}")
+    if asked.stream_options is not None and not asked.stream:
+        raise RequestError("stream_options", {"include_usage": asked.stream_options.include_usage}, "set stream")
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name in SamplingParams.__struct_fields__
+        if (value := getattr(asked, name, UNSET)) is not UNSET
+    }
+    given["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    sampling = msgspec.structs.replace(defaults, **{**given, "max_tokens": max_tokens, "logprobs": logprobs})
+    sampling.check()
+    return sampling
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -79,15 +75,16 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     logprobs: int | UnsetType = UNSET
     add_special_tokens: bool = True
 
-    def num_logprobs(self) -> int | None:
-        if self.logprobs is UNSET:
-            return None
-        if self.echo:
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """Checked parameters: the request's own, then `defaults`. Raises RequestError."""
+        if self.echo and self.logprobs is not UNSET:
             raise RequestError("echo", True, "log-probabilities of the prompt are not supported: echo or logprobs")
-        return self.logprobs
-
-    def default_max_tokens(self) -> int | None:
-        return 16
+        return _checked_sampling(
+            self,
+            defaults,
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is UNSET else self.max_tokens,
+            logprobs=None if self.logprobs is UNSET else self.logprobs,
+        )
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or token ids. Raises RequestError if the list mixes kinds."""
@@ -103,14 +100,14 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         raise RequestError("prompt", prompt, "it must be a string, token ids, or a list of strings or of token ids")
 
 
-class ContentPart(msgspec.Struct, kw_only=True):
+class TextPart(msgspec.Struct, kw_only=True):
     type: str
-    text: str | None = None
+    text: str
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
+    content: str | list[dict[str, Any]]
     name: str | None = None
 
     def for_template(self, at: str) -> dict[str, Any]:
@@ -124,11 +121,10 @@ class ChatMessage(msgspec.Struct, kw_only=True):
             return self.content
         texts = []
         for i, part in enumerate(self.content):
-            if part.type != "text":
-                raise RequestError(f"{at}.content[{i}].type", part.type, "only parts of type 'text' are supported")
-            if part.text is None:
-                raise RequestError(f"{at}.content[{i}].text", None, "it is required")
-            texts.append(part.text)
+            where = f"{at}.content[{i}]"
+            if part.get("type") != "text":
+                raise RequestError(f"{where}.type", part.get("type"), "only parts of type 'text' are supported")
+            texts.append(build(part, TextPart, where).text)
         return "\n".join(texts)
 
 
@@ -143,7 +139,21 @@ class ChatRequest(GenerationRequest, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
 
-    def num_logprobs(self) -> int | None:
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """Checked parameters: the request's own, then `defaults`. Raises RequestError."""
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError("continue_final_message", True, "add_generation_prompt must be false then")
+        return _checked_sampling(self, defaults, max_tokens=self._limit(), logprobs=self._num_logprobs())
+
+    def _limit(self) -> int | None:
+        """None is the model's own."""
+        if self.max_completion_tokens is UNSET:
+            return None if self.max_tokens is UNSET else self.max_tokens
+        if self.max_tokens not in (UNSET, self.max_completion_tokens):
+            raise RequestError("max_completion_tokens", self.max_completion_tokens, "max_tokens says otherwise")
+        return self.max_completion_tokens
+
+    def _num_logprobs(self) -> int | None:
         if self.top_logprobs is UNSET:
             return 0 if self.logprobs else None
         if not self.logprobs:
@@ -151,16 +161,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
         if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             raise RequestError("top_logprobs", self.top_logprobs, f"it must be from 0 to {MAX_LOGPROBS}")
         return self.top_logprobs
-
-    def default_max_tokens(self) -> int | None:
-        return None if self.max_completion_tokens is UNSET else self.max_completion_tokens
-
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        if UNSET not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise RequestError("max_completion_tokens", self.max_completion_tokens, "max_tokens says otherwise")
-        if self.add_generation_prompt and self.continue_final_message:
-            raise RequestError("continue_final_message", True, "add_generation_prompt must be false then")
-        return super().sampling(defaults)
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -41,7 +41,7 @@ _decode = msgspec.msgpack.Decoder(Call).decode
 
 
 class SimulatedWorker:
-    """One rank. `run` raises AssertionError for every breach of the contract."""
+    """One rank, or all stages of a pipeline. `run` raises AssertionError for every breach of the contract."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class SimulatedWorker:
         block_size: int,
         num_blocks: int,
         vocab_size: int = 50,
+        num_stages: int = 1,
     ) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
@@ -59,11 +60,14 @@ class SimulatedWorker:
         """The KV cache: for each place the hash of the tokens up to the one that is stored there."""
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._is_pipelined = num_stages > 1
         self._next_step = 0
         self._num_holders_B = np.zeros(num_blocks, dtype=np.int64)
         self._requests: dict[int, NewRequest] = {}
         # What the cells of a slot's blocks must hold, by position.
         self._hashes_SL: Hashes = np.zeros((max_num_seqs, max_model_len), dtype=np.uint64)
+        self._newest_S = np.zeros(max_num_seqs, dtype=np.int32)
+        self._num_given_S = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_known_S = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_computed_S = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
@@ -94,7 +98,7 @@ class SimulatedWorker:
         assert 0 < request.num_prompt <= len(token_ids)
         self._requests[slot] = request
         self._hashes_SL[slot, : len(token_ids)] = token_hashes(token_ids)
-        self._num_known_S[slot] = len(token_ids)
+        self._num_given_S[slot] = self._num_known_S[slot] = len(token_ids)
         self._num_computed_S[slot] = request.num_computed
         self._seed_S[slot] = _effective_seed(request.sampling, request.seed)
         self._num_blocks_S[slot] = 0
@@ -115,6 +119,7 @@ class SimulatedWorker:
         ends_R = starts_R + num_tokens_R
         samples_R = ends_R == self._num_known_S[slots_R]
         self._check_rows(plan, slots_R, num_tokens_R, ends_R, samples_R)
+        self._check_tokens(plan, slots_R[starts_R >= self._num_given_S[slots_R]])
         self._write(slots_R, starts_R, num_tokens_R)
         self._check_contexts(slots_R, ends_R)
         self._num_computed_S[slots_R] = ends_R
@@ -139,6 +144,12 @@ class SimulatedWorker:
         assert (np.diff((num_tokens_R > 1).astype(np.int8)) >= 0).all(), "rows with one token come first"
         assert (ends_R <= self._num_known_S[slots_R]).all(), "tokens are computed that nobody knows"
         assert (ends_R <= self._num_blocks_S[slots_R] * self.block_size).all(), "too few blocks"
+
+    def _check_tokens(self, plan: StepPlan, sampled_R: Slots) -> None:
+        """A pipeline's first stage knows of sampled tokens only what the plan says."""
+        expected_R = sampled_R if self._is_pipelined else sampled_R[:0]
+        assert as_ints(plan.token_slots).tolist() == expected_R.tolist(), "the wrong rows are told their tokens"
+        assert (as_ints(plan.tokens) == self._newest_S[expected_R]).all(), "a row is told a token that is not its own"
 
     def _write(self, slots_R: Slots, starts_R: Counts, num_tokens_R: Counts) -> None:
         slots_T, positions_T = _flatten(slots_R, starts_R, num_tokens_R)
@@ -167,6 +178,7 @@ class SimulatedWorker:
                 tokens_D[i] = _next_but(int(tokens_D[i]), ends, self.vocab_size)
         self._hashes_SL[slots_D, lengths_D] = _chain(last_D, tokens_D.astype(np.uint64))
         self._num_known_S[slots_D] = lengths_D + 1
+        self._newest_S[slots_D] = tokens_D
         return StepResult(step, ints(tokens_D), self._logprobs(slots_D, tokens_D))
 
     def _logprobs(self, slots_D: Slots, tokens_D: NDArray[np.int32]) -> LogprobColumns | None:
@@ -211,6 +223,51 @@ class SimulatedExecutor:
         assert isinstance(call.body, StepPlan)
         self.plans.append(call.body)
         return Answered(self.worker.run(call.body))
+
+
+class SimulatedPipeline:
+    """Stages that take `stage_s` seconds for each step, one step at a time, on a clock that jumps.
+
+    A worker, which has no time, does the work of all stages when a step is sent. What it answers can be had when the
+    last stage has come to its end: whoever asks for it moves the clock to there.
+    """
+
+    def __init__(self, worker: SimulatedWorker, stage_s: Sequence[float]) -> None:
+        self.now_s = 0.0
+        self.busy_s = [0.0] * len(stage_s)
+        """For how long each stage has computed, or will when all is done that was sent."""
+        self.under_way: list[StepPlan] = []
+        self.sent: list[tuple[StepPlan, ...]] = []
+        """For each step that was sent, the steps then under way, itself the last."""
+        self._executor = SimulatedExecutor(worker)
+        self._stage_s = stage_s
+        self._free_at_s = [0.0] * len(stage_s)
+
+    def step(self, plan: StepPlan) -> AnswerOfStages:
+        ready_at_s = self.now_s
+        for stage, stage_s in enumerate(self._stage_s):
+            ready_at_s = self._free_at_s[stage] = max(ready_at_s, self._free_at_s[stage]) + stage_s
+            self.busy_s[stage] += stage_s
+        self.under_way.append(plan)
+        self.sent.append(tuple(self.under_way))
+        return AnswerOfStages(self, self._executor.step(plan).result(), ready_at_s)
+
+
+class AnswerOfStages:
+    """The answer of a pipeline's last stage."""
+
+    def __init__(self, pipeline: SimulatedPipeline, result: StepResult, ready_at_s: float) -> None:
+        self._pipeline = pipeline
+        self._result = result
+        self._ready_at_s = ready_at_s
+
+    def done(self) -> bool:
+        return self._ready_at_s <= self._pipeline.now_s
+
+    def result(self) -> StepResult:
+        self._pipeline.now_s = max(self._pipeline.now_s, self._ready_at_s)
+        assert self._pipeline.under_way.pop(0).step == self._result.step, "answers come in the order of the steps"
+        return self._result
 
 
 def expected_output(

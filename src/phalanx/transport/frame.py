@@ -52,7 +52,15 @@ def write_frame(
             _ONE_PART.pack_into(slot, _HEADER_AT, 1, 0, 0, 0, len(part))
             slot[_ONE_PART_AT:end] = part
             return
-    num_parts, lengths = len(parts), tuple(map(len, parts))
+    for memory, part in zip(lay_out(slot, tuple(map(len, parts)), segment_of), parts, strict=True):
+        memory[:] = part
+
+
+def lay_out(
+    slot: memoryview, lengths: Sequence[int], segment_of: Callable[[int], tuple[SegmentHandle, memoryview]]
+) -> list[memoryview]:
+    """The memory of each part of a frame whose header this writes; for the rest as `write_frame`."""
+    num_parts = len(lengths)
     parts_at = _parts_at(num_parts)
     if parts_at > len(slot):
         raise FrameError(f"a frame of {num_parts} parts: their lengths do not fit into {len(slot)} bytes")
@@ -62,10 +70,7 @@ def write_frame(
         handle, memory = segment_of(size_bytes)
         where, at = (handle.fd + 1, handle.size_bytes, handle.nonce), 0
     struct.pack_into(f"<{_NUM_FIXED_WORDS + num_parts}Q", slot, _HEADER_AT, num_parts, *where, *lengths)
-    for part in parts:
-        end = at + len(part)
-        memory[at:end] = part
-        at = align(end)
+    return _cut(memory, at, lengths)
 
 
 def read_frame(slot: memoryview, memory_of: Callable[[int, int, int], memoryview]) -> list[memoryview]:

@@ -72,6 +72,11 @@ def spin_s_for(num_parties: int) -> float:
     return 25e-6 if num_parties <= MAX_SPINNERS_PER_CORE * cores else 0.0
 
 
+def long_spin_s_for(num_parties: int) -> float:
+    """How long a party may spin that waits for another host, while calls follow each other at once: see SpinTime."""
+    return 500e-6 if num_parties <= MAX_SPINNERS_PER_CORE * len(os.sched_getaffinity(0)) else 0.0
+
+
 class Doorbell:
     """An event count: `ring` raises it and wakes everybody that waits for it. Any thread of any process may do either.
 

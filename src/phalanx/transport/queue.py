@@ -11,32 +11,28 @@ which is when the sender may use that memory again. An end is for one thread; on
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import msgspec
 
-from phalanx.errors import FrameError, PeerDiedError
-from phalanx.transport.frame import Part, as_part
-from phalanx.transport.futex import Doorbell, new_fence, spin_s_for
+from phalanx.errors import PeerDiedError
+from phalanx.transport.codec import Codec
+from phalanx.transport.frame import Part
+from phalanx.transport.futex import Doorbell, spin_s_for
 from phalanx.transport.liveness import Party, Watch
-from phalanx.transport.ring import Peer, RingReader, RingShape, RingWriter, format_ring
+from phalanx.transport.ring import RingReader, RingShape, RingWriter, format_ring
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+from phalanx.transport.waiter import SpinTime, Waiter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 C = TypeVar("C")
 R = TypeVar("R")
-Sent = TypeVar("Sent")
-Received = TypeVar("Received")
-Found = TypeVar("Found")
 
 _BELL_BYTES = 64  # a cache line each
-_POLLS_PER_YIELD = range(4)
 
 
 class QueueHandle(msgspec.Struct, frozen=True):
@@ -49,6 +45,7 @@ class QueueHandle(msgspec.Struct, frozen=True):
     num_readers: int
     slot_bytes: int
     num_slots: int
+    long_spin_s: float
 
 
 class _Layout:
@@ -73,83 +70,19 @@ class _Layout:
         return buf[start : start + self.replies.size_bytes]
 
 
-class _Codec(Generic[Sent, Received]):
-    """Messages to the parts of a frame, and back: the encoded message first, then the buffers."""
-
-    def __init__(self, received_type: Any) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received_type)
-        self._head = bytearray()
-        self._head_alone = (self._head,)
-
-    def encode(self, message: Sent, buffers: Sequence[Buffer]) -> Sequence[Part]:
-        """Parts that are valid until the next call."""
-        self._encoder.encode_into(message, self._head)
-        return (self._head, *map(as_part, buffers)) if buffers else self._head_alone
-
-    def decode(self, parts: list[memoryview], sender: Peer) -> tuple[Received, list[memoryview]]:
-        """The message, and the buffers as views of the ring."""
-        try:
-            return self._decoder.decode(parts[0]), parts[1:]
-        except msgspec.MsgspecError as error:
-            raise FrameError(f"a message from {sender} that is none of ours: {error}") from error
-
-
-class _Waiter:
-    """How an end waits for frames: it spins for a bounded time, yielding its core, then sleeps on its bell."""
-
-    def __init__(self, bell: Doorbell, spin_s: float) -> None:
-        self._bell = bell
-        self._fence = new_fence()
-        self._spin_s = spin_s
-
-    def wait_for(
-        self,
-        poll: Callable[[], Found | None],
-        *,
-        death: Callable[[], PeerDiedError | None],
-        until: Callable[[], bool],
-        timeout_s: float | None,
-    ) -> Found | None:
-        """What `poll` finds. None after `timeout_s` or as soon as `until()`. Raises what `death` returns."""
-        started = time.monotonic()
-        deadline = None if timeout_s is None else started + timeout_s
-        if self._spin_s and timeout_s != 0:
-            found = self._spin(poll, started + self._spin_s)
-            if found is not None:
-                return found
-        while True:
-            seen = self._bell.value()
-            self._fence()
-            gone = death()  # before the poll, which then finds everything that a dead party had sent
-            found = poll()
-            if found is not None:
-                return found
-            if gone is not None:
-                raise gone
-            if until():
-                return None
-            remaining_s = None if deadline is None else deadline - time.monotonic()
-            if remaining_s is not None and remaining_s <= 0:
-                return None
-            self._bell.wait(seen, remaining_s)
-
-    def _spin(self, poll: Callable[[], Found | None], end: float) -> Found | None:
-        # Polls rather than looks at the bell: a frame can be seen about a microsecond before its bell rings.
-        while True:
-            for _ in _POLLS_PER_YIELD:
-                found = poll()
-                if found is not None:
-                    return found
-            if time.monotonic() >= end:
-                return None
-            os.sched_yield()
-
-
 class MessageQueue(Generic[C, R]):
     """The brain's end. Owns the memory; idle, it takes no CPU."""
 
-    def __init__(self, readers: Sequence[str], *, reply_type: Any, slot_bytes: int, num_slots: int, name: str) -> None:
+    def __init__(
+        self,
+        readers: Sequence[str],
+        *,
+        reply_type: Any,
+        slot_bytes: int,
+        num_slots: int,
+        name: str,
+        long_spin_s: float,
+    ) -> None:
         """Use `create`."""
         self._layout = layout = _Layout(len(readers), slot_bytes, num_slots)
         self._names = tuple(readers)
@@ -158,8 +91,9 @@ class MessageQueue(Generic[C, R]):
         buf = self._segment.buf
         self.bell, workers_bell = layout.bells(buf)
         self._watch = Watch(self.bell)
-        self._codec = _Codec[C, R](reply_type)
-        self._waiter = _Waiter(self.bell, spin_s_for(len(readers) + 1))
+        self._codec = Codec[C, R](reply_type)
+        self._waiter = Waiter(self.bell, SpinTime(spin_s_for(len(readers) + 1)))
+        self._long_spin_s = long_spin_s
         format_ring(layout.command_ring(buf), layout.commands)
         self._commands = RingWriter(
             layout.command_ring(buf),
@@ -192,15 +126,23 @@ class MessageQueue(Generic[C, R]):
         slot_bytes: int = 64 * 1024,
         num_slots: int = 16,
         name: str = "brain",
+        long_spin_s: float = 0.0,
     ) -> Self:
         """Make the queue for workers that are called `readers` ("rank 0", …), none of which runs yet.
 
         Types are msgspec structs or unions of tagged ones; one that msgspec cannot handle is a TypeError here. It takes
         (1 + number of readers) × num_slots × slot_bytes of memory, page by page when first used. `slot_bytes` is a
-        multiple of 64; larger frames travel in memory of their own.
+        multiple of 64; larger frames travel in memory of their own. `long_spin_s` is for the workers: see SpinTime.
         """
         msgspec.msgpack.Decoder(command_type)
-        return cls(readers, reply_type=reply_type, slot_bytes=slot_bytes, num_slots=num_slots, name=name)
+        return cls(
+            readers,
+            reply_type=reply_type,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+            name=name,
+            long_spin_s=long_spin_s,
+        )
 
     def handle(self, reader: int) -> QueueHandle:
         """What worker number `reader` attaches with."""
@@ -213,6 +155,7 @@ class MessageQueue(Generic[C, R]):
             shape.num_readers,
             shape.slot_bytes,
             shape.num_slots,
+            self._long_spin_s,
         )
 
     def expect(self, reader: int, party: Party) -> None:
@@ -238,19 +181,68 @@ class MessageQueue(Generic[C, R]):
         or as soon as `until()` holds; who makes it hold rings `bell`. Raises PeerDiedError naming a worker that died or
         closed its end, after all replies that are there, each time until `forget`; FrameError for what is no reply.
         """
-        assert not self._is_closed
-        if self._held is not None:
-            self._held.release()
-            self._held = None
-        found = self._poll()
+        found = self.poll()
         if found is not None:
             return found
         return self._waiter.wait_for(
             self._poll,
-            death=self._death,
+            death=self.death,
             until=lambda: self._is_closed or (until is not None and until()),
             timeout_s=timeout_s,
         )
+
+    def poll(self) -> tuple[int, R, list[memoryview]] | None:
+        """A reply if one is there, as `get`. For who waits for this queue and for something else."""
+        self._release()
+        return self._poll()
+
+    def death(self) -> PeerDiedError | None:
+        """What `get` raises when nothing is there. Everything that the dead worker sent is there after this call."""
+        for ring in self._replies.values():
+            death = ring.peer.death()
+            if death is not None:
+                return death
+        return None
+
+    def await_space(self, *, deadline_s: float) -> None:
+        """Block until the next `put` does not. Raises what that would."""
+        assert not self._is_closed
+        self._commands.await_space(deadline_s)
+
+    def put_frame(self, parts: Sequence[Part], *, deadline_s: float) -> None:
+        """As `put`, of a frame that another queue encoded."""
+        assert not self._is_closed
+        self._commands.put(parts, deadline_s=deadline_s)
+
+    def reserve(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Memory for the parts of such a frame, which is sent by `publish`. Waits for nobody, dead or alive.
+
+        Raises FrameError if there is no space.
+        """
+        assert not self._is_closed
+        return self._commands.reserve(lengths)
+
+    def publish(self) -> None:
+        """Send what `reserve` gave the memory for."""
+        self._commands.publish()
+
+    def poll_frame(self) -> tuple[int, list[memoryview]] | None:
+        """The next reply that is there, not decoded, and whose it is; valid until the next call."""
+        self._release()
+        found = self._poll_frame()
+        return None if found is None else (found[0], found[2])
+
+    def deaths(self) -> list[tuple[int, PeerDiedError]]:
+        """Workers that died or closed their ends, and are not forgotten. What they sent is there after this call."""
+        found = ((reader, ring.peer.death()) for reader, ring in self._replies.items())
+        return [(reader, death) for reader, death in found if death is not None]
+
+    def passed(self, *, tell: bool) -> tuple[int, int]:
+        """How many commands every worker is done with, and which worker is the last.
+
+        From now on the bell rings with every command that a worker is done with if `tell`, and does not if not.
+        """
+        return self._commands.passed(tell=tell)
 
     def forget(self, reader: int) -> None:
         """Go on without this worker: it gets no more commands, and its replies are dropped."""
@@ -288,22 +280,28 @@ class MessageQueue(Generic[C, R]):
         rings = list(self._replies.items())
         return [rings[i:] + rings[:i] for i in range(len(rings))] or [[]]
 
+    def _release(self) -> None:
+        assert not self._is_closed
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+
     def _poll(self) -> tuple[int, R, list[memoryview]] | None:
+        found = self._poll_frame()
+        if found is None:
+            return None
+        reader, ring, parts = found
+        message, buffers = self._codec.decode(parts, ring.peer)
+        return reader, message, buffers
+
+    def _poll_frame(self) -> tuple[int, RingReader, list[memoryview]] | None:
         turns = self._turns
         for reader, ring in turns[0]:
             parts = ring.poll()
             if parts is not None:
                 turns.append(turns.pop(0))
                 self._held = ring
-                message, buffers = self._codec.decode(parts, ring.peer)
-                return reader, message, buffers
-        return None
-
-    def _death(self) -> PeerDiedError | None:
-        for ring in self._replies.values():
-            death = ring.peer.death()
-            if death is not None:
-                return death
+                return reader, ring, parts
         return None
 
 
@@ -317,8 +315,8 @@ class WorkerEndpoint(Generic[C, R]):
         buf = self._segment.buf
         brain_bell, self.bell = layout.bells(buf)
         self._watch = Watch(self.bell)
-        self._codec = _Codec[R, C](command_type)
-        self._waiter = _Waiter(self.bell, spin_s_for(handle.num_readers + 1))
+        self._codec = Codec[R, C](command_type)
+        self._waiter = Waiter(self.bell, SpinTime(spin_s_for(handle.num_readers + 1), handle.long_spin_s))
         me = Party.me(handle.name)
         self._replies = RingWriter(
             layout.reply_ring(buf, handle.reader),

@@ -54,3 +54,4 @@ class Poller:
                     callback = self._callbacks.get(fd)
                     if callback is not None:
                         callback()
+                    del callback  # what it holds, shared memory perhaps, must not live until the next event

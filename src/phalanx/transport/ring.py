@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
-from phalanx.transport.frame import Part, align, read_frame, write_frame
+from phalanx.transport.frame import Part, align, lay_out, read_frame, write_frame
 from phalanx.transport.futex import Doorbell, new_fence
 from phalanx.transport.liveness import Party, Watch
 from phalanx.transport.shared_memory import SegmentHandle
@@ -176,20 +176,47 @@ class RingWriter:
         Raises DeadlineError naming the slowest reader, PeerDiedError naming a reader that is dead (until `forget`).
         After an error nothing was put.
         """
-        if self._watch.dead:
-            self._check_readers()
-        number = self._next
-        if number >= self._limit:
-            self._wait_for_space(deadline_s)
-        slot = number % self._num_slots
+        self.await_space(deadline_s)
         if self._spill:
             self._spill.reclaim(self._num_passed())
-        write_frame(self._seats.slots[slot], parts, self._segment_of)
+        write_frame(self._seats.slots[self._next % self._num_slots], parts, self._segment_of)
+        self.publish()
+
+    def await_space(self, deadline_s: float) -> None:
+        """Block until the next `put` does not. Raises what that would."""
+        if self._watch.dead:
+            self._check_readers()
+        if self._next >= self._limit:
+            self._wait_for_space(deadline_s)
+
+    def reserve(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Memory for the parts of the next frame, which no reader sees before `publish`.
+
+        For who knows that there is space, such as the relay, whose sender counts: raises FrameError if there is none.
+        """
+        if self._next >= self._limit and not self._has_space():
+            raise FrameError(f"frame number {self._next} for a ring that has no space for it")
+        if self._spill:
+            self._spill.reclaim(self._num_passed())
+        return lay_out(self._seats.slots[self._next % self._num_slots], lengths, self._segment_of)
+
+    def publish(self) -> None:
+        """Show the readers the frame whose parts are written."""
+        number = self._next
         self._fence()
-        self._words[self._seats.sequence_words[slot]] = number + 1
+        self._words[self._seats.sequence_words[number % self._num_slots]] = number + 1
         self._next = number + 1
         self._fence()
         self._readers_bell.ring()
+
+    def passed(self, *, tell: bool) -> tuple[int, int]:
+        """How many frames every reader is done with, and which reader is the last. Neither waits nor raises.
+
+        Of what is not counted yet the readers ring `writer_bell`, if `tell`.
+        """
+        self._words[self._seats.writer + _WRITER_WAITS] = tell
+        self._fence()
+        return self._num_passed(), min(self.peers, key=self._cursor, default=0)
 
     def expect(self, reader: int, party: Party) -> None:
         """Watch the process that will attach as `reader`."""
@@ -197,7 +224,9 @@ class RingWriter:
 
     def forget(self, reader: int) -> None:
         """Go on without `reader`. If it lives after all, it gets an error from its next poll."""
-        if self.peers.pop(reader, None) is not None:
+        if reader in self.peers:
+            # Replaced, not changed: the relay's receiving thread may be looking at it.
+            self.peers = {r: peer for r, peer in self.peers.items() if r != reader}
             self._words[self._seats.readers[reader] + _STATE] = _FORGOTTEN
             self._limit = self._num_passed() + self._num_slots
 
@@ -252,8 +281,10 @@ class RingWriter:
                 raise death
 
     def _slowest(self) -> str:
-        slowest = min(self.peers, key=lambda r: self._words[self._seats.readers[r] + _CURSOR])
-        return str(self.peers[slowest])
+        return str(self.peers[min(self.peers, key=self._cursor)])
+
+    def _cursor(self, reader: int) -> int:
+        return self._words[self._seats.readers[reader] + _CURSOR]
 
 
 class RingReader:

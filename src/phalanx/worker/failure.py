@@ -8,13 +8,13 @@ import traceback
 import torch
 
 from phalanx.errors import UserError
-from phalanx.protocol import Failure
+from phalanx.protocol import Failure, WrongSetting
 
-MAX_TEXT_CHARS = 8192
+MAX_TEXT_BYTES = 16 * 1024
 """The message must fit into a slot of the queue: a larger one stays with its sender, which is about to end."""
 
 
-def describe(call_id: int, phase: str, error: BaseException) -> Failure:
+def describe(call_id: int, phase: str, error: Exception) -> Failure:
     """The error as a message. An exception cannot travel itself: that would take pickle."""
     message = str(error) or repr(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -24,7 +24,13 @@ def describe(call_id: int, phase: str, error: BaseException) -> Failure:
         node=os.uname().nodename,
         phase=phase,
         kind=type(error).__name__,
-        message=message[:MAX_TEXT_CHARS],
-        traceback="".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:],
+        message=_sendable(message)[:MAX_TEXT_BYTES].decode(errors="ignore"),
+        traceback=_sendable("".join(traceback.format_exception(error)))[-MAX_TEXT_BYTES:].decode(errors="ignore"),
         is_user_error=isinstance(error, UserError),
+        setting=WrongSetting.of(error),
     )
+
+
+def _sendable(text: str) -> bytes:
+    """UTF-8. Names of files that are none are in Python's text as lone surrogates, which no message can carry."""
+    return text.encode(errors="backslashreplace")

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.protocol import StepPlan, as_ints
 from phalanx.worker.slots import Rows, SlotTable
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Host arrays of one step. Token ids that only the device knows are 0, to be filled in at `sampled_at_N`."""
+    """Host arrays of one step. Token ids that the plan does not tell, as only the device knows them, are 0: they are to
+    be filled in at `sampled_at_N`.
+    """
 
     token_ids_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
@@ -45,8 +48,8 @@ class StepInputs:
         )
 
     @classmethod
-    def of(cls, rows: Rows, table: SlotTable) -> StepInputs:
-        """There is at least one row."""
+    def of(cls, plan: StepPlan, rows: Rows, table: SlotTable) -> StepInputs:
+        """Of the plan's rows, of which there is at least one."""
         context_lens_R = rows.num_computed_R + rows.num_tokens_R
         starts_R1 = np.zeros(len(context_lens_R) + 1, dtype=np.int64)
         np.cumsum(rows.num_tokens_R, out=starts_R1[1:])
@@ -54,8 +57,13 @@ class StepInputs:
         positions_T = np.arange(starts_R1[-1]) + np.repeat(rows.num_computed_R - starts_R, rows.num_tokens_R)
         is_sampled_R = rows.num_computed_R >= table.num_given_S[rows.slots_R]
         max_context_len = int(context_lens_R.max())
+        token_ids_T = _given_token_ids(rows, table, starts_R1, ~is_sampled_R)
+        if plan.token_slots:
+            assert np.array_equal(as_ints(plan.token_slots), rows.slots_R[is_sampled_R]), "tokens of other rows"
+            token_ids_T[starts_R[is_sampled_R]] = as_ints(plan.tokens)
+            is_sampled_R = np.zeros_like(is_sampled_R)
         return cls(
-            token_ids_T=_given_token_ids(rows, table, starts_R1, ~is_sampled_R),
+            token_ids_T=token_ids_T,
             positions_T=positions_T,
             query_starts_R1=starts_R1.astype(np.int32),
             context_lens_R=context_lens_R.astype(np.int32),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from phalanx.models.model import LayerCache
-
-Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+from phalanx.models.model import Allocate, LayerCache
 
 
 def block_bytes(layers: Sequence[LayerCache], block_size: int, dtype: torch.dtype) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, Reply, WorkerMessage
+from phalanx.protocol import Call, Progress, Reply, WorkerMessage
 from phalanx.transport.queue import WorkerEndpoint
+from phalanx.worker.exchange import BrainExchange
 from phalanx.worker.failure import describe
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.worker import Worker
@@ -28,9 +29,8 @@ def run(spec: WorkerSpec) -> int:
     """Serve one rank; returns the process's exit code. Does not return while the brain lives and has not said Stop."""
     faulthandler.enable(sys.stderr)
     assert spec.queue is not None
-    with ExitStack() as stack:
-        endpoint: Endpoint = WorkerEndpoint.attach(spec.queue, command_type=Call, reply_type=WorkerMessage)
-        stack.callback(endpoint.close)
+    endpoint: Endpoint = WorkerEndpoint.attach(spec.queue, command_type=Call, reply_type=WorkerMessage)
+    with endpoint:
 
         def put(message: WorkerMessage) -> None:
             try:
@@ -38,36 +38,45 @@ def run(spec: WorkerSpec) -> int:
             except PeerDiedError as error:
                 raise BrainGoneError from error
 
+        def get(timeout_s: float | None) -> Call | None:
+            try:
+                received = endpoint.get(timeout_s=timeout_s)
+            except PeerDiedError as error:
+                raise BrainGoneError from error
+            return None if received is None else received[0]
+
         try:
-            return _live(spec, endpoint, put, stack)
+            return _live(spec, BrainExchange(spec.epoch, spec.node_address, put, get), put)
         except BrainGoneError:
             return 1
 
 
-def _live(spec: WorkerSpec, endpoint: Endpoint, put: Callable[[WorkerMessage], None], stack: ExitStack) -> int:
-    worker = None
-    try:
-        worker = Worker(spec, report=put)
-        stack.callback(worker.close)
-        put(Reply(0, worker.load()))
-        while not worker.stopped or worker.is_busy:
-            _turn(endpoint, worker, put)
-    except BrainGoneError:
-        raise
-    except Exception as error:
-        put(describe(worker.call_id if worker else 0, worker.phase if worker else "starting", error))
-        return 1
+def _live(spec: WorkerSpec, exchange: BrainExchange, put: Callable[[WorkerMessage], None]) -> int:
+    def report(progress: Progress) -> None:
+        put(progress)
+        exchange.take_in()
+
+    with ExitStack() as stack:
+        worker = None
+        try:
+            worker = Worker(spec, report, exchange)
+            stack.callback(worker.close)
+            put(Reply(0, worker.load()))
+            while not worker.stopped or worker.is_busy:
+                _turn(exchange, worker, put)
+        except BrainGoneError:
+            raise
+        except Exception as error:  # whatever it is, the brain must hear of it
+            put(describe(worker.call_id if worker else 0, worker.phase if worker else "starting", error))
+            return 1
     return 0
 
 
-def _turn(endpoint: Endpoint, worker: Worker, put: Callable[[WorkerMessage], None]) -> None:
+def _turn(exchange: BrainExchange, worker: Worker, put: Callable[[WorkerMessage], None]) -> None:
     """Take in a call if there is one, send a reply if there is one; sleep only when there can be neither."""
-    try:
-        received = endpoint.get(timeout_s=0.0 if worker.is_busy else None)
-    except PeerDiedError as error:
-        raise BrainGoneError from error
-    if received is not None:
-        worker.accept(received[0])
-    reply = worker.next_reply(block=received is None)
+    call = exchange.next_call(timeout_s=0.0 if worker.is_busy else None)
+    if call is not None:
+        worker.accept(call)
+    reply = worker.next_reply(block=call is None)
     if reply is not None:
         put(reply)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import LogprobColumns, StepPlan, StepResult, as_ints, ints
+from phalanx.protocol import NO_TOKEN, LogprobColumns, StepPlan, StepResult, as_ints, ints
 from phalanx.worker.inputs import StepInputs
 from phalanx.worker.sampler import Logprobs, Sampled, Sampler
 from phalanx.worker.slots import Rows, SlotTable
 from phalanx.worker.staging import to_device, to_host
 
 if TYPE_CHECKING:
-    from phalanx.collectives.group import Group
     from phalanx.models.model import CausalLM
+    from phalanx.worker.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +42,16 @@ class InFlight:
 class Runner:
     """One rank's steps, in the order of the plans. For the use of one thread.
 
-    The sequence of collectives in a step depends on its StepShape alone (invariant 1): the model's for `num_tokens`, if
-    there are any; then those of `logits` and one broadcast of `num_samples` tokens, if there are any. Rank 0 of the
-    group chooses the tokens for all.
+    The sequence of collectives in a step depends on the rank's stage and the StepShape alone (invariant 1). If there
+    are `num_tokens`: their hidden states from the stage before, the model's collectives, their hidden states to the
+    stage after. If there are `num_samples`, on the last stage: those of `logits`, and unless there are other stages one
+    broadcast of the tokens. Rank 0 of the last stage's group chooses them for all.
     """
 
     def __init__(
         self,
         model: CausalLM,
-        group: Group,
+        stage: Stage,
         *,
         max_num_seqs: int,
         max_model_len: int,
@@ -59,13 +60,14 @@ class Runner:
         device: torch.device,
     ) -> None:
         self._model = model
-        self._group = group
+        self._stage = stage
         self._device = device
         self._slots = SlotTable(
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks
         )
-        self._sampler = Sampler(self._slots, model.vocab_size, device) if group.rank == 0 else None
+        self._sampler = Sampler(self._slots, model.vocab_size, device) if stage.is_output else None
         # A slot's newest token stays on the device, so that the next step can be launched before this one has finished.
+        # Not so in a pipeline, where plans tell the tokens.
         self._newest_Q = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -79,15 +81,16 @@ class Runner:
         rows = self._slots.advance(plan)
         if not plan.shape.num_tokens:
             return InFlight(plan.step, torch.empty(0, dtype=torch.int64), None, None)
-        hidden_TD = self._forward(rows)
-        if plan.shape.num_samples:
+        hidden_TD = self._forward(plan, rows)
+        sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
+        if self._stage.downstream is not None:
+            self._stage.send(hidden_TD)
+        elif plan.shape.num_samples:
             sampled = self._sample(rows, hidden_TD)
-        else:
-            sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
         return self._send_home(plan.step, sampled)
 
     def finish(self, flight: InFlight) -> StepResult:
-        """The outcome of a step; waits for a GPU to come to its end. Log-probabilities are known on rank 0 only.
+        """The outcome of a step; waits for a GPU to come to its end. Only the output rank's is complete.
 
         A GPU that never ends is for the brain to notice: its deadline.
         """
@@ -104,8 +107,8 @@ class Runner:
         for request in plan.new:
             self._sampler.admit(request)
 
-    def _forward(self, rows: Rows) -> Tensor:
-        inputs = StepInputs.of(rows, self._slots)
+    def _forward(self, plan: StepPlan, rows: Rows) -> Tensor:
+        inputs = StepInputs.of(plan, rows, self._slots)
         (
             token_ids_T,
             positions_T,
@@ -117,6 +120,7 @@ class Runner:
             sampled_slots_N,
         ) = to_device(inputs.arrays, self._device)
         if len(sampled_at_N):
+            assert not self._stage.is_pipelined, f"step {plan.step} does not tell the tokens of all its rows"
             token_ids_T[sampled_at_N] = self._newest_Q[sampled_slots_N]
         batch = AttentionBatch(
             query_starts_R1=query_starts_R1,
@@ -128,10 +132,14 @@ class Runner:
             num_decodes=inputs.num_decodes,
             block_size=self._slots.block_size,
         )
-        return self._model.hidden_states(token_ids_T, positions_T, batch)
+        if self._stage.upstream is None:
+            return self._model.hidden_states(token_ids_T, positions_T, batch)
+        shape_TD = (plan.shape.num_tokens, self._model.hidden_size)
+        received_TD = self._stage.receive(torch.empty(shape_TD, dtype=self._model.dtype, device=self._device))
+        return self._model.hidden_states(received_TD, positions_T, batch)
 
     def _sample(self, rows: Rows, hidden_TD: Tensor) -> Sampled:
-        """Tokens of the rows that sample, the same on every rank, and each remembered as its slot's newest."""
+        """Tokens of the rows that sample. Without a pipeline all ranks get them and remember each slot's newest."""
         slots_S = rows.slots_R[rows.samples_R]
         ends_S = np.cumsum(rows.num_tokens_R)[rows.samples_R]
         positions_S = (rows.num_computed_R + rows.num_tokens_R)[rows.samples_R]
@@ -140,8 +148,10 @@ class Runner:
         if self._sampler is not None:
             sampled = self._sampler.sample(logits_SV, slots_S, positions_S)
         else:
-            sampled = Sampled(torch.empty(len(slots_S), dtype=torch.int64, device=self._device))
-        self._group.broadcast(sampled.tokens_R, src=0)
+            sampled = Sampled(torch.full((len(slots_S),), NO_TOKEN, device=self._device))
+        if self._stage.is_pipelined:
+            return sampled
+        self._stage.shared.broadcast(sampled.tokens_R, src=0)
         # An impossible token must not get into the embedding of the step that may already follow.
         self._newest_Q[slots_on_device_S] = sampled.tokens_R.clamp(min=0)
         return sampled

@@ -22,6 +22,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str
     """Directory of the resolved checkpoint on this host."""
     epoch: int
-    group: GroupSpec
+    groups: tuple[GroupSpec, ...]
+    """Those that the rank is a member of; any two ranks have the groups that they share in the same order."""
     queue: QueueHandle | None
     """How to reach the brain; None when the worker lives in the brain's own process."""
+    node_address: str = "127.0.0.1"
+    """An IP address of this host that the other ranks' hosts reach; loopback will do when all are on one host."""

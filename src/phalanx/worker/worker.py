@@ -5,21 +5,25 @@ The same object serves a process of its own (process.py) and the brain's process
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from phalanx.collectives.join import join
+from phalanx.errors import CheckpointError
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
-from phalanx.models.checkpoint import resolve
+from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.model import CausalLM, load_model
 from phalanx.protocol import (
     AllocateCache,
     Call,
+    CallMethod,
     CommandBody,
     Done,
     Loaded,
@@ -31,12 +35,16 @@ from phalanx.protocol import (
     StepPlan,
     Stop,
 )
+from phalanx.topology.grid import Grid
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
+from phalanx.worker.methods import Methods, load_extension, remote_method
 from phalanx.worker.profile import peak_activation_bytes
 from phalanx.worker.runner import InFlight, Runner
 from phalanx.worker.spec import WorkerSpec
+from phalanx.worker.stage import Stage
 
 if TYPE_CHECKING:
+    from phalanx.collectives.exchange import Exchange
     from phalanx.collectives.group import Group
 
 REPORT_INTERVAL_S = 0.1
@@ -46,10 +54,21 @@ MAX_STEPS_IN_FLIGHT = 2
 """Steps launched on a GPU before the oldest is waited for."""
 
 
+class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a rank runs, and what it was doing before it was asked."""
+
+    rank: int
+    node: str
+    pid: int
+    device: str
+    phase: str
+
+
 class Worker:
     """A rank from its birth to Stop. Not thread-safe."""
 
-    def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None]) -> None:
+    def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None], exchange: Exchange | None = None) -> None:
+        """`exchange` is None in a world of one."""
         self.spec = spec
         self.phase = "starting"
         self.call_id = 0
@@ -57,34 +76,67 @@ class Worker:
         self.num_stale = 0
         """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
+        self._exchange = exchange
         self._reported_at = 0.0
         self._device = _device(spec)
-        self._checkpoint = resolve(spec.checkpoint)
+        self._checkpoint = _find_checkpoint(spec)
         self._arena = Arena(f"rank{spec.rank}", self._device)
-        self._group: Group | None = None
+        self._groups: dict[str, Group] = {}
+        self._stage: Stage | None = None
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
+        self._methods = Methods(self)
         self._flights: deque[tuple[Call, InFlight]] = deque()
         self._replies: deque[Reply] = deque()
 
     def load(self) -> Loaded:
-        """Join the group and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
+        """Join the groups and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
         self._enter("joining")
-        self._group = join(self.spec.group, self.spec.rank, self._device)
-        self._enter("loading")
+        # First those that need no exchange: nobody takes in meanwhile what comes over it.
+        for group in sorted(self.spec.groups, key=lambda group: group.spans_hosts):
+            self._groups[group.name] = join(group, self.spec.rank, self._device, self._exchange)
         config = self.spec.config
+        grid = Grid.of(config.parallel)
+        self._stage = Stage.of(grid, self.spec.rank, self._groups)
+        self._enter("loading")
         self._model = load_model(
             self._checkpoint,
             dtype=getattr(torch, config.model.dtype),
             device=self._device,
-            group=self._group,
+            group=self._stage.shared,
             allocate=self._arena.allocate,
             on_progress=lambda done, total: self._enter("loading", done, total),
+            layers=grid.stage_layers(self._checkpoint.num_layers, grid.coordinates(self.spec.rank).stage),
+            release=self._arena.release if config.model.pack_weights else None,
         )
+        if config.executor.worker_extension_cls is not None:
+            self._methods = Methods(self, load_extension(config.executor.worker_extension_cls, self))
         return Loaded(
             weight_bytes=self._model.weight_bytes,
             device=_device_name(self._device),
             dtype=str(self._model.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def model(self) -> CausalLM:
+        """This rank's shard, for worker extensions: there from the end of `load`."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """The process groups of this rank by name, for worker extensions."""
+        return self._groups
+
+    @remote_method
+    def whereabouts(self) -> Whereabouts:
+        """Where this rank runs."""
+        return Whereabouts(
+            rank=self.spec.rank,
+            node=os.uname().nodename,
+            pid=os.getpid(),
+            device=_device_name(self._device),
+            phase=self.phase,
         )
 
     def accept(self, call: Call) -> None:
@@ -114,9 +166,9 @@ class Worker:
         return bool(self._flights or self._replies)
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        for group in self._groups.values():
+            group.close()
+        self._groups.clear()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
         now = time.monotonic()
@@ -141,6 +193,8 @@ class Worker:
             return self._measure()
         if isinstance(body, AllocateCache):
             self._allocate_cache(body.num_blocks, body.max_model_len)
+        elif isinstance(body, CallMethod):
+            return self._methods.call(body)
         elif isinstance(body, Stop):
             self.stopped = True
         return Done()
@@ -164,7 +218,7 @@ class Worker:
         )
 
     def _allocate_cache(self, num_blocks: int, max_model_len: int) -> None:
-        assert self._model is not None and self._group is not None
+        assert self._model is not None and self._stage is not None
         self._enter("allocating")
         config, model = self.spec.config, self._model
         model.bind_cache(
@@ -172,7 +226,7 @@ class Worker:
         )
         self._runner = Runner(
             model,
-            self._group,
+            self._stage,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
             block_size=config.cache.block_size,
@@ -180,6 +234,17 @@ class Worker:
             device=self._device,
         )
         self._enter("idle")
+
+
+def _find_checkpoint(spec: WorkerSpec) -> Checkpoint:
+    """The checkpoint, which on another host than the brain's may have to be found or fetched there again."""
+    if os.path.isdir(spec.checkpoint):
+        return resolve(spec.checkpoint)
+    model = spec.config.model
+    try:
+        return resolve(model.model, revision=model.revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"on {os.uname().nodename}: {error}") from error
 
 
 def _device(spec: WorkerSpec) -> torch.device:

@@ -12,6 +12,9 @@ import pytest
 
 from phalanx.cli import checks, main
 from phalanx.cli.checks import Check
+from phalanx.config import Config
+from phalanx.errors import PlacementError
+from phalanx.executor import platform
 
 
 def test_json_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +89,12 @@ def test_a_models_file(tmp_path: Path, content: bytes | None, status: str) -> No
     assert check.status == status
 
 
+@pytest.mark.parametrize("model", ["~nobody-has-this-name/model", "m" * 300])
+def test_a_name_that_can_be_no_file_is_none(model: str) -> None:
+    (check,) = checks.checkpoint(model)
+    assert (check.status, check.detail) == ("warn", f"there is no file or directory {model}")
+
+
 def test_a_models_file_that_cannot_be_read_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -101,3 +110,30 @@ def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
     (check,) = checks.checkpoint(str(tmp_path))
     assert check.status == "fail"
     assert "config.json" in check.detail
+
+
+def test_where_ranks_would_be_on_this_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["doctor", "--json", "-tp", "2", "--device", "cpu"]) == 0
+    (found,) = (check for check in json.loads(capsys.readouterr().out) if check["name"] == "placement")
+    assert found["status"] == "ok"
+    assert found["detail"].startswith("2 ranks on this host, cpu")
+
+
+def test_no_room_is_a_failure_with_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(config: Config) -> str:
+        raise PlacementError("no room", "  node  free\n  a     0")
+
+    monkeypatch.setattr(checks, "all_checks", lambda model: iter(()))
+    monkeypatch.setattr(platform, "pick_device", refuse)
+    assert main.run(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["fail", "placement", "no", "room"]
+    assert "  node  free" in lines
+    assert main.run(["doctor", "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["table"] == "  node  free\n  a     0"
+
+
+def test_a_wrong_flag_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["doctor", "--launcher", "inline", "-tp", "2"]) == 2
+    assert "--launcher: 'inline' is not possible" in capsys.readouterr().err

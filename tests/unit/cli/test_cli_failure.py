@@ -11,7 +11,7 @@ import pytest
 
 from phalanx.cli import main
 from phalanx.cli.failure import report
-from phalanx.errors import CheckpointError, RequestError, StartError
+from phalanx.errors import CheckpointError, ConfigError, PlacementError, RequestError, StartError
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,17 @@ from phalanx.errors import CheckpointError, RequestError, StartError
         (["serv", "m"], "serv"),
         (["serve", "m", "--max-num-batched-tokens", "8"], "--max-num-batched-tokens: 8 is not possible"),
         (["serve", "m", "--launcher", "inline", "-tp", "2"], "--launcher: 'inline' is not possible"),
+        (
+            ["serve", "m", "--ray-bundle-indices", "0,x"],
+            "--ray-bundle-indices: '0,x' is not possible: values with commas",
+        ),
+        (["serve", "m", "--ray-runtime-env", "[]"], "--ray-runtime-env: '[]' is not possible: a JSON object"),
+        (["serve", "m", "--ray-address", "h:1"], "--ray-address: 'h:1' is not possible: only with launcher ray"),
         (["serve", "m", "--api-key-file", "/no/such"], "--api-key-file: '/no/such' is not possible"),
         (["serve", "m", "--host", "no such host"], "--host: 'no such host' is not possible"),
         (["serve", "\udcff"], r"MODEL: '\udcff' is not possible: text in UTF-8"),
         (["generate", "m", "hi\udcff"], r"prompt: 'hi\udcff' is not possible: text in UTF-8"),
-        (["generate", "m"], "--file: None is not possible: give either prompts or a file"),
+        (["generate", "m"], "there is no prompt: give some after MODEL, or a file of them with --file"),
         (["generate", "m", "hi", "--file", "x"], "--file: 'x' is not possible: give either prompts or a file"),
         (["generate", "m", "--file", "/no/such"], "--file: '/no/such' is not possible: it cannot be read"),
         (["generate", "m", "hi", "--temperature", "-1"], "--temperature: -1.0 is not possible"),
@@ -59,9 +65,25 @@ def test_a_taken_port_is_found_before_the_model_is_loaded(capsys: pytest.Capture
         (CheckpointError("no config.json\n in it"), 2, "phalanx: error: no config.json in it\n"),
         (RequestError("prompt", [], "one token"), 2, "phalanx: error: prompt: [] is not possible: one token\n"),
         (
+            ConfigError("max_model_len", 1000, "this model goes up to 64"),
+            2,
+            "phalanx: error: --max-model-len: 1000 is not possible: this model goes up to 64\n",
+        ),
+        (
             StartError("rank 1", "loading", "killed"),
             1,
             "phalanx: error: rank 1 did not start: killed (while loading) (PHALANX_DEBUG=1 shows the traceback)\n",
+        ),
+        (
+            PlacementError("there is no\nroom", "  node  free\n  a     0"),
+            2,
+            "phalanx: error: there is no room\n  node  free\n  a     0\n",
+        ),
+        (
+            StartError("the engine", "loading", "rank 1 died; its log ends:\n  one\n  two"),
+            1,
+            "phalanx: error: the engine did not start: rank 1 died; its log ends: (while loading) "
+            "(PHALANX_DEBUG=1 shows the traceback)\n  one\n  two\n",
         ),
         (KeyError("x"), 1, "phalanx: error: KeyError: 'x' (PHALANX_DEBUG=1 shows the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),
@@ -89,6 +111,20 @@ def test_help_is_fast_because_it_loads_little() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "--max-num-seqs" in done.stdout
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("module", ["numpy", "msgspec", "click", "asyncio"])
+def test_an_interrupt_during_the_imports_leaves_no_traceback(module: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from phalanx.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_as_a_program() -> None:

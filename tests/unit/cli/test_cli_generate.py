@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from phalanx.cli import main
 from phalanx.config import Config
 from phalanx.engine import client
 from phalanx.engine.stream import OutputDelta
-from phalanx.errors import CheckpointError
+from phalanx.errors import CheckpointError, RequestError
 from phalanx.protocol import SamplingParams, StartProgress
 
 
@@ -39,6 +40,7 @@ class EchoEngine:
         self.default_sampling = SamplingParams(temperature=0.6, top_k=9)
         self.asked: list[SamplingParams] = []
         self.last: dict[str, Any] = {"finish_reason": "stop"}
+        self.info = SimpleNamespace(max_model_len=1000)
         self.is_closed = False
 
     @classmethod
@@ -57,6 +59,8 @@ class EchoEngine:
         for token in prompt[:-1]:
             await asyncio.sleep(0)
             yield OutputDelta(text=chr(token).upper(), token_ids=(token,))
+        if self.config.model.model == "refusing" and prompt == [ord("b")]:
+            raise RequestError("prompt", "b", "no such prompt")
         yield OutputDelta(text=chr(prompt[-1]).upper(), token_ids=(prompt[-1],), **self.last)
 
     async def close(self, grace_s: float = 0.0) -> None:
@@ -78,6 +82,12 @@ def test_one_prompt_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.stop) == (0.0, 9, 256, ("a", "b"))
     assert engine.config.parallel.tensor_parallel_size == 2
     assert engine.is_closed
+
+
+@pytest.mark.parametrize(("given", "asked"), [([], 10), (["--max-tokens", "20"], 20)])
+def test_the_default_limit_gives_way_near_the_models_own(given: list[str], asked: int) -> None:
+    assert main.run(["generate", "m", "x" * 990, *given]) == 0
+    assert [sampling.max_tokens for sampling in EchoEngine.latest.asked] == [asked]
 
 
 def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +144,14 @@ def test_a_wrong_file(tmp_path: Path, content: str, says: str, capsys: pytest.Ca
     assert says in capsys.readouterr().err
 
 
+def test_a_line_of_json_may_have_any_separator_in_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["a\u2028b", "c\x85d"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "in.jsonl").write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    assert main.run(["generate", "m", "-f", str(tmp_path / "in.jsonl")]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.split("\n") if line] == prompts
+
+
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_a_failed_request_fails_the_command(prompts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["generate", "failing", *prompts]) == 1
@@ -147,7 +165,27 @@ def test_without_a_standard_output_a_file_is_needed(
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", None)
         assert main.run(["generate", "m", "a"]) == 2
-    assert "--output: None is not possible: standard output is closed" in capsys.readouterr().err
+    assert "standard output is closed: name a file with --output" in capsys.readouterr().err
+
+
+def test_a_refused_prompt_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["generate", "refusing", "a", "b"]) == 2
+    assert "prompt (index 1): 'b' is not possible: no such prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["missing", "failing"])
+def test_until_there_is_an_output_a_file_stays_as_it_is(model: str, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("the outputs of yesterday")
+    for name in ("old", "new"):
+        assert main.run(["generate", model, "a", "--output", str(tmp_path / name)]) != 0
+    assert (tmp_path / "old").read_text() == "the outputs of yesterday"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_output_replaces_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("the outputs of yesterday" * 1000)
+    assert main.run(["generate", "m", "a", "b", "--output", str(tmp_path / "old")]) == 0
+    assert [json.loads(line)["text"] for line in (tmp_path / "old").read_text().splitlines()] == ["A", "B"]
 
 
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import click
 import pytest
@@ -28,6 +28,7 @@ def test_names_aliases_and_booleans() -> None:
     flags = {option.name: (option.opts, option.secondary_opts) for option in engine_options()}
     assert flags["max_num_seqs"] == (["--max-num-seqs"], [])
     assert flags["tensor_parallel_size"] == (["--tensor-parallel-size", "-tp"], [])
+    assert flags["pipeline_parallel_size"] == (["--pipeline-parallel-size", "-pp"], [])
     assert flags["async_scheduling"] == (["--async-scheduling"], ["--no-async-scheduling"])
 
 
@@ -54,6 +55,11 @@ def test_sizes(text: str, size: int) -> None:
     assert type_for("kv_cache_memory", int | None).convert(text, None, None) == size
 
 
+def test_lists_and_objects() -> None:
+    assert type_for("ray_bundle_indices", tuple[int, ...] | None).convert("0, 2,1", None, None) == (0, 2, 1)
+    assert type_for("ray_runtime_env", dict[str, Any] | None).convert('{"a": [1]}', None, None) == {"a": [1]}
+
+
 @pytest.mark.parametrize(
     ("field", "hint", "text", "shown", "allowed"),
     [
@@ -64,6 +70,7 @@ def test_sizes(text: str, size: int) -> None:
         ("dtype", Literal["a", "b"], "c", "c", "one of a, b"),
         ("kv_cache_memory", Annotated[int, Meta(ge=1)], "5 apples", "5 apples", "512MiB or 2GB"),
         ("kv_cache_memory", Annotated[int, Meta(ge=1)], "0GB", 0, "at least 1"),
+        ("kv_cache_memory", Annotated[int, Meta(ge=1)], "9" * 400, "9" * 400, "at least 1"),
         ("seed", int | None, "1.5", 1.5, "a whole number"),
     ],
 )

@@ -57,13 +57,27 @@ def test_elsewhere_than_on_a_terminal_a_phase_is_a_line() -> None:
     assert written.getvalue() == "rank 0: starting\nrank 1: starting\nrank 0: loading weights\n"
 
 
+def test_the_node_of_a_rank_is_said_once_and_kept_in_the_table() -> None:
+    plain, terminal = io.StringIO(), io.StringIO()
+    for written, is_terminal in ((plain, False), (terminal, True)):
+        with StartScreen(Console(file=written, force_terminal=is_terminal, width=100)) as screen:
+            screen.note(StartProgress(3, "starting", node="host-b"))
+            screen.note(StartProgress(3, "joining"))
+            if is_terminal:
+                written.truncate(0)
+                screen._live.refresh()
+    assert plain.getvalue() == "rank 3: starting on host-b\nrank 3: joining\n"
+    assert all(word in terminal.getvalue() for word in ("node", "host-b", "joining"))
+    assert "starting" not in terminal.getvalue()
+
+
 def test_on_a_terminal_the_lines_change_and_go_away() -> None:
     written = io.StringIO()
     with StartScreen(Console(file=written, force_terminal=True, width=100)) as screen:
         for note in notes():
             screen.note(note)
         screen._live.refresh()
-        assert "rank 1" in written.getvalue()
+        assert "starting" in written.getvalue()
         assert "90 bytes of 100 bytes" in written.getvalue()
         screen.note(StartProgress(0, "sizing", 0, 0))
         written.truncate(0)

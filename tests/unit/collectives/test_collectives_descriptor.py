@@ -87,7 +87,7 @@ def test_the_brain_opens_a_rendezvous_without_torch() -> None:
     program = (
         "import sys; from phalanx.collectives.rendezvous import open_rendezvous\n"
         "for backend in ('shm', 'gloo', 'nccl'):\n"
-        "    with open_rendezvous('tp', backend, 2, 0, 1.0) as rendezvous: assert rendezvous.spec.size == 2\n"
+        "    with open_rendezvous('tp', backend, (0, 1), 0, 1.0, 1.0) as rendezvous: assert rendezvous.spec.size == 2\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

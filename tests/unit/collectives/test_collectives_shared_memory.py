@@ -20,7 +20,9 @@ def _run(
     size: int, rank_program: Callable[[SharedMemoryGroup], object], timeout_s: float = 20.0
 ) -> list[Future[object]]:
     """What becomes of `rank_program(group)` on each of `size` ranks."""
-    with open_rendezvous("tp", "shm", size, epoch=0, timeout_s=timeout_s) as rendezvous:
+    with open_rendezvous(
+        "tp", "shm", tuple(range(size)), epoch=0, timeout_s=timeout_s, join_timeout_s=20.0
+    ) as rendezvous:
 
         def run(rank: int) -> object:
             group = SharedMemoryGroup(rendezvous.spec, rank)
@@ -67,8 +69,36 @@ def test_ranks_in_different_collectives_are_told_what_each_is_in() -> None:
         assert "rank 0 is in all_reduce float32 [2, 3]; rank 1 is in all_reduce float32 [2, 4]" in str(caught.value)
 
 
+def test_errors_name_global_ranks() -> None:
+    with (
+        open_rendezvous("tp", "shm", (2, 5), epoch=0, timeout_s=0.2, join_timeout_s=0.3) as rendezvous,
+        pytest.raises(DeadlineError, match=r"waited 0\.3\d* s for the joining of group tp, epoch 0 from rank 2"),
+    ):
+        join(rendezvous.spec, 5, _CPU, None)
+    with open_rendezvous("tp", "shm", (2, 5), epoch=0, timeout_s=0.2, join_timeout_s=20.0) as rendezvous:
+        with ThreadPoolExecutor(2) as threads:
+            first, second = threads.map(lambda rank: SharedMemoryGroup(rendezvous.spec, rank), (2, 5))
+            assert (first.rank, second.rank) == (0, 1)
+            in_gather, in_barrier = threads.submit(first.all_gather, torch.ones(3)), threads.submit(second.barrier)
+        for outcome in (in_gather, in_barrier):
+            with pytest.raises(CollectiveMismatchError, match=r"rank 2 is in all_gather .*; rank 5 is in barrier"):
+                outcome.result()
+        first.close()
+        second.close()
+    with open_rendezvous("tp", "shm", (2, 5), epoch=0, timeout_s=0.2, join_timeout_s=20.0) as rendezvous:
+        with ThreadPoolExecutor(2) as threads:
+            first, second = threads.map(lambda rank: SharedMemoryGroup(rendezvous.spec, rank), (2, 5))
+        with pytest.raises(DeadlineError, match=r"barrier .* from rank 5 \(pid"):
+            first.barrier()
+        with pytest.raises(DeadlineError, match=r"from rank 5 .*, as rank 2 found while rank 5 was in barrier"):
+            second.barrier()
+            second.barrier()
+        first.close()
+        second.close()
+
+
 def test_a_wait_ends_at_its_deadline() -> None:
-    with open_rendezvous("tp", "shm", 2, epoch=0, timeout_s=0.2) as rendezvous:
+    with open_rendezvous("tp", "shm", (0, 1), epoch=0, timeout_s=0.2, join_timeout_s=0.2) as rendezvous:
         with ThreadPoolExecutor(2) as threads:
             present, absent = threads.map(lambda rank: SharedMemoryGroup(rendezvous.spec, rank), range(2))
         with pytest.raises(DeadlineError, match=r"waited 0\.2\d* s for barrier .* from rank 1"):
@@ -78,6 +108,14 @@ def test_a_wait_ends_at_its_deadline() -> None:
             absent.barrier()
         present.close()
         absent.close()
+
+
+def test_who_joins_after_the_deadline_is_told_how_long_it_waited_itself() -> None:
+    with open_rendezvous("tp", "shm", (0, 1, 2), epoch=0, timeout_s=0.2, join_timeout_s=0.5) as rendezvous:
+        for rank, missing in ((0, "from rank 1, rank 2"), (1, "from rank 2")):
+            with pytest.raises(DeadlineError, match=missing) as caught:
+                join(rendezvous.spec, rank, _CPU, None)
+            assert (caught.value.waited_s >= 0.5) == (rank == 0)
 
 
 def test_a_closed_group_says_so() -> None:
@@ -99,15 +137,15 @@ def test_more_shapes_than_are_remembered() -> None:
 
 
 def test_a_closed_rendezvous_cannot_be_joined() -> None:
-    with open_rendezvous("tp", "shm", 2, epoch=0, timeout_s=0.2) as rendezvous:
+    with open_rendezvous("tp", "shm", (0, 1), epoch=0, timeout_s=0.2, join_timeout_s=0.2) as rendezvous:
         spec = rendezvous.spec
     with pytest.raises(FrameError):
-        join(spec, 0, _CPU)
+        join(spec, 0, _CPU, None)
 
 
 def test_a_world_of_one_waits_for_nobody() -> None:
-    with open_rendezvous("tp", "single", 1, epoch=0, timeout_s=0.2) as rendezvous:
-        group = join(rendezvous.spec, 0, _CPU)
+    with open_rendezvous("tp", "single", (0,), epoch=0, timeout_s=0.2, join_timeout_s=0.2) as rendezvous:
+        group = join(rendezvous.spec, 0, _CPU, None)
     x = torch.arange(3)
     assert group.all_reduce(x) is x
     gathered = group.all_gather(x)

@@ -41,6 +41,7 @@ class Rig:
         max_num_batched_tokens: int = 16,
         async_scheduling: bool = True,
         enable_prefix_caching: bool = True,
+        pipeline_parallel_size: int = 1,
     ) -> None:
         self.max_model_len = max_model_len
         self.worker = SimulatedWorker(
@@ -50,6 +51,7 @@ class Rig:
             block_size=block_size,
             num_blocks=num_blocks,
             vocab_size=VOCAB_SIZE,
+            num_stages=pipeline_parallel_size,
         )
         self.executor = SimulatedExecutor(self.worker)
         config = Config.build(
@@ -59,6 +61,7 @@ class Rig:
             max_num_batched_tokens=max_num_batched_tokens,
             async_scheduling=async_scheduling,
             enable_prefix_caching=enable_prefix_caching,
+            pipeline_parallel_size=pipeline_parallel_size,
         )
         self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
         self.clients: dict[int, Client] = {}

@@ -18,7 +18,16 @@ from engine_echo_brain import EchoBrain
 from phalanx.config import Config
 from phalanx.errors import PeerDiedError
 from phalanx.executor.shared_fate import die_with_parent
-from phalanx.protocol import Cancel, ClientMessage, EngineFailed, EngineReady, Message, StartProgress, Submit
+from phalanx.protocol import (
+    Cancel,
+    ClientMessage,
+    EngineFailed,
+    EngineReady,
+    Message,
+    StartProgress,
+    Submit,
+    WrongSetting,
+)
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 
@@ -35,9 +44,9 @@ class FakeEngine:
     def send(self, message: Message) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
 
-    def fail(self, reason: str, *, is_user_error: bool = False) -> NoReturn:
+    def fail(self, reason: str, *, is_user_error: bool = False, setting: WrongSetting | None = None) -> NoReturn:
         """As the real one does: stay until the client has heard it."""
-        self.send(EngineFailed(reason, is_user_error))
+        self.send(EngineFailed(reason, is_user_error, setting))
         with contextlib.suppress(PeerDiedError):
             while self.stream.wait(DEADLINE_S):
                 self.stream.poll()
@@ -49,7 +58,9 @@ class FakeEngine:
         config = msgspec.msgpack.decode(frames[0], type=Config)
         self.send(StartProgress(0, "loading", 1, 2))
         if self.behaviour == "wrong-setting":
-            self.fail("block_size: 7 is not possible", is_user_error=True)
+            self.fail("what str() gives", is_user_error=True, setting=WrongSetting("block_size", 7, "16 or 32"))
+        if self.behaviour == "wrong-checkpoint":
+            self.fail("there is no config.json", is_user_error=True)
         if self.behaviour == "broken-worker":
             self.fail("rank 1 on here: RuntimeError: boom")
         if self.behaviour == "dies-at-start":

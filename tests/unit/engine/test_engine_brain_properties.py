@@ -35,6 +35,7 @@ _rigs = st.builds(
     max_num_batched_tokens=st.integers(6, 30),
     async_scheduling=st.booleans(),
     enable_prefix_caching=st.booleans(),
+    pipeline_parallel_size=st.integers(1, 4),
 )
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -14,24 +16,28 @@ from typing import Any
 
 import engine_fake_process
 import engine_tiny_tokenizers as tiny
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from phalanx.config import Config
 from phalanx.engine.child import EngineChild
 from phalanx.engine.client import EngineClient
 from phalanx.engine.stream import OutputDelta
-from phalanx.errors import EngineDeadError, RequestError, StartError, UserError
+from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError, UserError
 from phalanx.protocol import SamplingParams, StartProgress
 from phalanx.transport.liveness import is_running
 
 TIMEOUT_S = 30.0
 ENDLESS = SamplingParams(max_tokens=None)
+MODEL_VOCAB_SIZE = 400
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
+    (directory / "config.json").write_text(f'{{"vocab_size": {MODEL_VOCAB_SIZE}}}')
     return tiny.save(tiny.byte_level(), directory)
 
 
@@ -178,6 +184,46 @@ async def test_wrong_requests_are_refused_at_once(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "sampling", "field"),
+    [
+        ([1.5], {}, "prompt"),
+        ([1], {"stop": "abc"}, "stop"),
+        ([1], {"stop": ("\ud800",)}, "stop"),
+        ([1], {"max_tokens": 1.5}, "max_tokens"),
+    ],
+)
+@in_loop
+async def test_what_cannot_be_sent_is_refused_and_harms_nobody(
+    checkpoint: Path, prompt: Any, sampling: Any, field: str
+) -> None:
+    async with client_of(checkpoint) as client:
+        with pytest.raises(RequestError) as caught:
+            async for _ in client.generate(prompt, SamplingParams(**sampling)):
+                pass
+        assert caught.value.field == field
+        assert (await text_of(client, "fox", SamplingParams(max_tokens=1)))[1].finish_reason == "length"
+
+
+@in_loop
+async def test_a_token_that_only_the_tokenizer_has_is_refused(tmp_path: Path) -> None:
+    tiny.save(tiny.byte_level(), tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 300}')
+    async with client_of(tmp_path) as client:
+        assert client.tokenizer.vocab_size > 300
+        with pytest.raises(RequestError, match="from 0 to 299"):
+            client.generate([300], ENDLESS)
+        client.generate([299], ENDLESS)
+
+
+@in_loop
+async def test_when_nothing_can_be_sent_any_more_nobody_waits(checkpoint: Path) -> None:
+    async with client_of(checkpoint) as client:
+        client._stream._max_frame_bytes = 1000
+        with pytest.raises(EngineDeadError, match=r"nothing can be sent.*1000"):
+            await text_of(client, "fox", SamplingParams(stop=("x" * 1000,), max_tokens=1))
+
+
+@pytest.mark.parametrize(
     ("behaviour", "reason"),
     [("dies-in-step-5", "killed by SIGKILL"), ("fails-in-step-5", "step 5: rank 0 died")],
 )
@@ -207,7 +253,8 @@ async def test_an_engine_killed_from_outside_is_noticed_at_once(checkpoint: Path
 @pytest.mark.parametrize(
     ("behaviour", "kind", "reason"),
     [
-        ("wrong-setting", UserError, "block_size"),
+        ("wrong-setting", ConfigError, "block_size: 7 is not possible: 16 or 32"),
+        ("wrong-checkpoint", UserError, "no config"),
         ("broken-worker", StartError, "boom.*while loading"),
         ("dies-at-start", StartError, "killed by SIGKILL.*while loading"),
     ],
@@ -301,6 +348,33 @@ async def test_the_real_process_tells_of_a_missing_model(tmp_path: Path, spawned
         with pytest.raises(UserError, match="no such file"):
             await EngineClient.start(Config.build(model=str(tmp_path / "nothing-here")))
     assert not is_running(spawned[0])
+
+
+@in_loop
+async def test_the_real_process_tells_which_setting_is_wrong(tmp_path: Path, spawned: list[int]) -> None:
+    tiny.save(tiny.byte_level(), tmp_path)
+    shape = {"max_position_embeddings": 64, "num_hidden_layers": 2, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **shape}))
+    save_file({"x": np.zeros(1, dtype=np.float32)}, tmp_path / "model.safetensors")
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(ConfigError) as caught:
+            await EngineClient.start(Config.build(model=str(tmp_path), max_model_len=1000))
+    assert (caught.value.field, caught.value.value) == ("max_model_len", 1000)
+    assert caught.value.allowed == "this model goes up to 64"
+    assert not is_running(spawned[0])
+
+
+@pytest.mark.parametrize("failing", ["subprocess.Popen", "os.pidfd_open"])
+@in_loop
+async def test_a_spawn_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    num_open = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(failing, refuse)
+    with pytest.raises(OSError, match="too many"):
+        EngineChild.spawn((sys.executable, "-c", ""))
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
 def test_the_engine_dies_with_its_server_even_while_it_is_stopped() -> None:

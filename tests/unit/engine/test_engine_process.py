@@ -20,7 +20,7 @@ from engine_echo_brain import EchoBrain
 
 import phalanx.engine.process as process
 from phalanx.config import Config
-from phalanx.errors import ConfigError, PeerDiedError, RequestError, WorkerError
+from phalanx.errors import CheckpointError, ConfigError, PeerDiedError, RequestError, WorkerError
 from phalanx.protocol import (
     Cancel,
     EngineFailed,
@@ -34,6 +34,7 @@ from phalanx.protocol import (
     StartProgress,
     Submit,
     TokenBatch,
+    WrongSetting,
     ints,
 )
 from phalanx.transport.liveness import Party
@@ -104,7 +105,7 @@ class Engine:
 
     def _start_executor(self, config: Config, checkpoint: Any, on_progress: Any) -> tuple[FakeExecutor, Any]:
         try:
-            on_progress(1, "loading", 1, 2)
+            on_progress(StartProgress(1, "loading", 1, 2))
         except Exception as error:  # as the inline rank does with whatever comes out of its worker
             raise WorkerError(0, "here", type(error).__name__, str(error), "traceback") from error
         if self.start_error is not None:
@@ -190,19 +191,33 @@ def test_a_request_that_the_brain_refuses_ends_alone(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "is_user_error", "exit_code"),
+    ("error", "told", "exit_code"),
     [
-        (ConfigError("block_size", 7, "16"), "block_size: 7 is not possible: 16", True, 2),
-        (WorkerError(1, "here", "RuntimeError", "boom", "Traceback"), "rank 1 on here: RuntimeError: boom", False, 1),
-        (ZeroDivisionError("oh"), "ZeroDivisionError: oh", False, 1),
+        (
+            ConfigError("block_size", 7, "16"),
+            EngineFailed("block_size: 7 is not possible: 16", True, WrongSetting("block_size", 7, "16")),
+            2,
+        ),
+        (
+            ConfigError("stop", ["a"], "b"),
+            EngineFailed("stop: ['a'] is not possible: b", True, WrongSetting("stop", "['a']", "b")),
+            2,
+        ),
+        (CheckpointError("no config.json"), EngineFailed("no config.json", True), 2),
+        (CheckpointError("no UTF-8: \udcff"), EngineFailed(r"no UTF-8: \udcff", True), 2),
+        (ValueError("no UTF-8: \udcff"), EngineFailed(r"ValueError: no UTF-8: \udcff", False), 1),
+        (
+            WorkerError(1, "here", "RuntimeError", "boom", "Traceback"),
+            EngineFailed("rank 1 on here: RuntimeError: boom", False),
+            1,
+        ),
+        (ZeroDivisionError("oh"), EngineFailed("ZeroDivisionError: oh", False), 1),
     ],
 )
-def test_a_failed_start_is_told(
-    engine: Engine, error: Exception, reason: str, is_user_error: bool, exit_code: int
-) -> None:
+def test_a_failed_start_is_told(engine: Engine, error: Exception, told: EngineFailed, exit_code: int) -> None:
     engine.start_error = error
     engine.start()
-    assert engine.receive(EngineFailed) == EngineFailed(reason, is_user_error)
+    assert engine.receive(EngineFailed) == told
     engine.stream.close()
     assert engine.exit_code() == exit_code
 

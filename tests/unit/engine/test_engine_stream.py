@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -105,9 +106,12 @@ def test_an_id_without_a_token_has_no_text() -> None:
 # ------------------------------------------------------------------------------------- stop strings
 
 
-def first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The specification: read letter by letter, end at the first stop string that is complete (the longest of two)."""
-    for end in range(1, len(text) + 1):
+def first_stop(text: str, stops: list[str], num_early: int = 0) -> tuple[str, str | None]:
+    """The specification: read letter by letter, end at the first stop string that is complete (the longest of two).
+
+    The first `num_early` letters may begin one but not complete it.
+    """
+    for end in range(num_early + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
             stop = max(found, key=len)
@@ -132,6 +136,36 @@ def test_stop_strings_are_found_however_the_text_is_cut(pieces: list[str], stops
         stop = None
         shown += matcher.flush()
     assert (shown, stop) == first_stop("".join(pieces), stops)
+
+
+@given(
+    st.lists(st.text("ab.", max_size=5), max_size=12),
+    st.integers(0, 12),
+    st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_may_begin_before_they_count(pieces: list[str], num_early: int, stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    shown, stop = "", None
+    for number, piece in enumerate(pieces):
+        text, stop = matcher.feed(piece, may_stop=number >= num_early)
+        shown += text
+        if stop is not None:
+            break
+    shown += matcher.flush()
+    assert (shown, stop) == first_stop("".join(pieces), stops, len("".join(pieces[:num_early])))
+
+
+def test_a_long_stop_string_takes_memory_once() -> None:
+    stop = "ab" * 10_000
+    tracemalloc.start()
+    try:
+        matcher = StopStrings([stop])
+        assert matcher.feed(stop[:-1]) == ("", None)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(stop)
+    finally:
+        tracemalloc.stop()
+    assert matcher.feed("b") == ("", stop)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:
@@ -167,6 +201,16 @@ def test_stop_strings_do_not_count_before_min_tokens() -> None:
     delta = stream.take()
     assert delta is not None
     assert delta.text == "x x "
+
+
+def test_a_stop_string_may_begin_before_min_tokens() -> None:
+    stream, ids = stream_of("xyz", stop=("xy",), min_tokens=1)
+    assert len(ids) == 3
+    stream.push(ids[0])
+    stream.push(ids[1])
+    delta = stream.take()
+    assert delta is not None
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", "xy")
 
 
 # ------------------------------------------------------------------------------------- ends

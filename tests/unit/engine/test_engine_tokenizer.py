@@ -38,6 +38,16 @@ def test_truncation_and_padding_of_the_file_do_not_touch_a_prompt(tmp_path: Path
     assert tokenizer.decode(tokenizer.encode("the quick brown fox")) == "the quick brown fox"
 
 
+def test_half_of_a_surrogate_pair_is_the_users_mistake(checkpoint: Path) -> None:
+    tokenizer = Tokenizer.load(checkpoint)
+    with pytest.raises(RequestError, match="surrogate") as caught:
+        tokenizer.encode("fox \ud83e")
+    assert (caught.value.field, caught.value.value) == ("prompt", "\ud83e")
+    with pytest.raises(RequestError, match="surrogate") as caught:
+        tokenizer.apply_chat([{"role": "user", "content": "\ud83e"}])
+    assert caught.value.field == "messages"
+
+
 def test_chat_is_written_by_the_template(checkpoint: Path) -> None:
     tokenizer = Tokenizer.load(checkpoint)
     ids = tokenizer.apply_chat([{"role": "user", "content": "hi"}])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import engine_tiny_tokenizers as tiny
+import numpy as np
 import pytest
 from engine_echo_brain import EchoBrain
 
@@ -17,6 +18,8 @@ from phalanx.llm import LLM
 from phalanx.protocol import SamplingParams, Submit, TokenBatch
 
 MAX_MODEL_LEN = 1000
+VOCAB_SIZE = 320
+"""The model's; the tokenizer has one more."""
 
 
 @pytest.fixture
@@ -28,7 +31,9 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def llm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
-    monkeypatch.setattr("phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint))
+    monkeypatch.setattr(
+        "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
+    )
     monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (nullcontext(), capacity))
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
     with LLM(str(checkpoint)) as llm:
@@ -95,6 +100,56 @@ def test_a_wrong_request_is_refused_before_anything_is_computed(llm: LLM) -> Non
             llm.generate(prompts, sampling)
         assert caught.value.field == field
     assert brain_of(llm).num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "field"),
+    [
+        (None, None, "prompts"),
+        (1.5, None, "prompts"),
+        (b"fox", None, "prompts"),
+        ({"prompt": "fox"}, None, "prompts"),
+        ([1.5], None, "prompt"),
+        ([None], None, "prompt"),
+        ([b"fox"], None, "prompt"),
+        ([1, 1.5], None, "prompt"),
+        (["fox", [1, "a"]], None, "prompt"),
+        ("\ud800", None, "prompt"),
+        ([VOCAB_SIZE], None, "prompt"),
+        ("fox", 0.5, "sampling"),
+        ("fox", {"temperature": 0}, "sampling"),
+        ("fox", [None], "sampling"),
+        ("fox", SamplingParams(stop="abc"), "stop"),  # type: ignore[arg-type]
+        ("fox", SamplingParams(max_tokens=1.5), "max_tokens"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_request_is_refused_and_harms_nothing(llm: LLM, prompts: Any, sampling: Any, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, sampling)
+    assert caught.value.field == field
+    assert llm.generate("fox", SamplingParams(max_tokens=1))[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("messages", [None, "hi", {"role": "user", "content": "hi"}, [["hi"]], [None], ["hi"]])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.chat(messages)
+    assert caught.value.field == "messages"
+
+
+def test_token_ids_of_numpy_and_lists_in_sampling_are_as_good(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("fox")
+    given: Any = SamplingParams(max_tokens=len(ids), stop=["x!"], stop_token_ids=[3])  # type: ignore[arg-type]
+    (completion,) = llm.generate(list(np.array(ids)), given)
+    assert completion.text == "fox"
+
+
+def test_default_sampling_gives_way_where_the_limit_is_near(llm: LLM) -> None:
+    prompt = [5] * (MAX_MODEL_LEN - 3)
+    near, far = llm.generate([prompt, [5]])
+    assert (len(near.token_ids), len(far.token_ids)) == (3, 16)
+    with pytest.raises(RequestError, match="max_tokens"):
+        llm.generate(prompt, SamplingParams())
 
 
 def test_a_request_that_the_brain_refuses_ends_alone(llm: LLM) -> None:

@@ -18,7 +18,10 @@ from phalanx.protocol import (
     Loaded,
     Ping,
     Progress,
+    Publish,
+    Published,
     Reply,
+    StartProgress,
     StepPlan,
     StepResult,
     StepShape,
@@ -75,10 +78,12 @@ class ScriptedLauncher:
 
 
 class Bench:
-    def __init__(self, world_size: int = 2, step_timeout_s: float = 0.05) -> None:
+    def __init__(self, world_size: int = 2, step_timeout_s: float = 0.05, output_rank: int = 0) -> None:
         self.channel = ScriptedChannel()
         self.launcher = ScriptedLauncher()
-        self.executor = Executor(self.launcher, self.channel, world_size, step_timeout_s, resources=ExitStack())
+        self.executor = Executor(
+            self.launcher, self.channel, world_size, step_timeout_s, output_rank=output_rank, resources=ExitStack()
+        )
 
     def say(self, *items: tuple[int, WorkerMessage] | PeerDiedError) -> None:
         self.channel.script.extend(items)
@@ -90,6 +95,14 @@ def plan(step: int) -> StepPlan:
 
 def failure(kind: str, message: str = "it broke", *, is_user_error: bool = False) -> Failure:
     return Failure(1, "host", "stepping", kind, message, "Traceback ...", is_user_error)
+
+
+def test_the_output_rank_need_not_be_the_first() -> None:
+    bench = Bench(world_size=4, output_rank=2)
+    pending = bench.executor.step(plan(1))
+    bench.say((2, Reply(1, StepResult(1, ints([5])))))
+    assert bench.channel.sent[0].reply_ranks == (2,)
+    assert pending.result().tokens == ints([5])
 
 
 def test_steps_resolve_in_order_and_only_the_output_rank_is_asked() -> None:
@@ -202,11 +215,11 @@ def test_a_users_mistake_in_a_worker_stays_one() -> None:
 
 def test_loading_reports_progress_of_every_rank() -> None:
     bench = Bench()
-    seen: list[tuple[int, str, int, int]] = []
+    seen: list[StartProgress] = []
     loaded = [Loaded(rank, "cpu", "float32") for rank in range(2)]
     bench.say((1, Progress("loading", 5, 10)), (1, Reply(LOAD_CALL, loaded[1])), (0, Reply(LOAD_CALL, loaded[0])))
-    assert bench.executor.await_loaded(lambda *event: seen.append(event), 1.0) == loaded
-    assert seen == [(1, "loading", 5, 10)]
+    assert bench.executor.await_loaded(seen.append, 1.0) == loaded
+    assert seen == [StartProgress(1, "loading", 5, 10)]
 
 
 def test_a_worker_that_ends_without_a_word_ends_the_start() -> None:
@@ -214,3 +227,18 @@ def test_a_worker_that_ends_without_a_word_ends_the_start() -> None:
     bench.launcher.exited[0] = "exit code 3"
     with pytest.raises(StartError, match="rank 0 did not start: exit code 3"):
         bench.executor.await_loaded(lambda *_: None, 60.0)
+
+
+def test_what_a_rank_publishes_goes_to_all_once_all_have_come() -> None:
+    bench = Bench()
+    pending = bench.executor.submit(Ping(), deadline_s=1)
+    first, second, third = (Publish(1, "tp", key, b"") for key in "abc")
+    bench.say((0, Progress("joining", 0, 0)), (0, first), (0, second))
+    assert not pending.done()
+    assert not pending.done()
+    assert not pending.done()
+    assert len(bench.channel.sent) == 1, "rank 1 takes nothing in yet"
+    bench.say((1, Progress("joining", 0, 0)), (1, third), (0, Reply(1, Done())), (1, Reply(1, Done())))
+    assert pending.result() == [Done(), Done()]
+    assert [call.body for call in bench.channel.sent[1:]] == [Published((first, second)), Published((third,))]
+    assert all(call.reply_ranks == () for call in bench.channel.sent[1:])

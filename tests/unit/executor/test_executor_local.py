@@ -25,7 +25,7 @@ def spec(rank: int) -> WorkerSpec:
         config=Config.build(model="m"),
         checkpoint="m",
         epoch=1,
-        group=GroupSpec("tp", "shm", 2, 1, 1.0),
+        groups=(GroupSpec("tp", "shm", (0, 1), 1, 1.0, 1.0),),
         queue=None,
     )
 

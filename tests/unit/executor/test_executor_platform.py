@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -60,3 +61,9 @@ def test_never_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_brain_side_of_the_executor_needs_no_torch() -> None:
     code = "import sys, phalanx.executor.start; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_without_ray_the_launcher_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"launcher: 'ray' .* pip install 'phalanx\[ray\]'"):
+        platform.require_ray()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence as Names
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from phalanx.collectives.group import Group
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import resolve
 from phalanx.models.model import CausalLM, load_model
+from phalanx.topology.sharding import Span
 
 CPU = torch.device("cpu")
 NOWHERE = 1 << 20
@@ -36,21 +39,59 @@ def nan_like(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def load(path: Path, group: Group, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load(
+    path: Path, group: Group, dtype: torch.dtype = torch.float32, layers: Span | None = None, *, pack: bool = True
+) -> CausalLM:
+    """Memory that is given back holds NaN again."""
+    tensors: dict[str, Tensor] = {}
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensors[name] = nan_like(name, shape, dtype)
+        return tensors[name]
+
+    def release(names: Names[str]) -> None:
+        for name in names:
+            tensors[name].fill_(math.nan)
+
     return load_model(
         resolve(str(path)),
         dtype=dtype,
         device=CPU,
         group=group,
-        allocate=nan_like,
+        allocate=allocate,
         on_progress=lambda done, total: None,
+        layers=layers,
+        release=release if pack else None,
     )
+
+
+class Stages:
+    """The stages of one model, one after the other, as if they were one."""
+
+    def __init__(self, stages: list[CausalLM]) -> None:
+        self.stages = stages
+        self.dtype = stages[0].dtype
+        self.cache_layers = [layer for stage in stages for layer in stage.cache_layers]
+
+    def bind_cache(self, caches: list[tuple[Tensor, Tensor]]) -> None:
+        for stage in self.stages:
+            stage.bind_cache(caches[: len(stage.cache_layers)])
+            caches = caches[len(stage.cache_layers) :]
+
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+        hidden = token_ids_T
+        for stage in self.stages:
+            hidden = stage.hidden_states(hidden, positions_T, batch)
+        return hidden
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        return self.stages[-1].logits(hidden_RD)
 
 
 class PagedRun:
     """Computes tokens of several sequences at a time, and keeps the logits of every token."""
 
-    def __init__(self, model: CausalLM, *, num_blocks: int = 64, block_size: int = 8, seed: int = 0) -> None:
+    def __init__(self, model: CausalLM | Stages, *, num_blocks: int = 64, block_size: int = 8, seed: int = 0) -> None:
         self.model = model
         self.block_size = block_size
         self.logits: dict[tuple[int, int], Tensor] = {}

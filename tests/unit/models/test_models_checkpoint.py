@@ -76,6 +76,11 @@ def cut_short(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def lengthened(directory: Path) -> None:
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+
+
 def pickled(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
@@ -93,12 +98,15 @@ def index_of(weight_map: Any) -> Callable[[Path], Any]:
         (remove("model.safetensors"), CheckpointError, "model.safetensors is missing"),
         (pickled, CheckpointError, "only pytorch_model.bin: weights must be in safetensors"),
         (cut_short, CheckpointError, "model.safetensors is cut short: it has .* bytes of"),
+        (lengthened, CheckpointError, "model.safetensors goes on after its last tensor: it has .* bytes of"),
         (write("model.safetensors", b""), CheckpointError, "no safetensors file"),
         (write("model.safetensors", b"\x08" + bytes(7) + b"notajson"), CheckpointError, "no safetensors file"),
         (write("model.safetensors", b"\xff" * 100), CheckpointError, "cut short"),
         (index_of({"a": "model-2.safetensors"}), CheckpointError, "model-2.safetensors is missing"),
         (index_of({"nothing": "model.safetensors"}), CheckpointError, "lacks the tensor nothing"),
         (index_of([]), CheckpointError, "not an index"),
+        (index_of({}), CheckpointError, "it names no tensor"),
+        (index_of({"a": 2}), CheckpointError, r"Expected `str`, got `int` - at `\$.weight_map"),
         (configure(architectures=["GPT2LMHeadModel"]), UnsupportedModelError, "a GPT2LMHeadModel; supported are"),
         (configure(architectures=None), CheckpointError, "does not name an architecture"),
         (configure(architectures="LlamaForCausalLM"), CheckpointError, r"\$.architectures"),
@@ -106,9 +114,12 @@ def index_of(weight_map: Any) -> Callable[[Path], Any]:
         (configure(num_attention_heads="x"), CheckpointError, r"\$.num_attention_heads"),
         (configure(quantization_config="awq"), CheckpointError, r"\$.quantization_config"),
         (configure(rope_scaling=[1]), CheckpointError, r"\$.rope_scaling"),
+        (configure(rope_scaling={"type": "yarn", "factor": "x"}), CheckpointError, r"\$.rope_scaling.factor"),
         (configure(quantization_config={"quant_method": "awq"}), UnsupportedModelError, r"quantised \(awq\)"),
         (configure(rope_parameters={"rope_type": "dynamic"}), UnsupportedModelError, "dynamic rotary embeddings"),
         (configure(rope_parameters=None, rope_scaling={"type": "longrope"}), UnsupportedModelError, "longrope rotary"),
+        (configure(rope_scaling={"type": "dynamic"}), UnsupportedModelError, "dynamic rotary embeddings"),
+        (configure(rope_parameters={"rope_type": "spiral"}), UnsupportedModelError, "has spiral rotary embeddings"),
     ],
 )
 def test_faults_are_named(directory: Path, spoil: Callable[[Path], Any], error: type[UserError], message: str) -> None:
@@ -181,6 +192,48 @@ def test_a_hub_model_is_found_in_the_cache(directory: Path, monkeypatch: pytest.
     assert (checkpoint.name, checkpoint.path) == ("someone/model", directory)
     assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
     assert seen == [("downloading", 0, 0)]
+
+
+def test_a_hub_model_that_cannot_run_is_refused_before_its_weights_come(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        fetched.extend(allow_patterns)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    set_in_config(directory, architectures=["MambaForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="someone/model is a MambaForCausalLM"):
+        resolve("someone/model")
+    assert fetched == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 1.5}, 768),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+    ],
+)
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_yarn_stretches_the_length(directory: Path, field: str, rope: dict[str, Any], length: int) -> None:
+    set_in_config(directory, **{field: rope})
+    assert resolve(str(directory)).max_model_len == length
+
+
+def test_the_index_decides_which_file_a_tensor_is_read_from(directory: Path) -> None:
+    (directory / "old.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    names = sorted(read_headers(directory))
+    index_of({name: f"{'model' if i else 'old'}.safetensors" for i, name in enumerate(names)})(directory)
+    found = read_headers(directory)
+    assert [found[name].file.stem for name in names] == ["old"] + ["model"] * (len(names) - 1)
 
 
 def test_a_sharded_checkpoint_has_several_files(tmp_path: Path) -> None:

@@ -49,12 +49,20 @@ def test_a_model_larger_than_memory_is_built(checkpoint: Checkpoint) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
-def test_an_unknown_style_is_named(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("style", ["diagonalwise", "colwise_gather_output", "rowwise_rep"])
+def test_an_unknown_style_is_named(checkpoint: Checkpoint, style: str) -> None:
     definition = build(checkpoint, torch.float32)
-    definition.config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "diagonalwise"}
+    definition.config.base_model_tp_plan = {"layers.*.self_attn.q_proj": style}
     name = "model.layers.1.self_attn.q_proj.weight"
-    with pytest.raises(UnsupportedModelError, match=f"plans {name} as 'diagonalwise'"):
+    with pytest.raises(UnsupportedModelError, match=f"plans {name} as '{style}'"):
         Sharding(definition, 0, 2).shard(name, definition.get_parameter(name))
+
+
+def test_query_heads_that_no_kv_head_serves_are_the_checkpoints_fault(checkpoint: Checkpoint) -> None:
+    definition = build(checkpoint, torch.float32)
+    definition.config.num_key_value_heads = 3
+    with pytest.raises(CheckpointError, match="8 query heads and 3 KV heads"):
+        Sharding(definition, 0, 1)
 
 
 def test_an_unknown_conversion_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "phalanx" / "gguf"
 
 
-def write_gguf(path: Path, source: Path, family: str, kind: Any, **extra: Any) -> Path:
-    """Write a checkpoint of transformers as GGUF, in the way of llama.cpp's converter."""
+def write_gguf(
+    path: Path, source: Path, family: str, kind: Any, tensors: dict[str, Tensor] | None = None, **extra: Any
+) -> Path:
+    """Write a checkpoint of transformers as GGUF, in the way of llama.cpp's converter.
+
+    In names of `extra` metadata __ is a dot, and NAME the architecture.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -43,7 +48,8 @@ def write_gguf(path: Path, source: Path, family: str, kind: Any, **extra: Any) -
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.num_key_value_heads != config.num_attention_heads:
+        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -52,9 +58,10 @@ def write_gguf(path: Path, source: Path, family: str, kind: Any, **extra: Any) -
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     for key, value in extra.items():
-        writer.add_string(f"{name}.{key.replace('__', '.')}", value)
+        add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
+        add[type(value)](key.replace("__", ".").replace("NAME", name), value)
     add_tokenizer(writer, source)
-    for key, tensor in stored_tensors(model.state_dict(), config, name).items():
+    for key, tensor in {**stored_tensors(model.state_dict(), config, name), **(tensors or {})}.items():
         weights = tensor.numpy()
         is_matrix = weights.ndim > 1
         stored = gguf.quantize(weights, kind) if is_matrix else weights
@@ -154,6 +161,27 @@ def test_tokenizer_and_end_of_text_come_along(tmp_path: Path) -> None:
     assert json.loads((path / "generation_config.json").read_text()) == {"bos_token_id": 256, "eos_token_id": [257]}
 
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, [97]),
+        ({"add_bos_token": True}, [256, 97]),
+        ({"add_bos_token": False, "add_eos_token": True}, [97, 257]),
+    ],
+)
+def test_what_stands_around_a_prompt_comes_along(
+    tmp_path: Path, metadata: dict[str, bool], expected: list[int]
+) -> None:
+    from transformers import AutoTokenizer
+
+    source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
+    extra = {f"tokenizer__ggml__{name}": value for name, value in metadata.items()}
+    file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32, **extra)
+    letter = AutoTokenizer.from_pretrained(source)("a").input_ids
+    ids = [letter[-1] if token_id == 97 else token_id for token_id in expected]
+    assert AutoTokenizer.from_pretrained(resolve(str(file)).path)("a").input_ids == ids
+
+
 def test_a_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
     file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.Q8_0)
@@ -182,12 +210,59 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None
         resolve(str(file))
 
 
-def test_features_that_would_be_lost_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "feature"),
+    [
+        ({"NAME__rope__scaling__type": "yarn"}, {}, r"llama\.rope\.scaling\.type"),
+        ({"NAME__rope__scaling__factor": 4.0}, {}, r"llama\.rope\.scaling\.factor"),
+        ({"NAME__rope__scale_linear": 4.0}, {}, r"llama\.rope\.scale_linear"),
+        ({"NAME__rope__dimension_count": 8}, {}, r"llama\.rope\.dimension_count"),
+        ({"NAME__attention__sliding_window": 4096}, {}, r"llama\.attention\.sliding_window"),
+        ({}, {"rope_freqs.weight": torch.ones(8)}, r"rope_freqs\.weight"),
+    ],
+)
+def test_features_that_would_be_lost_are_refused(
+    tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor], feature: str
+) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
-    file = write_gguf(
-        tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32, rope__scaling__type="yarn"
-    )
-    with pytest.raises(UnsupportedModelError, match=r"llama\.rope\.scaling\.type"):
+    file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32, tensors, **metadata)
+    with pytest.raises(UnsupportedModelError, match=f"has {feature}, which is not supported from a GGUF file"):
+        resolve(str(file))
+
+
+def test_settings_that_mean_nothing_are_accepted(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
+    metadata = {
+        "NAME__rope__scaling__type": "none",
+        "NAME__rope__scaling__factor": 1.0,
+        "NAME__rope__dimension_count": 16,
+        "split__count": 1,
+    }
+    file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32, **metadata)
+    assert resolve(str(file)).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("shape", [{"num_key_value_heads": 4}, {"attention_bias": True, "mlp_bias": True}])
+def test_llamas_of_other_shapes(tmp_path: Path, shape: dict[str, Any]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    source = write_checkpoint(tmp_path / "source", "llama", rope_parameters=rope, **{**SHAPE, **shape})
+    randomise_biases(source)
+    file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32)
+    torch.testing.assert_close(logits_of(resolve(str(file)).path), logits_of(source), rtol=0, atol=1e-5)
+
+
+def randomise_biases(source: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = source / "model.safetensors"
+    tensors = {name: torch.randn_like(x) if name.endswith("bias") else x for name, x in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
+    file = write_gguf(tmp_path / "m.gguf", source, "llama", gguf.GGMLQuantizationType.F32, split__count=3)
+    with pytest.raises(CheckpointError, match="one of 3 parts: llama-gguf-split --merge"):
         resolve(str(file))
 
 

@@ -141,6 +141,17 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
         logits_of(path)
 
 
+def test_a_header_that_contradicts_itself_is_the_files_fault(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "llama")
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    spoilt = content.replace(b'"shape":[72]', b'"shape":[71]', 1)
+    assert spoilt != content
+    file.write_bytes(spoilt)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        logits_of(path)
+
+
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "mixtral")
     missing = next(name for name in load_file(path / "model.safetensors") if ".experts.3." in name)

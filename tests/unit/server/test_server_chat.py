@@ -1,7 +1,12 @@
 """/v1/chat/completions: messages, streams, log-probabilities, usage."""
 
+import inspect
+
 import pytest
 from server_rig import Rig, events, in_loop
+from transformers import PreTrainedTokenizerBase
+
+from phalanx.server.chat import RESERVED_VARIABLES
 
 
 def prompt_of(rig: Rig) -> str:
@@ -74,6 +79,11 @@ async def test_the_template_can_be_steered() -> None:
     assert "template says: no" in refused.json()["error"]["message"]
 
 
+def test_no_variable_of_a_template_is_one_that_transformers_would_take_for_itself() -> None:
+    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(names) - {"self", "kwargs"} <= RESERVED_VARIABLES
+
+
 @in_loop
 async def test_logprobs() -> None:
     rig = Rig("a")
@@ -102,14 +112,24 @@ async def test_logprobs() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+            "messages[0].content[0].cache_control",
+        ),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": "hello"}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1000}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 1000}, "max_completion_tokens"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],

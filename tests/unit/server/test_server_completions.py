@@ -4,6 +4,9 @@ import msgspec
 import pytest
 from server_rig import Rig, events, in_loop
 
+from phalanx.engine.stream import PositionLogprobs, TokenLogprob
+from phalanx.server.logprobs import CompletionLogprobs
+
 
 @in_loop
 async def test_a_whole_answer() -> None:
@@ -117,6 +120,15 @@ async def test_logprobs() -> None:
     streamed = events(await rig.complete(logprobs=0, stream=True))
     assert [event["choices"][0]["logprobs"]["text_offset"] for event in streamed] == [[0], [1]]
     assert streamed[1]["choices"][0]["logprobs"]["top_logprobs"] == [{"b": -0.25}]
+
+
+def test_of_several_tokens_with_one_text_the_most_likely_counts() -> None:
+    likely, unlikely = (TokenLogprob(token_id, -token_id, "a", b"a") for token_id in (1, 5))
+    other = TokenLogprob(2, -2.0, "b", b"b")
+    for chosen in (likely, unlikely):
+        logprobs = CompletionLogprobs.of([PositionLogprobs(chosen, (likely, other, unlikely))], 0)
+        assert logprobs.top_logprobs == [{"a": -1.0, "b": -2.0}]
+        assert logprobs.token_logprobs == [chosen.logprob]
 
 
 @in_loop

@@ -1,5 +1,8 @@
 """Models, health, metrics, version, tokens, the API's own description."""
 
+import threading
+from collections.abc import Callable
+
 from server_rig import Rig, in_loop
 
 from phalanx import __version__
@@ -66,6 +69,27 @@ async def test_tokens_and_back() -> None:
     assert both.status_code == 400
     assert (await rig.client.post("/detokenize", json={"tokens": [1, 97]})).json() == {"prompt": "<s>a"}
     assert (await rig.client.post("/detokenize", json={"tokens": [-1]})).json()["error"]["param"] == "tokens"
+
+
+@in_loop
+async def test_what_takes_long_holds_nobody_up() -> None:
+    rig = Rig()
+    encode, decode = rig.engine.tokenizer.encode, rig.engine.tokenizer.decode
+    threads: list[threading.Thread] = []
+
+    def noting_threads(function: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **settings: threads.append(threading.current_thread()) or function(*args, **settings)
+
+    rig.engine.tokenizer.encode, rig.engine.tokenizer.decode = noting_threads(encode), noting_threads(decode)
+    for path, body in (
+        ("/v1/completions", {"prompt": ["a" * 11_000] * 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 11_000}] * 2}),
+        ("/detokenize", {"tokens": [97] * 22_000}),
+    ):
+        threads.clear()
+        await rig.client.post(path, json=body)
+        assert threads
+        assert threading.main_thread() not in threads
 
 
 @in_loop

@@ -23,11 +23,11 @@ def test_without_keys_everybody_may() -> None:
 
 def test_keys_of_both_sources_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
-    file.write_text("one\n\n  two  \n")
+    file.write_text("one\n\n  two  \nvierzöhn\n", encoding="utf-8-sig")
     monkeypatch.setenv("PHALANX_API_KEY", "three")
     keys = ApiKeys.load(ServerConfig(api_key_file=str(file)))
-    for key in ("one", "two", "three"):
-        keys.check(f"Bearer {key}")
+    for key in ("one", "two", "three", "vierzöhn"):
+        keys.check(f"Bearer {key.encode().decode('latin-1')}")  # as a header arrives
     with pytest.raises(ApiError):
         keys.check("Bearer ")
 

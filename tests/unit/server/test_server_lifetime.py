@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 from server_rig import Caller, Rig, in_loop
 
+from phalanx.server import request_body
 from phalanx.server.api_error import ApiError
 
 
@@ -69,3 +72,32 @@ async def test_what_does_not_finish_in_time_is_cut_off_with_an_error(stream: boo
     else:
         assert json.loads(caller.text)["error"]["code"] == "shutting_down"
     assert rig.engine.num_cancelled == 1
+
+
+async def stall(rig: Rig) -> httpx.Response:
+    """The answer to a request whose body never becomes complete."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"prompt"'
+        await asyncio.Event().wait()
+
+    return await rig.client.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+
+
+@in_loop
+async def test_an_upload_that_stalls_is_cut_off_with_the_others() -> None:
+    rig = Rig()
+    stalled = asyncio.create_task(stall(rig))
+    while not rig.service.num_in_flight:
+        await asyncio.sleep(0)
+    rig.service.cut(ApiError(503, "no more", code="shutting_down"))
+    assert (await stalled).json()["error"]["message"] == "no more"
+    assert await rig.service.drain(1.0)
+
+
+@in_loop
+async def test_an_upload_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_body, "MAX_SILENCE_S", 0.05)
+    response = await stall(Rig())
+    assert response.status_code == 408
+    assert response.json()["error"]["message"] == "9 bytes of the body came, and then nothing for 0.05 s"

@@ -31,6 +31,7 @@ from phalanx.protocol import (
     ints,
 )
 from phalanx.worker.runner import Runner
+from phalanx.worker.stage import Stage
 
 VOCAB = 64
 BLOCK_SIZE = 4
@@ -117,10 +118,16 @@ class FakeGroup:
         return x.copy_(self.sent.pop(0))
 
 
-def new_runner(group: FakeGroup | None = None, model: FakeModel | ConstantModel | None = None) -> Runner:
+def new_runner(
+    group: FakeGroup | None = None,
+    model: FakeModel | EmbeddingModel | ConstantModel | None = None,
+    *,
+    upstream: FakeGroup | None = None,
+    downstream: FakeGroup | None = None,
+) -> Runner:
     return Runner(
         model or FakeModel(),  # type: ignore[arg-type]
-        group or FakeGroup(),  # type: ignore[arg-type]
+        Stage(group or FakeGroup(), upstream, downstream),  # type: ignore[arg-type]
         max_num_seqs=NUM_SLOTS,
         max_model_len=MAX_MODEL_LEN,
         block_size=BLOCK_SIZE,
@@ -158,6 +165,7 @@ def plan(
     new: Sequence[NewRequest] = (),
     dropped: Sequence[int] = (),
     blocks: Sequence[tuple[int, int]] = (),
+    told: Sequence[tuple[int, int]] = (),
     step: int = 0,
 ) -> StepPlan:
     return StepPlan(
@@ -170,6 +178,8 @@ def plan(
         block_ids=ints([block for _, block in blocks]),
         dropped=ints(dropped),
         new=tuple(new),
+        token_slots=ints([slot for slot, _ in told]),
+        tokens=ints([token for _, token in told]),
     )
 
 
@@ -276,6 +286,102 @@ def test_other_ranks_take_the_tokens_of_rank_0_and_issue_the_same_collectives() 
     torch.testing.assert_close(models[0].cache, models[1].cache)
 
 
+# ------------------------------------------------------------------------------ stages
+
+
+class EmbeddingModel:
+    """The first stage: its hidden states are the token ids."""
+
+    vocab_size = VOCAB
+    hidden_size = 1
+    dtype = torch.float64
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+        assert token_ids_T.dtype == torch.int64
+        self.calls.append(len(token_ids_T))
+        return token_ids_T[:, None].double()
+
+
+class LaterModel(FakeModel):
+    """A stage that gets the token ids as hidden states, and computes all that there is to compute."""
+
+    hidden_size = 1
+    dtype = torch.float64
+
+    def hidden_states(self, hidden_TD: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+        assert hidden_TD.shape == (len(positions_T), 1)
+        return super().hidden_states(hidden_TD[:, 0].long(), positions_T, batch)
+
+
+class Pipeline:
+    """Two stages of two ranks each, run one after the other; `launch` gives the output rank's flight."""
+
+    def __init__(self) -> None:
+        links: list[list[Tensor]] = [[], []]
+        self.sent = links
+        self.shared = [FakeGroup(rank) for rank in (0, 1, 0, 1)]
+        self.links = [FakeGroup(end, links[tp_rank]) for end in (0, 1) for tp_rank in (0, 1)]
+        self.models = [EmbeddingModel(), EmbeddingModel(), LaterModel(), LaterModel()]
+        self.runners = [
+            new_runner(
+                self.shared[rank],
+                self.models[rank],
+                downstream=self.links[rank] if rank < 2 else None,
+                upstream=self.links[rank] if rank >= 2 else None,
+            )
+            for rank in range(4)
+        ]
+
+    def run(self, step: StepPlan) -> list[int]:
+        outcomes = [run(runner, step) for runner in self.runners]
+        assert outcomes[0] == outcomes[1] == []
+        assert set(outcomes[3]) <= {NO_TOKEN}, "only the output rank samples"
+        return outcomes[2]
+
+
+def test_stages_pass_hidden_states_on_and_the_last_samples() -> None:
+    pipeline, prompt = Pipeline(), [3, 1, 4, 1, 5]
+    expected = continuation(prompt, 3)
+    request = new(2, prompt, [7, 5], temperature=100.0, top_k=1, frequency_penalty=0.1)
+    assert pipeline.run(plan([(2, 3)], 0, new=[request])) == []
+    assert pipeline.run(plan([(2, 2)], 1)) == expected[:1]
+    assert pipeline.run(plan([(2, 1)], 1, told=[(2, expected[0])])) == expected[1:2]
+    assert pipeline.run(plan([(2, 1)], 1, told=[(2, expected[1])])) == expected[2:]
+    assert [link.num_broadcasts for link in pipeline.links] == [4] * 4
+    assert [group.num_broadcasts for group in pipeline.shared] == [0] * 4, "tokens return through the brain"
+
+
+def test_the_first_stage_runs_ahead_of_the_last() -> None:
+    pipeline = Pipeline()
+    plans = [plan([(slot, 2)], 1, new=[new(slot, [slot, 9], [slot])]) for slot in range(3)]
+    for step in plans:
+        for runner in pipeline.runners[:2]:
+            run(runner, step)
+    assert [len(sent) for sent in pipeline.sent] == [3, 3]
+    outcomes = [run(pipeline.runners[2], step) for step in plans]
+    assert outcomes == [continuation([slot, 9], 1) for slot in range(3)]
+
+
+def test_a_step_without_tokens_passes_nothing_on() -> None:
+    pipeline = Pipeline()
+    pipeline.run(plan([(0, 2)], 1, new=[new(0, [1, 2], [0])]))
+    assert pipeline.run(plan([], 0, dropped=[0])) == []
+    assert [link.num_broadcasts for link in pipeline.links] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"), [((), "does not tell"), (((1, 5),), "of other rows"), (((0, 5), (1, 5)), "of other rows")]
+)
+def test_a_plan_that_tells_the_wrong_rows_is_an_assertion(told: list[tuple[int, int]], complaint: str) -> None:
+    pipeline = Pipeline()
+    pipeline.run(plan([(0, 2)], 1, new=[new(0, [1, 2], [0])]))
+    with pytest.raises(AssertionError, match=complaint):
+        pipeline.runners[0].launch(plan([(0, 1)], 1, told=told))
+
+
 # ------------------------------------------------------------------------------ outcomes
 
 
@@ -375,13 +481,15 @@ class Request:
     """All that are known."""
     num_computed: int
     blocks: list[int]
+    num_given: int = 0
 
 
 class Brain:
     """A scheduler of random choices: admits, computes chunks, decodes, drops and preempts."""
 
-    def __init__(self, data: st.DataObject) -> None:
+    def __init__(self, data: st.DataObject, *, tells_tokens: bool = False) -> None:
         self.draw = data.draw
+        self.tells_tokens = tells_tokens
         self.free_blocks = list(range(NUM_BLOCKS))
         self.running: dict[int, Request] = {}
         self.preempted: list[Request] = []
@@ -409,7 +517,12 @@ class Brain:
         num_samples = sum(
             self.running[slot].num_computed + count == len(self.running[slot].tokens) for slot, count in rows
         )
-        return plan(rows, num_samples, new=requests, dropped=dropped, blocks=blocks, step=step)
+        told = [
+            (slot, request.tokens[request.num_computed])
+            for slot, request in ((slot, self.running[slot]) for slot, _ in rows if self.tells_tokens)
+            if request.num_computed >= request.num_given
+        ]
+        return plan(rows, num_samples, new=requests, dropped=dropped, blocks=blocks, told=told, step=step)
 
     def _may_admit(self) -> bool:
         return len(self.free_blocks) > 4 and self.draw(st.booleans())
@@ -421,6 +534,7 @@ class Brain:
             prompt = self.draw(st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=14))
             request = Request(prompt, list(prompt), 0, [])
         request.blocks = [self.free_blocks.pop() for _ in range(self.draw(st.integers(0, 1)))]
+        request.num_given = len(request.tokens)
         self.running[slot] = request
         return new(slot, request.tokens, request.blocks, num_prompt=len(request.prompt))
 
@@ -445,6 +559,15 @@ def test_any_order_of_events(data: st.DataObject) -> None:
         brain.commit(made, run(runner, made))
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_order_of_events_in_a_pipeline(data: st.DataObject) -> None:
+    brain, pipeline = Brain(data, tells_tokens=True), Pipeline()
+    for step in range(data.draw(st.integers(1, 20))):
+        made = brain.plan(step)
+        brain.commit(made, pipeline.run(made))
+
+
 def test_cache_slots_of_a_large_block_number_do_not_wrap() -> None:
     """block * block_size passes 2**31 on a large GPU."""
     from phalanx.worker.inputs import StepInputs
@@ -453,6 +576,6 @@ def test_cache_slots_of_a_large_block_number_do_not_wrap() -> None:
     table = SlotTable(max_num_seqs=1, max_model_len=32, block_size=16, num_blocks=2**28)
     step = plan([(0, 2)], 1, new=[new(0, [1, 2], [2**28 - 1])])
     table.apply(step)
-    inputs = StepInputs.of(table.advance(step), table)
+    inputs = StepInputs.of(step, table.advance(step), table)
     assert inputs.cache_slots_T.tolist() == [2**32 - 16, 2**32 - 15]
     assert inputs.cache_slots_T.dtype == np.int64

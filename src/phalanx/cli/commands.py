@@ -1,0 +1,24 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+import click
+
+from phalanx.cli.doctor import doctor
+from phalanx.cli.generate import generate
+from phalanx.cli.serve import serve
+from phalanx.version import __version__
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="phalanx %(version)s")
+@click.pass_context
+def phalanx(ctx: click.Context) -> None:
+    """Serve a large language model over many processes."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+phalanx.add_command(serve)
+phalanx.add_command(generate)
+phalanx.add_command(doctor)

@@ -1,0 +1,220 @@
+"""The connection to Ray: the one that is there, a cluster's, or a Ray of our own on this host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private.ray_logging import stdout_deduplicator
+from ray._private.services import canonicalize_bootstrap_address, canonicalize_bootstrap_address_or_die
+
+from phalanx.config import ClusterConfig
+from phalanx.errors import ConfigError, StartError
+from phalanx.executor.platform import num_cores
+from phalanx.executor.ray.probe import NoRayError, get_ready_for
+from phalanx.topology.placement import Node
+
+LOCAL = "local"
+EVERYTHING = re.compile("")
+NO_RAY = "Could not find any running Ray instance"
+OBJECT_STORE_BYTES = 80 * 2**20
+"""The least that Ray takes: nothing of ours goes through it."""
+
+log = logging.getLogger("phalanx.executor")
+
+_lock = threading.Lock()
+_num_users = 0
+"""Of the connection that this module made: the last one ends it."""
+_keeper: subprocess.Popen[bytes] | None = None
+"""Of a Ray of our own."""
+
+
+class Connection:
+    """This process's connection to Ray, while it is open. A connection that was there before stays."""
+
+    def __init__(self, ownership: ExitStack) -> None:
+        """Use `connect`."""
+        self._ownership = ownership
+        self.node_id: str = ray.get_runtime_context().get_node_id()
+        """The node that this process is on."""
+
+    def nodes(self, resource: str) -> list[Node]:
+        """The nodes that live, and what they have of `resource`, as Ray knows it: a moment old."""
+        # Ray has no public call for what is free; this is the one that its own libraries use.
+        free = ray._private.state.available_resources_per_node()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        hosts = Counter(node["NodeManagerHostname"] for node in alive)
+        return [
+            Node(
+                node_id=node["NodeID"],
+                name=_node_name(node["NodeManagerHostname"], node["NodeID"], hosts),
+                address=node["NodeManagerAddress"],
+                total=node["Resources"].get(resource, 0.0),
+                free=free.get(node["NodeID"], {}).get(resource, 0.0),
+                is_driver=node["NodeID"] == self.node_id,
+            )
+            for node in alive
+        ]
+
+    def free_on(self, node_id: str, resource: str) -> float:
+        """What a node has free of any resource, also one of a placement group's bundle."""
+        free = ray._private.state.available_resources_per_node()
+        return float(free.get(node_id, {}).get(resource, 0.0))
+
+    def close(self) -> None:
+        """Let go of the connection. May be called more than once."""
+        self._ownership.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _node_name(host: str, node_id: str, hosts: Counter[str]) -> str:
+    """The host's name, unless several nodes have it."""
+    return host if hosts[host] == 1 else f"{host}-{node_id[:6]}"
+
+
+def connect(cluster: ClusterConfig, *, num_ranks: int) -> Connection:
+    """Connect to Ray; `num_ranks` is how many a Ray of our own must have room for on the CPU.
+
+    Raises ConfigError if there is no Ray at the address or it does not let us in; StartError.
+    """
+    global _num_users
+    with _lock, ExitStack() as undo:
+        if _num_users or not ray.is_initialized():
+            if not _num_users:
+                _initialize(cluster, num_ranks)
+            _num_users += 1
+            undo.callback(_release)
+        _check_same(cluster.ray_address)
+        return Connection(undo.pop_all())
+
+
+def _check_same(address: str | None) -> None:
+    """Whether the Ray that this process is connected to is the one that was asked for."""
+    connected_to = ray.get_runtime_context().gcs_address
+    if address is not None and address != LOCAL and canonicalize_bootstrap_address(address) != connected_to:
+        raise ConfigError("ray_address", address, f"this process is connected to the Ray at {connected_to} already")
+
+
+def _release() -> None:
+    global _num_users
+    with _lock:
+        _num_users -= 1
+        if not _num_users:
+            ray.shutdown()
+            _unmute()
+            _dismiss_keeper()
+
+
+def _initialize(cluster: ClusterConfig, num_ranks: int) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    if address is not None and address != LOCAL:
+        if not re.fullmatch(r"(\[.+\]|[^:/]+):\d+", address):
+            allowed = "HOST:PORT of a Ray cluster that this host is a node of, or local"
+            raise ConfigError("ray_address", address, allowed)
+        get_ready_for(address)
+        _join(address)
+    elif address == LOCAL or not _join_running():
+        _start_own(cluster, num_ranks)
+
+
+def _join_running() -> bool:
+    """Connect to the Ray that runs on this host; False if there is none."""
+    try:
+        address = canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError as error:
+        if NO_RAY in str(error):
+            return False
+        raise ConfigError("ray_address", None, f"which one is meant: {_first_line(error)}") from error
+    try:
+        get_ready_for(address)
+    except NoRayError:  # it has ended, and left a file with its address
+        return False
+    _join(address)
+    return True
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError("ray_address", address, _first_line(error)) from error
+    _mute()
+
+
+def _start_own(cluster: ClusterConfig, num_ranks: int) -> None:
+    """A Ray for this process alone, with all GPUs, and enough of Ray's CPUs for the ranks as `local` would run them."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    num_cpus = max(num_cores(), -int(-num_ranks * cluster.ray_per_worker_gpus // 1))
+    earlier = set(_descendants(os.getpid()))
+    try:
+        context: Any = ray.init(
+            LOCAL,
+            num_cpus=num_cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise StartError("Ray", "starting", _first_line(error)) from error
+    _mute()
+    session = Path(context.address_info["session_dir"])
+    log.info("Ray was started on this host; its logs are in %s/logs", session)
+    _hire_keeper(session, [pid for pid in _descendants(os.getpid()) if pid not in earlier])
+
+
+def _mute() -> None:
+    """Ray prints pages about its processes' ends to stdout, and cannot be told not to. We say it in our words."""
+    stdout_deduplicator.skip_re = EVERYTHING
+
+
+def _unmute() -> None:
+    stdout_deduplicator.skip_re = None  # type: ignore[assignment]  # as it is at first
+
+
+def _hire_keeper(session: Path, pids: Sequence[int]) -> None:
+    global _keeper
+    arguments = (os.getpid(), session / "sockets", *pids)
+    _keeper = subprocess.Popen(
+        [sys.executable, "-m", "phalanx.executor.ray.keeper", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _dismiss_keeper() -> None:
+    global _keeper
+    if _keeper is not None:
+        _keeper.kill()
+        _keeper.wait()
+        _keeper = None
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children of a process, their children, and so on."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

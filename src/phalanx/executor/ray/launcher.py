@@ -1,0 +1,91 @@
+"""Ranks as Ray actors that are there already: sets them going, notices their end, ends them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.fate import on_end_of
+from phalanx.executor.ray.liveness import ActorWatch
+from phalanx.executor.ray.messages import RankOrder
+from phalanx.executor.shared_fate import describe_exit
+from phalanx.transport.liveness import is_running
+from phalanx.worker.spec import WorkerSpec
+
+REAP_DEADLINE_S = 0.5
+"""For Ray to end the actors that were killed. It cannot say it of those whose node is gone."""
+POLL_S = 0.005
+
+
+class RayLauncher:
+    """A launcher over a crew whose nodes are linked."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._exits: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._watch: ActorWatch | None = None
+        self._raylet_watch = ExitStack()
+        self._is_closing = False
+
+    def start(self, specs: Sequence[WorkerSpec]) -> None:
+        calls = {self._crew.run_rank(self._order(spec)): str(spec.rank) for spec in specs}
+        self._watch = ActorWatch({**calls, **self._crew.run_nodes()}, self._note_end)
+        if self._crew.raylet is not None:
+            self._raylet_watch.callback(on_end_of(self._crew.raylet, self._note_end_of_raylet))
+
+    def exits(self) -> dict[int, str]:
+        with self._lock:
+            return dict(self._exits)
+
+    def close(self, timeout_s: float) -> None:
+        expires_at = time.monotonic() + timeout_s
+        while len(self.exits()) < len(self._crew.placed) and time.monotonic() < expires_at:
+            time.sleep(POLL_S)
+        self._is_closing = True
+        self._raylet_watch.close()
+        self._crew.close()
+        if self._watch is not None:
+            self._watch.wait_for_all(REAP_DEADLINE_S)
+            self._watch.close()
+        self._await_processes()
+
+    def _order(self, spec: WorkerSpec) -> RankOrder:
+        devices = self._crew.placed[spec.rank].devices
+        visible = ",".join(dict.fromkeys(devices)) if devices else None
+        return RankOrder(spec=spec, visible_devices=visible)
+
+    def _note_end(self, name: str, how: str) -> None:
+        """`name` is a rank's number, or the id of an agent's node."""
+        if self._is_closing:
+            return
+        if name.isdigit():
+            rank = int(name)
+            good = how == describe_exit(0)
+            self._note(
+                rank, how if good else f"{how} (on {self._crew.placed[rank].node}); {self._crew.last_words(rank)}"
+            )
+            return
+        for placed in self._crew.placed:
+            if placed.node_id == name:
+                self._note(placed.rank, f"{self._crew.agent_name(name)} ended: {how}")
+
+    def _note_end_of_raylet(self) -> None:
+        """Ray itself can say nothing any more then."""
+        for placed in self._crew.placed:
+            if placed.is_driver_node:
+                self._note(placed.rank, f"the raylet of its node {placed.node} ended")
+
+    def _note(self, rank: int, how: str) -> None:
+        with self._lock:
+            self._exits.setdefault(rank, how)
+
+    def _await_processes(self) -> None:
+        """Those of this host can be looked at; Ray says that an actor is dead a moment before its process is gone."""
+        pids = [placed.pid for placed in self._crew.placed if placed.is_driver_node]
+        expires_at = time.monotonic() + REAP_DEADLINE_S
+        while any(map(is_running, pids)) and time.monotonic() < expires_at:
+            time.sleep(POLL_S)

@@ -1,0 +1,71 @@
+"""What the driver and its actors tell each other. To Ray it is bytes, so that it pickles nothing of ours."""
+
+from __future__ import annotations
+
+import msgspec
+
+from phalanx.collectives.spec import GroupSpec
+from phalanx.transport.interfaces import InterfaceAddress
+from phalanx.transport.keys import RunKey
+from phalanx.transport.queue import QueueHandle
+from phalanx.worker.spec import WorkerSpec
+
+
+class Preparation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's actor is told first. There may be tokens in it: it is not for a constructor, whose arguments Ray
+    keeps."""
+
+    environment: dict[str, str]
+    """The driver's; what the node has set itself stays."""
+    threads: int | None
+    """CPU threads of the rank; None for an even share of the node's cores."""
+    ranks_on_host: int
+    device: str
+    checkpoint: str
+    """Where the driver has it."""
+
+
+class Introduction(msgspec.Struct, frozen=True, kw_only=True):
+    """What an actor says when it is there."""
+
+    node_id: str
+    host: str
+    pid: int
+    raylet_pid: int
+    log: str
+    """The file on its node that its stderr goes to."""
+    version: str
+    devices: tuple[str, ...]
+    """Physical ids of the devices that Ray has given to it."""
+    addresses: tuple[InterfaceAddress, ...]
+    """Of its host."""
+
+
+class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Be this rank."""
+
+    spec: WorkerSpec
+    visible_devices: str | None
+    """For CUDA_VISIBLE_DEVICES: those of all ranks of this run on the host. None on the CPU."""
+
+
+class NodeOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Link a node to the brain, and prepare the groups that are on this node alone."""
+
+    name: str
+    ranks: tuple[int, ...]
+    pids: tuple[int, ...]
+    """Of the ranks' processes."""
+    brain_address: str
+    brain_port: int
+    own_address: str
+    key: RunKey
+    deadline_s: float
+    groups: tuple[GroupSpec, ...]
+
+
+class NodeReady(msgspec.Struct, frozen=True):
+    """A node is linked: what its ranks need, in the order's order."""
+
+    queues: tuple[QueueHandle, ...]
+    groups: tuple[GroupSpec, ...]

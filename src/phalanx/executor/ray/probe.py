@@ -1,0 +1,53 @@
+"""Asks a Ray whether it is there and lets us in, before Ray's own client, which takes minutes to say no."""
+
+from __future__ import annotations
+
+import os
+
+import grpc
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+from phalanx.errors import ConfigError
+
+DEADLINE_S = 5.0
+_QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_NO_PROXY = (("grpc.enable_http_proxy", 0),)
+
+
+class NoRayError(ConfigError):
+    """Nobody answers at the address."""
+
+
+def get_ready_for(address: str) -> None:
+    """Make sure that the Ray at `address` (host and port) answers; this process then uses the token if Ray asks for it.
+
+    Both sides must agree about tokens: a client that sends them to a Ray that has none loses its actors, unsaid. Raises
+    ConfigError.
+    """
+    if os.environ.get("RAY_USE_TLS") == "1":
+        return  # only Ray has its certificates
+    code = _ask(address, {})
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise ConfigError("ray_address", address, f"it asks for its token; {_WHERE_TOKENS_ARE}")
+        code = _ask(address, get_auth_headers_if_auth_enabled({}))
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise ConfigError("ray_address", address, f"our token is not the one that it asks for; {_WHERE_TOKENS_ARE}")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        raise NoRayError("ray_address", address, "no Ray answers there")
+    if code != grpc.StatusCode.OK:
+        raise ConfigError("ray_address", address, f"what answers there is not Ray's head ({code.name})")
+
+
+_WHERE_TOKENS_ARE = "put it into ~/.ray/auth_token, or its path into RAY_AUTH_TOKEN_PATH"
+
+
+def _ask(address: str, headers: dict[str, str]) -> grpc.StatusCode:
+    with grpc.insecure_channel(address, options=_NO_PROXY) as channel:
+        try:
+            metadata = tuple((name.lower(), value) for name, value in headers.items())
+            channel.unary_unary(_QUESTION)(b"", timeout=DEADLINE_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK

@@ -1,0 +1,58 @@
+"""Where the ranks of a configuration would run, found out with actors that load nothing."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.executor.groups import describe_group
+from phalanx.executor.ray.assignment import PlacedRank
+from phalanx.executor.ray.place import hire
+from phalanx.topology.grid import Grid
+from phalanx.topology.placement import aligned
+
+
+class PlacedGroup(msgspec.Struct, frozen=True):
+    """A process group of the ranks."""
+
+    name: str
+    backend: str
+    ranks: tuple[int, ...]
+    nodes: tuple[str, ...]
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Where ranks would run, and which groups they would form."""
+
+    ranks: tuple[PlacedRank, ...]
+    groups: tuple[PlacedGroup, ...]
+
+    def table(self) -> str:
+        """A line for each rank, then one for each group."""
+        rows = [("rank", "stage", "tp rank", "node", "address", "bundle", "device", "pid")]
+        for rank in self.ranks:
+            node = f"{rank.node} (driver)" if rank.is_driver_node else rank.node
+            device = f"GPU {rank.devices[rank.local_rank]}" if rank.devices else "cpu"
+            where = (str(rank.rank), str(rank.stage), str(rank.tp_rank), node, rank.address)
+            rows.append((*where, str(rank.bundle), device, str(rank.pid)))
+        groups = [("group", "backend", "ranks", "nodes")]
+        groups += [(one.name, one.backend, " ".join(map(str, one.ranks)), ", ".join(one.nodes)) for one in self.groups]
+        return f"{aligned(rows)}\n\n{aligned(groups)}"
+
+
+def survey(config: Config, checkpoint: str) -> Placement:
+    """Place the ranks for a moment. Blocks for seconds.
+
+    Raises PlacementError, ConfigError, StartError, DeadlineError as the start itself would.
+    """
+    grid = Grid.of(config.parallel)
+    with ExitStack() as resources:
+        config, crew = hire(config, checkpoint, grid, lambda *_: None, resources)
+        groups = []
+        for members in grid.groups():
+            nodes = tuple(dict.fromkeys(crew.placed[rank].node for rank in members.ranks))
+            backend = describe_group(config, members, one_host=len(nodes) == 1).backend
+            groups.append(PlacedGroup(members.name, backend, members.ranks, nodes))
+        return Placement(crew.placed, tuple(groups))

@@ -1,0 +1,128 @@
+"""Weights laid out as a CPU's matrix kernels want them.
+
+oneDNN multiplies by blocks of a weight that stand in the order in which it reads them. Given a plain weight, it copies
+every block there first, in every product. A packed weight was copied once; and layers that multiply the same input
+(q, k and v; gate and up) become one product. docs/decisions/0011 has the measurements, and who owns which memory.
+
+Shape suffixes: T tokens, I inputs, O outputs of all layers of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phalanx.errors import UserError
+
+Release = Callable[[Sequence[str]], None]
+"""Give back the memory of these parameters. They read as zeros from now on, and take memory again when written to."""
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this build of torch can multiply by packed weights of the type."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class Linear(NamedTuple):
+    """A linear layer's name and parameters. The weight is [outputs, I]."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Product:
+    """What one or several linear layers make of the same input. It begins with the plain weights."""
+
+    def __init__(self, *layers: Linear) -> None:
+        self.layers = layers
+        self._packed: Tensor | None = None
+        self._bias_O: Tensor | None = None
+        self._splits = [layer.weight.shape[0] for layer in layers]
+
+    def pack(self) -> None:
+        """Copy the weights into a packed one. The plain ones are not read any more, and may be lost."""
+        assert self._packed is None
+        weights = [layer.weight for layer in self.layers]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        if any(layer.bias is not None for layer in self.layers):
+            self._bias_O = torch.cat(
+                [
+                    layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+                    for layer in self.layers
+                ]
+            )
+
+    def unpack(self) -> None:
+        """Write the weights back where they were, bit for bit, and use those."""
+        assert self._packed is not None
+        plain_OI = self._packed.to_dense()
+        for layer, part in zip(self.layers, plain_OI.split_with_sizes(self._splits), strict=True):
+            layer.weight.copy_(part)
+        self._packed = self._bias_O = None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """[..., T, I] to [..., T, outputs] of each layer."""
+        if self._packed is None:
+            return [functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias_O, "none", [], "")
+        return (out,) if len(self.layers) == 1 else out.split_with_sizes(self._splits, dim=-1)
+
+
+class Packing:
+    """The products of a model: packed while it computes, plain while somebody reads or writes its weights."""
+
+    def __init__(self, products: Sequence[Product], release: Release, *, kept: str) -> None:
+        """The parameter `kept` is read by others too, and never released."""
+        self._products = tuple(products)
+        self._release = release
+        self._kept = kept
+        self._is_packed = False
+        self._lent: list[tuple[str, Tensor]] = []
+        self._returned: list[tuple[str, Tensor, int]] = []
+        """Tensors that were lent the last time, with their versions when the weights were packed after that."""
+
+    @property
+    def duplicate_bytes(self) -> int:
+        """What packed weights take beside plain ones that are kept."""
+        return sum(
+            layer.weight.nbytes for product in self._products for layer in product.layers if self._is_kept(layer)
+        )
+
+    def pack(self) -> None:
+        """Get ready for a step. Raises UserError if what was lent for the time before an earlier step was written to.
+
+        Lent tensors of packed weights are empty from now on.
+        """
+        for name, tensor, version in self._returned:
+            if tensor._version != version:
+                raise UserError(f"{name} was written to after a step began: ask named_parameters() for it again")
+        if self._is_packed:
+            return
+        for product in self._products:
+            product.pack()
+            self._release([f"{layer.name}.weight" for layer in product.layers if not self._is_kept(layer)])
+        self._is_packed = True
+        for _, tensor in self._lent:
+            tensor.set_(torch.empty(0, dtype=tensor.dtype))  # type: ignore[call-overload]
+        self._returned = [(name, tensor, tensor._version) for name, tensor in self._lent]
+        self._lent = []
+
+    def lend(self, parameters: Mapping[str, Tensor]) -> None:
+        """Make these hold the weights until the next step, which packs what is in them then."""
+        if self._is_packed:
+            for product in self._products:
+                product.unpack()
+            self._is_packed = False
+        layers = [layer for product in self._products for layer in product.layers]
+        packed = {part.data_ptr() for layer in layers for part in (layer.weight, layer.bias) if part is not None}
+        self._lent += [(name, tensor) for name, tensor in parameters.items() if tensor.data_ptr() in packed]
+
+    def _is_kept(self, layer: Linear) -> bool:
+        return f"{layer.name}.weight" == self._kept

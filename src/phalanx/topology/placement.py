@@ -1,0 +1,218 @@
+"""Which node holds which rank: from what the nodes have to a place for every rank, or an error with what is missing.
+
+Pure arithmetic, the same answer for the same question. The driver's node comes first, so that rank 0 is beside the
+brain; then the nodes with the most room, so that few nodes are used. The ranks of a tensor-parallel group meet many
+times in every step, so they stay on one node as long as any way of placing them allows it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from phalanx.errors import PlacementError
+from phalanx.topology.grid import Grid
+
+_TOLERANCE = 1e-6
+"""Fractions of a device come as floats."""
+
+
+class Node(NamedTuple):
+    """A node and what it has of the resource that ranks take."""
+
+    node_id: str
+    name: str
+    address: str
+    total: float
+    free: float
+    is_driver: bool = False
+
+
+class Demand(NamedTuple):
+    """What each rank takes. Ranks of one run never share a device: NCCL refuses it."""
+
+    resource: str
+    per_rank: float
+    is_device: bool
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A bundle of a placement group that exists. `free` is what its user has left of the resource that ranks take."""
+
+    index: int
+    node_id: str
+    free: float
+
+
+class Place(NamedTuple):
+    """Where a rank goes. `bundle` is an index into the placement group, which for new ones is the rank itself."""
+
+    rank: int
+    node_id: str
+    bundle: int
+
+
+def place_ranks(grid: Grid, demand: Demand, nodes: Sequence[Node], *, may_split: bool) -> tuple[Place, ...]:
+    """A place for each rank on nodes with room, in rank order.
+
+    With `may_split` a tensor-parallel group may span nodes if there is no other way. Raises PlacementError.
+    """
+    room = {node.node_id: _room(demand, node) for node in nodes}
+    order = _order(nodes, room)
+    holders = _fill(grid, [(node.node_id, room[node.node_id]) for node in order], may_split)
+    if holders is None:
+        raise PlacementError(_complaint(grid, demand, room, may_split), _table(grid, demand, order, room))
+    return tuple(Place(rank, node_id, rank) for rank, node_id in enumerate(holders))
+
+
+def place_in_bundles(
+    grid: Grid,
+    demand: Demand,
+    nodes: Sequence[Node],
+    bundles: Sequence[Bundle],
+    *,
+    indices: Sequence[int] | None,
+    may_split: bool,
+) -> tuple[Place, ...]:
+    """A place for each rank in bundles that exist: rank r in bundle `indices[r]` if indices are given.
+
+    Bundles with too little of the resource are passed over, unless they are among `indices`. Raises PlacementError.
+    """
+    fit = {bundle.index: bundle for bundle in bundles if bundle.free >= demand.per_rank - _TOLERANCE}
+    room = Counter(bundle.node_id for bundle in fit.values())
+    order = _order(nodes, room)
+    table = _table(grid, demand, order, room, bundles)
+    if indices is not None:
+        _check_indices(grid, demand, indices, bundles, fit, table)
+        places = tuple(Place(rank, fit[index].node_id, index) for rank, index in enumerate(indices))
+        _check_groups(grid, places, {node.node_id: node.name for node in nodes}, may_split, table)
+        return places
+    holders = _fill(grid, [(node.node_id, room[node.node_id]) for node in order], may_split)
+    if holders is None:
+        raise PlacementError(_complaint(grid, demand, room, may_split, in_bundles=True), table)
+    waiting = {node.node_id: iter(sorted(i for i in fit if fit[i].node_id == node.node_id)) for node in nodes}
+    return tuple(Place(rank, node_id, next(waiting[node_id])) for rank, node_id in enumerate(holders))
+
+
+def split_groups(grid: Grid, places: Sequence[Place]) -> tuple[int, ...]:
+    """Stages whose tensor-parallel group spans nodes."""
+    nodes_of: dict[int, set[str]] = {}
+    for place in places:
+        nodes_of.setdefault(grid.coordinates(place.rank).stage, set()).add(place.node_id)
+    return tuple(stage for stage, holders in sorted(nodes_of.items()) if len(holders) > 1)
+
+
+def _room(demand: Demand, node: Node) -> int:
+    """How many ranks a node has room for."""
+    ranks = int(node.free / demand.per_rank + _TOLERANCE)
+    return min(ranks, int(node.total + _TOLERANCE)) if demand.is_device else ranks
+
+
+def _order(nodes: Sequence[Node], room: Mapping[str, int]) -> list[Node]:
+    return sorted(nodes, key=lambda node: (not node.is_driver, -room.get(node.node_id, 0), node.address, node.node_id))
+
+
+def _fill(grid: Grid, rooms: Sequence[tuple[str, int]], may_split: bool) -> list[str] | None:
+    """The node of each rank: as many whole groups as the nodes can hold, then, if allowed, what is left of them."""
+    size, num_groups = grid.tensor_parallel_size, grid.pipeline_parallel_size
+    whole = [node_id for node_id, room in rooms for _ in range(room // size)][:num_groups]
+    used = Counter(whole)
+    left = [node_id for node_id, room in rooms for _ in range(room - used[node_id] * size)]
+    missing = (num_groups - len(whole)) * size
+    if missing and (not may_split or len(left) < missing):
+        return None
+    return [node_id for node_id in whole for _ in range(size)] + left[:missing]
+
+
+def _check_indices(
+    grid: Grid,
+    demand: Demand,
+    indices: Sequence[int],
+    bundles: Sequence[Bundle],
+    fit: Mapping[int, Bundle],
+    table: str,
+) -> None:
+    found = {bundle.index: bundle for bundle in bundles}
+    if len(indices) != grid.world_size:
+        raise PlacementError(f"{len(indices)} bundle indices are given for {grid.world_size} ranks", table)
+    for rank, index in enumerate(indices):
+        if index not in found:
+            raise PlacementError(f"rank {rank} is to be in bundle {index}, which the placement group has not", table)
+        if indices.index(index) != rank:
+            raise PlacementError(f"rank {indices.index(index)} and rank {rank} are both to be in bundle {index}", table)
+    for rank, index in enumerate(indices):
+        if index not in fit:
+            raise PlacementError(
+                f"rank {rank} is to be in bundle {index}, which has {_number(found[index].free)} {demand.resource} "
+                f"left, and a rank needs {_number(demand.per_rank)}",
+                table,
+            )
+
+
+def _check_groups(grid: Grid, places: Sequence[Place], names: Mapping[str, str], may_split: bool, table: str) -> None:
+    split = () if may_split else split_groups(grid, places)
+    if split:
+        members = [place for place in places if grid.coordinates(place.rank).stage == split[0]]
+        where = ", ".join(f"rank {place.rank} on {names[place.node_id]}" for place in members)
+        raise PlacementError(f"these bundles split a tensor-parallel group ({where}); {_HOW_TO_SPLIT}", table)
+
+
+_HOW_TO_SPLIT = "allow_split_tensor_parallel lets one span nodes, at the price of much slower steps"
+
+
+def _complaint(
+    grid: Grid, demand: Demand, room: Mapping[str, int], may_split: bool, *, in_bundles: bool = False
+) -> str:
+    size, num_groups, total = grid.tensor_parallel_size, grid.pipeline_parallel_size, sum(room.values())
+    each = f"{_number(demand.per_rank)} {demand.resource}"
+    asked = f"{grid.world_size} ranks (tensor_parallel_size {size}, pipeline_parallel_size {num_groups}) of {each} each"
+    where = "the placement group's bundles have" if in_bundles else "the cluster has"
+    if total < grid.world_size:
+        return f"{asked} are asked for and {where} room for {total}"
+    whole = sum(ranks // size for ranks in room.values())
+    advice = "" if may_split else f"; {_HOW_TO_SPLIT}"
+    return (
+        f"{asked} are asked for, those of a tensor-parallel group on one node: of {num_groups} groups {where} room "
+        f"for {whole}{advice}"
+    )
+
+
+def _table(
+    grid: Grid, demand: Demand, order: Sequence[Node], room: Mapping[str, int], bundles: Sequence[Bundle] | None = None
+) -> str:
+    """What was asked for, what each node has and what is missing."""
+    size, resource = grid.tensor_parallel_size, demand.resource
+    rows: list[tuple[str, ...]] = [
+        ("node", "address", f"{resource} free", f"{resource} in all", "room for ranks", f"groups of {size}")
+    ]
+    if bundles is not None:
+        rows[0] = (*rows[0], "bundles (free)")
+    for node in order:
+        ranks = room.get(node.node_id, 0)
+        mark = " (driver)" if node.is_driver else ""
+        row: tuple[str, ...] = (f"{node.name}{mark}", node.address, _number(node.free), _number(node.total), str(ranks))
+        row = (*row, str(ranks // size))
+        if bundles is not None:
+            held = [f"{b.index} ({_number(b.free)})" for b in bundles if b.node_id == node.node_id]
+            row = (*row, " ".join(held) or "none")
+        rows.append(row)
+    total, whole = sum(room.values()), sum(ranks // size for ranks in room.values())
+    groups = grid.pipeline_parallel_size
+    need = _number(grid.world_size * demand.per_rank)
+    rows.append(("asked for", "", need, "", str(grid.world_size), str(groups)))
+    rows.append(("missing", "", "", "", str(max(grid.world_size - total, 0)), str(max(groups - whole, 0))))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, indented by two spaces."""
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(max(map(len, rows)))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

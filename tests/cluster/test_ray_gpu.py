@@ -1,0 +1,79 @@
+"""Ranks as Ray actors with a GPU each, over NCCL: one node. Skipped where there are no two GPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Oracle
+
+from phalanx import LLM
+from phalanx.errors import EngineDeadError, PeerDiedError
+from phalanx.protocol import SamplingParams
+from phalanx.testing.checkpoints import write_checkpoint
+
+ray = pytest.importorskip("ray")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
+]
+
+PROMPTS = [[(i * 31 + 7 * k) % 256 for k in range(5 + 9 * i)] for i in range(8)]
+NUM_TOKENS = 40
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+NAMED_WITHIN_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def running_ray() -> Iterator[None]:
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_ray(checkpoint: Path, **settings: Any) -> LLM:
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "kv_cache_memory": 1 << 22}
+    return LLM(str(checkpoint), launcher="ray", device="cuda", **sizes, **settings)
+
+
+@pytest.mark.parametrize(("tp_size", "num_stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_greedy_tokens_equal_transformers(tmp_path: Path, running_ray: None, tp_size: int, num_stages: int) -> None:
+    if torch.cuda.device_count() < tp_size * num_stages:
+        pytest.skip(f"needs {tp_size * num_stages} GPUs")
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=3)
+    oracle = Oracle(checkpoint)
+    with on_ray(checkpoint, tensor_parallel_size=tp_size, pipeline_parallel_size=num_stages) as llm:
+        places = llm.executor.collective_rpc("whereabouts")
+        assert len({place["pid"] for place in places}) == tp_size * num_stages
+        for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+            assert list(completion.token_ids) == oracle.greedy(tuple(prompt), NUM_TOKENS)
+
+
+def test_half_precision_follows_the_oracle_for_a_while(tmp_path: Path, running_ray: None) -> None:
+    """Rounding may turn a near tie: every chosen token is nearly the likeliest."""
+    checkpoint = write_checkpoint(tmp_path, initializer_range=0.3)
+    oracle = Oracle(checkpoint)
+    with on_ray(checkpoint, tensor_parallel_size=2, dtype="bfloat16") as llm:
+        for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+            expected_TV = oracle.logprobs(tuple(prompt), list(completion.token_ids))
+            for row_V, token in zip(expected_TV, completion.token_ids, strict=True):
+                assert row_V.max() - row_V[token] < 0.5
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, running_ray: None) -> None:
+    with on_ray(write_checkpoint(tmp_path), tensor_parallel_size=2) as llm:
+        llm.generate(PROMPTS, GREEDY)
+        os.kill(llm.executor.collective_rpc("whereabouts")[1]["pid"], signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises((EngineDeadError, PeerDiedError), match="rank 1"):
+            llm.generate(PROMPTS, GREEDY)
+        assert time.monotonic() - killed_at < NAMED_WITHIN_S

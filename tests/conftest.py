@@ -1,0 +1,28 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hosts import Network, why_no_hosts
+from ray_cluster import RayCluster
+
+_NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
+_REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """Three Ray nodes with two of Ray's CPUs each; the tests' folders are seen on all of them."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray: pip install phalanx[ray]")
+    if reason := why_no_hosts():
+        pytest.skip(reason)
+    visible = [tmp_path_factory.getbasetemp(), _REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)]
+    with ExitStack() as stack:
+        yield RayCluster(Network(stack, tuple(_NUM_CPUS), visible), _NUM_CPUS)

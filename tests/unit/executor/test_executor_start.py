@@ -1,0 +1,113 @@
+"""Who is told of which groups, and what becomes of the cache that the ranks have room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from phalanx.config import Config
+from phalanx.errors import ConfigError
+from phalanx.executor.start import _allocate, _fit_model_len, _open_groups, _settle, _specs
+from phalanx.protocol import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory
+from phalanx.topology.grid import Grid
+
+CHECKPOINT: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float32", path=Path("model"))
+
+
+def fit(num_blocks: int, **settings: Any) -> int:
+    config = Config.build(model="m", block_size=16, **settings)
+    return _fit_model_len(config, CHECKPOINT, num_blocks, block_bytes=1000)
+
+
+def test_the_models_limit_is_shortened_to_what_fits() -> None:
+    assert fit(100) == 512
+    assert fit(10) == 160
+    assert fit(10, max_model_len=100) == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value", "says"),
+    [
+        ({"kv_cache_memory": 999}, "kv_cache_memory", 999, "at least one block of 1000 bytes"),
+        ({"device": "cpu"}, "kv_cache_memory", None, "at least one block of 1000 bytes"),
+        ({"device": "cuda"}, "gpu_memory_utilization", 0.9, "one block of KV cache: 1000 bytes"),
+        ({"device": "cuda", "kv_cache_memory": 5}, "kv_cache_memory", 5, "at least one block"),
+        ({"max_model_len": 20}, "max_model_len", 20, "raise kv_cache_memory to 2000 bytes"),
+    ],
+)
+def test_no_room_names_what_the_user_wrote(settings: dict[str, Any], field: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        fit(0, **settings)
+    assert (caught.value.field, caught.value.value) == (field, value)
+
+
+def test_a_rank_is_told_of_its_own_groups_and_errors_will_name_global_ranks() -> None:
+    config = Config.build(model="m", tensor_parallel_size=2, pipeline_parallel_size=2, device="cpu")
+    with ExitStack() as stack:
+        specs = _specs(config, CHECKPOINT, _open_groups(config, Grid(2, 2), stack), [None] * 4)
+    assert [[(group.name, group.ranks) for group in spec.groups] for spec in specs] == [
+        [("tp@0", (0, 1)), ("pp0-1@0", (0, 2))],
+        [("tp@0", (0, 1)), ("pp0-1@1", (1, 3))],
+        [("tp@1", (2, 3)), ("pp0-1@0", (0, 2))],
+        [("tp@1", (2, 3)), ("pp0-1@1", (1, 3))],
+    ]
+    assert {group.name: group.runs_ahead for spec in specs for group in spec.groups} == {
+        "tp@0": False,
+        "tp@1": False,
+        "pp0-1@0": True,
+        "pp0-1@1": True,
+    }
+
+
+def test_a_stage_of_one_rank_needs_no_memory_to_meet_in() -> None:
+    config = Config.build(model="m", pipeline_parallel_size=2, device="cpu", collective_backend="gloo")
+    with ExitStack() as stack:
+        groups = _open_groups(config, Grid(1, 2), stack)
+    assert [(group.name, group.backend) for group in groups] == [
+        ("tp@0", "single"),
+        ("tp@1", "single"),
+        ("pp0-1@0", "gloo"),
+    ]
+
+
+def test_more_stages_than_layers_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size: 4 .* at most 3"):
+        _settle(Config.build(model="m", pipeline_parallel_size=4, device="cpu"), CHECKPOINT)
+
+
+class Stages:
+    """Ranks that have room for different numbers of blocks."""
+
+    world_size = 2
+
+    def __init__(self, *measured: Measured) -> None:
+        self.measured = measured
+        self.allocated: list[AllocateCache] = []
+
+    def submit(self, body: CommandBody, *, deadline_s: float) -> Any:
+        if isinstance(body, AllocateCache):
+            self.allocated.append(body)
+        replies: Sequence[object] = self.measured if isinstance(body, MeasureMemory) else [Done()] * 2
+        return SimpleNamespace(result=lambda: replies)
+
+
+LOADED = [Loaded(weight_bytes=1, device="cpu", dtype="float32")] * 2
+
+
+def test_the_stage_with_the_least_room_decides_for_all() -> None:
+    executor: Any = Stages(Measured(cache_bytes=20_000, block_bytes=2000), Measured(cache_bytes=7000, block_bytes=1000))
+    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED)
+    assert (capacity.num_blocks, capacity.block_bytes) == (7, (2000, 1000))
+    assert executor.allocated == [AllocateCache(num_blocks=7, max_model_len=112)]
+
+
+def test_the_advice_counts_what_the_largest_stage_needs() -> None:
+    executor: Any = Stages(Measured(cache_bytes=4000, block_bytes=1000), Measured(cache_bytes=4000, block_bytes=2000))
+    config = Config.build(model="m", block_size=16, max_model_len=48)
+    with pytest.raises(ConfigError, match="raise kv_cache_memory to 6000 bytes"):
+        _allocate(executor, config, CHECKPOINT, LOADED)
