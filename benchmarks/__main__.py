@@ -24,6 +24,7 @@ def main(model: Path, peer_python: Path | None) -> None:
         ("serving.py", ["--model", str(model), *peer]),
         ("serving.py", ["--model", str(model), "--tensor-parallel-size", "2", *peer]),
         ("pipeline.py", ["--model", str(model)]),
+        ("launchers.py", ["--model", str(model), *peer]),
         ("offline.py", ["--model", str(model)]),
     ):
         click.echo(f"\n== {script} {' '.join(options)}")

@@ -15,7 +15,11 @@ class Channel(Protocol):
         """Send to every worker. Raises DeadlineError or PeerDiedError naming the rank that does not take it."""
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
-        """The next message of any rank, with its rank; None when none came in time. Raises PeerDiedError."""
+        """The next message of any rank, with its rank; None when none came in time.
+
+        Raises PeerDiedError naming the rank or node that is gone, DeadlineError naming the node that is silent,
+        FrameError for what is no message.
+        """
 
     def forget(self, reader: int) -> None:
         """Go on without this rank, which has said its last: its end raises no PeerDiedError."""

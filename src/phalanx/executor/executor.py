@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import msgspec
 
-from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
+from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
 from phalanx.executor.channel import Channel
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
@@ -51,6 +51,8 @@ POLL_EXITS_S = 0.05
 CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchError"})
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
+CHANNEL_ERRORS = (PeerDiedError, DeadlineError, FrameError)
+"""A rank or its node is gone, silent, or says what is no message of ours: after any of them the run is over."""
 STOP_TIMEOUT_S = 5.0
 RPC_TIMEOUT_S = 60.0
 HEALTH_TIMEOUT_S = 10.0
@@ -207,7 +209,7 @@ class Executor:
             self._calls[call_id] = pending
         try:
             self._channel.put(Call(call_id, body, tuple(ranks)), deadline_s=min(deadline_s, PUT_DEADLINE_S))
-        except (PeerDiedError, DeadlineError) as error:
+        except CHANNEL_ERRORS as error:
             self._take_all()  # a rank that failed said why before it ended
             self._fail(error)
         return pending
@@ -221,7 +223,7 @@ class Executor:
         remaining_s = began_at + pending.deadline_s - time.monotonic()
         try:
             received = self._channel.get(timeout_s=max(min(remaining_s, at_most_s), 0.0) if block else 0.0)
-        except PeerDiedError as error:
+        except CHANNEL_ERRORS as error:
             self._fail(error)
         if received is not None:
             self._take(received[0], received[1])
@@ -234,7 +236,7 @@ class Executor:
         try:
             while (received := self._channel.get(timeout_s=0.0)) is not None:
                 self._take(received[0], received[1])
-        except PeerDiedError as error:
+        except CHANNEL_ERRORS as error:
             self._fail(error)
 
     def _take(self, rank: int, message: WorkerMessage) -> None:
@@ -270,7 +272,7 @@ class Executor:
         while cause.kind in CONSEQUENCES and silent and (remaining_s := expires_at - time.monotonic()) > 0:
             try:
                 received = self._channel.get(timeout_s=remaining_s)
-            except PeerDiedError as error:
+            except CHANNEL_ERRORS as error:
                 return error
             if received is not None and isinstance(received[1], Failure):
                 silent.discard(received[0])

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from phalanx.errors import DeadlineError, PeerDiedError, StartError, UserError, WorkerError
+from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
 from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.protocol import (
     Call,
@@ -31,13 +31,15 @@ from phalanx.protocol import (
 )
 from phalanx.worker.spec import WorkerSpec
 
+ChannelError = PeerDiedError | DeadlineError | FrameError
+
 
 class ScriptedChannel:
     """Gives out what the test put in; records what is sent."""
 
     def __init__(self) -> None:
         self.sent: list[Call] = []
-        self.script: deque[tuple[int, WorkerMessage] | PeerDiedError] = deque()
+        self.script: deque[tuple[int, WorkerMessage] | ChannelError] = deque()
         self.put_error: PeerDiedError | None = None
 
     def put(self, message: Call, *, deadline_s: float) -> None:
@@ -49,7 +51,7 @@ class ScriptedChannel:
         if not self.script:
             return None
         item = self.script[0]
-        if isinstance(item, PeerDiedError):
+        if isinstance(item, PhalanxError):
             raise item
         self.script.popleft()
         return (*item, ())
@@ -85,7 +87,7 @@ class Bench:
             self.launcher, self.channel, world_size, step_timeout_s, output_rank=output_rank, resources=ExitStack()
         )
 
-    def say(self, *items: tuple[int, WorkerMessage] | PeerDiedError) -> None:
+    def say(self, *items: tuple[int, WorkerMessage] | ChannelError) -> None:
         self.channel.script.extend(items)
 
 
@@ -143,6 +145,21 @@ def test_the_first_failure_is_final() -> None:
         bench.executor.step(plan(2))
     bench.executor.close()
     assert bench.launcher.closed_with == 0.0, "a failed run is killed, not asked to stop"
+
+
+@pytest.mark.parametrize("error", [DeadlineError("a heartbeat", "node beta", 3.0), FrameError("no message of ours")])
+def test_what_ends_the_channel_ends_the_run(error: DeadlineError | FrameError) -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    told: list[Exception] = []
+    bench.executor.on_failure(told.append)
+    bench.say(error)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            pending.result()
+    assert told == [error]
+    bench.executor.close()
+    assert bench.launcher.closed_with == 0.0, "nobody waits for a node that is gone"
 
 
 def test_the_cause_is_told_from_its_consequences() -> None:
