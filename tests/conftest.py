@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from hosts import Network, why_no_hosts
 from ray_cluster import RayCluster
 
 _NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
-_REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +20,6 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
         pytest.skip("needs Ray: pip install phalanx[ray]")
     if reason := why_no_hosts():
         pytest.skip(reason)
-    visible = [tmp_path_factory.getbasetemp(), _REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)]
+    visible = [tmp_path_factory.getbasetemp()]
     with ExitStack() as stack:
         yield RayCluster(Network(stack, tuple(_NUM_CPUS), visible), _NUM_CPUS)

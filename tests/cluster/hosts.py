@@ -24,6 +24,7 @@ _CLONE_NEWNET = 0x40000000
 _HOST_INIT = Path(__file__).with_name("host_init.py")
 _WIRE = Path(__file__).with_name("wire.py")
 _QUICK_S = 20.0
+_PROGRAMS = (Path(__file__).parents[2], Path(sys.prefix), Path(sys.base_prefix))
 _NAMESPACES = ("--pid", "--uts", "--ipc", "--net")
 _UNSHARE = ("unshare", "--fork", "--kill-child", "--mount-proc", *_NAMESPACES)
 
@@ -225,7 +226,11 @@ class Network:
     """Hosts by their names, each with two devices: `eth0`, which its name stands for, and `eth1` on a network apart."""
 
     def __init__(self, stack: ExitStack, names: Sequence[str], visible: Sequence[Path]) -> None:
-        """All of it ends with `stack`."""
+        """All of it ends with `stack`.
+
+        `visible` are folders in this host's /tmp that the hosts see too; Python and these tests they see anyway.
+        """
+        visible = (*visible, *_PROGRAMS)
         first = {name: (f"10.0.0.{i}", f"fd00::{i}") for i, name in enumerate(names, 1)}
         second = {name: (f"10.0.1.{i}", f"fd00:0:0:1::{i}") for i, name in enumerate(names, 1)}
         switch = Host(stack, "switch", {}, ())

@@ -19,6 +19,8 @@ from phalanx.transport.relay import NodeRelay
 
 FAREWELL_S = 0.5
 """For Ray to take the answer along before the process ends."""
+DISMISSAL_S = 1.5
+"""For the driver to dismiss this actor, after a link that it closed. Of one that goes by itself Ray tells the user."""
 TAIL_BYTES = 4096
 RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")
 
@@ -61,14 +63,15 @@ class NodeAgent:
     def run(self) -> str:
         """Relay until the link ends, then say why; the process ends soon after, and the node's ranks with it."""
         assert self._relay is not None
+        stay_s = FAREWELL_S
         try:
             self._relay.run()
-            how = "the brain closed its link"
+            how, stay_s = "the brain closed its link", DISMISSAL_S
         except PhalanxError as error:
             how = str(error)
         finally:
             self._resources.close()
-            threading.Timer(FAREWELL_S, os._exit, (0,)).start()
+            threading.Timer(stay_s, os._exit, (0,)).start()
         return how
 
     def tail(self, log: str) -> str:
