@@ -93,12 +93,23 @@ class Host:
     def __init__(
         self, stack: ExitStack, name: str, addresses: Mapping[str, Sequence[str]], visible: Sequence[Path]
     ) -> None:
-        """`addresses`: of all hosts, by name, for /etc/hosts. `visible`: folders of the outer /tmp to be seen on it."""
+        """`addresses`: of all hosts, by name, for /etc/hosts. `visible`: folders of the outer /tmp to be seen on it.
+
+        Python and these tests are seen anyway.
+        """
         self.name = name
         self.addresses = addresses.get(name, ())
         known = [("127.0.0.1", "localhost"), *((a, other) for other, all_of in addresses.items() for a in all_of)]
         known_hosts = "".join(f"{address} {other}\n" for address, other in known)
-        command = [*_UNSHARE, sys.executable, "-I", str(_HOST_INIT), name, known_hosts, *map(str, visible)]
+        command = [
+            *_UNSHARE,
+            sys.executable,
+            "-I",
+            str(_HOST_INIT),
+            name,
+            known_hosts,
+            *map(str, (*visible, *_PROGRAMS)),
+        ]
         holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         stack.enter_context(holder)  # closes the pipe, which ends the host, and waits
         assert holder.stdout is not None
@@ -226,11 +237,7 @@ class Network:
     """Hosts by their names, each with two devices: `eth0`, which its name stands for, and `eth1` on a network apart."""
 
     def __init__(self, stack: ExitStack, names: Sequence[str], visible: Sequence[Path]) -> None:
-        """All of it ends with `stack`.
-
-        `visible` are folders in this host's /tmp that the hosts see too; Python and these tests they see anyway.
-        """
-        visible = (*visible, *_PROGRAMS)
+        """All of it ends with `stack`. `visible` is as for a host."""
         first = {name: (f"10.0.0.{i}", f"fd00::{i}") for i, name in enumerate(names, 1)}
         second = {name: (f"10.0.1.{i}", f"fd00:0:0:1::{i}") for i, name in enumerate(names, 1)}
         switch = Host(stack, "switch", {}, ())
