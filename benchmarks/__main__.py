@@ -19,6 +19,7 @@ def main(model: Path, peer_python: Path | None) -> None:
     peer = ["--peer-python", str(peer_python)] if peer_python else []
     for script, options in (
         ("control_plane.py", peer),
+        ("relay.py", peer),
         ("all_reduce.py", []),
         ("brain.py", peer),
         ("serving.py", ["--model", str(model), *peer]),
