@@ -9,6 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -166,8 +167,9 @@ class Worker:
         return bool(self._flights or self._replies)
 
     def close(self) -> None:
-        for group in self._groups.values():
-            group.close()
+        with ExitStack() as leaving:
+            for group in self._groups.values():
+                leaving.callback(group.close)
         self._groups.clear()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
