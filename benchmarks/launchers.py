@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from serving import MODEL_NAME, Server, free_port, measure, running, vllm
+from serving import Server, free_port, measure, phalanx, running, vllm, why_not
 
 PHASE = re.compile(r"rank 0(?: on \S+)?: (\w+)")
 LOOK_S = 0.02
@@ -74,12 +74,9 @@ def main(
 @contextlib.contextmanager
 def serving(model: Path, launcher: str, tp_size: int, dtype: str, logs: Path, *options: str) -> Iterator[Server]:
     """A server that is ready; prints how long that took."""
-    port, log = free_port(), logs / f"{launcher}.log"
-    command = [sys.executable, "-m", "phalanx", "serve", str(model), "--port", str(port), "--dtype", dtype]
-    command += ["--served-model-name", MODEL_NAME, "--tensor-parallel-size", str(tp_size), "--max-model-len", "2048"]
-    command += ["--launcher", launcher, *options]
-    began_at = time.monotonic()
-    with running(Server(launcher, command, {}, port, log)) as server, _phases(log, began_at) as phases:
+    log, began_at = logs / f"{launcher}.log", time.monotonic()
+    server = phalanx(model, tp_size, dtype, free_port(), log, "--launcher", launcher, *options, name=launcher)
+    with running(server), _phases(log, began_at) as phases:
         ready_s = server.await_ready()
         steps = ", ".join(f"{phase} at {at_s:.1f}" for phase, at_s in phases.items())
         click.echo(f"{' '.join([launcher, *options])}: command to first token {ready_s:.1f} s ({steps})")
@@ -111,7 +108,7 @@ def _start_vllm(python: Path, model: Path, tp_size: int, dtype: str, logs: Path)
         with running(vllm(python, model, tp_size, dtype, free_port(), logs / "vllm.log")) as peer:
             click.echo(f"vllm: command to first token {peer.await_ready():.1f} s")
     except click.ClickException as error:
-        click.echo(f"vllm does not start: {error.message.strip().splitlines()[-1]}")
+        click.echo(f"vllm does not start: {why_not(error)}")
 
 
 @contextlib.contextmanager

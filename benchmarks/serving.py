@@ -96,10 +96,12 @@ class Server:
                 process.kill()
 
 
-def phalanx(model: Path, tp_size: int, dtype: str, port: int, log: Path) -> Server:
+def phalanx(
+    model: Path, tp_size: int, dtype: str, port: int, log: Path, *options: str, name: str = "phalanx"
+) -> Server:
     command = [sys.executable, "-m", "phalanx", "serve", str(model), "--port", str(port), "--dtype", dtype]
     command += ["--served-model-name", MODEL_NAME, "--tensor-parallel-size", str(tp_size), "--max-model-len", "2048"]
-    return Server("phalanx", command, {}, port, log)
+    return Server(name, [*command, *options], {}, port, log)
 
 
 def vllm(python: Path, model: Path, tp_size: int, dtype: str, port: int, log: Path) -> Server:
@@ -111,6 +113,12 @@ def vllm(python: Path, model: Path, tp_size: int, dtype: str, port: int, log: Pa
         command += ["--distributed-executor-backend", "mp"]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp_size)))
     return Server("vllm", command, environment, port, log)
+
+
+def why_not(error: click.ClickException) -> str:
+    """The line of a server's log that names its error, of those that come last."""
+    lines = [line.strip() for line in error.message.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "rror" in line), lines[-1])
 
 
 async def measure(url: str, *, streams: int, requests: int, prompt_tokens: int, output_tokens: int) -> Load:
@@ -204,7 +212,7 @@ def main(
             try:
                 click.echo(f"vllm    TP {tp_size} {dtype}: command to first token {peer.await_ready():.1f} s")
             except click.ClickException as error:  # it does not run every layout
-                click.echo(error.message.strip().splitlines()[-3])
+                click.echo(why_not(error))
             else:
                 peer.pause()
                 servers.append(peer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -61,14 +62,14 @@ def round_trip(commands: MessageQueue, replies: list[MessageQueue], method: str,
         assert status == SUCCESS
 
 
-def main() -> None:
+def compete(commands: MessageQueue, work: Callable[..., None], *arguments: object) -> None:
+    """Be a contestant, with workers that run `work(*arguments, rank, handle of the commands, pipe)`."""
     ranks = range(num_workers())
     spawn = multiprocessing.get_context("spawn")
-    commands = MessageQueue(len(ranks), len(ranks))
     pipes, workers = [], []
     for rank in ranks:
         ours, theirs = spawn.Pipe()
-        worker = spawn.Process(target=work, args=(rank, commands.export_handle(), theirs), daemon=True)
+        worker = spawn.Process(target=work, args=(*arguments, rank, commands.export_handle(), theirs), daemon=True)
         worker.start()
         pipes.append(ours)
         workers.append(worker)
@@ -83,6 +84,10 @@ def main() -> None:
     commands.enqueue(None)
     for worker in workers:
         worker.join(DEADLINE_S)
+
+
+def main() -> None:
+    compete(MessageQueue(num_workers(), num_workers()), work)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class RayCluster:
         self.cables = network.cables
         self.head = next(iter(self.hosts.values()))
         self.address = f"{self.head.address}:{_PORT}"
-        self.environment = {**os.environ, "HOME": _HOME, "PYTHONUNBUFFERED": "1"}
+        # A Ray that was started in this process has left its mode here.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = {**inherited, "HOME": _HOME, "PYTHONUNBUFFERED": "1"}
         self._num_cpus = num_cpus
         self._own_processes: dict[str, list[psutil.Process]] = {}
         self._own_files: dict[str, set[str]] = {}

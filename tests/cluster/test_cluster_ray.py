@@ -311,6 +311,17 @@ def test_a_ray_of_our_own_leaves_nothing(checkpoint: Path, tmp_path: Path, victi
         wait_until(lambda: not [process for process in family if lives(process)], GONE_WITHIN_S)
 
 
+def test_a_ray_of_our_own_leaves_the_environment_as_it_was() -> None:
+    """Ray notes there that it asks for tokens: sent to the next one, which may have none, they break it."""
+    code = (
+        "import os; from phalanx.config import ClusterConfig; from phalanx.executor.ray.connection import connect\n"
+        "connect(ClusterConfig(ray_address='local'), num_ranks=1).close()\n"
+        "assert 'RAY_AUTH_MODE' not in os.environ\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
+
+
 def lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 

@@ -91,6 +91,13 @@ def test_a_ray_with_a_token_that_we_have_not(home: Path, held: str | None, compl
     assert TOKEN not in str(caught.value)
 
 
+def test_told_to_use_a_token_that_we_have_not(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    Config.initialize("")
+    with head(TOKEN) as address, pytest.raises(ConfigError, match="it asks for its token"):
+        get_ready_for(address)
+
+
 def test_nobody_is_there(home: Path) -> None:
     with head() as address:
         pass

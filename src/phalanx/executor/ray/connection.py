@@ -16,8 +16,10 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.services import canonicalize_bootstrap_address, canonicalize_bootstrap_address_or_die
+from ray._raylet import Config
 
 from phalanx.config import ClusterConfig
 from phalanx.errors import ConfigError, StartError
@@ -36,6 +38,8 @@ log = logging.getLogger("phalanx.executor")
 _lock = threading.Lock()
 _num_users = 0
 """Of the connection that this module made: the last one ends it."""
+_auth_mode: str | None = None
+"""The user's own word on whether Ray's tokens are used. Ray leaves what a connection came to where that is read."""
 _keeper: subprocess.Popen[bytes] | None = None
 """Of a Ray of our own."""
 
@@ -118,10 +122,13 @@ def _release() -> None:
         if not _num_users:
             ray.shutdown()
             _unmute()
+            _restore_auth_mode()
             _dismiss_keeper()
 
 
 def _initialize(cluster: ClusterConfig, num_ranks: int) -> None:
+    global _auth_mode
+    _auth_mode = os.environ.get(AUTH_MODE_ENV_VAR)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
     if address is not None and address != LOCAL:
@@ -187,6 +194,15 @@ def _mute() -> None:
 
 def _unmute() -> None:
     stdout_deduplicator.skip_re = None  # type: ignore[assignment]  # as it is at first
+
+
+def _restore_auth_mode() -> None:
+    """The next Ray may have no tokens, and would lose the actors of a client that sends one."""
+    if _auth_mode is None:
+        os.environ.pop(AUTH_MODE_ENV_VAR, None)
+    else:
+        os.environ[AUTH_MODE_ENV_VAR] = _auth_mode
+    Config.initialize("")
 
 
 def _hire_keeper(session: Path, pids: Sequence[int]) -> None:

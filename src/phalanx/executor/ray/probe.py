@@ -7,6 +7,7 @@ import os
 import grpc
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+from ray._raylet import AuthenticationTokenLoader
 
 from phalanx.errors import ConfigError
 
@@ -29,7 +30,8 @@ def get_ready_for(address: str) -> None:
         return  # only Ray has its certificates
     code = _ask(address, {})
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        is_sent = maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        if not is_sent or not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
             raise ConfigError("ray_address", address, f"it asks for its token; {_WHERE_TOKENS_ARE}")
         code = _ask(address, get_auth_headers_if_auth_enabled({}))
         if code == grpc.StatusCode.UNAUTHENTICATED:
