@@ -19,7 +19,7 @@ import ray.exceptions
 from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.services import canonicalize_bootstrap_address, canonicalize_bootstrap_address_or_die
-from ray._raylet import Config
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # compiled
 
 from phalanx.config import ClusterConfig
 from phalanx.errors import ConfigError, StartError
@@ -202,7 +202,7 @@ def _restore_auth_mode() -> None:
         os.environ.pop(AUTH_MODE_ENV_VAR, None)
     else:
         os.environ[AUTH_MODE_ENV_VAR] = _auth_mode
-    Config.initialize("")
+    RayConfig.initialize("")
 
 
 def _hire_keeper(session: Path, pids: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ import os
 import grpc
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
 from phalanx.errors import ConfigError
 
