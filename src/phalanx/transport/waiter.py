@@ -12,7 +12,6 @@ from phalanx.transport.futex import new_fence
 
 Found = TypeVar("Found")
 
-_POLLS_PER_YIELD = range(4)
 _SCORE_TO_SPIN = 16
 _LONG_WAIT_COSTS = 8
 """In short waits. The answers to one call come shortly after each other, also when the call takes long."""
@@ -98,10 +97,9 @@ class Waiter:
     def _spin(self, poll: Callable[[], Found | None], end: float) -> Found | None:
         # Polls rather than looks at the bell: a frame can be seen about a microsecond before its bell rings.
         while True:
-            for _ in _POLLS_PER_YIELD:
-                found = poll()
-                if found is not None:
-                    return found
+            found = poll()
+            if found is not None:
+                return found
             if time.monotonic() >= end:
                 return None
             os.sched_yield()
