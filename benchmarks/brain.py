@@ -30,7 +30,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.protocol import Call, SamplingParams, StepPlan, StepResult, Submit, ints
+from phalanx.protocol import Call, SamplingParams, Step, StepResult, Submit, ints
 from phalanx.testing.simulated_worker import Answered, SimulatedWorker
 
 PEER = Path(__file__).parent / "contestants" / "vllm_scheduler.py"
@@ -77,14 +77,14 @@ class TimedExecutor:
         commit_s = time.perf_counter() - self.resumed_at
         return Turn(self._plan_s * 1e6, self._encode_s * 1e6, commit_s * 1e6, self._frame_bytes)
 
-    def step(self, plan: StepPlan) -> TimedAnswer:
+    def step(self, step: Step) -> TimedAnswer:
         planned_at = time.perf_counter()
-        frame = _encode(Call(call_id=plan.step, body=plan, reply_ranks=(0,)))
+        frame = _encode(Call(call_id=step.number, body=step, reply_ranks=(0,)))
         encoded_at = time.perf_counter()
         self._plan_s += planned_at - self.resumed_at
         self._encode_s += encoded_at - planned_at
         self._frame_bytes += len(frame)
-        answer = TimedAnswer(self, self._worker.run(plan))
+        answer = TimedAnswer(self, tuple(map(self._worker.run, step.plans)))
         self.resumed_at = time.perf_counter()
         return answer
 
@@ -92,11 +92,11 @@ class TimedExecutor:
 class TimedAnswer(Answered):
     """Notes when the brain gets it."""
 
-    def __init__(self, executor: TimedExecutor, result: StepResult) -> None:
-        super().__init__(result)
+    def __init__(self, executor: TimedExecutor, results: tuple[StepResult, ...]) -> None:
+        super().__init__(results)
         self._executor = executor
 
-    def result(self) -> StepResult:
+    def result(self) -> tuple[StepResult, ...]:
         self._executor.resumed_at = time.perf_counter()
         return super().result()
 
@@ -135,7 +135,7 @@ class Bench:
 
     def settle(self) -> None:
         """Run until every request decodes."""
-        while self.brain.stats().num_waiting:
+        while self.brain.stats().replicas[0].num_waiting:
             self.brain.step()
         self.run(WARM_UP_STEPS)
 
@@ -226,7 +226,7 @@ def measure_admission(prompt_len: int) -> float:
     num_requests = 64
     bench = Bench(num_requests, max_model_len=2 * prompt_len, output_len=None)
     total_us = sum(bench.submit(prompt_len) for _ in range(num_requests))
-    while bench.brain.stats().num_generated_tokens < num_requests or bench.brain.stats().num_waiting:
+    while (stats := bench.brain.stats().replicas[0]).num_generated_tokens < num_requests or stats.num_waiting:
         total_us += sum(turn.total for turn in bench.run(1))
     return total_us / num_requests
 

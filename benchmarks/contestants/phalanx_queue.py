@@ -9,7 +9,7 @@ from functools import partial
 from contest import BLOCK_SIZE, LARGE_BYTES, NUM_REQUESTS, num_workers, serve
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, CommandBody, Done, Ping, Reply, StepPlan, StepShape, WorkerMessage, ints
+from phalanx.protocol import Call, CommandBody, Done, Ping, Reply, Step, StepPlan, StepShape, WorkerMessage, ints
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
 
@@ -31,10 +31,10 @@ def work(handle: QueueHandle) -> None:
             endpoint.put(Reply(found[0].call_id, Done()), deadline_s=DEADLINE_S)
 
 
-def step_plan() -> StepPlan:
+def one_step() -> Step:
     """A decode step of 256 requests, of which one in BLOCK_SIZE gets a new block."""
     slots = range(NUM_REQUESTS)
-    return StepPlan(
+    plan = StepPlan(
         epoch=1,
         step=1000,
         shape=StepShape(NUM_REQUESTS, NUM_REQUESTS, NUM_REQUESTS),
@@ -43,6 +43,7 @@ def step_plan() -> StepPlan:
         block_slots=ints(slots[::BLOCK_SIZE]),
         block_ids=ints(range(5000, 5000 + NUM_REQUESTS // BLOCK_SIZE)),
     )
+    return Step((plan,))
 
 
 def round_trip(
@@ -67,7 +68,7 @@ def main() -> None:
             worker.start()
         call = partial(round_trip, queue, ranks)
         call(Ping(), ())  # returns when all have attached
-        calls = {"tiny": partial(call, Ping(), ()), "step": partial(call, step_plan(), ())}
+        calls = {"tiny": partial(call, Ping(), ()), "step": partial(call, one_step(), ())}
         calls |= {name: partial(call, Ping(), (b"\1" * size,)) for name, size in LARGE_BYTES.items()}
         serve(calls, [worker.pid for worker in workers if worker.pid])
     for worker in workers:

@@ -7,7 +7,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from contest import LARGE_BYTES, SecondHost, num_workers, serve
-from phalanx_queue import DEADLINE_S, round_trip, step_plan, work
+from phalanx_queue import DEADLINE_S, one_step, round_trip, work
 
 from phalanx.protocol import Call, Ping, WorkerMessage
 from phalanx.transport.cluster_queue import ClusterQueue
@@ -42,7 +42,7 @@ def main() -> None:
         queue.accept(deadline_s=DEADLINE_S)
         call = partial(round_trip, queue, tuple(ranks))
         call(Ping(), ())  # returns when all have attached
-        calls = {"tiny": partial(call, Ping(), ()), "step": partial(call, step_plan(), ())}
+        calls = {"tiny": partial(call, Ping(), ()), "step": partial(call, one_step(), ())}
         calls |= {name: partial(call, Ping(), (b"\1" * size,)) for name, size in LARGE_BYTES.items()}
         serve(calls, [process.pid for process in processes if process.pid])
     for process in processes:

@@ -23,6 +23,7 @@ Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
+All2All = Literal["allgather_reducescatter", "alltoall"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,9 +65,21 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     """Stages that the layers are shared out to, each of tensor-parallel-size ranks. Several steps are under way at a
     time, one in each stage."""
 
+    data_parallel_size: Ranks = 1
+    """Replicas, each of tensor-parallel-size times pipeline-parallel-size ranks, that share the requests. With
+    enable-expert-parallel they compute every step together."""
+
+    enable_expert_parallel: bool = False
+    """Of a mixture of experts, give each rank whole experts, shared out to all ranks of all replicas, instead of a part
+    of every expert."""
+
+    all2all_backend: All2All = "allgather_reducescatter"
+    """How tokens get to their experts and back: `allgather_reducescatter` gives every rank the tokens of all replicas,
+    `alltoall` sends each token only to the ranks that have its experts."""
+
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class CacheConfig(Section, frozen=True, kw_only=True):
@@ -209,6 +222,11 @@ class Config(Section, frozen=True, kw_only=True):
                 "launcher",
                 "inline",
                 f"it runs one rank, and {self.parallel.world_size} are asked for; use local",
+            )
+        parallel = self.parallel
+        if parallel.data_parallel_size > 1 and not parallel.enable_expert_parallel:
+            raise ConfigError(
+                "data_parallel_size", parallel.data_parallel_size, "more than 1 only with enable_expert_parallel"
             )
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(

@@ -4,7 +4,7 @@ Three conversations use them:
 
     client  → brain     Submit, Cancel, Shutdown                   (server process to engine process)
     brain   → client    EngineReady, TokenBatch, EngineStats, ...
-    brain   → workers   Call(StepPlan | AllocateCache | ...)       (one frame for all workers)
+    brain   → workers   Call(Step | AllocateCache | ...)       (one frame for all workers)
     worker  → brain     Reply(StepResult | ...), Failure, Progress, Publish
 
 What grows with the number of requests travels as columns: the bytes of an int32 or float32 array, in the machine's own
@@ -177,6 +177,7 @@ class EngineReady(Message, frozen=True):
     world_size: int
     device: str
     dtype: str
+    num_replicas: int = 1
 
 
 class WrongSetting(Message, frozen=True):
@@ -238,8 +239,8 @@ class TokenBatch(Message, frozen=True):
     cached: tuple[tuple[int, int], ...] = ()
 
 
-class EngineStats(Message, frozen=True):
-    """The engine's state, sent a few times a second while it changes."""
+class ReplicaStats(msgspec.Struct, frozen=True, array_like=True):
+    """One replica's state, and its counts since the start."""
 
     num_running: int
     num_waiting: int
@@ -250,6 +251,12 @@ class EngineStats(Message, frozen=True):
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated_tokens: int
+
+
+class EngineStats(Message, frozen=True):
+    """The engine's state, sent a few times a second while it changes."""
+
+    replicas: tuple[ReplicaStats, ...]
 
 
 EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats
@@ -263,7 +270,8 @@ FIRST_EPOCH = 1
 
 
 class StepShape(Message, frozen=True):
-    """All that the sequence of collectives in a step may depend on, besides the Config (invariant 1)."""
+    """Of one replica. Those of all replicas are all that the sequence of collectives in a step may depend on, besides
+    the Config (invariant 1)."""
 
     num_tokens: int
     num_rows: int
@@ -288,7 +296,7 @@ class NewRequest(Message, frozen=True):
 
 
 class StepPlan(Message, frozen=True):
-    """One step, as the difference to what the workers know.
+    """One step of a replica, as the difference to what its workers know.
 
     In this order a worker: forgets the slots in `dropped`, takes in `new`, appends each of `block_ids` to the block
     table of the slot at the same place in `block_slots`, then computes the next `num_tokens[i]` tokens of slot
@@ -311,6 +319,24 @@ class StepPlan(Message, frozen=True):
     new: tuple[NewRequest, ...] = ()
     token_slots: Ints = b""
     tokens: Ints = b""
+
+
+class Step(Message, frozen=True):
+    """One step of all replicas: the plan of each. All have the same epoch and step.
+
+    A replica without a token to compute computes one of padding, for nobody, if another replica has one: its ranks are
+    in the same collectives as their peers.
+    """
+
+    plans: tuple[StepPlan, ...]
+
+    @property
+    def epoch(self) -> int:
+        return self.plans[0].epoch
+
+    @property
+    def number(self) -> int:
+        return self.plans[0].step
 
 
 class MeasureMemory(Message, frozen=True):
@@ -357,7 +383,7 @@ class CallMethod(Message, frozen=True):
     arguments: bytes
 
 
-CommandBody = StepPlan | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod
+CommandBody = Step | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod
 
 
 class Call(Message, frozen=True):

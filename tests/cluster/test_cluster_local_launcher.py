@@ -16,7 +16,7 @@ from phalanx.executor.executor import Executor
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_EPOCH, Done, NewRequest, Ping, SamplingParams, StepPlan, StepShape, ints
+from phalanx.protocol import FIRST_EPOCH, Done, NewRequest, Ping, SamplingParams, Step, StepPlan, StepShape, ints
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -92,12 +92,12 @@ def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path) -> 
         with pytest.raises(
             WorkerError, match=r"rank 0 on .*: DeadlineError: waited 3.* s for all_reduce .* from rank 1"
         ):
-            executor.step(plan).result()
+            executor.step(Step((plan,))).result()
 
 
 def test_a_plan_of_another_epoch_is_dropped(executor: Executor) -> None:
     stale = StepPlan(epoch=99, step=1, shape=StepShape(1, 1, 1), slots=ints([3]), num_tokens=ints([1]))
-    executor.submit(stale, ranks=(), deadline_s=5)
+    executor.submit(Step((stale,)), ranks=(), deadline_s=5)
     assert executor.submit(Ping(), deadline_s=5).result() == [Done(), Done()]
 
 

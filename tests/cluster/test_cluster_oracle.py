@@ -136,19 +136,19 @@ def test_greedy_tokens_equal_transformers(family: tuple[Path, Oracle], rig: Rig,
             assert outcome.tokens == expected
             ended_early = expected[-1] == oracle.eos_token_id
             assert outcome.finish is (FinishReason.STOP if ended_early else FinishReason.LENGTH)
-    assert rig.brain.stats().num_blocks_used == 0
+    assert rig.brain.stats().replicas[0].num_blocks_used == 0
 
 
 def test_the_small_cache_preempts_and_prefixes_hit(family: tuple[Path, Oracle], rig: Rig) -> None:
     _, oracle = family
-    before = rig.brain.stats().num_preemptions
+    before = rig.brain.stats().replicas[0].num_preemptions
     sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     workload = [Arrival(0, (*PREFIXES[k % 3][:40], k), sampling) for k in range(8)]
     outcomes = rig.run(workload) + rig.run(workload[:1])
     for arrival, outcome in zip([*workload, workload[0]], outcomes, strict=True):
         expected = oracle.greedy(arrival.prompt, 40)
         assert outcome.tokens[: len(expected)] == expected
-    assert rig.brain.stats().num_preemptions > before
+    assert rig.brain.stats().replicas[0].num_preemptions > before
     assert any(outcome.num_cached > 0 for outcome in outcomes)
 
 

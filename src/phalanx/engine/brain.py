@@ -10,10 +10,11 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.lockstep import Lockstep
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.errors import RequestError
-from phalanx.protocol import EngineStats, FinishReason, StepPlan, StepResult, Submit, TokenBatch, as_ints
+from phalanx.protocol import EngineStats, FinishReason, ReplicaStats, Step, StepResult, Submit, TokenBatch, as_ints
 
 T = TypeVar("T", covariant=True)
 
@@ -28,9 +29,9 @@ class Pending(Protocol[T]):
 
 
 class StepExecutor(Protocol):
-    """Carries out plans, in the order in which they come."""
+    """Carries out steps, in the order in which they come."""
 
-    def step(self, plan: StepPlan) -> Pending[StepResult]: ...
+    def step(self, step: Step) -> Pending[tuple[StepResult, ...]]: ...
 
 
 class Brain:
@@ -56,18 +57,23 @@ class Brain:
         self._eos_token_ids = eos_token_ids
         num_stages = config.parallel.pipeline_parallel_size
         self._depth = max(num_stages, 2) if config.scheduler.async_scheduling else 1
-        self._scheduler = Scheduler(
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            block_size=config.cache.block_size,
-            num_blocks=num_blocks,
-            is_prefix_caching=config.cache.enable_prefix_caching,
-            eos_token_ids=eos_token_ids,
-            is_pipelined=num_stages > 1,
-            num_micro_batches=self._depth if num_stages > 1 else 1,
+        self._replicas = Lockstep(
+            [
+                Scheduler(
+                    max_num_seqs=config.scheduler.max_num_seqs,
+                    max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                    max_model_len=max_model_len,
+                    block_size=config.cache.block_size,
+                    num_blocks=num_blocks,
+                    is_prefix_caching=config.cache.enable_prefix_caching,
+                    eos_token_ids=eos_token_ids,
+                    is_pipelined=num_stages > 1,
+                    num_micro_batches=self._depth if num_stages > 1 else 1,
+                )
+                for _ in range(config.parallel.data_parallel_size)
+            ]
         )
-        self._in_flight: deque[tuple[PlannedStep, Pending[StepResult]]] = deque()
+        self._in_flight: deque[tuple[tuple[PlannedStep, ...], Pending[tuple[StepResult, ...]]]] = deque()
         self._cancelled: list[int] = []
         self._num_submitted = 0
 
@@ -75,7 +81,7 @@ class Brain:
         """Queue a request. Raises RequestError if it could never run."""
         token_ids, sampling = as_ints(request.prompt_token_ids), request.sampling
         max_len = self._max_len(request)
-        self._scheduler.add(
+        self._replicas.add(
             Request(
                 request_id=request.request_id,
                 arrival=self._num_submitted,
@@ -94,11 +100,11 @@ class Brain:
 
         The next `step` tells that they have ended.
         """
-        self._cancelled += self._scheduler.cancel(request_ids)
+        self._cancelled += self._replicas.cancel(request_ids)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(len(self._scheduler) or self._in_flight or self._cancelled)
+        return bool(len(self._replicas) or self._in_flight or self._cancelled)
 
     def step(self) -> TokenBatch | None:
         """One turn: send plans as far as they may run ahead, then wait for the oldest step and commit it.
@@ -106,14 +112,15 @@ class Brain:
         Gives what left the brain in this turn, if anything did. Blocks for as long as that step takes; raises what the
         executor raises (WorkerError, PeerDiedError, DeadlineError), after which the brain is of no use any more.
         """
-        while len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
-            self._in_flight.append((planned, self._executor.step(planned.plan)))
+        while len(self._in_flight) < self._depth and (planned := self._replicas.plan()) is not None:
+            step = Step(tuple(replica.plan for replica in planned))
+            self._in_flight.append((planned, self._executor.step(step)))
         batch = TokenBatch(b"", b"")
         if self._in_flight:
             planned, pending = self._in_flight.popleft()
-            batch = self._scheduler.commit(planned, pending.result())
+            batch = self._replicas.commit(planned, pending.result())
         else:
-            assert not len(self._scheduler), "requests are left that can never run"
+            assert not len(self._replicas), "requests are left that can never run"
         if self._cancelled:
             ended = tuple((request_id, FinishReason.CANCELLED) for request_id in self._cancelled)
             batch = msgspec.structs.replace(batch, finished=batch.finished + ended)
@@ -122,11 +129,14 @@ class Brain:
 
     def stats(self) -> EngineStats:
         """What there is now, and counts since the start."""
-        scheduler, totals = self._scheduler, self._scheduler.totals
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_blocks_used=self._num_blocks - scheduler.pool.num_free,
+        return EngineStats(tuple(map(self._stats_of, self._replicas.replicas)))
+
+    def _stats_of(self, replica: Scheduler) -> ReplicaStats:
+        totals = replica.totals
+        return ReplicaStats(
+            num_running=len(replica.running),
+            num_waiting=len(replica.waiting),
+            num_blocks_used=self._num_blocks - replica.pool.num_free,
             num_blocks=self._num_blocks,
             num_steps=totals.num_steps,
             num_preemptions=totals.num_preemptions,
@@ -138,7 +148,7 @@ class Brain:
     def _max_len(self, request: Submit) -> int:
         """The longest that the request can get. Raises RequestError if it is wrong or there is no room for that."""
         num_prompt, max_tokens = len(as_ints(request.prompt_token_ids)), request.sampling.max_tokens
-        if request.request_id in self._scheduler:
+        if request.request_id in self._replicas:
             raise RequestError("request_id", request.request_id, "a request with this id is running")
         if num_prompt == 0:
             raise RequestError("prompt", [], "it must have at least one token")

@@ -220,6 +220,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
             world_size=capacity.world_size,
             device=capacity.device,
             dtype=capacity.dtype,
+            num_replicas=config.parallel.data_parallel_size,
         )
     )
     return EngineLoop(link, brain, executor)

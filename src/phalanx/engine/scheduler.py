@@ -158,6 +158,15 @@ class Scheduler:
             return None
         return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R, new)
 
+    def plan_nothing(self) -> PlannedStep:
+        """The next step without a token to compute: for a replica whose peers have some."""
+        none = np.empty(0, dtype=np.intp)
+        return self._planned(none, np.empty(0, dtype=np.int64), none, np.empty(0, dtype=np.int32), [])
+
+    def num_cached(self, request: Request) -> int:
+        """Tokens of the request that the prefix cache holds now."""
+        return len(self._find_cached(request)) * self._block_size
+
     def commit(self, step: PlannedStep, result: StepResult) -> TokenBatch:
         """Take in what a step made; gives the tokens that may leave now and the requests that they end."""
         assert result.step == step.plan.step, f"step {step.plan.step} was answered as step {result.step}"

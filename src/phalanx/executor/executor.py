@@ -28,7 +28,7 @@ from phalanx.protocol import (
     Published,
     ReplyBody,
     StartProgress,
-    StepPlan,
+    Step,
     StepResult,
     Stop,
     WorkerMessage,
@@ -71,15 +71,15 @@ class Executor:
         world_size: int,
         step_timeout_s: float,
         *,
-        output_rank: int,
+        output_ranks: Sequence[int],
         resources: ExitStack,
     ) -> None:
-        """`output_rank` answers for a step.
+        """`output_ranks` answer for a step, one for each replica.
 
         `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
         """
         self.world_size = world_size
-        self._output_rank = output_rank
+        self._output_ranks = tuple(output_ranks)
         self._launcher = launcher
         self._channel = channel
         self._step_timeout_s = step_timeout_s
@@ -93,9 +93,9 @@ class Executor:
         self._on_failure: OnFailure = lambda error: None
         self._resources = resources
 
-    def step(self, plan: StepPlan) -> Pending[StepResult]:
-        """Send one step to every rank. Returns at once; the output rank's answer is awaited by the Pending."""
-        return self._call(plan, (self._output_rank,), self._step_timeout_s, f"step {plan.step}", _step_result)
+    def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
+        """Send one step to every rank. Returns at once; the Pending awaits the outcome of each replica."""
+        return self._call(step, self._output_ranks, self._step_timeout_s, f"step {step.number}", _step_results)
 
     def submit(
         self, body: CommandBody, *, ranks: Sequence[int] | None = None, deadline_s: float
@@ -328,7 +328,5 @@ def _returned(unique_rank: int | None, replies: Sequence[ReplyBody]) -> Any:
     return values if unique_rank is None else values[unique_rank]
 
 
-def _step_result(replies: Sequence[ReplyBody]) -> StepResult:
-    (reply,) = replies
-    assert isinstance(reply, StepResult)
-    return reply
+def _step_results(replies: Sequence[ReplyBody]) -> tuple[StepResult, ...]:
+    return tuple(reply for reply in replies if isinstance(reply, StepResult))

@@ -30,6 +30,7 @@ from phalanx.protocol import (
     WorkerMessage,
 )
 from phalanx.topology.grid import Grid
+from phalanx.topology.sharding import ExpertShare
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
 
@@ -67,6 +68,7 @@ def start_executor(config: Config, checkpoint: Checkpoint, on_progress: OnProgre
 def _settle(config: Config, checkpoint: Checkpoint) -> Config:
     """Replace what is `auto` in the model and executor sections. Raises ConfigError for what the model cannot do."""
     Grid.of(config.parallel).stage_layers(checkpoint.num_layers, stage=0)
+    _check_experts(config, checkpoint)
     limit = checkpoint.max_model_len
     if config.model.max_model_len is not None and config.model.max_model_len > limit:
         raise ConfigError("max_model_len", config.model.max_model_len, f"this model goes up to {limit}")
@@ -82,6 +84,15 @@ def _settle(config: Config, checkpoint: Checkpoint) -> Config:
     )
     settled.check()
     return settled
+
+
+def _check_experts(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError: there are no experts to share out, or too few."""
+    if not config.parallel.enable_expert_parallel:
+        return
+    if not checkpoint.num_experts:
+        raise ConfigError("enable_expert_parallel", True, f"{checkpoint.name} is no mixture of experts")
+    ExpertShare(0, Grid.of(config.parallel).expert_parallel_size).span(checkpoint.num_experts)
 
 
 def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Executor:
@@ -100,7 +111,7 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> 
             placed.channel,
             grid.world_size,
             config.executor.step_timeout_s,
-            output_rank=grid.output_rank,
+            output_ranks=grid.output_ranks,
             resources=stack.pop_all(),
         )
 
@@ -175,7 +186,8 @@ def _allocate(executor: Executor, config: Config, checkpoint: Checkpoint, loaded
         for reply in executor.submit(MeasureMemory(), deadline_s=deadline_s).result()
         if isinstance(reply, Measured)
     ]
-    num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured), 0)
+    num_padding = int(config.parallel.data_parallel_size > 1)  # a block that a replica without work writes to
+    num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
     max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
     executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline_s).result()
     return Capacity(

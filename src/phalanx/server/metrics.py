@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from phalanx.engine.client import EngineClient
 from phalanx.engine.stream import OutputDelta
-from phalanx.protocol import EngineStats
+from phalanx.protocol import ReplicaStats
 
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 30)
@@ -83,26 +83,48 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """The engine's latest stats; zeros before it has told any."""
+    """The engine's latest stats, by replica; zeros before it has told any."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(self._engine.dead is None))
-        stats = self._engine.stats or EngineStats(0, 0, 0, self._engine.info.num_blocks, 0, 0, 0, 0, 0)
-        for name, text, gauge in (
-            ("running", "Requests in the batch.", stats.num_running),
-            ("waiting", "Requests that wait for room in the batch.", stats.num_waiting),
+        replicas = self._replicas()
+        yield _gauge("requests_running", "Requests in the batch.", [stats.num_running for stats in replicas])
+        waiting = [stats.num_waiting for stats in replicas]
+        yield _gauge("requests_waiting", "Requests that wait for room in the batch.", waiting)
+        used = [stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0 for stats in replicas]
+        yield _gauge("kv_cache_used_ratio", "Share of KV cache blocks in use.", used)
+        for name, text, counts in (
+            ("prompt_tokens", "Tokens of prompts.", [stats.num_prompt_tokens for stats in replicas]),
+            (
+                "prompt_tokens_cached",
+                "Tokens of prompts that came from the prefix cache.",
+                [stats.num_cached_tokens for stats in replicas],
+            ),
+            ("generated_tokens", "Tokens of outputs.", [stats.num_generated_tokens for stats in replicas]),
+            ("engine_steps", "Steps of the engine.", [stats.num_steps for stats in replicas]),
+            (
+                "preemptions",
+                "Requests that lost their KV cache and were computed anew.",
+                [stats.num_preemptions for stats in replicas],
+            ),
         ):
-            yield GaugeMetricFamily(f"phalanx_requests_{name}", text, gauge)
-        used = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
-        yield GaugeMetricFamily("phalanx_kv_cache_used_ratio", "Share of KV cache blocks in use.", used)
-        for name, text, count in (
-            ("prompt_tokens", "Tokens of prompts.", stats.num_prompt_tokens),
-            ("prompt_tokens_cached", "Tokens of prompts that came from the prefix cache.", stats.num_cached_tokens),
-            ("generated_tokens", "Tokens of outputs.", stats.num_generated_tokens),
-            ("engine_steps", "Steps of the engine.", stats.num_steps),
-            ("preemptions", "Requests that lost their KV cache and were computed anew.", stats.num_preemptions),
-        ):
-            yield CounterMetricFamily(f"phalanx_{name}", text, count)
+            family = CounterMetricFamily(f"phalanx_{name}", text, labels=["replica"])
+            for replica, count in enumerate(counts):
+                family.add_metric([str(replica)], count)
+            yield family
+
+    def _replicas(self) -> Sequence[ReplicaStats]:
+        if self._engine.stats is not None:
+            return self._engine.stats.replicas
+        info = self._engine.info
+        return [ReplicaStats(0, 0, 0, info.num_blocks, 0, 0, 0, 0, 0)] * info.num_replicas
+
+
+def _gauge(name: str, text: str, values: Sequence[float]) -> Metric:
+    family = GaugeMetricFamily(f"phalanx_{name}", text, labels=["replica"])
+    for replica, value in enumerate(values):
+        family.add_metric([str(replica)], value)
+    return family

@@ -22,6 +22,7 @@ from phalanx.protocol import (
     LogprobColumns,
     NewRequest,
     SamplingParams,
+    Step,
     StepPlan,
     StepResult,
     as_ints,
@@ -134,13 +135,12 @@ class SimulatedWorker:
         samples_R: NDArray[np.bool_],
     ) -> None:
         shape = plan.shape
-        assert len(slots_R) > 0, "an empty step"
         assert len(slots_R) == len(num_tokens_R) == shape.num_rows
         assert len(np.unique(slots_R)) == len(slots_R), "two rows of one slot"
         assert self._requests.keys() >= set(slots_R.tolist()), "a row of a free slot"
         assert int(num_tokens_R.sum()) == shape.num_tokens <= self._max_num_batched_tokens
         assert int(samples_R.sum()) == shape.num_samples
-        assert num_tokens_R.min() > 0, "a row without tokens"
+        assert (num_tokens_R > 0).all(), "a row without tokens"
         assert (np.diff((num_tokens_R > 1).astype(np.int8)) >= 0).all(), "rows with one token come first"
         assert (ends_R <= self._num_known_S[slots_R]).all(), "tokens are computed that nobody knows"
         assert (ends_R <= self._num_blocks_S[slots_R] * self.block_size).all(), "too few blocks"
@@ -201,28 +201,29 @@ class SimulatedWorker:
 class Answered:
     """The answer of a call that has been carried out."""
 
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
+    def __init__(self, results: tuple[StepResult, ...]) -> None:
+        self._results = results
 
     def done(self) -> bool:
         return True
 
-    def result(self) -> StepResult:
-        return self._result
+    def result(self) -> tuple[StepResult, ...]:
+        return self._results
 
 
 class SimulatedExecutor:
-    """Gives each plan, encoded and decoded as on its way to a process, to a worker in this thread."""
+    """Gives each plan, encoded and decoded as on its way to a process, to its replica's worker in this thread."""
 
-    def __init__(self, worker: SimulatedWorker) -> None:
-        self.worker = worker
-        self.plans: list[StepPlan] = []
+    def __init__(self, *workers: SimulatedWorker) -> None:
+        self.workers = workers
+        self.steps: list[Step] = []
 
-    def step(self, plan: StepPlan) -> Answered:
-        call = _decode(_encode(Call(call_id=1, body=plan, reply_ranks=(0,))))
-        assert isinstance(call.body, StepPlan)
-        self.plans.append(call.body)
-        return Answered(self.worker.run(call.body))
+    def step(self, step: Step) -> Answered:
+        call = _decode(_encode(Call(call_id=1, body=step, reply_ranks=(0,))))
+        assert isinstance(call.body, Step)
+        assert any(plan.shape.num_tokens for plan in call.body.plans), "an empty step"
+        self.steps.append(call.body)
+        return Answered(tuple(worker.run(plan) for worker, plan in zip(self.workers, call.body.plans, strict=True)))
 
 
 class SimulatedPipeline:
@@ -243,31 +244,32 @@ class SimulatedPipeline:
         self._stage_s = stage_s
         self._free_at_s = [0.0] * len(stage_s)
 
-    def step(self, plan: StepPlan) -> AnswerOfStages:
+    def step(self, step: Step) -> AnswerOfStages:
         ready_at_s = self.now_s
         for stage, stage_s in enumerate(self._stage_s):
             ready_at_s = self._free_at_s[stage] = max(ready_at_s, self._free_at_s[stage]) + stage_s
             self.busy_s[stage] += stage_s
+        (plan,) = step.plans
         self.under_way.append(plan)
         self.sent.append(tuple(self.under_way))
-        return AnswerOfStages(self, self._executor.step(plan).result(), ready_at_s)
+        return AnswerOfStages(self, self._executor.step(step).result(), ready_at_s)
 
 
 class AnswerOfStages:
     """The answer of a pipeline's last stage."""
 
-    def __init__(self, pipeline: SimulatedPipeline, result: StepResult, ready_at_s: float) -> None:
+    def __init__(self, pipeline: SimulatedPipeline, results: tuple[StepResult, ...], ready_at_s: float) -> None:
         self._pipeline = pipeline
-        self._result = result
+        self._results = results
         self._ready_at_s = ready_at_s
 
     def done(self) -> bool:
         return self._ready_at_s <= self._pipeline.now_s
 
-    def result(self) -> StepResult:
+    def result(self) -> tuple[StepResult, ...]:
         self._pipeline.now_s = max(self._pipeline.now_s, self._ready_at_s)
-        assert self._pipeline.under_way.pop(0).step == self._result.step, "answers come in the order of the steps"
-        return self._result
+        assert self._pipeline.under_way.pop(0).step == self._results[0].step, "answers come in the order of the steps"
+        return self._results
 
 
 def expected_output(

@@ -97,12 +97,17 @@ def place_in_bundles(
     return tuple(Place(rank, node_id, next(waiting[node_id])) for rank, node_id in enumerate(holders))
 
 
-def split_groups(grid: Grid, places: Sequence[Place]) -> tuple[int, ...]:
-    """Stages whose tensor-parallel group spans nodes."""
-    nodes_of: dict[int, set[str]] = {}
+def split_groups(grid: Grid, places: Sequence[Place]) -> tuple[str, ...]:
+    """Names of the tensor-parallel groups that span nodes."""
+    nodes_of: dict[str, set[str]] = {}
     for place in places:
-        nodes_of.setdefault(grid.coordinates(place.rank).stage, set()).add(place.node_id)
-    return tuple(stage for stage, holders in sorted(nodes_of.items()) if len(holders) > 1)
+        nodes_of.setdefault(_group_of(grid, place), set()).add(place.node_id)
+    return tuple(name for name, holders in nodes_of.items() if len(holders) > 1)
+
+
+def _group_of(grid: Grid, place: Place) -> str:
+    replica, stage, _ = grid.coordinates(place.rank)
+    return grid.stage_group(replica, stage)
 
 
 def _room(demand: Demand, node: Node) -> int:
@@ -117,7 +122,7 @@ def _order(nodes: Sequence[Node], room: Mapping[str, int]) -> list[Node]:
 
 def _fill(grid: Grid, rooms: Sequence[tuple[str, int]], may_split: bool) -> list[str] | None:
     """The node of each rank: as many whole groups as the nodes can hold, then, if allowed, what is left of them."""
-    size, num_groups = grid.tensor_parallel_size, grid.pipeline_parallel_size
+    size, num_groups = grid.tensor_parallel_size, grid.num_groups
     whole = [node_id for node_id, room in rooms for _ in range(room // size)][:num_groups]
     used = Counter(whole)
     left = [node_id for node_id, room in rooms for _ in range(room - used[node_id] * size)]
@@ -155,7 +160,7 @@ def _check_indices(
 def _check_groups(grid: Grid, places: Sequence[Place], names: Mapping[str, str], may_split: bool, table: str) -> None:
     split = () if may_split else split_groups(grid, places)
     if split:
-        members = [place for place in places if grid.coordinates(place.rank).stage == split[0]]
+        members = [place for place in places if _group_of(grid, place) == split[0]]
         where = ", ".join(f"rank {place.rank} on {names[place.node_id]}" for place in members)
         raise PlacementError(f"these bundles split a tensor-parallel group ({where}); {_HOW_TO_SPLIT}", table)
 
@@ -166,9 +171,9 @@ _HOW_TO_SPLIT = "allow_split_tensor_parallel lets one span nodes, at the price o
 def _complaint(
     grid: Grid, demand: Demand, room: Mapping[str, int], may_split: bool, *, in_bundles: bool = False
 ) -> str:
-    size, num_groups, total = grid.tensor_parallel_size, grid.pipeline_parallel_size, sum(room.values())
+    size, num_groups, total = grid.tensor_parallel_size, grid.num_groups, sum(room.values())
     each = f"{_number(demand.per_rank)} {demand.resource}"
-    asked = f"{grid.world_size} ranks (tensor_parallel_size {size}, pipeline_parallel_size {num_groups}) of {each} each"
+    asked = f"{grid.world_size} ranks ({_sizes(grid)}) of {each} each"
     where = "the placement group's bundles have" if in_bundles else "the cluster has"
     if total < grid.world_size:
         return f"{asked} are asked for and {where} room for {total}"
@@ -200,7 +205,7 @@ def _table(
             row = (*row, " ".join(held) or "none")
         rows.append(row)
     total, whole = sum(room.values()), sum(ranks // size for ranks in room.values())
-    groups = grid.pipeline_parallel_size
+    groups = grid.num_groups
     need = _number(grid.world_size * demand.per_rank)
     rows.append(("asked for", "", need, "", str(grid.world_size), str(groups)))
     rows.append(("missing", "", "", "", str(max(grid.world_size - total, 0)), str(max(groups - whole, 0))))
@@ -212,6 +217,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(max(map(len, rows)))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _sizes(grid: Grid) -> str:
+    sizes = f"tensor_parallel_size {grid.tensor_parallel_size}, pipeline_parallel_size {grid.pipeline_parallel_size}"
+    return sizes if grid.data_parallel_size == 1 else f"{sizes}, data_parallel_size {grid.data_parallel_size}"
 
 
 def _number(value: float) -> str:

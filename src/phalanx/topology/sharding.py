@@ -49,6 +49,21 @@ def split(size: int, num_ranks: int, rank: int) -> Span:
     return Span(start, start + share + (rank < rest))
 
 
+class ExpertShare(NamedTuple):
+    """Which experts of every layer a rank has, whole: those of one place among the ranks that share them out."""
+
+    rank: int
+    num_ranks: int
+
+    def span(self, num_experts: int) -> Span:
+        """Raises ConfigError: there are fewer experts than ranks."""
+        if num_experts < self.num_ranks:
+            raise ConfigError(
+                "enable_expert_parallel", True, f"at most {num_experts} ranks for this model: every one needs an expert"
+            )
+        return split(num_experts, self.num_ranks, self.rank)
+
+
 def split_columns(size: int, num_ranks: int, rank: int) -> Span:
     """Rank's share of the `size` columns of a matrix, in aligned units where that leaves no rank without any.
 

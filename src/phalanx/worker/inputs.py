@@ -76,6 +76,24 @@ class StepInputs:
             num_decodes=int((rows.num_tokens_R == 1).sum()),
         )
 
+    @classmethod
+    def padding(cls, table: SlotTable) -> StepInputs:
+        """One token that is nobody's. Its key and value go into the block after those that can be planned with."""
+        none, zero = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        return cls(
+            token_ids_T=zero,
+            positions_T=zero,
+            query_starts_R1=np.array([0, 1], dtype=np.int32),
+            context_lens_R=np.ones(1, dtype=np.int32),
+            block_tables_RB=np.full((1, 1), table.num_cache_blocks, dtype=np.int32),
+            cache_slots_T=np.array([table.num_cache_blocks * table.block_size]),
+            sampled_at_N=none,
+            sampled_slots_N=none,
+            max_query_len=1,
+            max_context_len=1,
+            num_decodes=1,
+        )
+
 
 def _given_token_ids(
     rows: Rows, table: SlotTable, starts_R1: NDArray[np.int64], is_given_R: NDArray[np.bool_]

@@ -15,7 +15,9 @@ from phalanx.worker.slots import SlotTable
 
 
 @torch.inference_mode()
-def peak_activation_bytes(model: CausalLM, scheduler: SchedulerConfig, block_size: int) -> int:
+def peak_activation_bytes(
+    model: CausalLM, scheduler: SchedulerConfig, block_size: int, num_replicas: int = 1
+) -> int:
     """Bytes of activations in the largest step that the limits allow; 0 on a CPU, whose cache leaves room enough.
 
     Every rank of a stage must call it, as it runs the step's collectives. Stages do not wait for each other.
@@ -37,9 +39,8 @@ def peak_activation_bytes(model: CausalLM, scheduler: SchedulerConfig, block_siz
     else:
         inputs = torch.zeros(num_tokens, model.hidden_size, dtype=model.dtype, device=model.device)
     positions_T = torch.arange(num_tokens, device=model.device)
-    hidden_TD = model.hidden_states(
-        inputs, positions_T, AttentionBatch.of_one_row(num_tokens, block_size, model.device)
-    )
+    batch = AttentionBatch.of_one_row(num_tokens, block_size, model.device)
+    hidden_TD = model.hidden_states(inputs, positions_T, batch, [num_tokens] * num_replicas)
     if model.is_last:
         _sample(model.logits(hidden_TD[torch.zeros(num_rows, dtype=torch.int64, device=model.device)]))
     torch.cuda.synchronize(model.device)

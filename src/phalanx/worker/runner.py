@@ -6,6 +6,7 @@ request, D hidden size, V vocabulary, Q all slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import NO_TOKEN, LogprobColumns, StepPlan, StepResult, as_ints, ints
+from phalanx.protocol import NO_TOKEN, LogprobColumns, Step, StepPlan, StepResult, as_ints, ints
 from phalanx.worker.inputs import StepInputs
 from phalanx.worker.sampler import Logprobs, Sampled, Sampler
 from phalanx.worker.slots import Rows, SlotTable
@@ -42,10 +43,11 @@ class InFlight:
 class Runner:
     """One rank's steps, in the order of the plans. For the use of one thread.
 
-    The sequence of collectives in a step depends on the rank's stage and the StepShape alone (invariant 1). If there
-    are `num_tokens`: their hidden states from the stage before, the model's collectives, their hidden states to the
-    stage after. If there are `num_samples`, on the last stage: those of `logits`, and unless there are other stages one
-    broadcast of the tokens. Rank 0 of the last stage's group chooses them for all.
+    The sequence of collectives in a step depends on the rank's stage and the StepShapes alone (invariant 1). If any
+    replica has tokens: hidden states from the stage before, the model's collectives, hidden states to the stage after;
+    those of a token of padding where a replica has none. If this one has `num_samples`, on the last stage: those of
+    `logits`, and unless there are other stages one broadcast of the tokens. Rank 0 of the last stage's group chooses
+    them for all.
     """
 
     def __init__(
@@ -58,8 +60,11 @@ class Runner:
         block_size: int,
         num_blocks: int,
         device: torch.device,
+        replica: int = 0,
     ) -> None:
+        """`num_blocks` can be planned with. In lockstep with other replicas the cache has one more, for padding."""
         self._model = model
+        self._replica = replica
         self._stage = stage
         self._device = device
         self._slots = SlotTable(
@@ -71,17 +76,19 @@ class Runner:
         self._newest_Q = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> InFlight:
+    def launch(self, step: Step) -> InFlight:
         """Apply the plan, run the model and choose tokens. On a CPU this is all of the work; a GPU is not waited for.
 
-        Plans come in the order of their steps, and a plan may be launched before earlier ones are finished. Raises what
-        the group's collectives raise.
+        Steps come in order, and one may be launched before earlier ones are finished. Raises what the group's
+        collectives raise.
         """
+        plan = step.plans[self._replica]
         self._take_in(plan)
         rows = self._slots.advance(plan)
-        if not plan.shape.num_tokens:
+        if not any(other.shape.num_tokens for other in step.plans):
             return InFlight(plan.step, torch.empty(0, dtype=torch.int64), None, None)
-        hidden_TD = self._forward(plan, rows)
+        inputs = StepInputs.of(plan, rows, self._slots) if len(rows.slots_R) else StepInputs.padding(self._slots)
+        hidden_TD = self._forward(inputs, [max(other.shape.num_tokens, 1) for other in step.plans])
         sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
         if self._stage.downstream is not None:
             self._stage.send(hidden_TD)
@@ -107,8 +114,8 @@ class Runner:
         for request in plan.new:
             self._sampler.admit(request)
 
-    def _forward(self, plan: StepPlan, rows: Rows) -> Tensor:
-        inputs = StepInputs.of(plan, rows, self._slots)
+    def _forward(self, inputs: StepInputs, num_tokens: Sequence[int]) -> Tensor:
+        """Hidden states of this replica's tokens; `num_tokens` are those of all replicas, padding included."""
         (
             token_ids_T,
             positions_T,
@@ -120,7 +127,7 @@ class Runner:
             sampled_slots_N,
         ) = to_device(inputs.arrays, self._device)
         if len(sampled_at_N):
-            assert not self._stage.is_pipelined, f"step {plan.step} does not tell the tokens of all its rows"
+            assert not self._stage.is_pipelined, "the plan does not tell the tokens of all its rows"
             token_ids_T[sampled_at_N] = self._newest_Q[sampled_slots_N]
         batch = AttentionBatch(
             query_starts_R1=query_starts_R1,
@@ -133,10 +140,10 @@ class Runner:
             block_size=self._slots.block_size,
         )
         if self._stage.upstream is None:
-            return self._model.hidden_states(token_ids_T, positions_T, batch)
-        shape_TD = (plan.shape.num_tokens, self._model.hidden_size)
+            return self._model.hidden_states(token_ids_T, positions_T, batch, num_tokens)
+        shape_TD = (len(token_ids_T), self._model.hidden_size)
         received_TD = self._stage.receive(torch.empty(shape_TD, dtype=self._model.dtype, device=self._device))
-        return self._model.hidden_states(received_TD, positions_T, batch)
+        return self._model.hidden_states(received_TD, positions_T, batch, num_tokens)
 
     def _sample(self, rows: Rows, hidden_TD: Tensor) -> Sampled:
         """Tokens of the rows that sample. Without a pipeline all ranks get them and remember each slot's newest."""

@@ -69,7 +69,7 @@ class SlotTable:
         self.sampling_S = np.zeros(max_num_seqs, dtype=SAMPLING)
         self.given: list[NDArray[np.int32] | None] = [None] * max_num_seqs
         self.end_token_ids: list[tuple[int, ...]] = [()] * max_num_seqs
-        self._num_cache_blocks = num_blocks
+        self.num_cache_blocks = num_blocks
 
     def apply(self, plan: StepPlan) -> None:
         """Carry out a plan's changes: drop, take in, append blocks, in this order."""
@@ -111,7 +111,7 @@ class SlotTable:
 
     def _append_blocks(self, slots: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
         assert len(slots) == len(blocks)
-        assert not len(blocks) or 0 <= blocks.min() <= blocks.max() < self._num_cache_blocks, "no such block"
+        assert not len(blocks) or 0 <= blocks.min() <= blocks.max() < self.num_cache_blocks, "no such block"
         order = np.argsort(slots, kind="stable")  # a slot may get several blocks, which keep their order
         slots, blocks = slots[order], blocks[order]
         rank = np.arange(len(slots)) - np.searchsorted(slots, slots)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from phalanx.topology.grid import Grid, link, stage_group
+from phalanx.topology.grid import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,12 @@ class Stage:
     @classmethod
     def of(cls, grid: Grid, rank: int, groups: Mapping[str, Group]) -> Stage:
         """Among the groups that the rank has joined, by name."""
-        stage, tp_rank = grid.coordinates(rank)
-        return cls(groups[stage_group(stage)], groups.get(link(stage - 1, tp_rank)), groups.get(link(stage, tp_rank)))
+        replica, stage, tp_rank = grid.coordinates(rank)
+        return cls(
+            groups[grid.stage_group(replica, stage)],
+            groups.get(grid.link(replica, stage - 1, tp_rank)),
+            groups.get(grid.link(replica, stage, tp_rank)),
+        )
 
     @property
     def is_pipelined(self) -> bool:

@@ -21,6 +21,7 @@ from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.model import CausalLM, load_model
+from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
     AllocateCache,
     Call,
@@ -33,10 +34,11 @@ from phalanx.protocol import (
     Progress,
     Reply,
     ReplyBody,
-    StepPlan,
+    Step,
     Stop,
 )
 from phalanx.topology.grid import Grid
+from phalanx.topology.sharding import ExpertShare
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.methods import Methods, load_extension, remote_method
 from phalanx.worker.profile import peak_activation_bytes
@@ -109,6 +111,7 @@ class Worker:
             on_progress=lambda done, total: self._enter("loading", done, total),
             layers=grid.stage_layers(self._checkpoint.num_layers, grid.coordinates(self.spec.rank).stage),
             release=self._arena.release if config.model.pack_weights else None,
+            experts=self._experts(grid),
         )
         if config.executor.worker_extension_cls is not None:
             self._methods = Methods(self, load_extension(config.executor.worker_extension_cls, self))
@@ -117,6 +120,18 @@ class Worker:
             device=_device_name(self._device),
             dtype=str(self._model.dtype).removeprefix("torch."),
         )
+
+    def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
+        """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""
+        if grid.all2all_backend is None:
+            return None
+        assert self._stage is not None
+        rank, num_experts = self.spec.rank, self._checkpoint.num_experts
+        share = ExpertShare(grid.expert_rank(rank), grid.expert_parallel_size)
+        _, stage, tp_rank = grid.coordinates(rank)
+        if grid.all2all_backend == "alltoall":
+            return share, AllToAll(self._groups[grid.experts(stage)], self._stage.shared, num_experts)
+        return share, AllGatherReduceScatter(self._groups[grid.peers(stage, tp_rank)], self._stage.shared)
 
     @property
     def model(self) -> CausalLM:
@@ -143,7 +158,7 @@ class Worker:
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         self.call_id = call.call_id
-        if isinstance(call.body, StepPlan):
+        if isinstance(call.body, Step):
             if call.body.epoch != self.spec.epoch:
                 self.num_stale += 1
                 return
@@ -213,7 +228,9 @@ class Worker:
                 config.cache,
                 self._device,
                 useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
-                peak_activation_bytes=peak_activation_bytes(model, config.scheduler, config.cache.block_size),
+                peak_activation_bytes=peak_activation_bytes(
+                    model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
+                ),
                 ranks_on_host=self.spec.ranks_on_host,
             ),
             block_bytes=bytes_of_block,
@@ -223,8 +240,16 @@ class Worker:
         assert self._model is not None and self._stage is not None
         self._enter("allocating")
         config, model = self.spec.config, self._model
+        grid = Grid.of(config.parallel)
+        num_padding = int(grid.data_parallel_size > 1)
         model.bind_cache(
-            allocate_cache(model.cache_layers, num_blocks, config.cache.block_size, model.dtype, self._arena.allocate)
+            allocate_cache(
+                model.cache_layers,
+                num_blocks + num_padding,
+                config.cache.block_size,
+                model.dtype,
+                self._arena.allocate,
+            )
         )
         self._runner = Runner(
             model,
@@ -234,6 +259,7 @@ class Worker:
             block_size=config.cache.block_size,
             num_blocks=num_blocks,
             device=self._device,
+            replica=grid.coordinates(self.spec.rank).replica,
         )
         self._enter("idle")
 

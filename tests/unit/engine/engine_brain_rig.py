@@ -10,7 +10,7 @@ import numpy as np
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import extend_digests
-from phalanx.protocol import FinishReason, SamplingParams, Submit, TokenBatch, as_ints, ints
+from phalanx.protocol import FinishReason, ReplicaStats, SamplingParams, StepPlan, Submit, TokenBatch, as_ints, ints
 from phalanx.testing.simulated_worker import SimulatedExecutor, SimulatedWorker, expected_output, token_hashes
 
 EOS = (3, 7)
@@ -42,18 +42,23 @@ class Rig:
         async_scheduling: bool = True,
         enable_prefix_caching: bool = True,
         pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
     ) -> None:
         self.max_model_len = max_model_len
-        self.worker = SimulatedWorker(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            vocab_size=VOCAB_SIZE,
-            num_stages=pipeline_parallel_size,
-        )
-        self.executor = SimulatedExecutor(self.worker)
+        self.block_size = block_size
+        self.workers = [
+            SimulatedWorker(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=max_model_len,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                vocab_size=VOCAB_SIZE,
+                num_stages=pipeline_parallel_size,
+            )
+            for _ in range(data_parallel_size)
+        ]
+        self.executor = SimulatedExecutor(*self.workers)
         config = Config.build(
             model="simulated",
             block_size=block_size,
@@ -62,6 +67,8 @@ class Rig:
             async_scheduling=async_scheduling,
             enable_prefix_caching=enable_prefix_caching,
             pipeline_parallel_size=pipeline_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_expert_parallel=data_parallel_size > 1,
         )
         self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
         self.clients: dict[int, Client] = {}
@@ -89,9 +96,22 @@ class Rig:
         assert not self.brain.has_work(), "livelock"
         for client in self.clients.values():
             self._check_output(client)
-        stats = self.brain.stats()
-        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
-        assert stats.num_generated_tokens == sum(len(client.output) for client in self.clients.values())
+        replicas = self.brain.stats().replicas
+        for stats in replicas:
+            assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
+        num_tokens = sum(len(client.output) for client in self.clients.values())
+        assert sum(stats.num_generated_tokens for stats in replicas) == num_tokens
+
+    @property
+    def stats(self) -> ReplicaStats:
+        """Of the one replica."""
+        (stats,) = self.brain.stats().replicas
+        return stats
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """Those that the one replica was sent."""
+        return [plan for step in self.executor.steps for plan in step.plans]
 
     def check_cache(self) -> None:
         """Every block that can be found holds what its digest claims."""
@@ -99,12 +119,13 @@ class Rig:
         for client in self.clients.values():
             tokens = client.prompt + client.output
             digests: list[bytes] = []
-            num_full = len(tokens) // self.worker.block_size
-            extend_digests(digests, np.array(tokens, dtype=np.int32), self.worker.block_size, num_full)
-            hashes = token_hashes(tokens)[self.worker.block_size - 1 :: self.worker.block_size]
+            num_full = len(tokens) // self.block_size
+            extend_digests(digests, np.array(tokens, dtype=np.int32), self.block_size, num_full)
+            hashes = token_hashes(tokens)[self.block_size - 1 :: self.block_size]
             claims.update(zip(digests, hashes, strict=True))
-        for digest, block in self.brain._scheduler.cache.entries().items():
-            assert self.worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
+        for replica, worker in zip(self.brain._replicas.replicas, self.workers, strict=True):
+            for digest, block in replica.cache.entries().items():
+                assert worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
 
     def _take(self, batch: TokenBatch) -> None:
         request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()

@@ -9,7 +9,7 @@ from engine_brain_rig import EOS, Rig
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.errors import RequestError, WorkerError
-from phalanx.protocol import NO_TOKEN, FinishReason, SamplingParams, StepPlan, StepResult, Submit, as_ints, ints
+from phalanx.protocol import NO_TOKEN, FinishReason, SamplingParams, Step, StepPlan, StepResult, Submit, as_ints, ints
 
 
 class Unanswered:
@@ -20,16 +20,17 @@ class Unanswered:
         self.most_under_way = 0
         self.error: Exception | None = None
 
-    def step(self, plan: StepPlan) -> Unanswered:
+    def step(self, step: Step) -> Unanswered:
+        (plan,) = step.plans
         self.under_way.append(plan)
         self.most_under_way = max(self.most_under_way, len(self.under_way))
         return self
 
-    def result(self) -> StepResult:
+    def result(self) -> tuple[StepResult, ...]:
         if self.error is not None:
             raise self.error
         plan = self.under_way.popleft()
-        return StepResult(plan.step, ints([30] * plan.shape.num_samples))
+        return (StepResult(plan.step, ints([30] * plan.shape.num_samples)),)
 
 
 def brain_over(executor: Unanswered, **settings: object) -> Brain:
@@ -66,12 +67,12 @@ def test_a_failed_step_is_the_callers_to_hear_of() -> None:
 class SpoiltRow(Unanswered):
     """Finds no token for the first row that samples in its second step."""
 
-    def result(self) -> StepResult:
+    def result(self) -> tuple[StepResult, ...]:
         plan = self.under_way.popleft()
         tokens = [30] * plan.shape.num_samples
         if plan.step == 1:
             tokens[0] = NO_TOKEN
-        return StepResult(plan.step, ints(tokens))
+        return (StepResult(plan.step, ints(tokens)),)
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
@@ -88,7 +89,7 @@ def test_a_row_without_a_token_ends_its_request_alone(async_scheduling: bool) ->
     assert finished == [(0, FinishReason.ERROR), (1, FinishReason.LENGTH)]
     made = [i for batch in batches if batch for i in np.frombuffer(batch.request_ids, np.int64).tolist()]
     assert (made.count(0), made.count(1)) == (1, 4)
-    assert brain.stats().num_blocks_used == 0
+    assert brain.stats().replicas[0].num_blocks_used == 0
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,9 @@ def test_seeds_are_chosen_once() -> None:
     for seed in (None, None, 5):
         rig.submit([10, 11, 12, 13], max_tokens=16, ignore_eos=True, seed=seed)
     rig.finish()
-    assert rig.brain.stats().num_preemptions > 0
+    assert rig.stats.num_preemptions > 0
     seeds: dict[int, set[int]] = {}
-    for new in (new for plan in rig.executor.plans for new in plan.new):
+    for new in (new for plan in rig.plans for new in plan.new):
         order = [client.sampling.seed for client in rig.clients.values()].index(new.sampling.seed)
         seeds.setdefault(order, set()).add(new.seed)
     assert len(seeds[0]) == 2, "two requests without a seed have one each"
@@ -170,12 +171,12 @@ def test_stats_count() -> None:
     for _ in range(2):
         rig.submit(prompt, max_tokens=3, ignore_eos=True)
     rig.step()
-    stats = rig.brain.stats()
+    stats = rig.stats
     assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (1, 1, 3)
     rig.finish()
-    stats = rig.brain.stats()
+    stats = rig.stats
     assert (stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_generated_tokens) == (18, 8, 6)
-    assert stats.num_steps == len(rig.executor.plans)
+    assert stats.num_steps == len(rig.plans)
 
 
 def test_a_steady_decode_step_costs_a_few_bytes_a_request() -> None:
@@ -183,7 +184,7 @@ def test_a_steady_decode_step_costs_a_few_bytes_a_request() -> None:
     for i in range(64):
         rig.submit([10 + i % 30, 11, 12], max_tokens=8, ignore_eos=True)
     rig.finish()
-    decode = rig.executor.plans[3]
+    decode = rig.plans[3]
     assert decode.shape.num_rows == 64
     assert len(decode.slots) + len(decode.num_tokens) == 64 * 8
     assert decode.block_ids == decode.block_slots == decode.dropped == b""

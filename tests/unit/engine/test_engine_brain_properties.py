@@ -36,6 +36,7 @@ _rigs = st.builds(
     async_scheduling=st.booleans(),
     enable_prefix_caching=st.booleans(),
     pipeline_parallel_size=st.integers(1, 4),
+    data_parallel_size=st.integers(1, 3),
 )
 
 

@@ -125,7 +125,7 @@ async def test_a_stop_string_ends_the_request_in_the_engine_too(checkpoint: Path
     async with client_of(checkpoint) as client:
         text, last = await text_of(client, "the quick fox", SamplingParams(max_tokens=None, stop=("fox",)))
         assert (text, last.finish_reason, last.stop_reason) == ("the quick ", "stop", "fox")
-        await until(lambda: client.stats is not None and client.stats.num_generated_tokens == 1)
+        await until(lambda: client.stats is not None and client.stats.replicas[0].num_generated_tokens == 1)
 
 
 @in_loop
@@ -136,7 +136,7 @@ async def test_closing_the_iterator_cancels(checkpoint: Path) -> None:
                 break
             assert client.num_running == 1
         assert client.num_running == 0
-        await until(lambda: client.stats is not None and client.stats.num_generated_tokens == 1)
+        await until(lambda: client.stats is not None and client.stats.replicas[0].num_generated_tokens == 1)
 
 
 @in_loop
@@ -147,7 +147,7 @@ async def test_cancelling_the_reading_task_cancels(checkpoint: Path) -> None:
         task.cancel()
         await asyncio.wait([task])
         assert client.num_running == 0
-        await until(lambda: client.stats is not None and client.stats.num_generated_tokens == 1)
+        await until(lambda: client.stats is not None and client.stats.replicas[0].num_generated_tokens == 1)
 
 
 @in_loop

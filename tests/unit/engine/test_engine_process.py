@@ -159,7 +159,7 @@ def test_tokens_and_stats_go_to_the_client_and_shutdown_ends_it(engine: Engine) 
     first, second = engine.receive(TokenBatch), engine.receive(TokenBatch)
     assert [np.frombuffer(batch.tokens, dtype=np.int32).tolist() for batch in (first, second)] == [[5], [6]]
     assert [request_id for request_id, _ in second.finished] == [3]
-    while engine.receive(EngineStats).num_running:
+    while engine.receive(EngineStats).replicas[0].num_running:
         pass
     engine.send(Shutdown())
     assert engine.exit_code() == 0

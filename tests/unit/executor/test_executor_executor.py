@@ -22,6 +22,7 @@ from phalanx.protocol import (
     Published,
     Reply,
     StartProgress,
+    Step,
     StepPlan,
     StepResult,
     StepShape,
@@ -84,15 +85,15 @@ class Bench:
         self.channel = ScriptedChannel()
         self.launcher = ScriptedLauncher()
         self.executor = Executor(
-            self.launcher, self.channel, world_size, step_timeout_s, output_rank=output_rank, resources=ExitStack()
+            self.launcher, self.channel, world_size, step_timeout_s, output_ranks=[output_rank], resources=ExitStack()
         )
 
     def say(self, *items: tuple[int, WorkerMessage] | ChannelError) -> None:
         self.channel.script.extend(items)
 
 
-def plan(step: int) -> StepPlan:
-    return StepPlan(1, step, StepShape(1, 1, 1), ints([0]), ints([1]))
+def plan(step: int) -> Step:
+    return Step((StepPlan(1, step, StepShape(1, 1, 1), ints([0]), ints([1])),))
 
 
 def failure(kind: str, message: str = "it broke", *, is_user_error: bool = False) -> Failure:
@@ -104,7 +105,7 @@ def test_the_output_rank_need_not_be_the_first() -> None:
     pending = bench.executor.step(plan(1))
     bench.say((2, Reply(1, StepResult(1, ints([5])))))
     assert bench.channel.sent[0].reply_ranks == (2,)
-    assert pending.result().tokens == ints([5])
+    assert pending.result() == (StepResult(1, ints([5])),)
 
 
 def test_steps_resolve_in_order_and_only_the_output_rank_is_asked() -> None:
@@ -114,8 +115,8 @@ def test_steps_resolve_in_order_and_only_the_output_rank_is_asked() -> None:
     assert not first.done()
     bench.say((0, Reply(1, StepResult(1, ints([11])))), (0, Reply(2, StepResult(2, ints([22])))))
     assert first.done()
-    assert first.result().step == 1
-    assert second.result().step == 2
+    assert first.result()[0].step == 1
+    assert second.result()[0].step == 2
 
 
 def test_a_command_is_answered_by_all_ranks_in_rank_order() -> None:

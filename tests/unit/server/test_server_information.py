@@ -6,7 +6,7 @@ from collections.abc import Callable
 from server_rig import Rig, in_loop
 
 from phalanx import __version__
-from phalanx.protocol import EngineStats
+from phalanx.protocol import EngineStats, ReplicaStats
 
 
 @in_loop
@@ -28,18 +28,18 @@ async def test_health_and_version() -> None:
 @in_loop
 async def test_metrics() -> None:
     rig = Rig("Hello")
-    rig.engine.stats = EngineStats(3, 4, 25, 100, 7, 1, 50, 20, 60)
+    rig.engine.stats = EngineStats((ReplicaStats(3, 4, 25, 100, 7, 1, 50, 20, 60),))
     await rig.complete()
     await rig.complete(temperature=-1)
     lines = (await rig.client.get("/metrics")).text.splitlines()
     for line in (
         "phalanx_engine_up 1.0",
-        "phalanx_requests_running 3.0",
-        "phalanx_requests_waiting 4.0",
-        "phalanx_kv_cache_used_ratio 0.25",
-        "phalanx_prompt_tokens_total 50.0",
-        "phalanx_prompt_tokens_cached_total 20.0",
-        "phalanx_generated_tokens_total 60.0",
+        'phalanx_requests_running{replica="0"} 3.0',
+        'phalanx_requests_waiting{replica="0"} 4.0',
+        'phalanx_kv_cache_used_ratio{replica="0"} 0.25',
+        'phalanx_prompt_tokens_total{replica="0"} 50.0',
+        'phalanx_prompt_tokens_cached_total{replica="0"} 20.0',
+        'phalanx_generated_tokens_total{replica="0"} 60.0',
         'phalanx_requests_total{outcome="stop"} 1.0',
         'phalanx_requests_refused_total{status="400"} 1.0',
         "phalanx_time_to_first_token_seconds_count 1.0",

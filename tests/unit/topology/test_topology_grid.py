@@ -7,9 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import ConfigError
-from phalanx.topology.grid import Grid, link, stage_group
+from phalanx.topology.grid import Grid
 
-grids = st.builds(Grid, st.integers(1, 5), st.integers(1, 5))
+grids = st.builds(
+    Grid,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([None, "allgather_reducescatter", "alltoall"]),
+)
 
 
 @given(grid=grids)
@@ -17,7 +23,8 @@ def test_every_rank_has_a_place_of_its_own(grid: Grid) -> None:
     places = [grid.coordinates(rank) for rank in range(grid.world_size)]
     assert len(set(places)) == grid.world_size
     assert [grid.rank(*place) for place in places] == list(range(grid.world_size))
-    assert grid.coordinates(grid.output_rank) == (grid.pipeline_parallel_size - 1, 0)
+    for replica, rank in enumerate(grid.output_ranks):
+        assert grid.coordinates(rank) == (replica, grid.pipeline_parallel_size - 1, 0)
 
 
 @given(grid=grids)
@@ -25,12 +32,21 @@ def test_groups(grid: Grid) -> None:
     groups = {group.name: group.ranks for group in grid.groups()}
     assert len(groups) == len(grid.groups()), "a name stands for one group"
     for rank in range(grid.world_size):
-        stage, tp_rank = grid.coordinates(rank)
-        assert groups[stage_group(stage)].index(rank) == tp_rank
+        replica, stage, tp_rank = grid.coordinates(rank)
+        assert groups[grid.stage_group(replica, stage)].index(rank) == tp_rank
         if stage:
-            assert groups[link(stage - 1, tp_rank)] == (grid.rank(stage - 1, tp_rank), rank)
-    num_links = (grid.pipeline_parallel_size - 1) * grid.tensor_parallel_size
-    assert len(groups) == grid.pipeline_parallel_size + num_links
+            assert groups[grid.link(replica, stage - 1, tp_rank)] == (grid.rank(replica, stage - 1, tp_rank), rank)
+        if grid.all2all_backend == "allgather_reducescatter":
+            assert groups[grid.peers(stage, tp_rank)].index(rank) == replica
+        elif grid.all2all_backend == "alltoall":
+            assert groups[grid.experts(stage)].index(rank) == grid.expert_rank(rank)
+    num_links = (grid.pipeline_parallel_size - 1) * grid.tensor_parallel_size * grid.data_parallel_size
+    num_expert_groups = {
+        None: 0,
+        "allgather_reducescatter": grid.pipeline_parallel_size * grid.tensor_parallel_size,
+        "alltoall": grid.pipeline_parallel_size,
+    }
+    assert len(groups) == grid.num_groups + num_links + num_expert_groups[grid.all2all_backend]
 
 
 def test_two_by_two() -> None:
@@ -40,8 +56,17 @@ def test_two_by_two() -> None:
         ("pp0-1@0", (0, 2), True),
         ("pp0-1@1", (1, 3), True),
     )
-    assert Grid(2, 2).output_rank == 2
+    assert Grid(2, 2).output_ranks == (2,)
     assert Grid(1, 1).groups() == (("tp@0", (0,), False),)
+
+
+def test_two_replicas() -> None:
+    shared = (("tp@0.0", (0, 1), False), ("tp@1.0", (2, 3), False))
+    assert Grid(2, 1, 2).groups() == shared
+    gathered = Grid(2, 1, 2, "allgather_reducescatter")
+    assert gathered.groups() == (*shared, ("dp@0.0", (0, 2), False), ("dp@0.1", (1, 3), False))
+    assert Grid(2, 1, 2, "alltoall").groups() == (*shared, ("ep@0", (0, 1, 2, 3), False))
+    assert gathered.output_ranks == (0, 2)
 
 
 @given(grid=grids, num_layers=st.integers(1, 12))

@@ -26,7 +26,7 @@ def homes(places: tuple[Place, ...]) -> list[str]:
     return [place.node_id for place in places]
 
 
-grids = st.builds(Grid, st.integers(1, 4), st.integers(1, 4))
+grids = st.builds(Grid, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 clusters = st.lists(st.integers(0, 6), min_size=1, max_size=5).flatmap(
     lambda free: st.builds(lambda driver: cluster(*free, driver=driver), st.integers(0, len(free) - 1))
 )
@@ -35,7 +35,7 @@ clusters = st.lists(st.integers(0, 6), min_size=1, max_size=5).flatmap(
 def can_stay_whole(grid: Grid, nodes: list[Node]) -> bool:
     """By trying every way of giving whole groups to nodes."""
     counts = [range(int(node.free) // grid.tensor_parallel_size + 1) for node in nodes]
-    return any(sum(ways) == grid.pipeline_parallel_size for ways in itertools.product(*counts))
+    return any(sum(ways) == grid.num_groups for ways in itertools.product(*counts))
 
 
 @given(grids, clusters, st.booleans())
@@ -87,7 +87,7 @@ def test_a_group_goes_where_it_fits_whole_even_if_the_driver_has_some_room() -> 
 def test_only_what_cannot_stay_whole_is_split() -> None:
     places = place_ranks(Grid(2, 3), GPU, cluster(3, 3), may_split=True)
     assert homes(places) == ["id0", "id0", "id1", "id1", "id0", "id1"]
-    assert split_groups(Grid(2, 3), places) == (2,)
+    assert split_groups(Grid(2, 3), places) == ("tp@2",)
 
 
 def test_ranks_never_share_a_device() -> None:

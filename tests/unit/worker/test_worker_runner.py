@@ -23,6 +23,7 @@ from phalanx.protocol import (
     NO_TOKEN,
     NewRequest,
     SamplingParams,
+    Step,
     StepPlan,
     StepResult,
     StepShape,
@@ -71,7 +72,7 @@ class FakeModel:
         self.collectives: list[tuple[str, int]] = []
         self.batches: list[AttentionBatch] = []
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
         self.collectives.append(("hidden_states", len(token_ids_T)))
         self.batches.append(batch)
         assert batch.slots_T.unique().numel() == len(token_ids_T)
@@ -184,7 +185,7 @@ def plan(
 
 
 def run(runner: Runner, step: StepPlan) -> list[int]:
-    return as_ints(runner.finish(runner.launch(step)).tokens).tolist()
+    return as_ints(runner.finish(runner.launch(Step((step,)))).tokens).tolist()
 
 
 # ------------------------------------------------------------------------------ hand-made plans
@@ -264,7 +265,7 @@ def test_return_from_preemption() -> None:
 def test_steps_are_launched_ahead_of_their_results() -> None:
     runner, prompt = new_runner(), [1, 2, 3]
     plans = [plan([(0, 3)], 1, new=[new(0, prompt, [0, 1])]), plan([(0, 1)], 1), plan([(0, 1)], 1)]
-    flights = [runner.launch(step) for step in plans]
+    flights = [runner.launch(Step((step,))) for step in plans]
     assert DEVICE.type == "cuda" or all(flight.is_ready() for flight in flights)
     tokens = [as_ints(runner.finish(flight).tokens).tolist()[0] for flight in flights]
     assert tokens == continuation(prompt, 3)
@@ -299,7 +300,7 @@ class EmbeddingModel:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
         assert token_ids_T.dtype == torch.int64
         self.calls.append(len(token_ids_T))
         return token_ids_T[:, None].double()
@@ -311,7 +312,7 @@ class LaterModel(FakeModel):
     hidden_size = 1
     dtype = torch.float64
 
-    def hidden_states(self, hidden_TD: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden_states(self, hidden_TD: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
         assert hidden_TD.shape == (len(positions_T), 1)
         return super().hidden_states(hidden_TD[:, 0].long(), positions_T, batch)
 
@@ -379,7 +380,7 @@ def test_a_plan_that_tells_the_wrong_rows_is_an_assertion(told: list[tuple[int, 
     pipeline = Pipeline()
     pipeline.run(plan([(0, 2)], 1, new=[new(0, [1, 2], [0])]))
     with pytest.raises(AssertionError, match=complaint):
-        pipeline.runners[0].launch(plan([(0, 1)], 1, told=told))
+        pipeline.runners[0].launch(Step((plan([(0, 1)], 1, told=told),)))
 
 
 # ------------------------------------------------------------------------------ outcomes
@@ -388,7 +389,7 @@ def test_a_plan_that_tells_the_wrong_rows_is_an_assertion(told: list[tuple[int, 
 def test_logprobs_travel_as_columns() -> None:
     runner = new_runner()
     requests = [new(0, [1], [0]), new(1, [2], [1], logprobs=0), new(2, [3], [2], logprobs=2)]
-    result = runner.finish(runner.launch(plan([(0, 1), (1, 1), (2, 1)], 3, new=requests, step=7)))
+    result = runner.finish(runner.launch(Step((plan([(0, 1), (1, 1), (2, 1)], 3, new=requests, step=7),))))
     assert isinstance(result, StepResult)
     assert result.step == 7
     columns = result.logprobs
@@ -405,8 +406,8 @@ def test_logprobs_travel_as_columns() -> None:
 def test_nan_logits_cost_one_row_its_token_and_poison_no_later_step() -> None:
     runner = new_runner()
     requests = [new(1, [1], [0]), new(3, [NAN_TOKEN], [1]), new(4, [2], [2])]
-    flight = runner.launch(plan([(1, 1), (3, 1), (4, 1)], 3, new=requests, step=41))
-    runner.launch(plan([(3, 1)], 1, step=42))  # a GPU would have had this step before the error is known
+    flight = runner.launch(Step((plan([(1, 1), (3, 1), (4, 1)], 3, new=requests, step=41),)))
+    runner.launch(Step((plan([(3, 1)], 1, step=42),)))  # a GPU would have had this step before the error is known
     tokens = as_ints(runner.finish(flight).tokens).tolist()
     assert tokens == [next_token([1]), NO_TOKEN, next_token([2])]
 
@@ -429,7 +430,7 @@ def test_a_plan_against_the_contract_is_an_assertion(wrong: StepPlan, complaint:
     runner = new_runner()
     run(runner, plan([(0, 3)], 1, new=[new(0, [1, 2, 3], [0])]))
     with pytest.raises(AssertionError, match=complaint):
-        runner.launch(wrong)
+        runner.launch(Step((wrong,)))
 
 
 # ------------------------------------------------------------------------------ a GPU is not waited for
@@ -443,7 +444,7 @@ class ConstantModel:
     def __init__(self) -> None:
         self.logits_RV = torch.randn(NUM_SLOTS, self.vocab_size, device=DEVICE)
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
         return token_ids_T[:, None].float()
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -464,8 +465,8 @@ def test_launch_never_waits_for_the_gpu() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        flights.append(runner.launch(plan([(i, 2) for i in range(5)], 5, new=requests)))
-        flights += [runner.launch(plan([(i, 1) for i in range(5)], 5)) for _ in range(2)]
+        flights.append(runner.launch(Step((plan([(i, 2) for i in range(5)], 5, new=requests),))))
+        flights += [runner.launch(Step((plan([(i, 1) for i in range(5)], 5),))) for _ in range(2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(len(as_ints(runner.finish(flight).tokens)) == 5 for flight in flights)

@@ -36,8 +36,8 @@ def test_a_middle_stage_gets_and_gives() -> None:
     ]
 
 
-@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(4, 1), Grid(1, 3), Grid(2, 2)])
-def test_one_rank_samples(grid: Grid) -> None:
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(4, 1), Grid(1, 3), Grid(2, 2), Grid(2, 2, 3)])
+def test_one_rank_of_each_replica_samples(grid: Grid) -> None:
     stages = [stage_of(grid, rank) for rank in range(grid.world_size)]
-    assert [rank for rank, stage in enumerate(stages) if stage.is_output] == [grid.output_rank]
+    assert [rank for rank, stage in enumerate(stages) if stage.is_output] == list(grid.output_ranks)
     assert {stage.is_pipelined for stage in stages} == {grid.pipeline_parallel_size > 1}

@@ -19,6 +19,7 @@ class PlacedRank(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's place, as it is."""
 
     rank: int
+    replica: int
     stage: int
     tp_rank: int
     node: str
@@ -63,8 +64,7 @@ def assign(
     return tuple(
         PlacedRank(
             rank=place.rank,
-            stage=grid.coordinates(place.rank).stage,
-            tp_rank=grid.coordinates(place.rank).tp_rank,
+            **grid.coordinates(place.rank)._asdict(),
             node=nodes[place.node_id].name,
             node_id=place.node_id,
             address=addresses[place.node_id],

@@ -169,10 +169,10 @@ class Crew:
 
     def _make_rank(self, rank: int) -> Any:
         demand, place = self._reservation.demand, self._reservation.places[rank]
-        stage, tp_rank = self._grid.coordinates(rank)
+        replica, stage, tp_rank = self._grid.coordinates(rank)
         actor: Any = ray.remote(RankActor)
         return actor.options(
-            name=f"phalanx-{self._instance}-rank{rank}-pp{stage}-tp{tp_rank}",
+            name=f"phalanx-{self._instance}-rank{rank}-dp{replica}-pp{stage}-tp{tp_rank}",
             num_cpus=0 if demand.is_device else demand.per_rank,
             num_gpus=demand.per_rank if demand.is_device else 0,
             max_restarts=0,

@@ -58,11 +58,11 @@ def hire(
     config = msgspec.structs.replace(config, executor=msgspec.structs.replace(config.executor, device=device))
     config.check()
     reservation = reserve(connection, config, grid, device, resources)
-    for stage in split_groups(grid, reservation.places):
+    for group in split_groups(grid, reservation.places):
         log.warning(
-            "the tensor-parallel group of stage %d is on several nodes: its ranks meet over the network twice in every "
-            "layer, so that a step takes many times as long",
-            stage,
+            "the tensor-parallel group %s is on several nodes: its ranks meet over the network twice in every layer, "
+            "so that a step takes many times as long",
+            group,
         )
     crew = Crew(config, grid, checkpoint, reservation)
     resources.callback(crew.close)

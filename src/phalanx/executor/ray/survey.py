@@ -31,11 +31,11 @@ class Placement(msgspec.Struct, frozen=True):
 
     def table(self) -> str:
         """A line for each rank, then one for each group."""
-        rows = [("rank", "stage", "tp rank", "node", "address", "bundle", "device", "pid")]
+        rows = [("rank", "replica", "stage", "tp rank", "node", "address", "bundle", "device", "pid")]
         for rank in self.ranks:
             node = f"{rank.node} (driver)" if rank.is_driver_node else rank.node
             device = f"GPU {rank.devices[rank.local_rank]}" if rank.devices else "cpu"
-            where = (str(rank.rank), str(rank.stage), str(rank.tp_rank), node, rank.address)
+            where = (str(rank.rank), str(rank.replica), str(rank.stage), str(rank.tp_rank), node, rank.address)
             rows.append((*where, str(rank.bundle), device, str(rank.pid)))
         groups = [("group", "backend", "ranks", "nodes")]
         groups += [(one.name, one.backend, " ".join(map(str, one.ranks)), ", ".join(one.nodes)) for one in self.groups]

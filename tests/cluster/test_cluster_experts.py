@@ -1,0 +1,122 @@
+"""Experts shared out over replicas and ranks: greedy tokens equal transformers', whoever has work and wherever it goes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracle import Oracle
+from rig import Arrival, Rig
+from safetensors.torch import load_file, save_file
+
+from phalanx.errors import ConfigError
+from phalanx.protocol import FinishReason, SamplingParams
+from phalanx.testing.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+BACKENDS = ("allgather_reducescatter", "alltoall")
+
+
+class Layout(NamedTuple):
+    dp_size: int
+    tp_size: int
+    num_stages: int = 1
+
+    def __str__(self) -> str:
+        return f"dp{self.dp_size}-tp{self.tp_size}-pp{self.num_stages}"
+
+
+LAYOUTS = (Layout(1, 2), Layout(2, 1), Layout(3, 1), Layout(2, 2), Layout(2, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral", num_local_experts=7)
+    return folder, Oracle(folder)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def rig(request: pytest.FixtureRequest, backend: str, mixtral: tuple[Path, Oracle]) -> Iterator[Rig]:
+    layout: Layout = request.param
+    with start(mixtral[0], layout, backend) as rig:
+        yield rig
+
+
+def start(checkpoint: Path, layout: Layout, backend: str, **settings: object) -> Rig:
+    limits = {"max_model_len": 128, "kv_cache_memory": 1 << 19, "max_num_seqs": 6, "max_num_batched_tokens": 13}
+    return Rig(
+        checkpoint,
+        tensor_parallel_size=layout.tp_size,
+        pipeline_parallel_size=layout.num_stages,
+        data_parallel_size=layout.dp_size,
+        enable_expert_parallel=True,
+        all2all_backend=backend,
+        **{**limits, **settings},
+    )
+
+
+def traffic(seed: int, num_requests: int = 12) -> list[Arrival]:
+    """Prompts in chunks beside decoding, pauses in which a replica or all have nothing, and some who leave."""
+    dice = random.Random(seed)
+    arrivals, at = [], 0
+    for _ in range(num_requests):
+        at += dice.choice([0, 0, 1, 5, 40])
+        prompt = tuple(dice.randrange(256) for _ in range(dice.choice([1, 3, 12, 30])))
+        sampling = SamplingParams(temperature=0, max_tokens=dice.randint(1, 24))
+        cancelled_at = at + dice.randint(0, 12) if dice.random() < 0.15 else None
+        arrivals.append(Arrival(at, prompt, sampling, cancelled_at))
+    return arrivals
+
+
+def check(rig: Rig, oracle: Oracle, arrivals: list[Arrival]) -> None:
+    for arrival, outcome in zip(arrivals, rig.run(arrivals), strict=True):
+        expected = oracle.greedy(arrival.prompt, arrival.sampling.max_tokens or 0)
+        if outcome.finish is FinishReason.CANCELLED:
+            assert outcome.tokens == expected[: len(outcome.tokens)]
+        else:
+            assert outcome.tokens == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_tokens_equal_transformers(rig: Rig, mixtral: tuple[Path, Oracle], seed: int) -> None:
+    check(rig, mixtral[1], traffic(seed))
+
+
+def test_one_token_in_the_world(rig: Rig, mixtral: tuple[Path, Oracle]) -> None:
+    check(rig, mixtral[1], [Arrival(0, (5,), SamplingParams(temperature=0, max_tokens=3))])
+
+
+def test_all_tokens_go_to_the_experts_of_one_rank(tmp_path: Path, backend: str) -> None:
+    """A correction bias that no score can make up for: two experts get everything, the others nothing, ever."""
+    checkpoint = write_checkpoint(tmp_path, "deepseek_v3", n_group=1, topk_group=1)
+    weights = load_file(checkpoint / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("e_score_correction_bias"):
+            weights[name] = torch.zeros_like(tensor).index_fill_(0, torch.tensor([6, 7]), 100.0)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with start(checkpoint, Layout(2, 2), backend) as rig:
+        check(rig, Oracle(checkpoint), traffic(0))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "minimax_m2", "glm4_moe"])
+def test_every_family(tmp_path: Path, family: str) -> None:
+    checkpoint = write_checkpoint(tmp_path, family)
+    with start(checkpoint, Layout(2, 2), BACKENDS[len(family) % 2]) as rig:
+        check(rig, Oracle(checkpoint), traffic(1, num_requests=6))
+
+
+def test_what_cannot_be(mixtral: tuple[Path, Oracle], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"enable_expert_parallel: .*at most 7 ranks"):
+        start(mixtral[0], Layout(4, 2), BACKENDS[0])
+    with pytest.raises(ConfigError, match=r"enable_expert_parallel: .*is no mixture of experts"):
+        start(write_checkpoint(tmp_path), Layout(2, 1), BACKENDS[0])
