@@ -12,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.engine.request import Request
+from phalanx.engine.router import choose
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.protocol import LogprobColumns, StepResult, TokenBatch, as_floats, as_ints, ints
-
-_SLACK = 4
-"""A replica may have so many more requests than the one with the fewest, and still get one whose prefix it has."""
-
 
 class Lockstep:
     """The replicas' schedulers as one. Plans may be ahead of commits, as each scheduler's may."""
@@ -34,14 +31,9 @@ class Lockstep:
         return any(request_id in replica for replica in self.replicas)
 
     def add(self, request: Request) -> None:
-        """Queue a request with the replica that suits it best.
-
-        That is the one whose cache has most of its tokens, of those that are not much busier than the idlest; between
-        equals the idlest, by requests. (SGLang's router weighs cache and load likewise.)
-        """
-        fewest = min(map(len, self.replicas))
-        candidates = [replica for replica in self.replicas if len(replica) <= fewest + _SLACK]
-        max(candidates, key=lambda replica: (replica.num_cached(request), -len(replica))).add(request)
+        """Queue a request with the replica that suits it best."""
+        cached = [replica.num_cached(request) for replica in self.replicas]
+        self.replicas[choose(cached, list(map(len, self.replicas)))].add(request)
 
     def cancel(self, request_ids: Iterable[int]) -> list[int]:
         """Forget requests, whatever they are doing; gives the ids of those that had not ended."""

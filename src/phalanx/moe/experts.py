@@ -1,7 +1,7 @@
 """The experts of one layer on one rank: some of them whole, in the module of transformers that computes them.
 
 Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, P pairs of a token and
-one of this rank's experts, D hidden size.
+one of this rank's experts, L this rank's experts and one place for all others, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,24 @@ from phalanx.moe.dispatcher import Dispatcher
 from phalanx.topology.sharding import Span
 
 
-def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> None:
+class Load:
+    """How many tokens came to each expert of one layer on one rank, since the start. Padding counts as well."""
+
+    def __init__(self, mine: Span, device: torch.device) -> None:
+        self.mine = mine
+        self._counts_L = torch.zeros(mine.size + 1, dtype=torch.int64, device=device)
+
+    def note(self, local_NK: Tensor) -> None:
+        """Count the experts of some tokens; `mine.size` is any other rank's. Does not wait for the device."""
+        experts = local_NK.reshape(-1).long()
+        self._counts_L.scatter_add_(0, experts, torch.ones_like(experts))
+
+    def counts(self) -> list[int]:
+        """By expert. Waits for the device."""
+        return self._counts_L[:-1].tolist()
+
+
+def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> Load:
     """Have a module with the weights of the experts `mine` answer for all of them, on every rank.
 
     `experts` is what transformers calls with hidden states [T, D] and the experts and weights [T, K] that a router
@@ -24,21 +41,22 @@ def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> None:
     compute = experts.forward
     experts.num_experts = mine.size
     experts._is_expert_parallel = True  # its grouped product then leaves out what is numbered `num_experts`
+    load = Load(mine, next(experts.parameters()).device)
 
     def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         dispatched = dispatcher.dispatch(hidden_TD, experts_TK, weights_TK)
-        local_NK = dispatched.experts_NK - mine.start
-        is_mine_NK = (local_NK >= 0) & (local_NK < mine.size)
+        is_mine_NK = (dispatched.experts_NK >= mine.start) & (dispatched.experts_NK < mine.stop)
+        local_NK = torch.where(is_mine_NK, dispatched.experts_NK - mine.start, mine.size).long()
+        weights_NK = dispatched.weights_NK.to(weights_TK.dtype)
+        load.note(local_NK)
         if hidden_TD.device.type == "cpu":
-            weights_NK = dispatched.weights_NK.to(weights_TK.dtype)
             out_ND = _of_pairs(compute, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
         else:
-            local_NK = torch.where(is_mine_NK, local_NK, mine.size).long()
-            weights_NK = dispatched.weights_NK.masked_fill(~is_mine_NK, 0.0).to(weights_TK.dtype)
-            out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK)
+            out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK.masked_fill(~is_mine_NK, 0.0))
         return dispatcher.combine(dispatched, out_ND)
 
     experts.forward = forward
+    return load
 
 
 def _of_pairs(compute: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
@@ -46,6 +64,6 @@ def _of_pairs(compute: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Ten
     tokens_P, places_P = is_mine_NK.nonzero(as_tuple=True)
     out_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
     if len(tokens_P):
-        local_P1, weights_P1 = local_NK[tokens_P, places_P, None].long(), weights_NK[tokens_P, places_P, None]
+        local_P1, weights_P1 = local_NK[tokens_P, places_P, None], weights_NK[tokens_P, places_P, None]
         out_ND.index_add_(0, tokens_P, compute(hidden_ND[tokens_P], local_P1, weights_P1).float())
     return out_ND.to(hidden_ND.dtype)
