@@ -40,12 +40,19 @@ def crew_on(network: Network, size: int, timeout_s: float = 20.0, family: int = 
     return Crew("spanning", size, timeout_s, hosts=hosts)
 
 
-def every_operation(group: Group) -> tuple[float, list[float], float]:
+def every_operation(group: Group) -> tuple[float, list[float], float, float, list[float]]:
     group.barrier()
     mine = torch.full((400, 576), float(group.rank), dtype=torch.bfloat16)
     total = group.all_reduce(mine.clone())[0, 0].item()
     gathered = group.all_gather(mine[:1, :1], 0)[:, 0].tolist()
-    return total, gathered, group.broadcast(mine.clone(), 1)[-1, -1].item()
+    part = group.reduce_scatter(mine.repeat(group.size, 1))[-1, -1].item()
+    # One row to every rank before this one.
+    received = group.all_to_all(
+        mine[: group.rank],
+        [int(rank < group.rank) for rank in range(group.size)],
+        [int(rank > group.rank) for rank in range(group.size)],
+    )
+    return total, gathered, group.broadcast(mine.clone(), 1)[-1, -1].item(), part, received[:, 0].tolist()
 
 
 def sum_for_ever(group: Group) -> None:
@@ -59,7 +66,9 @@ def sum_for_ever(group: Group) -> None:
 def test_every_operation(network: Network, size: int, family: int) -> None:
     ranks = [float(rank) for rank in range(size)]
     with crew_on(network, size, family=family) as crew:
-        assert crew.run(every_operation) == [(sum(ranks), ranks, 1.0)] * size
+        assert crew.run(every_operation) == [
+            (sum(ranks), ranks, 1.0, sum(ranks), ranks[rank + 1 :]) for rank in range(size)
+        ]
 
 
 def test_a_killed_rank_is_named_at_once(network: Network) -> None:
@@ -107,7 +116,8 @@ def test_one_direction_dropped_is_an_error_at_the_deadline(network: Network, los
 def test_delay_and_loss_are_survived(network: Network) -> None:
     bad = Direction(delay_s=0.05, loss=0.05)
     with crew_on(network, 2) as crew, network.cables["alpha"].impaired(sent=bad, received=bad):
-        assert crew.run(every_operation) == [(1.0, [0.0, 1.0], 1.0)] * 2
+        expected = 1.0, [0.0, 1.0], 1.0, 1.0
+        assert crew.run(every_operation) == [(*expected, [1.0]), (*expected, [])]
 
 
 def test_hosts_that_do_not_reach_each_other_do_not_join(network: Network) -> None:

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
-from collectives_crew import Crew
+from collectives_crew import SHARING, Crew, send_rows, work_for_ever
 
 from phalanx.collectives.group import Group
 
@@ -43,10 +43,14 @@ def close(group: Group) -> None:
     group.close()
 
 
-def sum_for_ever(group: Group, shape: tuple[int, ...]) -> None:
-    x = torch.zeros(shape)
-    while True:
-        group.all_reduce(x)
+def reduce_scatter(group: Group) -> None:
+    group.reduce_scatter(torch.ones(6, 576))
+
+
+def all_to_all(group: Group, dtype: str = "float32", width: int = 576) -> None:
+    """Each rank sends one row to each."""
+    each = [1] * group.size
+    group.all_to_all(torch.ones(group.size, width).to(getattr(torch, dtype)), each, each)
 
 
 def sleep(_: Group) -> None:
@@ -64,11 +68,13 @@ _OURS = "all_reduce float32 [2, 576]"
         ((barrier,), "barrier"),
         ((all_gather,), "all_gather float32 [2, 576] dim=1"),
         ((broadcast, 1), "broadcast float32 [2, 576] src=1"),
+        ((reduce_scatter,), "reduce_scatter float32 [6, 576]"),
+        ((all_to_all,), "all_to_all float32 [576]"),
         ((all_reduce, "bfloat16"), "all_reduce bfloat16 [2, 576]"),
         ((all_reduce, "float32", (1152,)), "all_reduce float32 [1152]"),
         ((all_reduce, "float32", (1000, 576)), "all_reduce float32 [1000, 576]"),
     ],
-    ids=["barrier", "all_gather", "broadcast", "dtype", "shape", "large"],
+    ids=["barrier", "all_gather", "broadcast", "reduce_scatter", "all_to_all", "dtype", "shape", "large"],
 )
 def test_a_rank_in_another_collective(backend: str, task: tuple, text: str) -> None:
     with Crew(backend, 3) as crew:
@@ -96,6 +102,36 @@ def test_the_same_operation_with_another_argument(backend: str, task: tuple) -> 
         for outcome in crew.outcomes([ours, task]):
             assert outcome.error is not None
             assert outcome.error.kind == "CollectiveMismatchError"
+
+
+@pytest.mark.parametrize("backend", _CHECKED)
+@pytest.mark.parametrize("task", [(all_to_all, "bfloat16"), (all_to_all, "float32", 64)], ids=["dtype", "row"])
+def test_rows_of_another_kind(backend: str, task: tuple) -> None:
+    with Crew(backend, 2) as crew:
+        for outcome in crew.outcomes([(all_to_all,), task]):
+            assert outcome.error is not None
+            assert outcome.error.kind == "CollectiveMismatchError"
+            assert "rank 0 is in all_to_all float32 [576]; rank 1 is in all_to_all" in outcome.error.message
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000], ids=["few", "many"])
+@pytest.mark.parametrize("difference", [1, -1], ids=["too few", "too many"])
+@pytest.mark.parametrize("backend", _CHECKED)
+def test_ranks_that_count_their_rows_differently_are_both_named(backend: str, difference: int, num_rows: int) -> None:
+    counts = [[num_rows] * 3] * 3
+    expected = [[num_rows] * 3, [num_rows + difference, num_rows, num_rows], [num_rows] * 3]
+    with Crew(backend, 3) as crew:
+        crew.run(send_rows, counts, counts)
+        exactly = (
+            f"in all_to_all float32 [576] rank 0 sends {num_rows} rows to rank 1, which expects {num_rows + difference}"
+        )
+        for outcome in crew.outcomes([(send_rows, counts, expected)] * 3):
+            assert outcome.error is not None
+            assert outcome.error.kind == "CollectiveMismatchError", outcome.error
+            assert outcome.error.message == f"at sequence 2 of group tp, epoch 3: {exactly}"
+            assert outcome.took_s < _SOON_S
+        for again in crew.outcomes([(barrier,)] * 3):
+            assert again.error is not None, "a group that has failed must not work again"
 
 
 @pytest.mark.parametrize("backend", _CHECKED)
@@ -141,30 +177,32 @@ def test_a_rank_that_does_not_come_is_named(backend: str) -> None:
         assert 0.6 < max(outcome.took_s for outcome in outcomes) < 3.0
 
 
-@pytest.mark.parametrize("shape", [(2, 576), (2000, 576)], ids=["small", "large"])
+@pytest.mark.parametrize("operation", SHARING)
+@pytest.mark.parametrize("num_rows", [2, 2000], ids=["small", "large"])
 @pytest.mark.parametrize("backend", _CHECKED)
-def test_a_stopped_rank_is_named(backend: str, shape: tuple[int, ...]) -> None:
+def test_a_stopped_rank_is_named(backend: str, num_rows: int, operation: str) -> None:
     with Crew(backend, 3, timeout_s=1.0) as crew:
         for rank in range(3):
-            crew.send(rank, sum_for_ever, shape)
+            crew.send(rank, work_for_ever, operation, num_rows)
         crew.signal(1, signal.SIGSTOP)
         outcomes = crew.answers([0, 2])
         for outcome in outcomes:
             assert outcome.error is not None
             assert outcome.error.kind == "DeadlineError"
-            assert "all_reduce" in outcome.error.message
+            assert operation in outcome.error.message
         assert "rank 1 (pid" in outcomes[0].error.message
         crew.signal(1, signal.SIGCONT)
         (resumed,) = crew.answers([1])
         assert resumed.error is not None, "the others have given up; it must not go on alone"
 
 
-@pytest.mark.parametrize("shape", [(2, 576), (2000, 576)], ids=["small", "large"])
+@pytest.mark.parametrize("operation", SHARING)
+@pytest.mark.parametrize("num_rows", [2, 2000], ids=["small", "large"])
 @pytest.mark.parametrize("backend", _CHECKED)
-def test_a_killed_rank_is_named_at_once(backend: str, shape: tuple[int, ...]) -> None:
+def test_a_killed_rank_is_named_at_once(backend: str, num_rows: int, operation: str) -> None:
     with Crew(backend, 4) as crew:
         for rank in range(4):
-            crew.send(rank, sum_for_ever, shape)
+            crew.send(rank, work_for_ever, operation, num_rows)
         start = time.monotonic()
         crew.signal(3, signal.SIGKILL)
         for outcome in crew.answers([0, 1, 2]):
@@ -260,13 +298,14 @@ def test_an_exception_inside_a_collective_ends_the_group() -> None:
             assert ("left half done" if rank == 0 else "rank 0 has left group tp") in outcome.error.message
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (300, 576)], ids=["small", "large"])
-def test_a_kill_at_any_moment_is_noticed_by_all(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("operation", SHARING)
+@pytest.mark.parametrize("num_rows", [1, 300], ids=["small", "large"])
+def test_a_kill_at_any_moment_is_noticed_by_all(num_rows: int, operation: str) -> None:
     dice = random.Random(5)
     for _ in range(15):
         with Crew("shm", 4) as crew:
             for rank in range(4):
-                crew.send(rank, sum_for_ever, shape)
+                crew.send(rank, work_for_ever, operation, num_rows)
             victim = dice.randrange(4)
             time.sleep(dice.random() * 0.05)  # the moment of the kill, not a synchronisation
             crew.signal(victim, signal.SIGKILL)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
-from collectives_crew import Crew
+from collectives_crew import SHARING, Crew, send_rows, work_for_ever
 
 from phalanx.collectives.group import Group
 
@@ -44,10 +44,14 @@ def close(group: Group) -> None:
     group.close()
 
 
-def sum_for_ever(group: Group, shape: tuple[int, ...]) -> None:
-    x = torch.zeros(shape)
-    while True:
-        group.all_reduce(x)
+def reduce_scatter(group: Group) -> None:
+    group.reduce_scatter(torch.ones(6, 576))
+
+
+def all_to_all(group: Group) -> None:
+    """Each rank sends one row to each."""
+    each = [1] * group.size
+    group.all_to_all(torch.ones(group.size, 576), each, each)
 
 
 def sleep(_: Group, seconds: float = 3600.0) -> None:
@@ -60,12 +64,14 @@ def sleep(_: Group, seconds: float = 3600.0) -> None:
         ((barrier,), "barrier"),
         ((all_gather,), "all_gather float32 [2, 576] dim=1"),
         ((broadcast, 0), "broadcast float32 [2, 576] src=0"),
+        ((reduce_scatter,), "reduce_scatter float32 [6, 576]"),
+        ((all_to_all,), "all_to_all float32 [576]"),
         ((all_reduce, "int32"), "all_reduce int32 [2, 576]"),
         ((all_reduce, "float32", (1152,)), "all_reduce float32 [1152]"),
         ((all_reduce, "float32", (1000, 576)), "all_reduce float32 [1000, 576]"),
         ((all_reduce, "float32", (1, 576)), "all_reduce float32 [1, 576]"),
     ],
-    ids=["barrier", "all_gather", "broadcast", "dtype", "shape", "larger", "smaller"],
+    ids=["barrier", "all_gather", "broadcast", "reduce_scatter", "all_to_all", "dtype", "shape", "larger", "smaller"],
 )
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_in_another_collective(size: int, task: tuple, text: str) -> None:
@@ -109,6 +115,29 @@ def test_a_rank_that_skips_a_collective() -> None:
             assert f"rank 0 is in {_OURS} (sequence 2); rank 1 is in {_OURS} (sequence 1)" in outcome.error.message
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 1000], ids=["none", "few", "many"])
+@pytest.mark.parametrize("difference", [2, 1, -1], ids=["much too few", "too few", "too many"])
+def test_ranks_that_count_their_rows_differently_are_both_named(difference: int, num_rows: int) -> None:
+    num_sent, num_expected = (num_rows, num_rows + difference) if difference > 0 else (num_rows + 1, num_rows)
+    counts = [[num_rows, num_sent, num_rows], [num_rows] * 3, [num_rows] * 3]
+    expected = [[num_rows] * 3, [num_expected, num_rows, num_rows], [num_rows] * 3]
+    with Crew("spanning", 3, timeout_s=5.0) as crew:
+        crew.run(barrier)
+        outcomes = crew.outcomes([(send_rows, counts, expected)] * 3)
+        if outcomes[2].error is None:  # what was for it was there
+            outcomes[2] = crew.outcomes([(barrier,)] * 3)[2]
+        for outcome in outcomes:
+            assert outcome.error is not None
+            assert outcome.error.kind == "CollectiveMismatchError", outcome.error
+            exactly = (
+                f"in all_to_all float32 [576] rank 0 sends {num_sent} rows to rank 1, which expects {num_expected}"
+            )
+            assert exactly in outcome.error.message
+            assert outcome.took_s < _SOON_S, "nobody waits for its deadline"
+        for again in crew.outcomes([(barrier,)] * 3):
+            assert again.error is not None, "a group that has failed must not work again"
+
+
 def test_ranks_that_do_not_join_are_named() -> None:
     with Crew("spanning", 4, timeout_s=0.5, absent=[1, 3]) as crew:
         for outcome in crew.joining.values():
@@ -135,36 +164,38 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         assert late.error is not None, "the others have given up; it must not go on alone"
 
 
-@pytest.mark.parametrize("shape", [(2, 576), (2000, 576)], ids=["small", "large"])
-def test_a_stopped_rank_is_named(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("operation", SHARING)
+@pytest.mark.parametrize("num_rows", [2, 2000], ids=["small", "large"])
+def test_a_stopped_rank_is_named(num_rows: int, operation: str) -> None:
     with Crew("spanning", 3, timeout_s=1.0) as crew:
         for rank in range(3):
-            crew.send(rank, sum_for_ever, shape)
+            crew.send(rank, work_for_ever, operation, num_rows)
         crew.signal(1, signal.SIGSTOP)
         for outcome in crew.answers([0, 2]):
             assert outcome.error is not None
             assert outcome.error.kind == "DeadlineError", outcome.error
-            assert "all_reduce float32" in outcome.error.message
+            assert f"{operation} float32" in outcome.error.message
             assert "from rank 1 (pid" in outcome.error.message
         crew.signal(1, signal.SIGCONT)
         (resumed,) = crew.answers([1])
         assert resumed.error is not None, "the others have given up; it must not go on alone"
 
 
-@pytest.mark.parametrize("shape", [(2, 576), (2000, 576)], ids=["small", "large"])
+@pytest.mark.parametrize("operation", SHARING)
+@pytest.mark.parametrize("num_rows", [2, 2000], ids=["small", "large"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_killed_rank_is_named_at_once(size: int, shape: tuple[int, ...]) -> None:
+def test_a_killed_rank_is_named_at_once(size: int, num_rows: int, operation: str) -> None:
     victim = size - 1
     with Crew("spanning", size) as crew:
         for rank in range(size):
-            crew.send(rank, sum_for_ever, shape)
+            crew.send(rank, work_for_ever, operation, num_rows)
         start = time.monotonic()
         crew.signal(victim, signal.SIGKILL)
         for rank, outcome in enumerate(crew.answers(range(victim))):
             assert outcome.error is not None
             assert outcome.error.kind == "PeerDiedError", outcome.error
             assert f"rank {victim} (pid" in outcome.error.message
-            assert f"rank {rank} needs it for all_reduce float32" in outcome.error.message
+            assert f"rank {rank} needs it for {operation} float32" in outcome.error.message
         assert time.monotonic() - start < _SOON_S
 
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier"]
+Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier", "reduce_scatter", "all_to_all"]
 
 _OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 _ARGUMENT_NAMES = {"all_gather": "dim", "broadcast": "src"}
@@ -32,6 +32,7 @@ DESCRIPTOR_BYTES = _DIGEST.size + _FIELDS.size + _DIMS.size
 class Descriptor:
     """One collective as one rank sees it: all that must be the same on every rank.
 
+    `shape` is that of the rank's tensor; of an all_to_all, whose ranks have as many rows as they have, that of a row.
     `argument` is the dimension of an all_gather (from the front) and the source of a broadcast.
     """
 
@@ -75,7 +76,7 @@ def dtype_name(dtype: object) -> str:
 
 
 class CollectiveRecord(msgspec.Struct, frozen=True):
-    """One collective that a rank issued. `sequence` counts the group's collectives from 1."""
+    """One collective that a rank issued: its descriptor's fields. `sequence` counts the group's collectives from 1."""
 
     group: str
     epoch: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,8 +13,9 @@ from phalanx.collectives.descriptor import CollectiveRecord
 class Group(Protocol):
     """The ranks of one epoch that compute together. For the use of one thread.
 
-    Every rank calls the same operations in the same order, with tensors of the same dtype and shape. After an error the
-    group is of no more use: every later call raises that error again.
+    Every rank calls the same operations in the same order, with tensors of the same dtype and shape; those of an
+    all_to_all may differ in their number of rows. After an error the group is of no more use: every later call raises
+    that error again.
 
     Raises, from every operation:
         CollectiveMismatchError: a peer is in another operation, or in the same one with another dtype or shape.
@@ -37,6 +39,27 @@ class Group(Protocol):
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """The `x` of all ranks, in rank order, concatenated along `dim`. `x` has at least one dimension."""
+        ...
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum of `x` over the ranks: what `all_reduce` gives, cut along the first dimension.
+
+        `x` is [size * N, ...] with rank r's part from r * N on; the result is [N, ...]. `x` stays as it is. Where
+        Gloo's or NCCL's own collectives add up, the order of the additions may be another than that of `all_reduce`.
+        """
+        ...
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        """Send each rank its own rows, and receive the rows that each has for this one.
+
+        `x` is [sum(send_counts), ...]: first the rows for rank 0, then those for rank 1, and so on. The result is
+        [sum(receive_counts), ...]: the rows from rank 0 first. The counts have an entry for each rank, this one too,
+        and may be anything from 0 on; whoever has no rows takes part all the same, with the others' dtype and row.
+        `last` and what the ranks compare have the shape of a row, so that they do not depend on the counts.
+
+        Raises CollectiveMismatchError, which names both ranks, if one sends another number of rows than the other
+        expects. NCCL does not see this.
+        """
         ...
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:

@@ -8,6 +8,7 @@
         +256  finished turn: the second half of a turn that has two
         +320  joined, pid, start time
         +384  doorbell, 4 bytes
+    counts  from the next line: for each rank and parity, 16 bytes for each rank of the group (see `RowTable`)
     data    from the next page: two slots a rank, for even and odd turns
 
 What one rank writes while others read something else stands on a cache line of its own.
@@ -28,6 +29,8 @@ _HEADER_BYTES = 128
 _FINISHED = 256
 _JOINED = 320
 _BELL = 384
+_COUNT_BYTES = 16
+_LINE_BYTES = 64
 _PAGE_BYTES = 4096
 
 # Within a header, in bytes.
@@ -54,7 +57,7 @@ class Layout:
 
     @property
     def data(self) -> int:
-        return -(-self._seat(self.num_ranks) // _PAGE_BYTES) * _PAGE_BYTES
+        return _up_to(self.counts(self.num_ranks, 0), _PAGE_BYTES)
 
     def header(self, rank: int, parity: int) -> int:
         return self._seat(rank) + parity * _HEADER_BYTES
@@ -68,8 +71,16 @@ class Layout:
     def bell(self, rank: int) -> int:
         return self._seat(rank) + _BELL
 
+    def counts(self, rank: int, parity: int) -> int:
+        entry_bytes = _up_to(self.num_ranks * _COUNT_BYTES, _LINE_BYTES)
+        return self._seat(self.num_ranks) + (2 * rank + parity) * entry_bytes
+
     def slot(self, rank: int, parity: int) -> int:
         return self.data + (2 * rank + parity) * self.slot_bytes
 
     def _seat(self, rank: int) -> int:
         return _SEATS + rank * _SEAT_BYTES
+
+
+def _up_to(num_bytes: int, multiple: int) -> int:
+    return -(-num_bytes // multiple) * multiple

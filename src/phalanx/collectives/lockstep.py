@@ -20,6 +20,7 @@ from contextlib import ExitStack
 
 from phalanx.collectives.descriptor import DESCRIPTOR_BYTES, CollectiveRecord, Descriptor
 from phalanx.collectives.layout import AWAITED, DESCRIPTOR, SEQUENCE, VERDICT, Layout
+from phalanx.collectives.row_counts import RowCounts, RowTable, compare_all
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import CollectiveMismatchError, DeadlineError, PhalanxError
 from phalanx.transport.futex import Doorbell, new_fence
@@ -68,6 +69,7 @@ class Lockstep:
         self._segment = segment = SharedSegment.attach(spec.rendezvous)
         self._fence = new_fence()
         self._words = segment.buf[: layout.data].cast("Q")
+        self._row_table = RowTable(self._words, layout, seat)
         self._awaited = segment.buf[AWAITED : AWAITED + spec.size]
         self._bells = [Doorbell(segment.buf[at : at + 4]) for at in map(layout.bell, range(spec.size))]
         self._watch = Watch(self._bells[seat])
@@ -134,6 +136,20 @@ class Lockstep:
         parity = self.announce()
         self.settle()
         return parity
+
+    def arrive_with_rows(self, counts: RowCounts) -> list[RowCounts]:
+        """`arrive`, for an all_to_all. Returns how many rows each rank sends and expects.
+
+        Raises CollectiveMismatchError also if any two ranks disagree about them.
+        """
+        self._row_table.write(self.next_parity, counts)
+        all_counts = self._row_table.read(self.arrive())
+        disagreement = compare_all(all_counts)
+        if disagreement is not None:
+            what = f"in {self._current} {disagreement.describe(self._spec.ranks)}"
+            error = CollectiveMismatchError(f"at sequence {self._sequence} of {self._group}: {what}")
+            raise self._end(_Reason.MISMATCH, disagreement.sender, error)
+        return all_counts
 
     def announce(self) -> int:
         """The first half of a turn: publish. Never blocks. Nothing more may be written before `settle`.

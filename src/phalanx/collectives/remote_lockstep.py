@@ -21,6 +21,7 @@ import msgspec
 
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor
 from phalanx.collectives.exchange import Exchange
+from phalanx.collectives.row_counts import Disagreement
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import CollectiveMismatchError, DeadlineError, PeerDiedError, PhalanxError
 
@@ -42,6 +43,8 @@ class _Report(msgspec.Struct, frozen=True, array_like=True):
     sequence: int
     collective: bytes
     awaited: tuple[int, ...]
+    disagreement: str = ""
+    """What it left for: the counts of an all_to_all."""
 
     def __str__(self) -> str:
         if not self.collective:
@@ -110,6 +113,13 @@ class RemoteLockstep:
         self._failure = self._verdict(reports, f"{self._doing} ({cause})", waited_s)
         return self._failure
 
+    def refuse(self, disagreement: Disagreement) -> PhalanxError:
+        """End the group because this rank and a peer count differently what goes between them. Tells the others."""
+        why = f"in {self._current} {disagreement.describe(self._spec.ranks)}"
+        self._failure = CollectiveMismatchError(f"at sequence {self._sequence} of {self._group}: {why}")
+        self._publish(msgspec.structs.replace(self._report("left", ()), disagreement=why))
+        return self._failure
+
     def abandon(self, error: BaseException) -> None:
         """End the group because an operation was left half done. Does nothing if the group has ended."""
         if self._failure is None:
@@ -158,7 +168,10 @@ class RemoteLockstep:
         silent = [seat for seat in reached if seat not in reports]
         gone = [seat for seat in reached if seat in reports and reports[seat].reason == "left"]
         if gone:
-            return CollectiveMismatchError(f"{self._names(gone)} has left {self._group}, and {self._me} is in {what}")
+            why = next((f", because {reports[seat].disagreement}," for seat in gone if reports[seat].disagreement), ",")
+            return CollectiveMismatchError(
+                f"{self._names(gone)} has left {self._group}{why} and {self._me} is in {what}"
+            )
         # While ranks connect, one that is at it cannot report, and that it is not reached says nothing of its life.
         if len(silent) == 1 and broken and self._current is not None:
             ((finder, seat), *_) = broken

@@ -6,16 +6,23 @@ than two ranks has two halves a chunk: every rank sums its own part of the chunk
 then all copy the sums (reduce-scatter and all-gather, as in Rabenseifner, "Optimization of Collective Reduction
 Operations", 2004), so that the additions are shared.
 
+In a reduce_scatter and an all_to_all a rank's slot holds only what is for its peers, and each reads its own share. The
+rows of an all_to_all lie there in the order of the ring, from the rank after this one on: so every peer has something
+to read in each of several turns if the rows are spread evenly. How many turns there are, the ranks learn at the first.
+
 Sums are taken in rank order; bfloat16 and float16 are added in float32 and rounded once. So the result is bitwise the
 same on every rank and in every run.
 
-Shape suffixes: N elements of a chunk, P elements of one rank's part of it. Names without one have the caller's shape.
+Shape suffixes: N elements of a chunk, P elements of one rank's part of it, S ranks, B bytes. Names without one have
+the caller's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -23,6 +30,7 @@ from torch import Tensor
 
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.lockstep import Lockstep
+from phalanx.collectives.row_counts import RowCounts
 from phalanx.collectives.spec import GroupSpec
 from phalanx.collectives.sums import ROUNDED_ONCE, add_up
 
@@ -40,7 +48,7 @@ class _Plan(NamedTuple):
     """One operation on one dtype and shape."""
 
     descriptor: Descriptor
-    own: tuple[Tensor, Tensor] | None  # None: larger than a slot, or a sum that is to be shared
+    own: tuple[Tensor, Tensor] | None  # None: goes in chunks, as the larger ones and those that are shared out do
     slots: _ByParity
     accumulator: Tensor | None
 
@@ -53,6 +61,24 @@ class _SharedSum(NamedTuple):
     sums_P: _ByParity  # each rank's part, in its own slot
     sizes_P: list[int]
     accumulator: Tensor | None
+
+
+class _ScatteredSum(NamedTuple):
+    """The sum of one chunk, of which each rank gets its own part."""
+
+    own: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """For each parity: the parts, in this rank's slot, for the ranks before it and for those after it."""
+    addends_P: _ByParity
+    """This rank's part in each rank's slot. Its own is in none: any view stands there."""
+    accumulator: Tensor | None
+
+
+class _Run(NamedTuple):
+    """What one peer sends to this rank in an all_to_all, in bytes: from where to where of all that it puts out."""
+
+    peer: int
+    start: int
+    stop: int
 
 
 class SharedMemoryGroup:
@@ -72,6 +98,7 @@ class SharedMemoryGroup:
         self._runs_ahead = spec.runs_ahead
         self._plans: dict[tuple[Operation, torch.dtype, torch.Size, int], _Plan] = {}
         self._shared_sums: dict[tuple[torch.dtype, int], _SharedSum] = {}
+        self._scattered_sums: dict[tuple[torch.dtype, int], _ScatteredSum] = {}
         self._barrier = Descriptor("barrier")
         # Views that are made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
@@ -114,6 +141,36 @@ class SharedMemoryGroup:
             self._lockstep.abandon(error)
             raise
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        assert x.shape[0] % self.size == 0, x.shape
+        plan = self._plans.get(("reduce_scatter", x.dtype, x.shape, 0)) or self._make_plan("reduce_scatter", x, 0)
+        try:
+            self._lockstep.issue(plan.descriptor)
+            x_SP = x.reshape(self.size, x.numel() // self.size)
+            sum_P = x_SP.new_empty(x_SP.shape[1])
+            num_P = self._slot_bytes // (x.element_size() * (self.size - 1))
+            if len(sum_P) <= num_P:
+                self._sum_own_part(x_SP, sum_P)
+            else:
+                for chunk_SP, chunk_P in zip(torch.split(x_SP, num_P, 1), torch.split(sum_P, num_P), strict=True):
+                    self._sum_own_part(chunk_SP, chunk_P)
+            return sum_P.view(x.shape[0] // self.size, *x.shape[1:])
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        counts = RowCounts(send_counts, receive_counts)
+        counts.check(len(x), self.rank, self.size)
+        assert x.device.type == "cpu", x.device
+        try:
+            self._lockstep.issue(_of_rows(x.dtype, x.shape[1:]))
+            received_B = self._exchange_rows(_as_bytes(x), counts, prod(x.shape[1:]) * x.element_size())
+            return received_B.view(x.dtype).view(sum(receive_counts), *x.shape[1:])
+        except BaseException as error:
+            self._lockstep.abandon(error)
+            raise
+
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         assert 0 <= src < self.size, src
         plan = self._plans.get(("broadcast", x.dtype, x.shape, src)) or self._make_plan("broadcast", x, src)
@@ -143,6 +200,7 @@ class SharedMemoryGroup:
     def close(self) -> None:
         self._plans.clear()
         self._shared_sums.clear()
+        self._scattered_sums.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._lockstep.close()
 
@@ -186,6 +244,81 @@ class SharedMemoryGroup:
                 gathered[rank, start : start + chunk_N.numel()].copy_(self._slot(rank, parity, chunk_N))
             start += chunk_N.numel()
         return torch.cat(gathered.view(self.size, *x.shape).unbind(), dim)
+
+    def _sum_own_part(self, chunk_SP: Tensor, out_P: Tensor) -> None:
+        key = (out_P.dtype, out_P.numel())
+        plan = self._scattered_sums.get(key) or self._scatter_sum(out_P)
+        before_SP, after_SP = plan.own[self._lockstep.next_parity]
+        if self.rank > 0:
+            before_SP.copy_(chunk_SP[: self.rank])
+        if self.rank < self.size - 1:
+            after_SP.copy_(chunk_SP[self.rank + 1 :])
+        addends_P = list(plan.addends_P[self._lockstep.arrive()])
+        addends_P[self.rank] = chunk_SP[self.rank]
+        add_up(addends_P, out_P, plan.accumulator)
+
+    def _exchange_rows(self, sent_B: Tensor, counts: RowCounts, row_bytes: int) -> Tensor:
+        bounds = [row * row_bytes for row in accumulate(counts.send, initial=0)]
+        before_B, kept_B, after_B = sent_B.tensor_split(bounds[self.rank : self.rank + 2])
+        outgoing = after_B, before_B
+        parity = self._lockstep.next_parity
+        self._put_out(outgoing, 0)
+        all_counts = self._lockstep.arrive_with_rows(counts)
+        runs_B = [self._run(peer, of_peer.send, row_bytes) for peer, of_peer in enumerate(all_counts)]
+        del runs_B[self.rank]
+        num_B = max(sum(send) - send[rank] for rank, (send, _) in enumerate(all_counts)) * row_bytes
+        if num_B > self._slot_bytes:
+            return self._take_in_turns(outgoing, kept_B, runs_B, num_B, parity)
+        earlier, later = runs_B[: self.rank], runs_B[self.rank :]
+        return torch.cat((*self._taken(earlier, parity), kept_B, *self._taken(later, parity)))
+
+    def _take_in_turns(
+        self, outgoing: tuple[Tensor, Tensor], kept_B: Tensor, runs_B: list[_Run], num_B: int, parity: int
+    ) -> Tensor:
+        """What an all_to_all gives, from its first turn on, of `parity`, at which all have met."""
+        sizes = [stop - start for _, start, stop in runs_B]
+        sizes.insert(self.rank, len(kept_B))
+        received_B = kept_B.new_empty(sum(sizes))
+        parts_B = torch.split(received_B, sizes)
+        parts_B[self.rank].copy_(kept_B)
+        for begin in range(0, num_B, self._slot_bytes):
+            if begin:
+                self._put_out(outgoing, begin)
+                parity = self._lockstep.arrive()
+            for peer, start, stop in runs_B:
+                low, high = max(start, begin), min(stop, begin + self._slot_bytes)
+                if low < high:
+                    taken_B = self._slot_part(peer, parity, low - begin, high - begin)
+                    parts_B[peer][low - start : high - start].copy_(taken_B)
+        return received_B
+
+    def _run(self, peer: int, send_counts: Sequence[int], row_bytes: int) -> _Run:
+        """Where `peer`, which begins with the rank after it, has the rows for this one."""
+        if peer < self.rank:
+            num_before = sum(send_counts[peer + 1 : self.rank])
+        else:
+            num_before = sum(send_counts[peer + 1 :]) + sum(send_counts[: self.rank])
+        return _Run(peer, num_before * row_bytes, (num_before + send_counts[self.rank]) * row_bytes)
+
+    def _put_out(self, outgoing: tuple[Tensor, Tensor], begin: int) -> None:
+        """Fill this rank's slot with what comes from `begin` on in the two tensors, seen as one."""
+        at = self._lockstep.layout.slot(self.rank, self._lockstep.next_parity)
+        room = self._slot_bytes
+        for part_B in outgoing:
+            taken_B = part_B[begin : begin + room]
+            num_B = len(taken_B)
+            if num_B:
+                self._memory[at : at + num_B].copy_(taken_B)
+            begin = max(begin - len(part_B), 0)
+            at += num_B
+            room -= num_B
+
+    def _taken(self, runs_B: list[_Run], parity: int) -> list[Tensor]:
+        return [self._slot_part(peer, parity, start, stop) for peer, start, stop in runs_B if start < stop]
+
+    def _slot_part(self, rank: int, parity: int, start: int, stop: int) -> Tensor:
+        at = self._lockstep.layout.slot(rank, parity)
+        return self._memory[at + start : at + stop]
 
     def _broadcast_in_chunks(self, x: Tensor, src: int) -> None:
         flat = x.reshape(-1)
@@ -232,6 +365,28 @@ class SharedMemoryGroup:
         self._shared_sums[chunk_N.dtype, num_N] = plan
         return plan
 
+    def _scatter_sum(self, out_P: Tensor) -> _ScatteredSum:
+        """Plan the sum of a chunk of which every rank gets a part of this dtype and size."""
+        num_P = out_P.numel()
+        like_SP = out_P.new_empty(self.size - 1, num_P)
+        with torch.inference_mode(False):
+            slots = self._slots(like_SP)
+            owns = [of_parity[self.rank].tensor_split((self.rank,)) for of_parity in slots]
+            # A slot has no part for its own rank, so the later ones move up.
+            even, odd = (
+                tuple(
+                    slot_SP[min(self.rank - (rank < self.rank), self.size - 2)]
+                    for rank, slot_SP in enumerate(of_parity)
+                )
+                for of_parity in slots
+            )
+        own = (owns[0][0], owns[0][1]), (owns[1][0], owns[1][1])
+        plan = _ScatteredSum(own, (even, odd), self._accumulator(out_P))
+        if len(self._scattered_sums) >= _MAX_PLANS:
+            self._scattered_sums.clear()
+        self._scattered_sums[out_P.dtype, num_P] = plan
+        return plan
+
     def _slot(self, rank: int, parity: int, like: Tensor) -> Tensor:
         """A view of a slot with the dtype and shape of `like`, which fits."""
         start = self._lockstep.layout.slot(rank, parity)
@@ -253,7 +408,7 @@ class SharedMemoryGroup:
             self._plans.clear()
         descriptor = Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
         limit_bytes = self._alone_bytes if operation == "all_reduce" else self._slot_bytes
-        if x.nbytes > limit_bytes:
+        if x.nbytes > limit_bytes or operation == "reduce_scatter":
             plan = _Plan(descriptor, None, ((), ()), None)
         else:
             with torch.inference_mode(False):
@@ -262,3 +417,13 @@ class SharedMemoryGroup:
                 plan = _Plan(descriptor, own, slots, self._accumulator(x))
         self._plans[operation, x.dtype, x.shape, argument] = plan
         return plan
+
+
+@lru_cache(_MAX_PLANS)
+def _of_rows(dtype: torch.dtype, row_shape: torch.Size) -> Descriptor:
+    return Descriptor("all_to_all", dtype_name(dtype), tuple(row_shape))
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """The numbers of `x`, row by row."""
+    return x.reshape(-1).view(torch.uint8)

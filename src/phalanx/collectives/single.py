@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from phalanx.collectives.descriptor import CollectiveRecord, Operation, dtype_name
+from phalanx.collectives.row_counts import RowCounts
 from phalanx.collectives.spec import GroupSpec
 
 
@@ -35,6 +39,16 @@ class SingleGroup:
         self._record("all_gather", x)
         return x.clone()
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        assert x.dim() > 0
+        self._record("reduce_scatter", x)
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        RowCounts(send_counts, receive_counts).check(len(x), 0, 1)
+        self._record("all_to_all", x, x.shape[1:])
+        return x.clone(memory_format=torch.contiguous_format)
+
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         assert src == 0, src
         self._record("broadcast", x)
@@ -46,6 +60,10 @@ class SingleGroup:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _record(self, operation: Operation, x: Tensor | None) -> None:
+    def _record(self, operation: Operation, x: Tensor | None, shape: Sequence[int] | None = None) -> None:
+        """`shape`: if it is not that of `x`."""
         self._sequence += 1
-        self._issued = (operation, "", ()) if x is None else (operation, dtype_name(x.dtype), tuple(x.shape))
+        if x is None:
+            self._issued = (operation, "", ())
+        else:
+            self._issued = (operation, dtype_name(x.dtype), tuple(x.shape if shape is None else shape))

@@ -9,6 +9,9 @@ ranks are.
 Not by Gloo's own collectives (torch 2.13): there the process of a rank that is sent more than it expects is ended by a
 signal, one that is sent less goes on with what it has, and small sums take up to twice as long. Here a message is
 tagged with its collective, so that ranks in different ones never take each other's data; both wait for their deadline.
+In an all_to_all the ranks may count differently, so that there the number of rows is part of the tag, and two ranks
+tell each other their counts, while the rows are on their way.
+
 Data between hosts is not encrypted, as NCCL's is not.
 
 Shape suffixes: N elements, P elements of one rank's part of them.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +36,7 @@ from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operati
 from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.exchange_store import ExchangeStore
 from phalanx.collectives.remote_lockstep import RemoteLockstep
+from phalanx.collectives.row_counts import RowCounts, compare
 from phalanx.collectives.spec import GroupSpec
 from phalanx.collectives.sums import ROUNDED_ONCE, add_up
 from phalanx.errors import PhalanxError
@@ -45,6 +49,8 @@ _MAX_AHEAD = 4
 _CONNECT_TRIES = 5
 _TAG_BITS = 31
 _PHASES = 2
+# Odd, so that counts of rows that differ give tags that do; the golden ratio's, so that they are far apart.
+_TAGS_PER_ROW = 0x9E3779B1
 # Where torch.distributed has its classes from; it passes on only some of them, and the stubs leave out more.
 c10d: Any = _distributed_c10d
 
@@ -86,7 +92,7 @@ class SpanningGroup:
         return self._lockstep.last
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        with self._collective("all_reduce", x) as tag:
+        with self._collective(_descriptor("all_reduce", x)) as tag:
             flat_N = x.reshape(-1)
             if x.nbytes <= _ALONE_BYTES or self.size == 2:
                 self._sum_alone(flat_N, tag)
@@ -99,11 +105,33 @@ class SpanningGroup:
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         assert -x.dim() <= dim < x.dim(), dim
         dim %= x.dim()
-        with self._collective("all_gather", x, dim) as tag:
+        with self._collective(_descriptor("all_gather", x, dim)) as tag:
             gathered = x.new_empty(self.size, *x.shape)
             gathered[self.rank].copy_(x)
             self._swap(dict.fromkeys(self._peers, gathered[self.rank]), dict(enumerate(gathered)), tag)
             return torch.cat(gathered.unbind(), dim)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        assert x.shape[0] % self.size == 0, x.shape
+        with self._collective(_descriptor("reduce_scatter", x)) as tag:
+            parts = x.contiguous().tensor_split(self.size)
+            return self._sum_own(parts, tag)
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        counts = RowCounts(send_counts, receive_counts)
+        counts.check(len(x), self.rank, self.size)
+        with self._collective(Descriptor("all_to_all", dtype_name(x.dtype), tuple(x.shape[1:]))) as tag:
+            received = x.new_empty(sum(receive_counts), *x.shape[1:])
+            runs, sent_runs = (
+                torch.split(received, list(receive_counts)),
+                torch.split(x.contiguous(), list(send_counts)),
+            )
+            rows = self._start_rows(sent_runs, runs, tag + 1)
+            self._agree_on(counts, tag)
+            for transfer in rows:
+                self._complete(transfer)
+            runs[self.rank].copy_(sent_runs[self.rank])
+        return received
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         """As in `Group`. In a group that runs ahead the source may be `_MAX_AHEAD` broadcasts ahead of its peers.
@@ -112,7 +140,7 @@ class SpanningGroup:
         knows otherwise that all have arrived.
         """
         assert 0 <= src < self.size, src
-        with self._collective("broadcast", x, src) as tag:
+        with self._collective(_descriptor("broadcast", x, src)) as tag:
             if src == self.rank:
                 # The caller may overwrite `x` as soon as this returns.
                 sent = x.clone(memory_format=torch.contiguous_format) if self._max_ahead else x.contiguous()
@@ -126,7 +154,7 @@ class SpanningGroup:
 
     def barrier(self) -> None:
         word = torch.zeros(self.size, 1, dtype=torch.uint8)
-        with self._collective("barrier", None) as tag:
+        with self._collective(Descriptor("barrier")) as tag:
             self._swap(dict.fromkeys(self._peers, word[self.rank]), dict(enumerate(word)), tag)
 
     def close(self) -> None:
@@ -157,10 +185,8 @@ class SpanningGroup:
         self._ahead.clear()
 
     @contextmanager
-    def _collective(self, operation: Operation, x: Tensor | None, argument: int = 0) -> Iterator[int]:
+    def _collective(self, descriptor: Descriptor) -> Iterator[int]:
         """Gives the first of the collective's tags, one for each of its phases."""
-        dtype, shape = ("", ()) if x is None else (dtype_name(x.dtype), tuple(x.shape))
-        descriptor = Descriptor(operation, dtype, shape, argument)
         try:
             self._lockstep.issue(descriptor)
             yield (descriptor.digest + self._lockstep.sequence) * _PHASES % (1 << _TAG_BITS)
@@ -180,10 +206,32 @@ class SpanningGroup:
     def _sum_shared(self, flat_N: Tensor, tag: int) -> None:
         parts_P = flat_N.tensor_split(self.size)
         own_P = parts_P[self.rank]
-        addends = [own_P if rank == self.rank else torch.empty_like(own_P) for rank in range(self.size)]
-        self._swap(dict(enumerate(parts_P)), dict(enumerate(addends)), tag)
-        own_P.copy_(_sum(addends))
+        own_P.copy_(self._sum_own(parts_P, tag))
         self._swap(dict.fromkeys(self._peers, own_P), dict(enumerate(parts_P)), tag + 1)
+
+    def _sum_own(self, parts: Sequence[Tensor], tag: int) -> Tensor:
+        """The sum of the ranks' parts for this rank; `parts` has what this rank brings for each."""
+        own = parts[self.rank]
+        addends = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
+        self._swap(dict(enumerate(parts)), dict(enumerate(addends)), tag)
+        return _sum(addends)
+
+    def _start_rows(self, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int) -> list[_Transfer]:
+        """Begin to send each peer its rows, and to receive from each. Never blocks."""
+        return [
+            *(self._receive(received[p], p, _tag_of(tag, received[p])) for p in self._peers if received[p].nbytes),
+            *(self._send(sent[p], p, _tag_of(tag, sent[p])) for p in self._peers if sent[p].nbytes),
+        ]
+
+    def _agree_on(self, counts: RowCounts, tag: int) -> None:
+        """Tell every peer how many rows this rank has for it, and how many it expects, and compare."""
+        told, heard = torch.tensor([counts.send, counts.receive]).T.contiguous(), torch.empty(self.size, 2).long()
+        self._swap(dict(enumerate(told)), dict(enumerate(heard)), tag)
+        for peer in self._peers:
+            sent, expected = heard[peer].tolist()
+            disagreement = compare(self.rank, counts, peer, sent, expected)
+            if disagreement is not None:
+                raise self._lockstep.refuse(disagreement)
 
     def _swap(self, sent: dict[int, Tensor], received: dict[int, Tensor], tag: int) -> None:
         """Send each peer what is meant for it and receive from each. Blocks until both are done."""
@@ -223,6 +271,15 @@ class SpanningGroup:
             waited_s = time.monotonic() - start
             self._disconnect()
             raise self._lockstep.blame(_in_short(error), waited_s, (peer,)) from error
+
+
+def _descriptor(operation: Operation, x: Tensor, argument: int = 0) -> Descriptor:
+    return Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
+
+
+def _tag_of(tag: int, rows: Tensor) -> int:
+    """The tag of a message with so many rows, in the phase that `tag` begins."""
+    return (tag + len(rows) * _TAGS_PER_ROW * _PHASES) % (1 << _TAG_BITS)
 
 
 def _sum(addends: list[Tensor]) -> Tensor:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from math import prod
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,6 +28,7 @@ from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.lockstep import Lockstep
 from phalanx.collectives.nccl_bootstrap import connect_over
 from phalanx.collectives.remote_lockstep import RemoteLockstep
+from phalanx.collectives.row_counts import RowCounts
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import ConfigError, FrameError, PhalanxError
 from phalanx.transport.interfaces import interface_addresses
@@ -48,6 +50,10 @@ class _Backend(Protocol):
     def allreduce(self, tensors: list[Tensor], options: object) -> _Work | None: ...
     def broadcast(self, tensors: list[Tensor], options: object) -> _Work | None: ...
     def _allgather_base(self, gathered: Tensor, x: Tensor, options: object) -> _Work | None: ...
+    def _reduce_scatter_base(self, out: Tensor, x: Tensor, options: object) -> _Work | None: ...
+    def alltoall_base(
+        self, out: Tensor, x: Tensor, receive_sizes: list[int], send_sizes: list[int], options: object
+    ) -> _Work | None: ...
     def abort(self) -> None: ...
 
 
@@ -77,10 +83,9 @@ class _TorchGroup(ABC):
     def all_reduce(self, x: Tensor) -> Tensor:
         options = c10d.AllreduceOptions()
         options.asyncOp = False
-        # The backends cannot add bools.
-        options.reduceOp = c10d.ReduceOp.MAX if x.dtype == torch.bool else c10d.ReduceOp.SUM
+        options.reduceOp = _sum_of(x.dtype)
         with self._collective(_descriptor("all_reduce", x)):
-            carried = (x.to(torch.uint8) if x.dtype == torch.bool else x).contiguous()
+            carried = _addable(x)
             if x.numel():
                 self._complete(self._backend.allreduce([carried], options))
             if carried is not x:
@@ -97,6 +102,32 @@ class _TorchGroup(ABC):
                 bytes_in = _as_bytes(x.contiguous())
                 self._complete(self._backend._allgather_base(_as_bytes(gathered), bytes_in, options))
             return torch.cat(gathered.unbind(), dim)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        assert x.shape[0] % self.size == 0, x.shape
+        options = c10d.ReduceScatterOptions()
+        options.asyncOp = False
+        options.reduceOp = _sum_of(x.dtype)
+        with self._collective(_descriptor("reduce_scatter", x)):
+            carried = _addable(x)
+            part = carried.new_empty(x.shape[0] // self.size, *x.shape[1:])
+            if x.numel():
+                self._complete(self._backend._reduce_scatter_base(part, carried, options))
+            return part.to(x.dtype)
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        counts = RowCounts(send_counts, receive_counts)
+        counts.check(len(x), self.rank, self.size)
+        options = c10d.AllToAllOptions()
+        options.asyncOp = False
+        with self._collective(Descriptor("all_to_all", dtype_name(x.dtype), tuple(x.shape[1:])), counts):
+            received = x.new_empty(sum(receive_counts), *x.shape[1:])
+            row_bytes = prod(x.shape[1:]) * x.element_size()
+            if row_bytes:
+                send_sizes, receive_sizes = ([num_rows * row_bytes for num_rows in of] for of in counts)
+                bytes_out, bytes_in = _as_bytes(received), _as_bytes(x.contiguous())
+                self._complete(self._backend.alltoall_base(bytes_out, bytes_in, receive_sizes, send_sizes, options))
+            return received
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         assert 0 <= src < self.size, src
@@ -127,17 +158,17 @@ class _TorchGroup(ABC):
         """Tear them down without waiting for a peer."""
 
     @abstractmethod
-    def _enter(self, descriptor: Descriptor) -> None:
-        """Begin a collective."""
+    def _enter(self, descriptor: Descriptor, counts: RowCounts | None) -> None:
+        """Begin a collective. `counts`: of an all_to_all."""
 
     @abstractmethod
     def _complete(self, work: _Work | None) -> None:
         """Let what comes after in this thread see the collective's result."""
 
     @contextmanager
-    def _collective(self, descriptor: Descriptor) -> Iterator[None]:
+    def _collective(self, descriptor: Descriptor, counts: RowCounts | None = None) -> Iterator[None]:
         try:
-            self._enter(descriptor)
+            self._enter(descriptor, counts)
             yield
         except BaseException as error:
             self._lockstep.abandon(error)
@@ -167,9 +198,12 @@ class GlooGroup(_TorchGroup):
     def _disconnect(self) -> None:
         del self._backend
 
-    def _enter(self, descriptor: Descriptor) -> None:
+    def _enter(self, descriptor: Descriptor, counts: RowCounts | None) -> None:
         self._lockstep.issue(descriptor)
-        self._lockstep.arrive()
+        if counts is None:
+            self._lockstep.arrive()
+        else:
+            self._lockstep.arrive_with_rows(counts)
 
     def _complete(self, work: _Work | None) -> None:
         assert work is not None
@@ -185,7 +219,8 @@ class NcclGroup(_TorchGroup):
     """GPU ranks. Operations are enqueued on the current stream, also into a CUDA graph, and never wait on the host.
 
     So a mismatch, a dead or a late peer shows in `barrier`, and in NCCL's own watchdog after the group's timeout, and
-    not in the operation itself. Between hosts a mismatch is not even seen there, unless it makes a rank wait in vain.
+    not in the operation itself. Between hosts a mismatch is not even seen there, unless it makes a rank wait in vain,
+    and the counts of an all_to_all are compared nowhere. An all_to_all in a CUDA graph keeps the counts of its capture.
     """
 
     def __init__(self, spec: GroupSpec, rank: int, device: torch.device, exchange: Exchange | None) -> None:
@@ -245,7 +280,7 @@ class NcclGroup(_TorchGroup):
         self._backend.abort()
         del self._backend
 
-    def _enter(self, descriptor: Descriptor) -> None:
+    def _enter(self, descriptor: Descriptor, counts: RowCounts | None) -> None:
         self._lockstep.issue(descriptor)
         self._lockstep.mark_issued()
 
@@ -274,6 +309,15 @@ class NcclGroup(_TorchGroup):
 
 def _descriptor(operation: Operation, x: Tensor, argument: int = 0) -> Descriptor:
     return Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
+
+
+def _sum_of(dtype: torch.dtype) -> object:
+    """What adds up `_addable` tensors: the backends cannot add bools."""
+    return c10d.ReduceOp.MAX if dtype == torch.bool else c10d.ReduceOp.SUM
+
+
+def _addable(x: Tensor) -> Tensor:
+    return (x.to(torch.uint8) if x.dtype == torch.bool else x).contiguous()
 
 
 def _as_bytes(x: Tensor) -> Tensor:

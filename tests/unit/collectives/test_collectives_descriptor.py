@@ -16,7 +16,7 @@ from phalanx.collectives.spec import pick_backend
 
 _descriptors = st.builds(
     Descriptor,
-    operation=st.sampled_from(["all_reduce", "all_gather", "broadcast"]),
+    operation=st.sampled_from(["all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all"]),
     dtype=st.sampled_from(["float32", "bfloat16", "bool", "int64"]),
     shape=st.lists(st.integers(0, 2**40), max_size=8).map(tuple),
     argument=st.integers(0, 63),
@@ -52,6 +52,7 @@ def test_nothing_in_the_segment_overlaps(num_ranks: int, num_pages: int) -> None
     for rank in range(num_ranks):
         regions += [(layout.header(rank, parity), 16 + DESCRIPTOR_BYTES) for parity in (0, 1)]
         regions += [(layout.finished(rank), 8), (layout.joined(rank), 24), (layout.bell(rank), 4)]
+        regions += [(layout.counts(rank, parity), 16 * num_ranks) for parity in (0, 1)]
         regions += [(layout.slot(rank, parity), layout.slot_bytes) for parity in (0, 1)]
     regions.sort()
     for (start, length), (following, _) in pairwise(regions):
@@ -62,7 +63,10 @@ def test_nothing_in_the_segment_overlaps(num_ranks: int, num_pages: int) -> None
 def test_ranks_write_on_cache_lines_of_their_own() -> None:
     layout = Layout(4, 4096)
     written = [
-        {place // 64 for place in (layout.header(rank, 0), layout.header(rank, 1), layout.finished(rank))}
+        {
+            *(place // 64 for place in (layout.header(rank, 0), layout.header(rank, 1), layout.finished(rank))),
+            *(layout.counts(rank, parity) // 64 for parity in (0, 1)),
+        }
         for rank in range(4)
     ]
     assert not any(one & other for one, other in combinations(written, 2))

@@ -130,7 +130,8 @@ def test_a_mismatch_shows_at_once_at_the_peer_and_in_the_next_operation_at_the_s
 def test_nothing_is_lost_or_mixed_up_at_any_pace(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [rng.choice([1, 100, 5_000, 200_000, 9_000_000]) for _ in range(25)]  # the last is larger than a slot
-    kinds = [rng.choice(["broadcast"] * 6 + ["all_reduce", "back"]) for _ in sizes]
+    others = ["all_reduce", "reduce_scatter", "all_to_all", "back"]
+    kinds = [rng.choice(["broadcast"] * 8 + others) for _ in sizes]
 
     def program(group: SharedMemoryGroup) -> list[tuple[float, float]]:
         pace, found = random.Random(seed + group.rank), []
@@ -139,13 +140,20 @@ def test_nothing_is_lost_or_mixed_up_at_any_pace(seed: int) -> None:
             x = torch.full((size,), float(10 * i + group.rank))
             if kind == "all_reduce":
                 group.all_reduce(x)
+            elif kind == "all_to_all":
+                counts = [size if rank != group.rank else 0 for rank in range(2)]
+                x = group.all_to_all(x, counts, counts)
+            elif kind == "reduce_scatter":
+                x = group.reduce_scatter(x.repeat(2))
             else:
                 group.broadcast(x, 0 if kind == "broadcast" else 1)
             found.append((x[0].item(), x[-1].item()))
             x.fill_(-1.0)
         return found
 
-    expected = [
-        {"broadcast": 10.0 * i, "back": 10.0 * i + 1, "all_reduce": 20.0 * i + 1}[k] for i, k in enumerate(kinds)
-    ]
-    assert values(run(program, program)) == [[(value, value) for value in expected]] * 2
+    def expected(rank: int) -> list[tuple[float, float]]:
+        of_kind = {"broadcast": (10, 0), "back": (10, 1), "all_to_all": (10, 1 - rank)}
+        factors = [of_kind.get(kind, (20, 1)) for kind in kinds]  # or a sum
+        return [(float(factor * i + rest),) * 2 for i, (factor, rest) in enumerate(factors)]
+
+    assert values(run(program, program)) == [expected(0), expected(1)]

@@ -49,6 +49,84 @@ def test_sums_are_taken_in_rank_order_and_rounded_once(size: int, num_elements: 
         assert torch.equal(future.result(), expected.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+def test_a_reduce_scatter_is_a_part_of_the_sum_to_the_last_bit(size: int, rows: int, dtype: torch.dtype) -> None:
+    def program(group: SharedMemoryGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(group.rank)
+        x = (torch.randn(size * rows, 501, generator=generator) * 100).to(dtype)
+        before = x.clone()
+        part = group.reduce_scatter(x)
+        assert torch.equal(x, before)
+        return part, group.all_reduce(x)
+
+    for rank, future in enumerate(_run(size, program)):
+        part, whole = future.result()
+        assert part.shape == (rows, 501)
+        assert torch.equal(part, whole[rank * rows : (rank + 1) * rows])
+
+
+_SLOT_ROWS = 512 * 1024 // 8
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[1, 2, 0], [0, 0, 3], [4, 0, 1]],
+        [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[9, 0, 0], [0, 9, 0], [0, 0, 9]],
+        [[0, 5, 0], [0, 5, 0], [0, 5, 0]],
+        [[0, 0, 0], [7, 7, 7], [0, 0, 0]],
+        [[0, _SLOT_ROWS, 0], [0, 0, _SLOT_ROWS - 1], [1, 0, 0]],
+        [[0, _SLOT_ROWS, 1], [0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [3 * _SLOT_ROWS + 5, _SLOT_ROWS, 2 * _SLOT_ROWS - 5], [1, 1, 1]],
+        [[2 * _SLOT_ROWS] * 3, [0, 1, 0], [_SLOT_ROWS // 2] * 3],
+    ],
+    ids=["some", "none", "own", "to one", "from one", "a slot", "more than a slot", "turns for one", "turns"],
+)
+def test_rows_arrive_where_they_belong_and_in_order(counts: list[list[int]]) -> None:
+    def program(group: SharedMemoryGroup) -> torch.Tensor:
+        x = torch.arange(sum(counts[group.rank])) + 10**9 * group.rank
+        return group.all_to_all(x, counts[group.rank], [row[group.rank] for row in counts])
+
+    for rank, future in enumerate(_run(3, program)):
+        runs = [
+            torch.arange(sum(row[:rank]), sum(row[: rank + 1])) + 10**9 * sender for sender, row in enumerate(counts)
+        ]
+        assert torch.equal(future.result(), torch.cat(runs))
+
+
+def test_a_row_may_be_larger_than_a_slot_or_empty() -> None:
+    def program(group: SharedMemoryGroup) -> list[tuple[tuple[int, ...], list[float]]]:
+        found = []
+        for width in (200_001, 0):
+            x = torch.full((2, width, 2), float(group.rank), dtype=torch.bfloat16)
+            x = group.all_to_all(x, [1, 1], [1, 1])
+            found.append((tuple(x.shape), x.float().mean((1, 2)).nan_to_num(9.0).tolist()))
+        return found
+
+    for future in _run(2, program):
+        assert future.result() == [((2, 200_001, 2), [0.0, 1.0]), ((2, 0, 2), [9.0, 9.0])]
+
+
+def test_ranks_that_count_their_rows_differently_are_told_how() -> None:
+    counts, expected = [[0, 3, 1], [2, 0, 0], [0, 0, 0]], [[0, 2, 0], [4, 0, 0], [1, 0, 0]]
+
+    def program(group: SharedMemoryGroup) -> None:
+        group.barrier()
+        group.all_to_all(torch.ones(sum(counts[group.rank]), 8), counts[group.rank], expected[group.rank])
+        group.barrier()
+
+    exactly = (
+        "at sequence 2 of group tp, epoch 0: in all_to_all float32 [8] rank 0 sends 3 rows to rank 1, which expects 4"
+    )
+    for future in _run(3, program):
+        with pytest.raises(CollectiveMismatchError) as caught:
+            future.result()
+        assert str(caught.value) == exactly
+
+
 def test_gather_and_broadcast() -> None:
     def program(group: SharedMemoryGroup) -> tuple[list[list[int]], list[int]]:
         gathered = group.all_gather(torch.full((2, 1), group.rank))
@@ -151,6 +229,12 @@ def test_a_world_of_one_waits_for_nobody() -> None:
     gathered = group.all_gather(x)
     assert torch.equal(gathered, x)
     assert gathered.data_ptr() != x.data_ptr()
+    x = torch.arange(6).view(3, 2)
+    for result in (group.reduce_scatter(x), group.all_to_all(x, [3], [3])):
+        assert torch.equal(result, x)
+        assert result.data_ptr() != x.data_ptr()
+    assert group.last is not None
+    assert group.last.shape == (2,)
     group.barrier()
     assert group.last is not None
-    assert (group.last.sequence, group.last.operation) == (3, "barrier")
+    assert (group.last.sequence, group.last.operation) == (5, "barrier")

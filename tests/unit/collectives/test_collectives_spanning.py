@@ -60,6 +60,35 @@ def test_sums_are_taken_in_rank_order_and_rounded_once(size: int, num_elements: 
         assert torch.equal(future.result(), expected.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_a_reduce_scatter_is_a_part_of_the_sum_to_the_last_bit(size: int, rows: int) -> None:
+    def program(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(group.rank)
+        x = (torch.randn(size * rows, 501, generator=generator) * 100).to(torch.bfloat16)
+        return group.reduce_scatter(x), group.all_reduce(x)
+
+    for rank, future in enumerate(_run(_spec(*range(size)), program)):
+        part, whole = future.result()
+        assert part.shape == (rows, 501)
+        assert torch.equal(part, whole[rank * rows : (rank + 1) * rows])
+
+
+def test_ranks_that_count_their_rows_differently_are_told_how() -> None:
+    counts, expected = [[0, 3, 1], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [4, 0, 0], [1, 0, 0]]
+
+    def program(group: Group) -> None:
+        group.barrier()
+        group.all_to_all(torch.ones(sum(counts[group.rank]), 8), counts[group.rank], expected[group.rank])
+        group.barrier()
+
+    exactly = "in all_to_all float32 [8] rank 4 sends 3 rows to rank 6, which expects 4"
+    for future in _run(_spec(4, 6, 9), program):
+        with pytest.raises(CollectiveMismatchError) as caught:
+            future.result()
+        assert exactly in str(caught.value)
+
+
 def test_gather_and_broadcast() -> None:
     def program(group: Group) -> tuple[list[list[int]], list[int]]:
         gathered = group.all_gather(torch.full((2, 1), group.rank))
