@@ -34,7 +34,7 @@ def test_no_snapshot_is_left_over() -> None:
     assert {path.stem for path in SNAPSHOTS.glob("*.txt")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/cli.md", "docs/ray.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/cli.md", "docs/ray.md", "docs/upcycle.md"])
 def test_flags_of_the_documents_exist(document: str) -> None:
     known = {flag for arguments in COMMANDS.values() for flag in FLAG.findall(help_of(arguments))}
     commands = re.findall(r"^\s*(?:\$ )?(?:\S*/)?phalanx .*|`[^`]*--[a-z][^`]*`", (ROOT / document).read_text(), re.M)

@@ -41,14 +41,20 @@ class PagedAttention:
         self._key_cache, self._value_cache = key_cache, value_cache
 
     def __call__(
-        self, query_THD: Tensor, key_TKD: Tensor, value_TKV: Tensor, scale: float, sliding_window: int | None
+        self,
+        query_THD: Tensor,
+        key_TKD: Tensor,
+        value_TKV: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Put the new keys and values into the cache, then attend. Returns [T, H, V]."""
         batch, key_cache, value_cache = self._step.batch, self._key_cache, self._value_cache
         assert batch is not None and key_cache is not None and value_cache is not None, "no step, or no cache"
         key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, batch.slots_T, key_TKD)
         value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, batch.slots_T, value_TKV)
-        return self._backend(query_THD, key_cache, value_cache, batch, scale, sliding_window)
+        return self._backend(query_THD, key_cache, value_cache, batch, scale, sliding_window, sinks_H)
 
 
 def pick_backend(device: torch.device) -> Backend:
@@ -78,9 +84,10 @@ def _attend(
     *,
     scaling: float,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: returns [1, T, H, V], and no attention weights."""
+    """What transformers calls: returns [1, T, H, V], and no attention weights. `s_aux` is its name for sinks."""
     assert attention_mask is None
     attention = module.paged_attention
     assert isinstance(attention, PagedAttention)
@@ -90,5 +97,6 @@ def _attend(
         value_1KTV[0].transpose(0, 1),
         scaling,
         sliding_window,
+        s_aux,
     )
     return out_THV[None], None

@@ -52,9 +52,11 @@ class AttentionBatch:
         )
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None], Tensor]
-"""(query_THD, key_cache, value_cache, batch, scale, sliding_window) -> [T, H, V].
+Backend = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None, Tensor | None], Tensor]
+"""(query_THD, key_cache, value_cache, batch, scale, sliding_window, sinks_H) -> [T, H, V].
 
 Causal attention of each row's new tokens over its whole context, whose keys and values are in the caches already:
 [num_blocks, block_size, K, D] and [num_blocks, block_size, K, V]. A token sees the last `sliding_window` tokens, itself
-among them, or all."""
+among them, or all.
+
+With sinks, every head has one more thing to look at, which has a score and no value (Xiao et al. 2023; gpt-oss)."""

@@ -68,32 +68,42 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """See `attention_batch.Backend`."""
     key = (sliding_window, query_THD.dtype)
     plan = batch.prepared.get(key)
     if plan is None:
         plan = batch.prepared[key] = _prepare(batch, sliding_window, query_THD.dtype, query_THD.device)
+    sinks_KG = None if sinks_H is None else sinks_H.view(key_cache.shape[2], -1)
     out_THV = query_THD.new_empty(*query_THD.shape[:2], value_cache.shape[-1])
     for chunk in plan.chunks:
         if chunk.tokens_R is None:
-            return _decode(query_THD, key_cache, value_cache, chunk, scale)
-        out_THV[chunk.tokens_R] = _decode(query_THD[chunk.tokens_R], key_cache, value_cache, chunk, scale)
+            return _decode(query_THD, key_cache, value_cache, chunk, scale, sinks_KG)
+        out_THV[chunk.tokens_R] = _decode(query_THD[chunk.tokens_R], key_cache, value_cache, chunk, scale, sinks_KG)
     for row in plan.rows:
         out_THV[row.start : row.stop] = _prefill(
-            query_THD[row.start : row.stop], key_cache, value_cache, row, scale, sliding_window
+            query_THD[row.start : row.stop], key_cache, value_cache, row, scale, sliding_window, sinks_KG
         )
     return out_THV
 
 
-def _decode(query_RHD: Tensor, key_cache: Tensor, value_cache: Tensor, chunk: _DecodeChunk, scale: float) -> Tensor:
+def _decode(
+    query_RHD: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    chunk: _DecodeChunk,
+    scale: float,
+    sinks_KG: Tensor | None,
+) -> Tensor:
     num_rows, num_heads, head_dim = query_RHD.shape
     num_kv_heads = key_cache.shape[2]
     key_RKLD = _gather_chunk(key_cache, chunk)
     value_RKLV = _gather_chunk(value_cache, chunk)
     # The query heads of a KV head stand as its rows: with enable_gqa and one row, a CPU takes 7 to 13 times as long.
     query_RKGD = query_RHD.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out_RKGV = scaled_dot_product_attention(query_RKGD, key_RKLD, value_RKLV, attn_mask=chunk.mask_R11L, scale=scale)
+    sinks_KG1 = None if sinks_KG is None else sinks_KG[..., None]
+    out_RKGV = _attend(query_RKGD, key_RKLD, value_RKLV, chunk.mask_R11L, scale, sinks_KG1)
     return out_RKGV.reshape(num_rows, num_heads, -1)
 
 
@@ -111,13 +121,15 @@ def _prefill(
     row: _PrefillRow,
     scale: float,
     sliding_window: int | None,
+    sinks_KG: Tensor | None,
 ) -> Tensor:
     num_queries, num_heads, head_dim = query_THD.shape
     num_kv_heads = key_cache.shape[2]
     query_GKTD = query_THD.reshape(num_queries, num_kv_heads, -1, head_dim).permute(2, 1, 0, 3)
     key_GKCD = _gather_row(key_cache, row, query_GKTD.shape[0])
     value_GKCV = _gather_row(value_cache, row, query_GKTD.shape[0])
-    if row.num_earlier == 0 and sliding_window is None:
+    sinks_GK11 = None if sinks_KG is None else sinks_KG.T[..., None, None]
+    if row.num_earlier == 0 and sliding_window is None and sinks_KG is None:
         out_GKTV = scaled_dot_product_attention(query_GKTD, key_GKCD, value_GKCV, is_causal=True, scale=scale)
         return out_GKTV.permute(2, 1, 0, 3).reshape(num_queries, num_heads, -1)
     tiles = []
@@ -126,15 +138,31 @@ def _prefill(
         first, last = row.num_earlier + start, row.num_earlier + stop
         seen_from = max(first - sliding_window + 1, row.first_seen) if sliding_window else row.first_seen
         context = slice(seen_from - row.first_seen, last - row.first_seen)
-        out_GKQV = scaled_dot_product_attention(
+        out_GKQV = _attend(
             query_GKTD[:, :, start:stop],
             key_GKCD[:, :, context],
             value_GKCV[:, :, context],
-            attn_mask=_causal_mask(first, last, seen_from, sliding_window, query_THD.device),
-            scale=scale,
+            _causal_mask(first, last, seen_from, sliding_window, query_THD.device),
+            scale,
+            sinks_GK11,
         )
         tiles.append(out_GKQV.permute(2, 1, 0, 3).reshape(stop - start, num_heads, -1))
     return torch.cat(tiles)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """scaled_dot_product_attention, which knows no sinks: they add to what the weights are divided by, and no value.
+
+    `sinks` has a score for each head, in a shape that broadcasts to the scores.
+    """
+    if sinks is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    score = (query @ key.transpose(-1, -2)).float() * scale
+    score = score.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score + mask
+    best = torch.maximum(score.amax(-1, keepdim=True), sinks.float())
+    weight = torch.exp(score - best)
+    total = weight.sum(-1, keepdim=True) + torch.exp(sinks.float() - best)
+    return (weight / total).to(value.dtype) @ value
 
 
 def _gather_row(cache: Tensor, row: _PrefillRow, group_size: int) -> Tensor:

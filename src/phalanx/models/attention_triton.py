@@ -32,10 +32,12 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its whole context, whose keys and values are in the cache already.
 
     Caches are [num_blocks, block_size, K, D] and [num_blocks, block_size, K, V]; returns [T, H, V]. Waits for nothing.
+    Sinks take part in the softmax as a first score without a value.
     """
     num_tokens, num_heads, head_dim = query_THD.shape
     block_size, num_kv_heads, value_dim = value_cache.shape[1:]
@@ -56,6 +58,7 @@ def paged_attention(
         batch.block_tables_RB,
         batch.query_starts_R1,
         batch.context_lens_R,
+        sinks_H,
         scale,
         num_rows,
         sliding_window or NO_WINDOW,
@@ -68,6 +71,7 @@ def paged_attention(
         value_cache.stride(1),
         value_cache.stride(2),
         batch.block_tables_RB.stride(0),
+        HAS_SINKS=sinks_H is not None,
         GROUP=group,
         QUERIES=queries_per_tile,
         HEAD_DIM=head_dim,
@@ -106,6 +110,7 @@ def _paged_attention(
     block_tables,
     query_starts,
     context_lens,
+    sinks,
     scale,
     num_rows,
     window,
@@ -118,6 +123,7 @@ def _paged_attention(
     value_stride_s,
     value_stride_k,
     table_stride,
+    HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -153,8 +159,12 @@ def _paged_attention(
         other=0.0,
     )
 
-    best_M = tl.full([TILE_M], float("-inf"), tl.float32)
-    total_M = tl.zeros([TILE_M], tl.float32)
+    if HAS_SINKS:
+        best_M = tl.load(sinks + head_m).to(tl.float32)
+        total_M = tl.full([TILE_M], 1.0, tl.float32)
+    else:
+        best_M = tl.full([TILE_M], float("-inf"), tl.float32)
+        total_M = tl.zeros([TILE_M], tl.float32)
     sum_MV = tl.zeros([TILE_M, TILE_V], tl.float32)
     first_position = context_len - query_len + first_query
     end = tl.minimum(context_len, first_position + QUERIES)

@@ -18,15 +18,22 @@ import msgspec
 
 from phalanx.config import Positive
 from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError
+from phalanx.models.quantisation import StoredTensor, join_parts, layout_of
 from phalanx.models.weight_files import DTYPES, TensorInfo, read_headers
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many bytes of how many are done; both are 0 when there is nothing to count."""
 
 SUPPORTED_ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GptOssForCausalLM",
     "LlamaForCausalLM",
+    "MiniMaxM2ForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "OlmoeForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
@@ -35,6 +42,24 @@ SUPPORTED_ARCHITECTURES = (
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings. transformers recomputes `dynamic` and `longrope` from the longest position in the batch: with them
 a request's tokens would depend on what else runs."""
+
+_COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DeepseekV2ForCausalLM": {
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "scoring_func": ("softmax",),
+        "norm_topk_prob": (False,),
+        "moe_layer_freq": (1,),
+    },
+    "DeepseekV3ForCausalLM": {"topk_method": ("noaux_tc",), "scoring_func": ("sigmoid",), "moe_layer_freq": (1,)},
+    "MiniMaxM2ForCausalLM": {
+        "scoring_func": ("sigmoid",),
+        "use_routing_bias": (True,),
+        "use_qk_norm": (True,),
+        "qk_norm_type": ("per_layer",),
+        "shared_intermediate_size": (0,),
+    },
+}
+"""Settings of which transformers' definition computes these values only, whatever config.json says."""
 
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _NOT_DOWNLOADED = ("consolidated*", "original/*", "*.gguf")
@@ -108,13 +133,22 @@ class Checkpoint:
         return dict(settings)
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """The tensors of the checkpoint's files by name. Raises CheckpointError."""
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The checkpoint's tensors by name, quantised matrices among them.
+
+        Raises CheckpointError, or UnsupportedModelError for a quantisation that is not known.
+        """
+        quantization = self.settings.get("quantization_config")
+        return join_parts(self._headers, layout_of(self.name, quantization)) if quantization else {**self._headers}
+
+    @cached_property
+    def _headers(self) -> dict[str, TensorInfo]:
+        """The tensors of the checkpoint's files as they are stored."""
         return read_headers(self.path)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        return tuple(sorted({tensor.file for tensor in self._headers.values()}))
 
     @property
     def architecture(self) -> str:
@@ -142,6 +176,13 @@ class Checkpoint:
         return int(self._setting("num_hidden_layers"))
 
     @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer; 0 if the model is no mixture of experts."""
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        found = (getattr(self.hf_config, name, None) for name in names)
+        return int(next((number for number in found if number), 0))
+
+    @property
     def dtype(self) -> str:
         """The type of the weights: "float32", "bfloat16" or "float16"."""
         stated = self.settings.get("dtype") or self.settings.get("torch_dtype")
@@ -166,11 +207,14 @@ class Checkpoint:
             raise UnsupportedModelError(
                 f"{self.name} is a {self.architecture}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
+        for name, values in _COMPUTED.get(self.architecture, {}).items():
+            if self.settings.get(name) not in (None, *values):
+                raise UnsupportedModelError(
+                    f"{self.name} has {name} {self.settings[name]!r}; "
+                    f"a {self.architecture} is computed with {' or '.join(map(repr, values))}"
+                )
         if quantization := self.settings.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
-            raise UnsupportedModelError(
-                f"{self.name} is quantised ({method}); supported are {', '.join(DTYPES.values())}, and GGUF files"
-            )
+            layout_of(self.name, quantization)
         if self._rope.kind not in SUPPORTED_ROPE:
             raise UnsupportedModelError(
                 f"{self.name} has {self._rope.kind} rotary embeddings; supported are {', '.join(SUPPORTED_ROPE)}"

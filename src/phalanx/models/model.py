@@ -9,7 +9,7 @@ Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,16 @@ from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import build, definition_class, keep_stage
+from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
 from phalanx.models.packed import Packing, Product, Release, can_pack
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
+from phalanx.models.precision import kept_dtype
 from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
 from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
-from phalanx.topology.sharding import Span
+from phalanx.moe.dispatcher import Dispatcher
+from phalanx.moe.experts import Load, share_out
+from phalanx.topology.sharding import ExpertShare, Span
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 OnProgress = Callable[[int, int], None]
@@ -57,6 +61,8 @@ class CausalLM:
         weight_bytes: int,
         device: torch.device,
         packing: Packing | None,
+        dispatcher: Dispatcher | None,
+        expert_loads: Mapping[str, Load],
     ) -> None:
         self.vocab_size: int = definition.config.vocab_size
         self.hidden_size: int = definition.config.hidden_size
@@ -67,10 +73,13 @@ class CausalLM:
         self.dtype: torch.dtype = definition.dtype
         self.device = device
         self.weight_bytes = weight_bytes
+        self.expert_loads = expert_loads
+        """Of each layer whose experts are shared out one by one, by the name of their module."""
         self._definition = definition
         self._decoder = definition.base_model
         self._head = head
         self._packing = packing
+        self._dispatcher = dispatcher
         self._step = Step()
         backend = pick_backend(device)
         self._attention: list[PagedAttention] = []
@@ -78,18 +87,18 @@ class CausalLM:
         for module in _attention_modules(definition):
             module.paged_attention = PagedAttention(self._step, backend)
             self._attention.append(module.paged_attention)
-            key_size, value_size = module.k_proj.weight.shape[0], module.v_proj.weight.shape[0]
-            num_kv_heads = key_size // module.head_dim
-            cache_layers.append(LayerCache(num_kv_heads, module.head_dim, value_size // num_kv_heads))
+            cache_layers.append(_layer_cache(module))
         self.cache_layers = tuple(cache_layers)
 
     def named_parameters(self) -> dict[str, Tensor]:
         """This rank's part of each of its parameters, by transformers' names; what is tied comes under each name.
 
+        Routers' correction biases are among them.
+
         They may be written to until the next step. Where weights are packed, that step packs what they then hold, and
         those tensors are empty afterwards; the step after which one is written to raises UserError.
         """
-        parameters = {name: parameter.data for name, parameter in _parameters(self._definition).items()}
+        parameters = {name: tensor.data for name, tensor in _parameters(self._definition).items()}
         if self._packing is not None:
             self._packing.lend(parameters)
         return parameters
@@ -103,15 +112,20 @@ class CausalLM:
         for i, attention in enumerate(self._attention):
             attention.bind(*caches[i] if caches else (None, None))
 
-    def hidden_states(self, inputs: Tensor, positions_T: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden_states(
+        self, inputs: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
+    ) -> Tensor:
         """Run the layers on a step's tokens and put their keys and values into the cache.
 
         `inputs` are the token ids [T] where the model begins, elsewhere the hidden states [T, D] of the stage before.
-        Returns [T, D], where the model ends after the final normalisation.
+        `num_tokens` are those of each replica, if these share out the experts. Returns [T, D], where the model ends
+        after the final normalisation.
         """
         asked = {"input_ids" if self.is_first else "inputs_embeds": inputs[None]}
         if self._packing is not None:
             self._packing.pack()
+        if self._dispatcher is not None:
+            self._dispatcher.begin(num_tokens or (len(positions_T),))
         self._step.batch = batch
         try:
             output = self._decoder(**asked, position_ids=positions_T[None], use_cache=False)
@@ -144,11 +158,13 @@ def load_model(
     on_progress: OnProgress,
     layers: Span | None = None,
     release: Release | None = None,
+    experts: tuple[ExpertShare, Dispatcher] | None = None,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
-    where that is possible, and the memory of those that are then not needed is given back through it.
+    where that is possible, and the memory of those that are then not needed is given back through it. With
+    `experts` this rank has whole ones, and tokens get to those of other ranks through the dispatcher.
 
     Blocks for as long as reading takes; `on_progress(bytes_done, bytes_total)` counts this rank's bytes. Issues no
     collective.
@@ -157,7 +173,8 @@ def load_model(
     the model cannot be shared out over that many ranks, UnsupportedModelError for a layout that is not known.
     """
     definition = build(checkpoint, dtype)
-    sharding = Sharding(definition, group.rank, group.size)
+    share, dispatcher = experts or (None, None)
+    sharding = Sharding(definition, group.rank, group.size, share)
     sources = find_sources(definition, checkpoint.tensors, _parameters(definition))
     layers = layers or Span(0, checkpoint.num_layers)
     keep_stage(definition, layers)
@@ -168,8 +185,13 @@ def load_model(
         if missing := [name for name in shards if name not in sources]:
             some = ", ".join(missing[:4])
             raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
-        weights = _read(reader, shards, sources, dtype, allocate, on_progress)
-    _install(definition, weights, sharding, group, device)
+        dtypes = {
+            name: kept_dtype(definition, name, checkpoint.tensors[sources[name][0].key].dtype, dtype) for name in shards
+        }
+        weights = _read(reader, shards, sources, dtypes, allocate, on_progress)
+    expert_loads = _install(definition, weights, sharding, group, device, dispatcher)
+    full_shapes = {name: shard.full_shape for name, shard in shards.items()}
+    install_norms_of_all_heads(definition, full_shapes, sharding, group)
     if device.type == "cpu":
         install_short_paths(definition)
     head = None
@@ -186,11 +208,19 @@ def load_model(
         weight_bytes=sum(tensor.nbytes for tensor in weights.values()) + (packing.duplicate_bytes if packing else 0),
         device=device,
         packing=packing,
+        dispatcher=dispatcher,
+        expert_loads=expert_loads,
     )
 
 
-def _parameters(definition: Any) -> dict[str, nn.Parameter]:
-    return dict(definition.named_parameters(remove_duplicate=False))
+def _parameters(definition: Any) -> dict[str, Tensor]:
+    """What a checkpoint has of the model, by name: its parameters, and the buffers that are saved with them."""
+    found: dict[str, Tensor] = dict(definition.named_parameters(remove_duplicate=False))
+    for name, module in definition.named_modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set:
+                found[f"{name}.{leaf}"] = buffer
+    return found
 
 
 def _tie(sharding: Sharding, shards: dict[str, Shard], sources: dict[str, list[Source]], reader: WeightReader) -> None:
@@ -211,15 +241,15 @@ def _read(
     reader: WeightReader,
     shards: dict[str, Shard],
     sources: dict[str, list[Source]],
-    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
     allocate: Allocate,
     on_progress: OnProgress,
 ) -> dict[str, Tensor]:
-    total_bytes = sum(math.prod(shard.shape) for shard in shards.values()) * dtype.itemsize
+    total_bytes = sum(math.prod(shard.shape) * dtypes[name].itemsize for name, shard in shards.items())
     done_bytes = 0
     weights = {}
     for name, shard in shards.items():
-        weights[name] = allocate(name, shard.shape, dtype)
+        weights[name] = allocate(name, shard.shape, dtypes[name])
         reader.fill(weights[name], shard, sources[name])
         done_bytes += weights[name].nbytes
         on_progress(done_bytes, total_bytes)
@@ -227,25 +257,42 @@ def _read(
 
 
 def _install(
-    definition: Any, weights: dict[str, Tensor], sharding: Sharding, group: Group, device: torch.device
-) -> None:
-    """Put the rank's weights into the definition, and parallel layers where the ranks' outputs are to be summed."""
+    definition: Any,
+    weights: dict[str, Tensor],
+    sharding: Sharding,
+    group: Group,
+    device: torch.device,
+    dispatcher: Dispatcher | None,
+) -> dict[str, Load]:
+    """Put the rank's weights into the definition, and parallel layers where the ranks' outputs are to be summed.
+
+    Returns what counts the tokens of the experts, by module, where a dispatcher brings them.
+    """
+    loads: dict[str, Load] = {}
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
-        definition.get_submodule(module_name).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        module = definition.get_submodule(module_name)
+        if leaf in dict(module.named_buffers(recurse=False)):
+            module.register_buffer(leaf, tensor)
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     for name, module in list(definition.named_modules()):
         style = sharding.style(name)
         if style in ROWS:
             definition.set_submodule(name, RowParallelLinear(name, module.weight, module.bias, group))
+        elif style in EXPERTS and dispatcher is not None:
+            loads[name] = share_out(module, sharding.experts(module.num_experts), dispatcher)
         elif style in EXPERTS:
             sum_output(module, group)
         for buffer_name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(buffer_name, buffer.to(device), persistent=False)
+            if f"{name}.{buffer_name}" not in weights:
+                module.register_buffer(buffer_name, buffer.to(device), persistent=False)
     if sharding.embedding_name in weights:
         embedding = definition.get_input_embeddings()
         definition.set_input_embeddings(VocabParallelEmbedding(embedding.weight, group))
         if sharding.head_name in _parameters(definition).keys() - weights.keys():
             definition.get_output_embeddings().weight = embedding.weight
+    return loads
 
 
 def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
@@ -260,5 +307,13 @@ def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, 
 
 def _attention_modules(definition: Any) -> list[Any]:
     """The layers' attention modules, in the order of the layers."""
-    found = [module for module in definition.modules() if hasattr(module, "k_proj") and hasattr(module, "layer_idx")]
+    found = [module for module in definition.modules() if hasattr(module, "o_proj") and hasattr(module, "layer_idx")]
     return sorted(found, key=lambda module: module.layer_idx)
+
+
+def _layer_cache(module: Any) -> LayerCache:
+    if hasattr(module, "kv_b_proj"):  # latent attention: what it expands to is cached, for every head
+        num_heads = module.kv_b_proj.weight.shape[0] // (module.qk_nope_head_dim + module.v_head_dim)
+        return LayerCache(num_heads, module.qk_head_dim, module.v_head_dim)
+    num_kv_heads = module.k_proj.weight.shape[0] // module.head_dim
+    return LayerCache(num_kv_heads, module.head_dim, module.v_proj.weight.shape[0] // num_kv_heads)

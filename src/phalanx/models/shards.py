@@ -1,8 +1,8 @@
 """Which part of every parameter a rank holds, by the model's own tensor-parallel plan.
 
 transformers names a style for each linear layer ("layers.*.self_attn.q_proj": "colwise"). What the styles mean for
-inference is the data below; attention heads are shared out by KV group and the vocabulary in equal parts, whatever the
-plan says.
+inference is the data below, with plans for what transformers would replicate; attention heads are shared out by KV
+group and the vocabulary in equal parts, whatever the plan says.
 """
 
 from __future__ import annotations
@@ -10,29 +10,70 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
-from phalanx.topology.sharding import ALIGNMENT, Span, round_up, shard_heads, split_columns, vocab_part
+from phalanx.topology.sharding import ALIGNMENT, ExpertShare, Span, round_up, shard_heads, split_columns, vocab_part
 
-COLUMNS = ("colwise",)
-"""The outputs are shared out: dimension 0 of weight and bias."""
+COLUMNS = ("colwise", "colwise_gather_output")
+"""The outputs are shared out: dimension 0 of weight and bias.
+
+transformers gathers those of projections that are normalised over all heads; here the ranks share the sum of squares
+instead."""
 
 PACKED_COLUMNS = ("packed_colwise",)
 """Two matrices one above the other (gate and up of every expert), each shared out: dimension 1.
 
 Experts' columns are padded to the alignment that grouped products insist on. Zeros add nothing to the sum."""
 
-ROWS = ("rowwise",)
+ROWS = ("rowwise", "rowwise_split_input")
 """The inputs are shared out: the last dimension of the weight. The ranks' outputs are to be summed."""
 
-REPLICATED = (None, "replicated_with_grad_allreduce")
+INTERLEAVED_COLUMNS = ("interleaved_colwise",)
+"""Ours: gate and up of every expert in turn, a column each: the last dimension. Padded like packed columns."""
+
+TRANSPOSED_ROWS = ("transposed_rowwise",)
+"""Ours: the inputs of every expert are dimension 1, and padded."""
+
+ADDED_ONCE = ("added_once",)
+"""Ours: a bias of what the ranks sum: the first rank has it, the others have zeros."""
+
+REPLICATED = (None, "replicated_with_grad_allreduce", "mla_kv_a_proj")
 
 EXPERTS = ("moe_tp_experts",)
 """A module whose fused weights have styles of their own, and whose output is to be summed over the ranks."""
 
-QUERY_PROJECTIONS = ("q_proj", "o_proj")
-KV_PROJECTIONS = ("k_proj", "v_proj")
+_HEADS = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_NORMS_OF_ALL_HEADS = {"layers.*.self_attn.q_norm": "colwise", "layers.*.self_attn.k_norm": "colwise"}
+_LATENT_HEADS = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.q_b_proj": "colwise",
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_OWN_PLANS: dict[str, dict[str, str]] = {
+    "deepseek_v3": _LATENT_HEADS,
+    "gpt_oss": {
+        **_HEADS,
+        "layers.*.self_attn.sinks": "colwise",
+        "layers.*.mlp.experts.gate_up_proj": "interleaved_colwise",
+        "layers.*.mlp.experts.gate_up_proj_bias": "interleaved_colwise",
+        "layers.*.mlp.experts.down_proj": "transposed_rowwise",
+        "layers.*.mlp.experts.down_proj_bias": "added_once",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    },
+    "minimax_m2": _NORMS_OF_ALL_HEADS,
+    "olmoe": _NORMS_OF_ALL_HEADS,
+}
+"""What transformers' plans leave whole, by the model's type."""
+
+OF_QUERY_HEADS = ("q_proj", "q_b_proj", "q_norm", "sinks", "o_proj")
+OF_KV_HEADS = ("k_proj", "v_proj", "k_norm", "kv_b_proj")
 
 
 class Shard(NamedTuple):
@@ -63,6 +104,11 @@ class Shard(NamedTuple):
     def whole(cls, full_shape: tuple[int, ...]) -> Shard:
         return cls.of(full_shape, 0, Span(0, full_shape[0]))
 
+    @classmethod
+    def zeros(cls, full_shape: tuple[int, ...]) -> Shard:
+        """Nothing of the parameter, in its shape."""
+        return cls.of(full_shape, 0, Span(0, 0), span_size=full_shape[0])
+
 
 class Sharding:
     """The parts of one rank. `model` may be on the meta device.
@@ -71,52 +117,79 @@ class Sharding:
     the query heads cannot be shared out evenly to the KV heads.
     """
 
-    def __init__(self, model: Any, rank: int, num_ranks: int) -> None:
+    def __init__(self, model: Any, rank: int, num_ranks: int, experts: ExpertShare | None = None) -> None:
+        """`experts`: None if of every expert each rank gets a part."""
+        self._experts = experts
         self.rank = rank
         self.num_ranks = num_ranks
         config = model.config
         self._num_query_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        if hasattr(config, "kv_lora_rank"):  # latent attention expands keys and values for every query head
+            self._num_kv_heads = self._num_query_heads
         if self._num_query_heads % self._num_kv_heads:
             heads = f"{self._num_query_heads} query heads and {self._num_kv_heads} KV heads"
             raise CheckpointError(f"the model's configuration has {heads}: these cannot be shared out evenly")
         self._heads = shard_heads(self._num_query_heads, self._num_kv_heads, num_ranks, rank)
         prefix = model.base_model_prefix
-        self._plan: dict[str, str] = {f"{prefix}.{name}": style for name, style in config.base_model_tp_plan.items()}
+        plan = {**(config.base_model_tp_plan or {}), **_OWN_PLANS.get(config.model_type, {})}
+        self._plan: dict[str, str] = {f"{prefix}.{name}": style for name, style in plan.items()}
         names = {module: name for name, module in model.named_modules()}
         self.embedding_name = f"{names[model.get_input_embeddings()]}.weight"
         self.head_name = f"{names[model.get_output_embeddings()]}.weight"
+
+    def experts(self, num_experts: int) -> Span:
+        """The experts that this rank has whole."""
+        assert self._experts is not None
+        return self._experts.span(num_experts)
+
+    @property
+    def is_first_with_its_kv_heads(self) -> bool:
+        """Whether no rank before this one has the same KV heads: where these are counted over the ranks, once each."""
+        return self._heads.query.start * self._num_kv_heads == self._heads.kv.start * self._num_query_heads
 
     def style(self, name: str) -> str | None:
         """The plan's style for a module or parameter; None if it has none."""
         return self._plan.get(re.sub(r"\.\d+\.", ".*.", name))
 
-    def shard(self, name: str, parameter: nn.Parameter) -> Shard:
-        """This rank's part of a parameter. Raises UnsupportedModelError for a style that is not known here."""
+    def shard(self, name: str, parameter: Tensor) -> Shard:
+        """This rank's part of a parameter or buffer. Raises UnsupportedModelError for a style not known here."""
         full_shape = tuple(parameter.shape)
         if name in (self.embedding_name, self.head_name):
             return self._vocab_shard(full_shape)
         module_name, _, leaf = name.rpartition(".")
-        style = self.style(name) or self.style(module_name)
+        if self._experts is not None and self.style(module_name) in EXPERTS:
+            return Shard.of(full_shape, 0, self._experts.span(full_shape[0]))
+        planned = name if self.style(name) else module_name
+        style = self.style(planned)
         if style in REPLICATED or (style in ROWS and leaf == "bias"):
             return Shard.whole(full_shape)
         if style in COLUMNS:
-            return Shard.of(full_shape, 0, self._columns(module_name, full_shape[0]))
+            return Shard.of(full_shape, 0, self._columns(planned, full_shape[0]))
         if style in ROWS:
-            span = self._columns(module_name, full_shape[-1])
+            span = self._columns(planned, full_shape[-1])
             span_size = span.size if len(full_shape) == 2 else round_up(span.size, ALIGNMENT)
             return Shard.of(full_shape, len(full_shape) - 1, span, span_size=span_size)
         if style in PACKED_COLUMNS:
             half = full_shape[1] // 2
-            span = self._columns(module_name, half)
+            span = self._columns(planned, half)
             return Shard.of(full_shape, 1, span, span.shifted(half), span_size=round_up(span.size, ALIGNMENT))
+        if style in INTERLEAVED_COLUMNS:
+            span = self._columns(planned, full_shape[-1] // 2)
+            span_size = 2 * round_up(span.size, ALIGNMENT)
+            return Shard.of(full_shape, len(full_shape) - 1, span.scaled(2), span_size=span_size)
+        if style in TRANSPOSED_ROWS:
+            span = self._columns(planned, full_shape[1])
+            return Shard.of(full_shape, 1, span, span_size=round_up(span.size, ALIGNMENT))
+        if style in ADDED_ONCE:
+            return Shard.whole(full_shape) if self.rank == 0 else Shard.zeros(full_shape)
         raise UnsupportedModelError(f"transformers plans {name} as {style!r}, which is not known here")
 
-    def _columns(self, module_name: str, size: int) -> Span:
-        projection = module_name.rpartition(".")[2]
-        if projection in QUERY_PROJECTIONS:
+    def _columns(self, name: str, size: int) -> Span:
+        part = name.rpartition(".")[2]
+        if part in OF_QUERY_HEADS:
             return self._heads.query.scaled(size // self._num_query_heads)
-        if projection in KV_PROJECTIONS:
+        if part in OF_KV_HEADS:
             return self._heads.kv.scaled(size // self._num_kv_heads)
         return split_columns(size, self.num_ranks, self.rank)
 

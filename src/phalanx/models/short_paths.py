@@ -25,13 +25,34 @@ _SLIDING_WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "Qwen2Attention": lambda module: module.sliding_window,
     "Qwen3Attention": lambda module: module.sliding_window,
     "Qwen3MoeAttention": lambda module: module.sliding_window,
+    "Glm4MoeAttention": lambda module: None,
 }
 """Attention that is computed as SelfAttention does it, by its class, and how to find its sliding window."""
 
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
+_NORMS = (
+    "LlamaRMSNorm",
+    "MistralRMSNorm",
+    "MixtralRMSNorm",
+    "Qwen2RMSNorm",
+    "Qwen3RMSNorm",
+    "Qwen3MoeRMSNorm",
+    "OlmoeRMSNorm",
+    "DeepseekV2RMSNorm",
+    "DeepseekV3RMSNorm",
+    "MiniMaxM2RMSNorm",
+    "Glm4MoeRMSNorm",
+)
 
-
-_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
+_MLPS = (
+    "LlamaMLP",
+    "MistralMLP",
+    "Qwen2MLP",
+    "Qwen3MLP",
+    "Qwen3MoeMLP",
+    "DeepseekV2MLP",
+    "DeepseekV3MLP",
+    "Glm4MoeMLP",
+)
 
 
 class RMSNorm(nn.Module):
@@ -59,7 +80,10 @@ class RotaryEmbedding(nn.Module):
         self._module = module
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors [T, 1, D]. The sines of the first half are negated: it takes away what the second half adds."""
+        """Two tensors [T, 1, D], where D may be the first part of a head only.
+
+        The sines of the first half are negated: it takes away what the second half adds.
+        """
         cos_1TD, sin_1TD = self._module(x, position_ids)
         first, second = sin_1TD.chunk(2, dim=-1)
         return cos_1TD[0, :, None], torch.cat((-first, second), dim=-1)[0, :, None]
@@ -118,7 +142,10 @@ def _product(path: str, module: Any, *names: str) -> Product:
 
 
 def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    return torch.addcmul(x_THD * cos_T1D, x_THD.roll(x_THD.shape[-1] // 2, -1), sin_T1D)
+    size = cos_T1D.shape[-1]
+    if size < x_THD.shape[-1]:
+        return torch.cat((_rotate(x_THD[..., :size], cos_T1D, sin_T1D), x_THD[..., size:]), dim=-1)
+    return torch.addcmul(x_THD * cos_T1D, x_THD.roll(size // 2, -1), sin_T1D)
 
 
 def install_short_paths(definition: Any) -> None:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
+from phalanx.models.dequantise import read_quantised
+from phalanx.models.quantisation import QuantisedInfo, StoredTensor
 from phalanx.models.shards import Shard
-from phalanx.models.weight_files import TensorInfo
 from phalanx.topology.sharding import Span
 
 _STACK_AND_CONCATENATE = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
@@ -39,7 +40,7 @@ class Source(NamedTuple):
     """Where the tensor begins along its own first dimension."""
 
 
-def find_sources(model: Any, tensors: Mapping[str, TensorInfo], parameters: Iterable[str]) -> dict[str, list[Source]]:
+def find_sources(model: Any, tensors: Mapping[str, StoredTensor], parameters: Iterable[str]) -> dict[str, list[Source]]:
     """The checkpoint's tensors that each parameter is made of.
 
     What the checkpoint has and the model has no use for is logged. A parameter without sources is absent from the
@@ -62,8 +63,10 @@ def find_sources(model: Any, tensors: Mapping[str, TensorInfo], parameters: Iter
     return sources
 
 
-def _place(key: str, info: TensorInfo, transforms: Sequence[Any]) -> tuple[str, Source]:
+def _place(key: str, info: StoredTensor, transforms: Sequence[Any]) -> tuple[str, Source]:
     """The parameter that a tensor belongs to, and where in it."""
+    if isinstance(info, QuantisedInfo) and info.parameter is not None:
+        return info.parameter, Source(key, info.expert)
     name, source = key, Source(key)
     for transform in transforms:
         name, pattern = transform.rename_source_key(name)
@@ -78,9 +81,9 @@ def _place(key: str, info: TensorInfo, transforms: Sequence[Any]) -> tuple[str, 
 
 
 class WeightReader:
-    """Reads parts of tensors. A context manager: the files stay mapped until it ends."""
+    """Reads parts of tensors, and dequantises them. A context manager: the files stay mapped until it ends."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
@@ -102,18 +105,20 @@ class WeightReader:
         for source in sources:
             if source.expert is None:
                 self._copy(target, shard, source, shard.dim)
+            elif shard.dim == 0:  # whole experts
+                first, last = shard.spans[0]
+                if first <= source.expert < last:
+                    self._copy_whole(target[source.expert - first], source)
             else:
                 self._copy(target[source.expert], shard, source, shard.dim - 1)
 
     def are_equal(self, key: str, other_key: str) -> bool:
         """Whether two tensors of the checkpoint hold the same values."""
-        tensor, other = (self._file(self._tensors[name].file).get_tensor(name) for name in (key, other_key))
-        return torch.equal(tensor, other)
+        return torch.equal(self._part(key), self._part(other_key))
 
     def _copy(self, target: Tensor, shard: Shard, source: Source, dim: int) -> None:
         """Copy what the shard takes of one tensor. `dim` is the shared-out dimension of the tensor and of `target`."""
         info = self._tensors[source.key]
-        tensor = self._file(info.file).get_slice(source.key)
         if dim > 0:
             target = target.narrow(0, source.row, info.shape[0])
         begin = source.row if dim == 0 else 0
@@ -121,9 +126,25 @@ class WeightReader:
         for i, span in enumerate(shard.spans):
             taken = span.intersection(has)
             if taken.size:
-                inside = taken.shifted(-begin)
-                part = tensor[(*[slice(None)] * dim, slice(*inside))]
+                part = self._part(source.key, dim, taken.shifted(-begin))
                 target.narrow(dim, i * shard.span_size + taken.start - span.start, taken.size).copy_(part)
+
+    def _copy_whole(self, target: Tensor, source: Source) -> None:
+        info = self._tensors[source.key]
+        target.narrow(0, source.row, info.shape[0]).copy_(self._part(source.key))
+
+    def _part(self, key: str, dim: int = 0, span: Span | None = None) -> Tensor:
+        """Some indices of one dimension of a tensor, by default all, and all of the others."""
+        info = self._tensors[key]
+        if not isinstance(info, QuantisedInfo):
+            index = slice(None) if span is None else slice(*span)
+            part: Tensor = self._file(info.file).get_slice(key)[(*[slice(None)] * dim, index)]
+            return part
+        spans = [Span(0, size) for size in info.shape]
+        spans[dim] = spans[dim] if span is None else span
+        return read_quantised(
+            info, lambda suffix: self._file(info.parts[suffix].file).get_slice(info.stem + suffix), *spans
+        )
 
     def _check(self, shard: Shard, sources: Sequence[Source]) -> None:
         shapes = [self._tensors[source.key].shape for source in sources]

@@ -67,6 +67,14 @@ class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
 
 
+class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How many tokens each of a rank's experts of one layer has had, since the start."""
+
+    first: int
+    """The number of the rank's first expert."""
+    num_tokens: list[int]
+
+
 class Worker:
     """A rank from its birth to Stop. Not thread-safe."""
 
@@ -154,6 +162,14 @@ class Worker:
             device=_device_name(self._device),
             phase=self.phase,
         )
+
+    @remote_method
+    def expert_load(self) -> dict[str, ExpertLoad]:
+        """Of each layer's experts, by the name of their module; none where every rank has a part of each expert."""
+        return {
+            name: ExpertLoad(first=load.mine.start, num_tokens=load.counts())
+            for name, load in self.model.expert_loads.items()
+        }
 
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""

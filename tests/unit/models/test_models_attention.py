@@ -23,7 +23,14 @@ rows_of_work = st.lists(
 )  # (tokens before, new tokens)
 
 
-def plain_attention(query_THD: Tensor, key_CKD: Tensor, value_CKV: Tensor, scale: float, window: int | None) -> Tensor:
+def plain_attention(
+    query_THD: Tensor,
+    key_CKD: Tensor,
+    value_CKV: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """One row, in float64, position by position."""
     group_size = query_THD.shape[1] // key_CKD.shape[1]
     num_earlier = key_CKD.shape[0] - query_THD.shape[0]
@@ -33,7 +40,11 @@ def plain_attention(query_THD: Tensor, key_CKD: Tensor, value_CKV: Tensor, scale
         seen = slice(max(0, end - window) if window else 0, end)
         key_CHD = key_CKD[seen].double().repeat_interleave(group_size, dim=1)
         value_CHV = value_CKV[seen].double().repeat_interleave(group_size, dim=1)
-        weight_HC = (torch.einsum("hd,chd->hc", query_HD, key_CHD) * scale).softmax(-1)
+        score_HC = torch.einsum("hd,chd->hc", query_HD, key_CHD) * scale
+        if sinks_H is None:
+            weight_HC = score_HC.softmax(-1)
+        else:
+            weight_HC = torch.cat((score_HC, sinks_H.double()[:, None]), -1).softmax(-1)[:, :-1]
         out.append(torch.einsum("hc,chv->hv", weight_HC, value_CHV))
     return torch.stack(out).float()
 
@@ -83,6 +94,7 @@ def make_case(
     dims=st.sampled_from([(16, 16), (24, 8)]),
     block_size=st.sampled_from([1, 4, 16]),
     window=st.sampled_from([None, 1, 7, 20, 1000]),
+    has_sinks=st.booleans(),
     limits=st.sampled_from([(8192, 256), (40, 8)]),
     seed=st.integers(0, 1000),
 )
@@ -92,16 +104,18 @@ def test_any_mix_of_rows(
     dims: tuple[int, int],
     block_size: int,
     window: int | None,
+    has_sinks: bool,
     limits: tuple[int, int],
     seed: int,
 ) -> None:
     query_THD, key_cache, value_cache, batch, rows = make_case(work, heads, dims, block_size, seed)
     scale = 1 / math.sqrt(dims[0])
-    expected = torch.cat([plain_attention(*row, scale, window) for row in rows])
+    sinks_H = torch.randn(heads[0]) * 2 if has_sinks else None
+    expected = torch.cat([plain_attention(*row, scale, window, sinks_H) for row in rows])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_torch, "MAX_CHUNK_TOKENS", limits[0])
         patch.setattr(attention_torch, "TILE_QUERIES", limits[1])
-        found = attention_torch.paged_attention(query_THD, key_cache, value_cache, batch, scale, window)
+        found = attention_torch.paged_attention(query_THD, key_cache, value_cache, batch, scale, window, sinks_H)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

@@ -17,6 +17,8 @@ from phalanx.models.attention_triton import paged_attention
 
 DEVICE = torch.device("cuda")
 HEAD_DIMS = (16, 48, 64, 128)
+LATENT_DIMS = (192, 128)
+"""Keys and values of DeepSeek's latent attention, expanded."""
 
 
 def random_rows(rng: random.Random) -> list[tuple[int, int]]:
@@ -54,6 +56,30 @@ def random_case(
         block_size=block_size,
     )
     return query_HTD.transpose(0, 1), caches[0], caches[1], batch
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("sliding_window", [None, 1, 37])
+@pytest.mark.parametrize("seed", range(4))
+def test_sinks(seed: int, sliding_window: int | None, dtype: torch.dtype, tolerance: float) -> None:
+    query_THD, key_cache, value_cache, batch = random_case(random.Random(seed), dtype)
+    sinks_H = torch.randn(query_THD.shape[1], dtype=dtype, device=DEVICE) * 2
+    case = (query_THD, key_cache, value_cache, batch, query_THD.shape[-1] ** -0.5, sliding_window)
+    torch.testing.assert_close(
+        paged_attention(*case, sinks_H), reference(*case, sinks_H), atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_new", [1, 70])
+def test_keys_that_are_wider_than_values(num_new: int, dtype: torch.dtype, tolerance: float) -> None:
+    (key_dim, value_dim), num_heads = LATENT_DIMS, 4
+    query_THD = torch.randn(num_new, num_heads, key_dim, dtype=dtype, device=DEVICE)
+    key_cache = torch.randn(16, 16, num_heads, key_dim, dtype=dtype, device=DEVICE)
+    value_cache = torch.randn(16, 16, num_heads, value_dim, dtype=dtype, device=DEVICE)
+    batch = AttentionBatch.of_one_row(num_new, 16, DEVICE)
+    case = (query_THD, key_cache, value_cache, batch, key_dim**-0.5, None)
+    torch.testing.assert_close(paged_attention(*case), reference(*case), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.errors import ConfigError
-from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
+from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 
 TOLERANCE = 1e-4
@@ -28,6 +28,7 @@ NINE_HEADS = {
     "hidden_size": 72,
     "intermediate_size": 97,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nine heads": ("llama", NINE_HEADS),
     "nine heads and experts": ("qwen3_moe", {**NINE_HEADS, "moe_intermediate_size": 41, "mlp_only_layers": [1]}),
@@ -52,17 +53,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "yarn rope": (
-        "qwen3",
+    "yarn rope": ("qwen3", {"rope_parameters": YARN}),
+    "clipped": ("olmoe", {"clip_qkv": 0.4, "norm_topk_prob": True, "attention_bias": True}),
+    "norms of nine heads": ("minimax_m2", {**NINE_HEADS, "rotary_dim": 4}),
+    "greedy experts, query from a latent": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "q_lora_rank": 20, "first_k_dense_replace": 0, "attention_bias": True},
+    ),
+    "nine latent heads": (
+        "deepseek_v3",
+        {**NINE_HEADS, "num_key_value_heads": 9, "moe_intermediate_size": 41, "n_shared_experts": 1},
+    ),
+    "latent heads, rope in halves, yarn": (
+        "deepseek_v3",
         {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 128,
-            }
+            "rope_interleave": False,
+            "q_lora_rank": None,
+            "norm_topk_prob": False,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
         },
     ),
+    "nine heads and experts in groups": (
+        "glm4_moe",
+        {**NINE_HEADS, "moe_intermediate_size": 41, "n_routed_experts": 6, "n_group": 3, "topk_group": 2},
+    ),
+    "no norms of heads": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
+    "nine heads and sinks": ("gpt_oss", NINE_HEADS),
 }
 
 
@@ -86,8 +102,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write
 
 
-def family_of(path: Path) -> str:
-    return str(json.loads((path / "config.json").read_text())["model_type"])
+def has_experts(path: Path) -> bool:
+    return "num_experts_per_tok" in json.loads((path / "config.json").read_text())
 
 
 def reference_logits(path: Path, sequences: list[paged.Sequence], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -98,7 +114,7 @@ def reference_logits(path: Path, sequences: list[paged.Sequence], dtype: torch.d
         path,
         dtype=dtype,
         attn_implementation="eager",
-        experts_implementation="eager" if "moe" in family_of(path) else None,
+        experts_implementation="eager" if has_experts(path) else None,
     )
     with torch.inference_mode():
         return [model(torch.tensor([sequence.token_ids])).logits[0].float() for sequence in sequences]
@@ -127,8 +143,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_every_family_in_random_pieces(written: Any, family: str, num_ranks: int) -> None:
     path, seed = written(family), num_ranks
     expected = reference_logits(path, make_sequences(seed))
@@ -142,7 +158,8 @@ def test_every_family_in_random_pieces(written: Any, family: str, num_ranks: int
     [
         *[(variant, num_ranks) for variant in VARIANTS for num_ranks in (1, 2, 4)],
         *[("nine heads", num_ranks) for num_ranks in (3, 5, 6, 7, 8, 9)],
-        ("nine heads and experts", 7),
+        *[(variant, 7) for variant in VARIANTS if variant.startswith(("nine heads and", "nine latent", "norms of"))],
+        *[(variant, 3) for variant, (family, _) in VARIANTS.items() if family in MIXTURES],
     ],
 )
 def test_every_variant_is_shared_out(written: Any, variant: str, num_ranks: int) -> None:
@@ -152,7 +169,7 @@ def test_every_variant_is_shared_out(written: Any, variant: str, num_ranks: int)
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_whole_prompt_in_one_step_gives_the_hidden_states(written: Any, family: str) -> None:
     from transformers import AutoModel
 
@@ -176,8 +193,9 @@ def test_whole_prompt_in_one_step_gives_the_hidden_states(written: Any, family: 
         torch.testing.assert_close(found_TD, expected_TD, rtol=0, atol=TOLERANCE)
 
 
-def test_a_shared_prefix_is_read_from_another_rows_blocks(written: Any) -> None:
-    path = written("mistral")
+@pytest.mark.parametrize("family", ["mistral", *MIXTURES])
+def test_a_shared_prefix_is_read_from_another_rows_blocks(written: Any, family: str) -> None:
+    path = written(family)
     first, second = make_sequences()[0], make_sequences()[3]
     second = paged.Sequence(first.token_ids[:24] + second.token_ids)
     expected = reference_logits(path, [first, second])
@@ -191,7 +209,7 @@ def test_a_shared_prefix_is_read_from_another_rows_blocks(written: Any) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_half_precision_is_close(written: Any, family: str, dtype: torch.dtype, num_ranks: int) -> None:
     path = written(family)
     expected = reference_logits(path, make_sequences())
@@ -207,6 +225,48 @@ def test_a_rank_without_a_head_is_refused(written: Any, num_ranks: int) -> None:
         run_ranks(num_ranks, lambda group: paged.load(written("nine heads"), group))
     assert caught.value.field == "tensor_parallel_size"
     assert caught.value.value == num_ranks
+
+
+@pytest.mark.parametrize("family", ["olmoe", "minimax_m2"])
+def test_norms_of_all_heads_take_one_small_all_reduce_a_layer(written: Any, family: str) -> None:
+    path, token_ids = written(family), make_sequences()[0].token_ids
+
+    def run(group: Group) -> list[tuple[int, ...]]:
+        model, shapes, all_reduce = paged.load(path, group), [], group.all_reduce
+
+        def record(x: Tensor) -> Tensor:
+            shapes.append(tuple(x.shape))
+            return all_reduce(x)
+
+        group.all_reduce = record  # type: ignore[method-assign]
+        paged.PagedRun(model).step([(paged.Sequence(token_ids), len(token_ids))])
+        return shapes
+
+    embedding, *layers = run_ranks(3, run)[0]
+    assert embedding == (1, len(token_ids), model_width(path))
+    assert [shape for shape in layers if shape[-1] == 2] == [(len(token_ids), 2)] * 2
+    assert len(layers) == 2 * 3, "norms, attention and experts of two layers"
+
+
+def model_width(path: Path) -> int:
+    return int(json.loads((path / "config.json").read_text())["hidden_size"])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "minimax_m2"])
+def test_what_chooses_experts_stays_in_float32(written: Any, family: str) -> None:
+    (model,) = run_ranks(1, lambda group: paged.load(written(family), group, torch.bfloat16))
+    dtypes = {name: tensor.dtype for name, tensor in model.named_parameters().items()}
+    biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
+    assert biases
+    wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert wide - biases == {name for name in dtypes if family == "minimax_m2" and name.endswith("mlp.gate.weight")}
+
+
+def test_latent_attention_caches_keys_and_values_of_every_head(written: Any) -> None:
+    models = run_ranks(3, lambda group: paged.load(written("nine latent heads"), group))
+    assert [model.cache_layers[1] for model in models] == [(3, 24, 12)] * 3
+    models = run_ranks(2, lambda group: paged.load(written("nine latent heads"), group))
+    assert [model.cache_layers[1] for model in models] == [(5, 24, 12), (4, 24, 12)]
 
 
 def test_ranks_cache_their_own_heads_only(written: Any) -> None:

@@ -16,7 +16,7 @@ from phalanx.collectives.group import Group
 from phalanx.errors import UserError
 from phalanx.models.model import CausalLM
 from phalanx.models.packed import Linear, Packing, Product, can_pack
-from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
+from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.testing.thread_group import ThreadGroup, run_ranks
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype, paged.CPU)]
@@ -89,7 +89,7 @@ def last_logits(model: CausalLM) -> Tensor:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_packing_changes_no_logits(written: Any, family: str, num_ranks: int) -> None:
     path = written(family)
 

@@ -32,8 +32,8 @@ def test_norm_rounds_as_transformers_does(dtype: torch.dtype) -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_the_short_paths(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4_moe"])
+def test_every_usual_family_has_the_short_paths(family: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, family)
     (group,) = ThreadGroup.make(1, timeout_s=1.0)
     decoder = paged.load(path, group)._decoder
@@ -44,11 +44,23 @@ def test_every_family_has_the_short_paths(family: str, tmp_path: Path) -> None:
         assert isinstance(layer.mlp, GatedMLP) or "moe" in family or family == "mixtral"
 
 
-def test_names_of_parameters_stay(tmp_path: Path) -> None:
-    definition = build(resolve(str(write_checkpoint(tmp_path, "qwen3"))), torch.float32)
-    before = set(dict(definition.named_parameters()))
-    install_short_paths(definition)
-    assert set(dict(definition.named_parameters())) == before
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2", "deepseek_v3", "minimax_m2"])
+def test_norms_and_mlps_have_them_beside_attention_that_has_not(family: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, family)
+    (group,) = ThreadGroup.make(1, timeout_s=1.0)
+    decoder = paged.load(path, group)._decoder
+    assert isinstance(decoder.norm, RMSNorm) and not isinstance(decoder.rotary_emb, RotaryEmbedding)
+    mlps = [module for module in decoder.modules() if hasattr(module, "gate_proj")]
+    assert all(isinstance(module, GatedMLP) for module in mlps)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe", "olmoe", "minimax_m2"])
+def test_names_of_parameters_stay(family: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, family)
+    (group,) = ThreadGroup.make(1, timeout_s=1.0)
+    before = set(dict(build(resolve(str(path)), torch.float32).named_parameters()))
+    found = set(paged.load(path, group).named_parameters())
+    assert {name for name in found if "correction_bias" not in name} == before
 
 
 def test_attention_of_an_unknown_class_is_left_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
-from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
+from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.grid import Grid
 
@@ -63,7 +63,7 @@ def run_in_random_pieces(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("num_stages", [2, 3])
-@pytest.mark.parametrize("name", [*FAMILIES, *SHAPES])
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *SHAPES])
 def test_stages_compute_what_the_whole_model_does(written: Any, name: str, num_stages: int, tp_size: int) -> None:
     path = written(name)
     wholes = run_ranks(tp_size, lambda group: run_in_random_pieces(paged.load(path, group)))

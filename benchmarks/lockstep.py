@@ -1,0 +1,209 @@
+"""A mixture of experts over many ranks for many steps: nothing hangs, no rank is ever in another collective.
+
+    python benchmarks/lockstep.py [--steps 20000] [--tensor-parallel-size 4] [--data-parallel-size 2]
+        [--all2all-backend allgather_reducescatter] [--streams 32] [--seed 0]
+
+Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so that
+replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a divergence
+ends the run. At the end some requests are computed again by transformers: their tokens must be the same. Prints how many
+steps had a replica without a token, and in how many a rank had no token for any expert of a layer.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModelForCausalLM
+
+from phalanx.config import Config
+from phalanx.engine.brain import Brain
+from phalanx.executor.executor import Executor
+from phalanx.executor.start import start_executor
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import SamplingParams, Step, Submit, as_ints, ints
+from phalanx.testing.checkpoints import write_checkpoint
+from phalanx.worker.methods import remote_method
+
+MAX_MODEL_LEN = 256
+NUM_CHECKED = 40
+REPORT_S = 10.0
+
+
+class EmptyLayers:
+    """A worker extension: counts the steps in which this rank has no token for its experts of some layer."""
+
+    def __init__(self, worker: Any) -> None:
+        self._num_empty = 0
+        for load in worker.model.expert_loads.values():
+            self._watch(load)
+
+    def _watch(self, load: Any) -> None:
+        note = load.note
+
+        def noted(local_NK: torch.Tensor) -> None:
+            note(local_NK)
+            self._num_empty += not bool((local_NK < load.mine.size).any())
+
+        load.note = noted
+
+    @remote_method
+    def num_empty_layers(self) -> int:
+        """Times that a layer of this rank had nothing to compute."""
+        return self._num_empty
+
+
+class CountingExecutor:
+    """Passes steps on, and counts those in which a replica has no token."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.num_steps = self.num_with_an_empty_replica = 0
+        self._executor = executor
+
+    def step(self, step: Step) -> Any:
+        self.num_steps += 1
+        self.num_with_an_empty_replica += any(not plan.shape.num_tokens for plan in step.plans)
+        return self._executor.step(step)
+
+
+class Streams:
+    """So many clients, each of which sends a request when its last one has ended, sooner or later."""
+
+    def __init__(self, brain: Brain, num_streams: int, seed: int) -> None:
+        self.num_done = self.num_tokens = 0
+        self.finished: list[tuple[list[int], int, list[int]]] = []
+        """Some requests: prompt, tokens asked for, tokens."""
+        self._brain = brain
+        self._dice = random.Random(seed)
+        self._num_streams = num_streams
+        self._running: dict[int, tuple[list[int], int, list[int]]] = {}
+        self._next_id = 0
+        self._num_wanted = num_streams
+
+    def arrive(self) -> None:
+        """Let some clients come. In one of 40 turns all stay away, or come, until the dice say otherwise."""
+        if self._dice.random() < 1 / 40:
+            self._num_wanted = self._dice.choice([0, 1, 2, self._num_streams // 2, self._num_streams])
+        while len(self._running) < self._num_wanted or not self._running:
+            self._submit()
+
+    def step(self) -> None:
+        batch = self._brain.step()
+        if batch is None:
+            return
+        ids = memoryview(batch.request_ids).cast("q").tolist()
+        for request_id, token in zip(ids, as_ints(batch.tokens).tolist(), strict=True):
+            self._running[request_id][2].append(token)
+            self.num_tokens += 1
+        for request_id, _ in batch.finished:
+            done = self._running.pop(request_id)
+            assert len(done[2]) == done[1], "a request ended before its time"
+            self.num_done += 1
+            if len(self.finished) < NUM_CHECKED and self._dice.random() < 0.1:
+                self.finished.append(done)
+
+    def finish(self) -> None:
+        while self._brain.has_work():
+            self.step()
+        assert not self._running, "requests were forgotten"
+
+    def _submit(self) -> None:
+        length = self._dice.choice([1, 2, 5, 16, 40, 120])
+        prompt = [self._dice.randrange(256) for _ in range(length)]
+        num_tokens = self._dice.choice([1, 4, 20, 60, 100])
+        sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        self._brain.submit(Submit(self._next_id, ints(prompt), sampling))
+        self._running[self._next_id] = (prompt, num_tokens, [])
+        self._next_id += 1
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True)
+@click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--data-parallel-size", "-dp", type=click.IntRange(1), default=2, show_default=True)
+@click.option(
+    "--all2all-backend",
+    type=click.Choice(["allgather_reducescatter", "alltoall"]),
+    default="allgather_reducescatter",
+    show_default=True,
+)
+@click.option("--streams", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(
+    steps: int, tensor_parallel_size: int, data_parallel_size: int, all2all_backend: str, streams: int, seed: int
+) -> None:
+    """Run a mixture of experts in lockstep for so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_checkpoint(Path(folder), "mixtral", num_local_experts=2 * tensor_parallel_size)
+        config = Config.build(
+            model=str(checkpoint),
+            dtype="float32",
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_expert_parallel=True,
+            all2all_backend=all2all_backend,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=streams,
+            max_num_batched_tokens=max(64, streams),
+            kv_cache_memory=4 << 20,
+            worker_extension_cls=f"{Path(__file__).stem}:EmptyLayers",
+        )
+        executor, capacity = start_executor(config, resolve(str(checkpoint)), lambda *_: None)
+        with executor:
+            counting = CountingExecutor(executor)
+            brain = Brain(
+                config,
+                counting,
+                num_blocks=capacity.num_blocks,
+                max_model_len=capacity.max_model_len,
+                eos_token_ids=(),
+            )
+            clients = Streams(brain, streams, seed)
+            began_at = _run(clients, counting, steps)
+            num_empty = executor.collective_rpc("num_empty_layers")
+        took_s = time.monotonic() - began_at
+        click.echo(
+            f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
+            f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
+            f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
+            f"layers in which a rank had no token for its experts, by rank: {num_empty}"
+        )
+        click.echo(f"tokens of {_check(checkpoint, clients)} requests equal transformers'")
+
+
+def _run(clients: Streams, counting: CountingExecutor, steps: int) -> float:
+    began_at = reported_at = time.monotonic()
+    while counting.num_steps < steps:
+        clients.arrive()
+        clients.step()
+        if time.monotonic() > reported_at + REPORT_S:
+            reported_at = time.monotonic()
+            click.echo(f"{counting.num_steps} steps, {clients.num_done} requests", err=True)
+    clients.finish()
+    return began_at
+
+
+def _check(checkpoint: Path, clients: Streams) -> int:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for prompt, num_tokens, tokens in clients.finished:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        assert out[0, len(prompt) :].tolist() == tokens, f"other tokens after {prompt}"
+    return len(clients.finished)
+
+
+if __name__ == "__main__":
+    main()
