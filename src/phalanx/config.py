@@ -6,7 +6,10 @@ docstring the help text, its constraint the check. Names follow vLLM's where the
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -23,6 +26,8 @@ Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
+
+log = logging.getLogger("phalanx.config")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,17 +113,19 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """How ranks exchange tensors. `auto`: NCCL between GPUs, shared memory between CPU ranks of one host."""
 
     worker_extension_cls: Name | None = None
-    """`package.module:Class` whose methods marked with `remote_method` every rank offers to `collective_rpc`; made with
-    the worker when the model is loaded."""
+    """`package.module:Class` whose methods marked with `remote_method` every rank offers to `collective_rpc`, for
+    programs in Python to call; made with the worker when the model is loaded."""
 
     threads_per_rank: Positive | None = None
     """CPU threads of each rank; by default the cores are shared out evenly, and never more than there are."""
 
     start_timeout_s: Seconds = 600.0
-    """Longest time from start to ready."""
+    """Longest time from start to ready, all in all, once the model's files are here."""
 
     step_timeout_s: Seconds = 60.0
-    """Longest time for one step before the rank that is awaited is named and the run ends."""
+    """Longest time for one step before the rank that is awaited is named and the run ends. An inline rank cannot be
+    interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
+    15 s longer than this."""
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
@@ -139,7 +146,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
     ray_per_worker_gpus: Share = 1.0
     """How much of a GPU (or, computing on the CPU, how many of Ray's CPUs) each rank reserves. A fraction lets several
-    engines share a GPU; ranks of one engine never do."""
+    engines share a GPU; ranks of one engine never do, so at a half or less only one of them can be on a node."""
 
     ray_runtime_env: dict[str, Any] | None = None
     """Ray's runtime environment for the workers, a JSON object."""
@@ -159,7 +166,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     one with the address that Ray uses."""
 
     node_timeout_s: Seconds = 10.0
-    """A node that is silent for so long is given up; shorter stalls of the network are survived."""
+    """A node that is silent for so long is given up; shorter stalls of the network are survived (before Linux 6.15
+    those of up to half of it)."""
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
@@ -199,11 +207,22 @@ class Config(Section, frozen=True, kw_only=True):
                 raise ConfigError(name, value, f"there is no such setting; known are {', '.join(sorted(section_of))}")
             sections[section_of[name]][name] = _as_setting(value)
         config = convert(sections, cls)
-        config.check()
+        config.refuse_contradictions()
         return config
 
     def check(self) -> None:
-        """Check what no single field can tell. Raises ConfigError."""
+        """Check what no single field can tell, when nothing that a launcher has to settle is `auto` any more.
+
+        Raises ConfigError for settings that contradict each other, and warns of those that this run has no use for.
+        """
+        self.refuse_contradictions()
+        for field, reason in self._without_effect():
+            _warn_once(
+                f"{field} = {getattr(getattr(self, settings_by_name()[field]), field)!r} has no effect: {reason}"
+            )
+
+    def refuse_contradictions(self) -> None:
+        """Raises ConfigError, whatever is still `auto`."""
         if self.executor.launcher == "inline" and self.parallel.world_size > 1:
             raise ConfigError(
                 "launcher",
@@ -226,14 +245,33 @@ class Config(Section, frozen=True, kw_only=True):
         if self.executor.device == "cuda" and self.executor.collective_backend in ("shm", "gloo"):
             raise ConfigError("collective_backend", self.executor.collective_backend, "with device cuda: auto or nccl")
 
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Settings that the user has changed and nothing will read, with the reason."""
+        device = self.executor.device
+        if self.cache.gpu_memory_utilization != CacheConfig().gpu_memory_utilization:
+            if device == "cpu":
+                yield "gpu_memory_utilization", "the ranks compute on the CPU; kv_cache_memory limits the cache there"
+            elif self.cache.kv_cache_memory is not None:
+                yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
+        if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
+            yield "collective_backend", "one rank has nobody to exchange tensors with"
+        if not self.model.pack_weights and device == "cuda":
+            yield "pack_weights", "weights are packed on a CPU only"
+        elif not self.model.pack_weights and self.model.dtype == "float16":
+            yield "pack_weights", "float16 weights are never packed"
+        if self.cluster.allow_split_tensor_parallel and self.parallel.tensor_parallel_size == 1:
+            yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
+
 
 def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
     """A section, or the whole Config, from dictionaries. Raises ConfigError naming the field and what is allowed."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        complaint, _, where = str(error).partition(" - at `$.")
-        path = where.rstrip("`").split(".") if where else []
+        complaint, _, where = str(error).partition(" - at `")
+        if where.startswith("key` in `"):  # the key itself is wrong, in this dictionary
+            complaint, where = f"of each key: {complaint}", where.removeprefix("key` in `")
+        path = where.rstrip("`").split(".")[1:]  # the first one is `$`, the whole
         if missing := re.search("missing required field `(.*)`", complaint):
             raise ConfigError(missing[1], None, "it is required") from None
         found: Any = values
@@ -244,6 +282,12 @@ def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
         allowed = _choices(owner) if path else None
         field = path[-1].partition("[")[0] if path else kind.__name__
         raise ConfigError(field, found, allowed or complaint) from None
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    """A configuration may be checked by several who settle parts of it."""
+    log.warning("%s", warning)
 
 
 def _as_setting(value: Any) -> Any:

@@ -65,7 +65,7 @@ class _Brain:
     def __init__(self, size: int) -> None:
         names = [f"rank {rank}" for rank in range(size)]
         self.queue: MessageQueue[Call, WorkerMessage]
-        self.queue = MessageQueue.create(names, command_type=Call, reply_type=WorkerMessage)
+        self.queue = MessageQueue(names, command_type=Call, reply_type=WorkerMessage)
         self._is_ending = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -16,6 +16,7 @@ from hosts import Direction, Network, why_no_hosts
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from collectives_crew import Crew
+from collectives_tasks import sum_for_ever
 
 from phalanx.collectives.group import Group
 
@@ -25,6 +26,7 @@ pytestmark = [
 ]
 
 _REPORTS_S = 1.5
+SHAPE = (8, 576)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,6 @@ def every_operation(group: Group) -> tuple[float, list[float], float]:
     return total, gathered, group.broadcast(mine.clone(), 1)[-1, -1].item()
 
 
-def sum_for_ever(group: Group) -> None:
-    x = torch.zeros(8, 576)
-    while True:
-        group.all_reduce(x)
-
-
 @pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_operation(network: Network, size: int, family: int) -> None:
@@ -65,7 +61,7 @@ def test_every_operation(network: Network, size: int, family: int) -> None:
 def test_a_killed_rank_is_named_at_once(network: Network) -> None:
     with crew_on(network, 3) as crew:
         for rank in range(3):
-            crew.send(rank, sum_for_ever)
+            crew.send(rank, sum_for_ever, SHAPE)
         start = time.monotonic()
         crew.signal(1, signal.SIGKILL)
         for outcome in crew.answers([0, 2]):
@@ -77,8 +73,8 @@ def test_a_killed_rank_is_named_at_once(network: Network) -> None:
 
 def test_a_link_that_goes_down_is_an_error_at_the_deadline(network: Network) -> None:
     with crew_on(network, 2, timeout_s=2.0) as crew:
-        crew.send(0, sum_for_ever)
-        crew.send(1, sum_for_ever)
+        crew.send(0, sum_for_ever, SHAPE)
+        crew.send(1, sum_for_ever, SHAPE)
         with network.cables["beta"].cut():
             start = time.monotonic()
             for rank, outcome in enumerate(crew.answers([0, 1])):
@@ -94,8 +90,8 @@ def test_a_link_that_goes_down_is_an_error_at_the_deadline(network: Network) -> 
 @pytest.mark.parametrize("lost", ["sent", "received"])
 def test_one_direction_dropped_is_an_error_at_the_deadline(network: Network, lost: str) -> None:
     with crew_on(network, 2, timeout_s=2.0) as crew:
-        crew.send(0, sum_for_ever)
-        crew.send(1, sum_for_ever)
+        crew.send(0, sum_for_ever, SHAPE)
+        crew.send(1, sum_for_ever, SHAPE)
         with network.cables["alpha"].impaired(**{lost: Direction(loss=1.0)}):
             start = time.monotonic()
             for outcome in crew.answers([0, 1]):

@@ -68,13 +68,18 @@ class EngineChild:
             return False
         return True
 
+    def begin_kill(self) -> None:
+        """SIGKILL, which also ends a stopped process. Returns at once: `wait` or `kill` see to the end."""
+        if self._process.returncode is None:
+            self._process.kill()
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end. Blocks the event loop for that moment: no cancellation may come in between.
 
         Raises DeadlineError if the kernel cannot end it.
         """
         if self._process.returncode is None:
-            self._process.kill()
+            self.begin_kill()
             try:
                 self._process.wait(KILL_TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -65,6 +65,11 @@ class Rig:
         )
         self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
         self.clients: dict[int, Client] = {}
+        self._num_followed = 0
+        self._clean_slots: set[int] = set()
+        """Of requests that came in after the last reset of the prefix cache."""
+        self._clean_blocks: set[int] = set()
+        """Blocks that only these have written to since then."""
 
     def submit(self, prompt: Sequence[int], **sampling: object) -> int:
         request_id = len(self.clients)
@@ -77,8 +82,15 @@ class Rig:
         batch = self.brain.step()
         if batch is not None:
             self._take(batch)
+        self._follow_plans()
         self.check_cache()
         return batch
+
+    def reset_prefix_cache(self) -> None:
+        self.brain.reset_prefix_cache()
+        self._clean_slots.clear()
+        self._clean_blocks.clear()
+        self.check_cache()
 
     def finish(self) -> None:
         """Run until nothing is left; every request must have ended as it would have alone, and the pool be whole."""
@@ -105,6 +117,23 @@ class Rig:
             claims.update(zip(digests, hashes, strict=True))
         for digest, block in self.brain._scheduler.cache.entries().items():
             assert self.worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
+            assert block in self._clean_blocks, f"block {block} holds what is from before the reset"
+
+    def _follow_plans(self) -> None:
+        for plan in self.executor.plans[self._num_followed :]:
+            self._clean_slots.difference_update(as_ints(plan.dropped).tolist())
+            for new in plan.new:
+                blocks = as_ints(new.blocks).tolist()
+                found = set(blocks[: new.num_computed // self.worker.block_size])
+                assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
+                self._clean_slots.add(new.slot)
+                self._clean_blocks.update(blocks)
+            for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
+                if slot in self._clean_slots:
+                    self._clean_blocks.add(block)
+                else:
+                    self._clean_blocks.discard(block)
+        self._num_followed = len(self.executor.plans)
 
     def _take(self, batch: TokenBatch) -> None:
         request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()

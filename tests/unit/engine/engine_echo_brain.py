@@ -18,6 +18,7 @@ class EchoBrain:
         self.num_done: dict[int, int] = {}
         self.cancelled: list[int] = []
         self.num_steps = 0
+        self.num_resets = 0
         self._finished: list[tuple[int, FinishReason]] = []
 
     def submit(self, request: Submit) -> None:
@@ -29,6 +30,9 @@ class EchoBrain:
             if self.running.pop(request_id, None) is not None:
                 self.cancelled.append(request_id)
                 self._finished.append((request_id, FinishReason.CANCELLED))
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)

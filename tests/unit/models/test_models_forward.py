@@ -3,87 +3,23 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import models_paged as paged
 import pytest
 import torch
+from models_variants import VARIANTS
 from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.errors import ConfigError
-from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
+from phalanx.testing.checkpoints import FAMILIES
 from phalanx.testing.thread_group import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-4
-
-NINE_HEADS = {
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "hidden_size": 72,
-    "intermediate_size": 97,
-}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "nine heads": ("llama", NINE_HEADS),
-    "nine heads and experts": ("qwen3_moe", {**NINE_HEADS, "moe_intermediate_size": 41, "mlp_only_layers": [1]}),
-    "nine heads and biases": ("llama", {**NINE_HEADS, "attention_bias": True, "mlp_bias": True}),
-    "one kv head": ("qwen2", {"num_key_value_heads": 1}),
-    "tied": ("llama", {"tie_word_embeddings": True, "vocab_size": 263}),
-    "windows on some layers": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1, "num_hidden_layers": 3},
-    ),
-    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
-    "llama3 rope": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "yarn rope": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 128,
-            }
-        },
-    ),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Writes a checkpoint once for all tests that ask for it."""
-
-    @cache
-    def write(name: str) -> Path:
-        family, shape = VARIANTS.get(name, (name, {}))
-        return write_checkpoint(tmp_path_factory.mktemp("model"), family, **shape)
-
-    return write
 
 
 def family_of(path: Path) -> str:
@@ -104,23 +40,6 @@ def reference_logits(path: Path, sequences: list[paged.Sequence], dtype: torch.d
         return [model(torch.tensor([sequence.token_ids])).logits[0].float() for sequence in sequences]
 
 
-def make_sequences(seed: int = 0) -> list[paged.Sequence]:
-    rng = random.Random(seed)
-    return [paged.Sequence([rng.randrange(256) for _ in range(length)]) for length in (61, 1, 8, 35, 17)]
-
-
-def run_in_random_pieces(path: Path, group: Group, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Chunks, decodes and pauses in one random mix; the same on every rank."""
-    rng = random.Random(seed)
-    sequences = make_sequences(seed)
-    run = paged.PagedRun(paged.load(path, group, dtype), seed=seed)
-    while left := [sequence for sequence in sequences if sequence.num_left]:
-        work = [(sequence, min(sequence.num_left, rng.choice([0, 1, 1, 2, 7, 23]))) for sequence in left]
-        if work := [(sequence, count) for sequence, count in work if count]:
-            run.step(work)
-    return [run.logits_of(sequence) for sequence in sequences]
-
-
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.dtype == torch.float32
@@ -131,8 +50,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_random_pieces(written: Any, family: str, num_ranks: int) -> None:
     path, seed = written(family), num_ranks
-    expected = reference_logits(path, make_sequences(seed))
-    for found in run_ranks(num_ranks, lambda group: run_in_random_pieces(path, group, seed)):
+    expected = reference_logits(path, paged.make_sequences(seed))
+    for found in run_ranks(num_ranks, lambda group: paged.run_in_random_pieces(paged.load(path, group), seed)):
         assert_same(found, expected)
         assert all((mine.argmax(-1) == theirs.argmax(-1)).all() for mine, theirs in zip(found, expected, strict=True))
 
@@ -147,8 +66,8 @@ def test_every_family_in_random_pieces(written: Any, family: str, num_ranks: int
 )
 def test_every_variant_is_shared_out(written: Any, variant: str, num_ranks: int) -> None:
     path = written(variant)
-    expected = reference_logits(path, make_sequences())
-    for found in run_ranks(num_ranks, lambda group: run_in_random_pieces(path, group, seed=0)):
+    expected = reference_logits(path, paged.make_sequences())
+    for found in run_ranks(num_ranks, lambda group: paged.run_in_random_pieces(paged.load(path, group), seed=0)):
         assert_same(found, expected)
 
 
@@ -157,7 +76,7 @@ def test_whole_prompt_in_one_step_gives_the_hidden_states(written: Any, family: 
     from transformers import AutoModel
 
     path = written(family)
-    token_ids = make_sequences()[0].token_ids
+    token_ids = paged.make_sequences()[0].token_ids
     reference = AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
         expected_TD = reference(torch.tensor([token_ids])).last_hidden_state[0]
@@ -178,7 +97,7 @@ def test_whole_prompt_in_one_step_gives_the_hidden_states(written: Any, family: 
 
 def test_a_shared_prefix_is_read_from_another_rows_blocks(written: Any) -> None:
     path = written("mistral")
-    first, second = make_sequences()[0], make_sequences()[3]
+    first, second = paged.make_sequences()[0], paged.make_sequences()[3]
     second = paged.Sequence(first.token_ids[:24] + second.token_ids)
     expected = reference_logits(path, [first, second])
     (run,) = run_ranks(1, lambda group: paged.PagedRun(paged.load(path, group), block_size=8))
@@ -194,8 +113,8 @@ def test_a_shared_prefix_is_read_from_another_rows_blocks(written: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_close(written: Any, family: str, dtype: torch.dtype, num_ranks: int) -> None:
     path = written(family)
-    expected = reference_logits(path, make_sequences())
-    for found in run_ranks(num_ranks, lambda group: run_in_random_pieces(path, group, seed=0, dtype=dtype)):
+    expected = reference_logits(path, paged.make_sequences())
+    for found in run_ranks(num_ranks, lambda group: paged.run_in_random_pieces(paged.load(path, group, dtype), seed=0)):
         for mine, theirs in zip(found, expected, strict=True):
             # Rounding may turn a router's choice for single tokens, so the median is what is compared.
             assert (mine - theirs).abs().median() < 0.2 * theirs.std()
