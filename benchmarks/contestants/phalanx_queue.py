@@ -60,7 +60,7 @@ def round_trip(
 def main() -> None:
     ranks = tuple(range(num_workers()))
     names = [f"rank {rank}" for rank in ranks]
-    queue: MessageQueue[Call, WorkerMessage] = MessageQueue.create(names, command_type=Call, reply_type=WorkerMessage)
+    queue: MessageQueue[Call, WorkerMessage] = MessageQueue(names, command_type=Call, reply_type=WorkerMessage)
     with queue:
         spawn = multiprocessing.get_context("spawn")
         workers = [spawn.Process(target=work, args=(queue.handle(rank),), daemon=True) for rank in ranks]

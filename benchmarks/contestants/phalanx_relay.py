@@ -28,7 +28,7 @@ def relay(host: SecondHost, ranks: list[int], port: int, key: RunKey, handles: C
 
 def main() -> None:
     ranks, host, key = list(range(num_workers())), SecondHost.of_arguments(), RunKey.new()
-    queue: ClusterQueue[Call, WorkerMessage] = ClusterQueue.create(
+    queue: ClusterQueue[Call, WorkerMessage] = ClusterQueue(
         [], {NODE: ranks}, command_type=Call, reply_type=WorkerMessage, address=host.brain_address, key=key
     )
     with queue:

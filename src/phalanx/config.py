@@ -6,7 +6,10 @@ docstring the help text, its constraint the check. Names follow vLLM's where the
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -24,6 +27,8 @@ Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
 All2All = Literal["allgather_reducescatter", "alltoall"]
+
+log = logging.getLogger("phalanx.config")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +86,12 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     def world_size(self) -> int:
         return self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def engine_size(self) -> int:
+        """Ranks that one brain drives: all, unless the replicas have nothing to do with each other."""
+        is_one = self.enable_expert_parallel or self.data_parallel_size == 1
+        return self.world_size if is_one else self.world_size // self.data_parallel_size
+
 
 class CacheConfig(Section, frozen=True, kw_only=True):
     block_size: Positive = 16
@@ -121,17 +132,19 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """How ranks exchange tensors. `auto`: NCCL between GPUs, shared memory between CPU ranks of one host."""
 
     worker_extension_cls: Name | None = None
-    """`package.module:Class` whose methods marked with `remote_method` every rank offers to `collective_rpc`; made with
-    the worker when the model is loaded."""
+    """`package.module:Class` whose methods marked with `remote_method` every rank offers to `collective_rpc`, for
+    programs in Python to call; made with the worker when the model is loaded."""
 
     threads_per_rank: Positive | None = None
     """CPU threads of each rank; by default the cores are shared out evenly, and never more than there are."""
 
     start_timeout_s: Seconds = 600.0
-    """Longest time from start to ready."""
+    """Longest time from start to ready, all in all, once the model's files are here."""
 
     step_timeout_s: Seconds = 60.0
-    """Longest time for one step before the rank that is awaited is named and the run ends."""
+    """Longest time for one step before the rank that is awaited is named and the run ends. An inline rank cannot be
+    interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
+    15 s longer than this."""
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
@@ -152,7 +165,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
     ray_per_worker_gpus: Share = 1.0
     """How much of a GPU (or, computing on the CPU, how many of Ray's CPUs) each rank reserves. A fraction lets several
-    engines share a GPU; ranks of one engine never do."""
+    engines share a GPU; ranks of one engine never do, so at a half or less only one of them can be on a node."""
 
     ray_runtime_env: dict[str, Any] | None = None
     """Ray's runtime environment for the workers, a JSON object."""
@@ -172,7 +185,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     one with the address that Ray uses."""
 
     node_timeout_s: Seconds = 10.0
-    """A node that is silent for so long is given up; shorter stalls of the network are survived."""
+    """A node that is silent for so long is given up; shorter stalls of the network are survived (before Linux 6.15
+    those of up to half of it)."""
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
@@ -212,22 +226,31 @@ class Config(Section, frozen=True, kw_only=True):
                 raise ConfigError(name, value, f"there is no such setting; known are {', '.join(sorted(section_of))}")
             sections[section_of[name]][name] = _as_setting(value)
         config = convert(sections, cls)
-        config.check()
+        config.refuse_contradictions()
         return config
 
     def check(self) -> None:
-        """Check what no single field can tell. Raises ConfigError."""
-        if self.executor.launcher == "inline" and self.parallel.world_size > 1:
-            raise ConfigError(
-                "launcher",
-                "inline",
-                f"it runs one rank, and {self.parallel.world_size} are asked for; use local",
+        """Check what no single field can tell, when nothing that a launcher has to settle is `auto` any more.
+
+        Raises ConfigError for settings that contradict each other, and warns of those that this run has no use for.
+        """
+        self.refuse_contradictions()
+        for field, reason in self._without_effect():
+            _warn_once(
+                f"{field} = {getattr(getattr(self, settings_by_name()[field]), field)!r} has no effect: {reason}"
             )
+
+    def refuse_contradictions(self) -> None:
+        """Raises ConfigError, whatever is still `auto`."""
         parallel = self.parallel
-        if parallel.data_parallel_size > 1 and not parallel.enable_expert_parallel:
+        if self.executor.launcher == "inline" and parallel.engine_size > 1:
             raise ConfigError(
-                "data_parallel_size", parallel.data_parallel_size, "more than 1 only with enable_expert_parallel"
+                "launcher", "inline", f"it runs one rank, and {parallel.engine_size} are asked for; use local"
             )
+        if parallel.engine_size < parallel.world_size:
+            for name in ("placement_group", "ray_bundle_indices"):
+                if (value := getattr(self.cluster, name)) is not None:
+                    raise ConfigError(name, value, "not with replicas that run apart: each has a group of its own")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",
@@ -244,14 +267,36 @@ class Config(Section, frozen=True, kw_only=True):
         if self.executor.device == "cuda" and self.executor.collective_backend in ("shm", "gloo"):
             raise ConfigError("collective_backend", self.executor.collective_backend, "with device cuda: auto or nccl")
 
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Settings that the user has changed and nothing will read, with the reason."""
+        device = self.executor.device
+        if self.cache.gpu_memory_utilization != CacheConfig().gpu_memory_utilization:
+            if device == "cpu":
+                yield "gpu_memory_utilization", "the ranks compute on the CPU; kv_cache_memory limits the cache there"
+            elif self.cache.kv_cache_memory is not None:
+                yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
+        if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
+            yield "collective_backend", "one rank has nobody to exchange tensors with"
+        if not self.model.pack_weights and device == "cuda":
+            yield "pack_weights", "weights are packed on a CPU only"
+        elif not self.model.pack_weights and self.model.dtype == "float16":
+            yield "pack_weights", "float16 weights are never packed"
+        has_other_way = self.parallel.all2all_backend != ParallelConfig().all2all_backend
+        if has_other_way and not self.parallel.enable_expert_parallel:
+            yield "all2all_backend", "without enable_expert_parallel every rank has a part of each expert"
+        if self.cluster.allow_split_tensor_parallel and self.parallel.tensor_parallel_size == 1:
+            yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
+
 
 def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
     """A section, or the whole Config, from dictionaries. Raises ConfigError naming the field and what is allowed."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        complaint, _, where = str(error).partition(" - at `$.")
-        path = where.rstrip("`").split(".") if where else []
+        complaint, _, where = str(error).partition(" - at `")
+        if where.startswith("key` in `"):  # the key itself is wrong, in this dictionary
+            complaint, where = f"of each key: {complaint}", where.removeprefix("key` in `")
+        path = where.rstrip("`").split(".")[1:]  # the first one is `$`, the whole
         if missing := re.search("missing required field `(.*)`", complaint):
             raise ConfigError(missing[1], None, "it is required") from None
         found: Any = values
@@ -262,6 +307,12 @@ def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:
         allowed = _choices(owner) if path else None
         field = path[-1].partition("[")[0] if path else kind.__name__
         raise ConfigError(field, found, allowed or complaint) from None
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    """A configuration may be checked by several who settle parts of it."""
+    log.warning("%s", warning)
 
 
 def _as_setting(value: Any) -> Any:

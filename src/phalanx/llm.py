@@ -20,7 +20,8 @@ from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
-from phalanx.errors import EngineDeadError, RequestError
+from phalanx.errors import ConfigError, EngineDeadError, RequestError
+from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import FinishReason, SamplingParams, Submit, ints
@@ -60,6 +61,7 @@ class LLM:
 
     def __init__(self, model: str, *, on_progress: OnProgress | None = None, **settings: Any) -> None:
         self.config = Config.build(model=model, **settings)
+        _check_one_engine(self.config)
         report = on_progress or _say_nothing
         checkpoint = resolve(model, revision=self.config.model.revision, progress=partial(report, 0))
         tokenizer_source = self.config.model.tokenizer or checkpoint.path
@@ -73,8 +75,11 @@ class LLM:
         with ExitStack() as stack:
             stack.enter_context(executor)
             self.max_model_len = capacity.max_model_len
-            self.executor = executor
-            """For `collective_rpc`, `check_health`, `on_failure`; only for the thread that made this object."""
+            self._executor = executor
+            self._weight_changing: frozenset[str] = frozenset()
+            if self.config.executor.worker_extension_cls is not None:
+                names = executor.collective_rpc("methods_that_change_weights", unique_reply_rank=0)
+                self._weight_changing = frozenset(names)
             self._brain = Brain(
                 self.config,
                 executor,
@@ -125,6 +130,55 @@ class LLM:
             sampling = msgspec.structs.replace(self.default_sampling, max_tokens=None)
         return self._complete(prompts, token_ids, sampling, progress)
 
+    def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = RPC_TIMEOUT_S,
+        unique_reply_rank: int | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """Have every rank call a method that `worker_extension_cls` declares (`remote_method`).
+
+        Gives the list of what the ranks returned, in rank order, or with `unique_reply_rank` what that rank returned;
+        with `non_block` an object whose `result()` gives it. A method that is declared with `changes_weights` resets
+        the prefix cache, also when it fails. Only for the thread that made this object.
+
+        Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
+        arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
+        the model, as a dead rank (PeerDiedError) does; EngineDeadError if it had ended before.
+        """
+        self._check_can_run()
+        if method in self._weight_changing:
+            self._brain.reset_prefix_cache()
+        pending = self._executor.collective_rpc(
+            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
+        )
+        return pending if non_block else pending.result()
+
+    def reset_prefix_cache(self) -> None:
+        """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
+
+        Call it when weights were changed by other means than a method that is declared to change them.
+        """
+        self._check_can_run()
+        self._brain.reset_prefix_cache()
+
+    def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        """Return when every rank has given a sign of life; only for the thread that made this object.
+
+        Raises DeadlineError naming the ranks that gave none for `timeout_s`, EngineDeadError if this LLM can run no
+        more, and otherwise what ended the run.
+        """
+        self._check_can_run()
+        self._executor.check_health(timeout_s)
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """Have `callback` called with the error that ends the model, at once if one has. It must not raise."""
+        self._executor.on_failure(callback)
+
     def close(self) -> None:
         """End the workers and let memory go. May be called more than once."""
         self._ended = self._ended or "it was closed"
@@ -143,8 +197,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams],
         progress: bool,
     ) -> list[Completion]:
-        if self._ended is not None:
-            raise EngineDeadError(f"this LLM can run no more: {self._ended}")
+        self._check_can_run()
         requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
@@ -156,6 +209,10 @@ class LLM:
             _completion(prompt, len(ids), output.take())
             for prompt, ids, output in zip(prompts, token_ids, outputs, strict=True)
         ]
+
+    def _check_can_run(self) -> None:
+        if self._ended is not None:
+            raise EngineDeadError(f"this LLM can run no more: {self._ended}")
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -194,6 +251,16 @@ class LLM:
             self._brain.submit(submit)
         except RequestError as error:
             streams.apply(refusal(submit.request_id, error))
+
+
+def _check_one_engine(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.engine_size < parallel.world_size:
+        raise ConfigError(
+            "data_parallel_size",
+            parallel.data_parallel_size,
+            "1 without enable_expert_parallel: such replicas run apart; make an LLM for each",
+        )
 
 
 def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | None) -> Completion:

@@ -254,7 +254,7 @@ class ReplicaStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(Message, frozen=True):
-    """The engine's state, sent a few times a second while it changes."""
+    """The engine's state, sent a few times a second: also a sign of life."""
 
     replicas: tuple[ReplicaStats, ...]
 
@@ -340,7 +340,9 @@ class Step(Message, frozen=True):
 
 
 class MeasureMemory(Message, frozen=True):
-    """Find out what is left for the KV cache. All ranks run the largest step together, so it comes after all loaded."""
+    """Find out what is left for the KV cache. On GPUs the ranks of a stage run the largest step together, so it comes
+    after all have loaded. Stages do not wait for each other, and on a CPU nothing is run.
+    """
 
 
 class AllocateCache(Message, frozen=True):
@@ -395,6 +397,14 @@ class Call(Message, frozen=True):
 
 
 # -------------------------------------------------------------------------------- worker → brain
+
+
+class CheckpointFound(Message, frozen=True):
+    """Where a rank has found the checkpoint, and what tells its weights from others. Goes in a Publish."""
+
+    node: str
+    path: str
+    fingerprint: bytes
 
 
 class Loaded(Message, frozen=True):

@@ -32,8 +32,18 @@ class Oracle:
             known = self._known[prompt] = out[0, len(prompt) :].tolist()
         return known[:num_tokens]
 
+    def choices(self, prompt: tuple[int, ...], output: list[int]) -> list[int]:
+        """What greedy decoding chooses in the place of each output token, after the prompt and those before.
+
+        It is `output` if, and only if, that is what greedy decoding makes; one pass tells, instead of one a token.
+        """
+        return self._logits(prompt, output).argmax(-1).tolist()
+
     def logprobs(self, prompt: tuple[int, ...], output: list[int]) -> torch.Tensor:
         """Log-probabilities of the whole vocabulary before each output token, [tokens, vocabulary]."""
+        return torch.log_softmax(self._logits(prompt, output), dim=-1)
+
+    def _logits(self, prompt: tuple[int, ...], output: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             logits = self._model(torch.tensor([[*prompt, *output]])).logits[0].float()
-        return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+        return logits[len(prompt) - 1 : -1]

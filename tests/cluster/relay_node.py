@@ -9,25 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from contextlib import suppress
 
-import msgspec
+from transport_channels import echo
 
-from phalanx.errors import PeerDiedError, PhalanxError
+from phalanx.errors import PhalanxError
 from phalanx.transport.keys import RunKey
-from phalanx.transport.queue import QueueHandle, WorkerEndpoint
 from phalanx.transport.relay import NodeRelay
-
-
-class Tick(msgspec.Struct, tag=True, array_like=True):
-    number: int = 0
-
-
-def echo(handle: QueueHandle) -> None:
-    endpoint: WorkerEndpoint[Tick, Tick] = WorkerEndpoint.attach(handle, command_type=Tick, reply_type=Tick)
-    with endpoint, suppress(PeerDiedError):
-        while (found := endpoint.get(timeout_s=120)) is not None:
-            endpoint.put(found[0], found[1], deadline_s=120)
 
 
 def main() -> None:

@@ -69,9 +69,9 @@ def test_ranks_answer_and_leave(checkpoint: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
-def test_the_fork_server_has_one_thread(executor: Executor) -> None:
+def test_the_fork_server_has_one_thread(extended: Executor) -> None:
     """A fork copies the calling thread alone: a lock that another one held would never be released in the child."""
-    (server,) = {parent_of(pid) for pid in launcher_of(executor).pids().values()}
+    (server,) = {parent_of(pid) for pid in launcher_of(extended).pids().values()}
     assert num_threads(server) == 1
 
 
@@ -95,10 +95,10 @@ def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path) -> 
             executor.step(Step((plan,))).result()
 
 
-def test_a_plan_of_another_epoch_is_dropped(executor: Executor) -> None:
+def test_a_plan_of_another_epoch_is_dropped(extended: Executor) -> None:
     stale = StepPlan(epoch=99, step=1, shape=StepShape(1, 1, 1), slots=ints([3]), num_tokens=ints([1]))
-    executor.submit(Step((stale,)), ranks=(), deadline_s=5)
-    assert executor.submit(Ping(), deadline_s=5).result() == [Done(), Done()]
+    extended.submit(Step((stale,)), ranks=(), deadline_s=5)
+    assert extended.submit(Ping(), deadline_s=5).result() == [Done(), Done()]
 
 
 def test_a_users_mistake_that_only_a_rank_sees(tmp_path: Path) -> None:
@@ -137,11 +137,15 @@ class Probe:
 """
 
 
-@pytest.fixture
-def extended(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
-    (tmp_path / "phalanx_probe.py").write_text(EXTENSION)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with start(checkpoint, worker_extension_cls="phalanx_probe:Probe") as executor:
+@pytest.fixture(scope="module")
+def extended(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """For tests after which the ranks are as before."""
+    folder = tmp_path_factory.mktemp("extension")
+    (folder / "phalanx_probe.py").write_text(EXTENSION)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        executor = start(checkpoint, worker_extension_cls="phalanx_probe:Probe")
+    with executor:
         yield executor
 
 

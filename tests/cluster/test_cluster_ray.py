@@ -26,6 +26,7 @@ from phalanx.cli import main  # noqa: E402
 from phalanx.config import Config  # noqa: E402
 from phalanx.errors import ConfigError, PeerDiedError, PlacementError, StartError, WorkerError  # noqa: E402
 from phalanx.executor.ray.calls import answers_to  # noqa: E402
+from phalanx.executor.ray.discovery import running_rays  # noqa: E402
 from phalanx.executor.ray.messages import NodeOrder  # noqa: E402
 from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
@@ -39,6 +40,8 @@ PROMPTS = [[72, 101, 108, 108, 111], list(range(60, 130)), [5]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 NUM_CPUS = 4
 GONE_WITHIN_S = 2.0
+CLOSED_WITHOUT_HEAD_WITHIN_S = 45.0
+"""Less than the minute after which Ray ends the process. Its own farewell takes seven seconds."""
 
 Tokens = list[tuple[int, ...]]
 
@@ -171,6 +174,10 @@ def test_each_rank_has_a_gpu_of_its_own(cluster: None) -> None:
 def test_two_ranks_that_ray_puts_on_one_gpu_are_an_error(cluster: None) -> None:
     with pytest.raises(PlacementError, match=r"Ray has given GPU 0 of .* to more than one rank"):
         survey(gpu_config(ray_per_worker_gpus=0.4), "no checkpoint")
+
+
+def test_the_ray_of_this_test_can_be_found(cluster: None) -> None:
+    assert ray.get_runtime_context().gcs_address in running_rays()
 
 
 def test_another_ray_than_the_one_at_hand_is_an_error(cluster: None, checkpoint: Path) -> None:
@@ -311,11 +318,43 @@ def test_a_ray_of_our_own_leaves_nothing(checkpoint: Path, tmp_path: Path, victi
         wait_until(lambda: not [process for process in family if lives(process)], GONE_WITHIN_S)
 
 
-def test_a_ray_of_our_own_leaves_the_environment_as_it_was() -> None:
+def test_an_engine_without_rays_head_ends_with_an_error_and_closes(checkpoint: Path) -> None:
+    """Ray would end the process after a minute."""
+    code = (
+        "import sys, time; from phalanx import LLM; from phalanx.errors import DeadlineError\n"
+        "from phalanx.executor.ray import head\n"
+        "head.SHARE = 0.02\n"
+        "llm = LLM(sys.argv[1], launcher='ray', ray_address='local', tensor_parallel_size=2, kv_cache_memory=1 << 20, "
+        "max_num_seqs=8, device='cpu')\n"
+        "print('ready', flush=True)\n"
+        "try:\n"
+        "    while True: llm.check_health(); time.sleep(0.1)\n"
+        "except DeadlineError as error: print(error, flush=True)\n"
+        "llm.close()\n"
+        "print('closed', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == "ready\n"
+        family = psutil.Process(engine.pid).children(recursive=True)
+        next(process for process in family if process.name() == "gcs_server").kill()
+        killed_at = time.monotonic()
+        assert engine.stdout.readline().startswith("waited 1.2 s for a sign of life from Ray's head at ")
+        assert engine.stdout.readline() == "closed\n"
+        wait_until(lambda: not [process for process in family if lives(process)], GONE_WITHIN_S)
+        assert time.monotonic() - killed_at < CLOSED_WITHOUT_HEAD_WITHIN_S
+        assert engine.wait(CLOSED_WITHOUT_HEAD_WITHIN_S) == 0
+
+
+def test_a_ray_of_our_own_is_for_nobody_else_and_leaves_the_environment_as_it_was() -> None:
     """Ray notes there that it asks for tokens: sent to the next one, which may have none, they break it."""
     code = (
-        "import os; from phalanx.config import ClusterConfig; from phalanx.executor.ray.connection import connect\n"
-        "connect(ClusterConfig(ray_address='local'), num_ranks=1).close()\n"
+        "import os, ray; from phalanx.config import ClusterConfig\n"
+        "from phalanx.executor.ray.connection import connect\n"
+        "from phalanx.executor.ray.discovery import running_rays\n"
+        "with connect(ClusterConfig(ray_address='local'), num_ranks=1):\n"
+        "    assert ray.get_runtime_context().gcs_address not in running_rays()\n"
         "assert 'RAY_AUTH_MODE' not in os.environ\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

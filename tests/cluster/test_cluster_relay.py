@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Direction, HostProcess, Network, why_no_hosts
-from relay_node import Tick
+from transport_messages import Tick
 
 from phalanx.errors import DeadlineError
 from phalanx.transport.cluster_queue import ClusterQueue
@@ -54,7 +54,7 @@ class Run:
         key = RunKey.new()
         types = {"command_type": Tick, "reply_type": Tick}
         with network.hosts["alpha"].network():
-            self.queue: ClusterQueue[Tick, Tick] = ClusterQueue.create(
+            self.queue: ClusterQueue[Tick, Tick] = ClusterQueue(
                 [], {"beta": RANKS}, address=bound, key=key, node_timeout_s=node_timeout_s, **types
             )
         stack.callback(self.queue.close)

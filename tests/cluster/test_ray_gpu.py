@@ -52,7 +52,7 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, running_ray: None, tp_
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=3)
     oracle = Oracle(checkpoint)
     with on_ray(checkpoint, tensor_parallel_size=tp_size, pipeline_parallel_size=num_stages) as llm:
-        places = llm.executor.collective_rpc("whereabouts")
+        places = llm.collective_rpc("whereabouts")
         assert len({place["pid"] for place in places}) == tp_size * num_stages
         for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
             assert list(completion.token_ids) == oracle.greedy(tuple(prompt), NUM_TOKENS)
@@ -72,7 +72,7 @@ def test_half_precision_follows_the_oracle_for_a_while(tmp_path: Path, running_r
 def test_a_killed_rank_is_named(tmp_path: Path, running_ray: None) -> None:
     with on_ray(write_checkpoint(tmp_path), tensor_parallel_size=2) as llm:
         llm.generate(PROMPTS, GREEDY)
-        os.kill(llm.executor.collective_rpc("whereabouts")[1]["pid"], signal.SIGKILL)
+        os.kill(llm.collective_rpc("whereabouts")[1]["pid"], signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises((EngineDeadError, PeerDiedError), match="rank 1"):
             llm.generate(PROMPTS, GREEDY)

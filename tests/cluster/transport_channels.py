@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from transport_messages import Tick
+
+from phalanx.errors import PeerDiedError
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
-from phalanx.transport.queue import MessageQueue, QueueHandle
+from phalanx.transport.queue import DEFAULT_SHAPE, MessageQueue, QueueHandle, QueueShape, WorkerEndpoint
 from phalanx.transport.relay import NodeRelay
 
 FORK = multiprocessing.get_context("fork")
@@ -37,23 +40,29 @@ class Channel:
 
 
 @contextmanager
-def open_channel(layout: str, num_ranks: int, command_type: Any, reply_type: Any, **options: Any) -> Iterator[Channel]:
-    """The queue, with its relays dialled in and a handle for each rank. `options` of the queues; and node_timeout_s."""
-    node_timeout_s = options.pop("node_timeout_s", 10.0)
+def open_channel(
+    layout: str,
+    num_ranks: int,
+    command_type: Any,
+    reply_type: Any,
+    shape: QueueShape = DEFAULT_SHAPE,
+    node_timeout_s: float = 10.0,
+) -> Iterator[Channel]:
+    """The queue, with its relays dialled in and a handle for each rank."""
     local, remote = LAYOUTS[layout](list(range(num_ranks)))
     remote = {node: ranks for node, ranks in remote.items() if ranks}
     types = {"command_type": command_type, "reply_type": reply_type}
     with ExitStack() as stack:
         if not remote:
             names = [f"rank {rank}" for rank in local]
-            queue: AnyQueue = stack.enter_context(MessageQueue.create(names, **types, **options))
+            queue: AnyQueue = stack.enter_context(MessageQueue(names, **types, shape=shape))
             yield Channel(queue, {rank: queue.handle(rank) for rank in local}, [])
             return
         # Forked before the queue is there: its threads would not live in the children.
-        agents = {node: _Agent(stack, node, ranks, options) for node, ranks in remote.items()}
+        agents = {node: _Agent(stack, node, ranks, shape) for node, ranks in remote.items()}
         key = RunKey.new()
-        queue = ClusterQueue.create(
-            local, remote, address="127.0.0.1", key=key, node_timeout_s=node_timeout_s, **types, **options
+        queue = ClusterQueue(
+            local, remote, address="127.0.0.1", key=key, node_timeout_s=node_timeout_s, shape=shape, **types
         )
         stack.enter_context(queue)
         handles = {rank: queue.handle(rank) for rank in local}
@@ -64,19 +73,27 @@ def open_channel(layout: str, num_ranks: int, command_type: Any, reply_type: Any
         yield Channel(queue, handles, [agent.process for agent in agents.values()])
 
 
+def echo(handle: QueueHandle) -> None:
+    """A rank that sends back what it gets. It ends when its queue does."""
+    endpoint: WorkerEndpoint[Tick, Tick] = WorkerEndpoint.attach(handle, command_type=Tick, reply_type=Tick)
+    with endpoint, suppress(PeerDiedError):
+        while (found := endpoint.get(timeout_s=120)) is not None:
+            endpoint.put(found[0], found[1], deadline_s=120)
+
+
 class _Agent:
     """The process of another node."""
 
-    def __init__(self, stack: ExitStack, node: str, ranks: Sequence[int], options: Mapping[str, Any]) -> None:
+    def __init__(self, stack: ExitStack, node: str, ranks: Sequence[int], shape: QueueShape) -> None:
         self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=_relay, args=(theirs, node, ranks, options))
+        self.process = FORK.Process(target=_relay, args=(theirs, node, ranks, shape))
         self.process.start()
         stack.callback(self.process.close)
         stack.callback(self.process.join, DEADLINE_S)
 
 
-def _relay(pipe: Connection, node: str, ranks: Sequence[int], options: Mapping[str, Any]) -> None:
-    relay = NodeRelay(node, ranks, **options)
+def _relay(pipe: Connection, node: str, ranks: Sequence[int], shape: QueueShape) -> None:
+    relay = NodeRelay(node, ranks, shape=shape)
     address, port, key = pipe.recv()
     pipe.send({rank: relay.handle(rank) for rank in ranks})
     relay.dial(address, port, key, deadline_s=DEADLINE_S)

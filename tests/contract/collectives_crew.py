@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phalanx.collectives.group import Group
 from phalanx.collectives.join import join
 from phalanx.collectives.rendezvous import open_rendezvous
 from phalanx.collectives.spec import GroupSpec
@@ -29,8 +28,6 @@ _PROCESSES.set_forkserver_preload(["torch", "phalanx.collectives.join", "hypothe
 _ANSWER_S = 60.0
 _EPOCH = 3
 _LOOPBACK = "127.0.0.1"
-SHARING = ["all_reduce", "reduce_scatter", "all_to_all"]
-"""What `work_for_ever` can do: each has its own way of sharing out the work."""
 # Groups that span hosts, and what carries their data. Without hosts, all ranks have the same address.
 _SPANNING = {"spanning": "gloo", "spanning-nccl": "nccl"}
 
@@ -68,7 +65,7 @@ class _Brain:
     def __init__(self, size: int) -> None:
         names = [f"rank {rank}" for rank in range(size)]
         self.queue: MessageQueue[Call, WorkerMessage]
-        self.queue = MessageQueue.create(names, command_type=Call, reply_type=WorkerMessage)
+        self.queue = MessageQueue(names, command_type=Call, reply_type=WorkerMessage)
         self._is_ending = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -212,24 +209,6 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, RankError | None, float]
         return function(), None, time.monotonic() - start
     except Exception as error:
         return None, RankError(type(error).__name__, str(error)), time.monotonic() - start
-
-
-def send_rows(group: Group, counts: list[list[int]], expected: list[list[int]]) -> list[float]:
-    """`counts` has a row for each sender, `expected` one for each receiver. Gives the number of each row's sender."""
-    x = torch.full((sum(counts[group.rank]), 576), float(group.rank))
-    return group.all_to_all(x, counts[group.rank], expected[group.rank])[:, -1].tolist()
-
-
-def work_for_ever(group: Group, operation: str, num_rows: int) -> None:
-    x = torch.zeros(num_rows * group.size, 576)
-    each = [num_rows] * group.size
-    while True:
-        if operation == "all_reduce":
-            group.all_reduce(x[:num_rows])
-        elif operation == "reduce_scatter":
-            group.reduce_scatter(x)
-        else:
-            group.all_to_all(x, each, each)
 
 
 class RankError(Exception):

@@ -12,17 +12,14 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from transport_channels import FORK, LAYOUTS, AnyQueue, open_channel
+from transport_messages import Stop
 
-from phalanx.transport.queue import QueueHandle, WorkerEndpoint
+from phalanx.transport.queue import QueueHandle, QueueShape, WorkerEndpoint
 
 
 class Frame(msgspec.Struct, tag=True, array_like=True):
     number: int
     checksum: int
-
-
-class Stop(msgspec.Struct, tag=True, array_like=True):
-    pass
 
 
 def _checksum(buffers: list[memoryview] | list[bytes]) -> int:
@@ -48,7 +45,8 @@ def _answer(handle: QueueHandle, pause_s: float) -> None:
 @pytest.fixture(params=LAYOUTS)
 def queue(request: pytest.FixtureRequest, num_ranks: int) -> Iterator[AnyQueue]:
     shm = sorted(os.listdir("/dev/shm"))
-    with open_channel(request.param, num_ranks, Frame | Stop, Frame, slot_bytes=4096, num_slots=4) as channel:
+    shape = QueueShape(slot_bytes=4096, num_slots=4)
+    with open_channel(request.param, num_ranks, Frame | Stop, Frame, shape=shape) as channel:
         handles = channel.handles.items()
         processes = [FORK.Process(target=_answer, args=(handle, 0.001 * (rank % 2))) for rank, handle in handles]
         for process in processes:

@@ -16,6 +16,7 @@ from hosts import Direction, Network, why_no_hosts
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 from collectives_crew import Crew
+from collectives_tasks import work_for_ever
 
 from phalanx.collectives.group import Group
 
@@ -25,6 +26,7 @@ pytestmark = [
 ]
 
 _REPORTS_S = 1.5
+NUM_ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +57,6 @@ def every_operation(group: Group) -> tuple[float, list[float], float, float, lis
     return total, gathered, group.broadcast(mine.clone(), 1)[-1, -1].item(), part, received[:, 0].tolist()
 
 
-def sum_for_ever(group: Group) -> None:
-    x = torch.zeros(8, 576)
-    while True:
-        group.all_reduce(x)
-
-
 @pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_operation(network: Network, size: int, family: int) -> None:
@@ -74,7 +70,7 @@ def test_every_operation(network: Network, size: int, family: int) -> None:
 def test_a_killed_rank_is_named_at_once(network: Network) -> None:
     with crew_on(network, 3) as crew:
         for rank in range(3):
-            crew.send(rank, sum_for_ever)
+            crew.send(rank, work_for_ever, "all_reduce", NUM_ROWS)
         start = time.monotonic()
         crew.signal(1, signal.SIGKILL)
         for outcome in crew.answers([0, 2]):
@@ -86,8 +82,8 @@ def test_a_killed_rank_is_named_at_once(network: Network) -> None:
 
 def test_a_link_that_goes_down_is_an_error_at_the_deadline(network: Network) -> None:
     with crew_on(network, 2, timeout_s=2.0) as crew:
-        crew.send(0, sum_for_ever)
-        crew.send(1, sum_for_ever)
+        crew.send(0, work_for_ever, "all_reduce", NUM_ROWS)
+        crew.send(1, work_for_ever, "all_reduce", NUM_ROWS)
         with network.cables["beta"].cut():
             start = time.monotonic()
             for rank, outcome in enumerate(crew.answers([0, 1])):
@@ -103,8 +99,8 @@ def test_a_link_that_goes_down_is_an_error_at_the_deadline(network: Network) -> 
 @pytest.mark.parametrize("lost", ["sent", "received"])
 def test_one_direction_dropped_is_an_error_at_the_deadline(network: Network, lost: str) -> None:
     with crew_on(network, 2, timeout_s=2.0) as crew:
-        crew.send(0, sum_for_ever)
-        crew.send(1, sum_for_ever)
+        crew.send(0, work_for_ever, "all_reduce", NUM_ROWS)
+        crew.send(1, work_for_ever, "all_reduce", NUM_ROWS)
         with network.cables["alpha"].impaired(**{lost: Direction(loss=1.0)}):
             start = time.monotonic()
             for outcome in crew.answers([0, 1]):

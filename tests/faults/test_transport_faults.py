@@ -14,18 +14,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from transport_messages import Tick
 
 from phalanx.errors import DeadlineError, PeerDiedError
 from phalanx.transport.liveness import Party
-from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
+from phalanx.transport.queue import MessageQueue, QueueHandle, QueueShape, WorkerEndpoint
 from phalanx.transport.stream import Stream, stream_pair
 
 FORK = multiprocessing.get_context("fork")
 SOON_S = 0.5  # milliseconds, on a machine that has other things to do
-
-
-class Tick(msgspec.Struct, tag=True, array_like=True):
-    number: int = 0
 
 
 Queue = MessageQueue[Tick, Tick]
@@ -34,7 +31,7 @@ Endpoint = WorkerEndpoint[Tick, Tick]
 
 def _create(num_readers: int) -> Queue:
     names = [f"rank {r}" for r in range(num_readers)]
-    return MessageQueue.create(names, command_type=Tick, reply_type=Tick, num_slots=2)
+    return MessageQueue(names, command_type=Tick, reply_type=Tick, shape=QueueShape(num_slots=2))
 
 
 def _attach(handle: QueueHandle) -> Endpoint:

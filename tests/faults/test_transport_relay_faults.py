@@ -12,31 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import msgspec
 import pytest
-from transport_channels import DEADLINE_S, FORK, Channel, open_channel
+from transport_channels import DEADLINE_S, FORK, Channel, echo, open_channel
+from transport_messages import Tick
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.handshake import Refusal
 from phalanx.transport.keys import RunKey
-from phalanx.transport.queue import QueueHandle, WorkerEndpoint
+from phalanx.transport.queue import WorkerEndpoint
 from phalanx.transport.relay import NodeRelay
 
 SOON_S = 0.5  # milliseconds, on a machine that has other things to do
 LAYOUTS = ["relay", "shared memory and relay"]
-
-
-class Tick(msgspec.Struct, tag=True, array_like=True):
-    number: int = 0
-
-
-def _echo(handle: QueueHandle) -> None:
-    """A rank: it ends when its queue does."""
-    endpoint: WorkerEndpoint[Tick, Tick] = WorkerEndpoint.attach(handle, command_type=Tick, reply_type=Tick)
-    with endpoint, suppress(PeerDiedError):
-        while (found := endpoint.get(timeout_s=60)) is not None:
-            endpoint.put(found[0], found[1], deadline_s=60)
 
 
 class Run:
@@ -69,7 +57,7 @@ def start() -> Iterator[Callable[..., Run]]:
             channel = stack.enter_context(open_channel(layout, 2, Tick, Tick, **options))
             for relay in channel.relays:
                 stack.callback(relay.kill)
-            ranks = [FORK.Process(target=_echo, args=(channel.handles[rank],)) for rank in range(2)]
+            ranks = [FORK.Process(target=echo, args=(channel.handles[rank],)) for rank in range(2)]
             for rank in ranks:
                 rank.start()
                 stack.callback(rank.join, 10)
@@ -135,7 +123,7 @@ def _brain(pipe: Any, node_timeout_s: float) -> None:
     """A brain in a process: it talks with its ranks for ever, and says how far it is."""
     key = RunKey.new()
     types = {"command_type": Tick, "reply_type": Tick}
-    queue: ClusterQueue[Tick, Tick] = ClusterQueue.create(
+    queue: ClusterQueue[Tick, Tick] = ClusterQueue(
         [], {"node-b": [0]}, address="127.0.0.1", key=key, node_timeout_s=node_timeout_s, **types
     )
     with queue:
@@ -149,7 +137,7 @@ def _brain(pipe: Any, node_timeout_s: float) -> None:
 
 def _node(address: str, port: int, key: RunKey) -> None:
     relay = NodeRelay("node-b", [0])
-    rank = FORK.Process(target=_echo, args=(relay.handle(0),))
+    rank = FORK.Process(target=echo, args=(relay.handle(0),))
     rank.start()
     relay.dial(address, port, key, deadline_s=DEADLINE_S)
     try:
@@ -291,7 +279,7 @@ class TamperedRun:
 
     def __init__(self, stack: ExitStack, tamper: Callable[[bytes], bytes]) -> None:
         key = RunKey.new()
-        self.queue: ClusterQueue[Tick, Tick] = ClusterQueue.create(
+        self.queue: ClusterQueue[Tick, Tick] = ClusterQueue(
             [], {"node-b": [0]}, command_type=Tick, reply_type=Tick, address="127.0.0.1", key=key, node_timeout_s=2.0
         )
         stack.callback(self.queue.close)
@@ -386,10 +374,11 @@ def test_strangers_have_no_effect_on_a_run_under_way(caplog: pytest.LogCaptureFi
         for attacker in attackers:
             attacker.start()
         stack.callback(until.set)
+        refusals = run.queue._listener.refusals
         longest_s = 0.0
         expires_at = time.monotonic() + 3
         number = 0
-        while time.monotonic() < expires_at or len(run.queue.refusals) < 5:
+        while time.monotonic() < expires_at or len(refusals) < 5:
             started = time.monotonic()
             run.tick(number)
             longest_s = max(longest_s, time.monotonic() - started)
@@ -397,7 +386,6 @@ def test_strangers_have_no_effect_on_a_run_under_way(caplog: pytest.LogCaptureFi
         until.set()
         for attacker in attackers:
             attacker.join(10)
-        refusals = run.queue.refusals
         assert {Refusal.REPLAYED, Refusal.WRONG_KEY, Refusal.OVERSIZE, Refusal.CROWDED} <= set(refusals)
         assert Refusal.UNEXPECTED not in refusals
         assert number > 200

@@ -1,11 +1,14 @@
 """Settings are checked as a whole, and a mistake names the field, its value and what is allowed."""
 
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from phalanx.config import Config, settings_by_name
+from phalanx.config import Config, ServerConfig, _warn_once, convert, settings_by_name
 from phalanx.errors import ConfigError
+from phalanx.executor.start import _settle
 
 
 def test_flat_names_reach_their_sections() -> None:
@@ -44,6 +47,64 @@ def test_a_wrong_setting_is_named(settings: dict[str, object], field: str, allow
     assert allowed in caught.value.allowed
     assert field in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+def test_a_wrong_key_is_the_fault_of_the_setting_that_it_is_in() -> None:
+    with pytest.raises(ConfigError, match="of each key: Expected `str`, got `int`") as caught:
+        Config.build(model="m", launcher="ray", ray_runtime_env={1: "x"})
+    assert (caught.value.field, caught.value.value) == ("ray_runtime_env", {1: "x"})
+
+
+def test_a_wrong_key_at_the_top_is_the_fault_of_the_whole() -> None:
+    unnamed: dict[object, object] = {1: 2}
+    with pytest.raises(ConfigError, match=r"ServerConfig: .*of each key: Expected `str`"):
+        convert(unnamed, ServerConfig)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "warnings"),
+    [
+        ({"device": "cpu"}, []),
+        ({"device": "cpu", "gpu_memory_utilization": 0.1}, ["gpu_memory_utilization = 0.1 has no effect: .* the CPU"]),
+        ({"device": "cuda", "gpu_memory_utilization": 0.1}, []),
+        (
+            {"device": "cuda", "gpu_memory_utilization": 0.1, "kv_cache_memory": 1 << 30},
+            ["gpu_memory_utilization = 0.1 has no effect: kv_cache_memory"],
+        ),
+        ({"device": "cpu", "collective_backend": "shm"}, ["collective_backend = 'shm' has no effect: one rank"]),
+        ({"device": "cpu", "collective_backend": "gloo", "pipeline_parallel_size": 2}, []),
+        ({"device": "cpu", "pack_weights": False}, []),
+        ({"device": "cuda", "pack_weights": False}, ["pack_weights = False has no effect: .* on a CPU only"]),
+        ({"device": "cpu", "dtype": "float16", "pack_weights": False}, ["pack_weights = False .* float16"]),
+        (
+            {"device": "cpu", "launcher": "ray", "pipeline_parallel_size": 2, "allow_split_tensor_parallel": True},
+            ["allow_split_tensor_parallel = True has no effect: there is one rank"],
+        ),
+        ({"device": "auto", "gpu_memory_utilization": 0.1, "pack_weights": False}, []),
+        (
+            {"device": "cpu", "gpu_memory_utilization": 0.1, "collective_backend": "gloo"},
+            ["gpu_memory_utilization", "collective_backend"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_named_once(
+    settings: dict[str, object], warnings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_once.cache_clear()
+    config = Config.build(model="m", **settings)
+    assert not caplog.messages, "before it is known where the ranks compute"
+    config.check()
+    config.check()
+    assert len(caplog.messages) == len(warnings)
+    for message, expected in zip(caplog.messages, warnings, strict=True):
+        assert re.match(expected, message), message
+
+
+def test_a_start_warns(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_once.cache_clear()
+    checkpoint: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float16")
+    _settle(Config.build(model="m", device="cpu", pack_weights=False, collective_backend="gloo"), checkpoint)
+    assert [message.split()[0] for message in caplog.messages] == ["collective_backend", "pack_weights"]
 
 
 def test_a_placement_group_may_be_given_as_an_object() -> None:

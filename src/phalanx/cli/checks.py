@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +36,13 @@ class Check(msgspec.Struct, frozen=True):
     facts: msgspec.Struct | msgspec.UnsetType = msgspec.UNSET
 
 
-def all_checks(model: str | None) -> Iterator[Check]:
+def all_checks(model: str | None, server: ServerConfig) -> Iterator[Check]:
     """Run every check. Takes seconds: torch is imported. A check never raises."""
     checks: list[Callable[[], Iterable[Check]]] = [
-        versions, gpus, cores, memory, memfd, futex, pidfd, open_files, port
+        versions, gpus, cores, memory, memfd, futex, pidfd, open_files, partial(port, server)
     ]  # fmt: skip
+    if server.api_key_file is not None:
+        checks.append(partial(api_keys, server))
     for check in checks:
         yield from check()
     if model is not None:
@@ -63,9 +67,9 @@ def versions() -> Iterator[Check]:
 
 
 def gpus() -> Iterator[Check]:
-    from phalanx.executor.platform import num_gpus, torch_has_cuda
+    from phalanx.executor.platform import torch_has_cuda, visible_gpus
 
-    found = num_gpus()
+    found = len(visible_gpus())
     if found == 0:
         yield Check("gpus", "ok", "none; ranks compute on the CPU")
         return
@@ -156,17 +160,32 @@ def open_files() -> Iterator[Check]:
         yield Check("open files", "ok", f"at most {soft}")
 
 
-def port() -> Iterator[Check]:
+def port(server: ServerConfig) -> Iterator[Check]:
+    """Whether the server could listen where it is told to."""
     from phalanx.server.listen import listen
 
-    server = ServerConfig()
     where = f"{server.host}:{server.port}"
     try:
         listen(server.host, server.port).close()
-    except ConfigError:
-        yield Check("port", "warn", f"{where} is taken", "stop who listens there, or serve with another --port")
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+            yield Check("port", "warn", f"{where} is taken", "stop who listens there, or serve with another --port")
+        else:
+            yield Check("port", "fail", f"the server cannot listen on {where}", f"--{error.field}: {error.allowed}")
     else:
         yield Check("port", "ok", f"{where} is free")
+
+
+def api_keys(server: ServerConfig) -> Iterator[Check]:
+    """Whether there are keys in the file that is to have them."""
+    from phalanx.server.api_keys import ApiKeys
+
+    try:
+        ApiKeys.load(server)
+    except ConfigError as error:
+        yield Check("api keys", "fail", f"{server.api_key_file}: {error.allowed}", "put a key on each line of it")
+    else:
+        yield Check("api keys", "ok", f"from {server.api_key_file}")
 
 
 def checkpoint(model: str) -> Iterator[Check]:

@@ -9,8 +9,8 @@ import click
 import msgspec
 
 from phalanx.cli.exit_codes import FAILURE
-from phalanx.cli.options import SectionedCommand, engine_options, given
-from phalanx.config import Config
+from phalanx.cli.options import SectionedCommand, engine_options, given, server_options
+from phalanx.config import Config, ServerConfig, convert
 
 if TYPE_CHECKING:
     from phalanx.cli.checks import Check
@@ -20,21 +20,24 @@ UNKNOWN = "no model"
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command(cls=SectionedCommand, params=engine_options())
+@click.command(cls=SectionedCommand, params=[*server_options(), *engine_options()])
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of lines.")
 def doctor(model: str | None, as_json: bool, **settings: Any) -> None:
     """Check this machine, and MODEL if it is given.
 
     Each line is ok, warn or fail, and says what to do. The exit code is 1 if something fails. With the flags of
-    `phalanx serve` it says whether there is room for the ranks, and with --launcher ray where each of them would be.
+    `phalanx serve` it says whether the port is free and there is room for the ranks, and with --launcher ray where each
+    of them would be.
     """
     from phalanx.cli.checks import all_checks
     from phalanx.cli.placement import placement
 
-    config = Config.build(model=model or UNKNOWN, **given(settings))
+    server = convert(given(settings, ServerConfig), ServerConfig)
+    engine_settings = {name: value for name, value in settings.items() if name not in ServerConfig.__struct_fields__}
+    config = Config.build(model=model or UNKNOWN, **given(engine_settings))
     checks = []
-    for check in itertools.chain(all_checks(model), placement(config, config.model.model)):
+    for check in itertools.chain(all_checks(model, server), placement(config, config.model.model)):
         checks.append(check)
         if not as_json:
             _print(check)

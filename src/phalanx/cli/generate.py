@@ -23,7 +23,7 @@ from phalanx.errors import ConfigError, EngineDeadError, RequestError
 from phalanx.protocol import SamplingParams
 
 if TYPE_CHECKING:
-    from phalanx.engine.client import EngineClient
+    from phalanx.engine.engine import Engine
 
 MAX_TOKENS = 256
 """Without a limit, a model without an end-of-sequence token would fill its context."""
@@ -103,12 +103,12 @@ async def _generate(
 
 
 @asynccontextmanager
-async def _engine(config: Config) -> AsyncIterator[EngineClient]:
+async def _engine(config: Config) -> AsyncIterator[Engine]:
     from phalanx.cli.progress import StartScreen
-    from phalanx.engine.client import EngineClient
+    from phalanx.engine.fleet import start_engine
 
     with StartScreen() as screen:
-        engine = await EngineClient.start(config, screen.note)
+        engine = await start_engine(config, screen.note)
     try:
         yield engine
     finally:
@@ -118,7 +118,7 @@ async def _engine(config: Config) -> AsyncIterator[EngineClient]:
 class PromptSettings:
     """What the command line says of every prompt."""
 
-    def __init__(self, engine: EngineClient, sampling: Mapping[str, Any], chat: bool) -> None:
+    def __init__(self, engine: Engine, sampling: Mapping[str, Any], chat: bool) -> None:
         """`sampling` has the parameters that were given."""
         self._engine = engine
         self._has_limit = "max_tokens" in sampling
@@ -140,7 +140,7 @@ class PromptSettings:
         return fitted(self._params, len(prompt), self._engine.info.max_model_len)
 
 
-async def _print_one(engine: EngineClient, prompt: list[int], settings: PromptSettings, write: Write) -> None:
+async def _print_one(engine: Engine, prompt: list[int], settings: PromptSettings, write: Write) -> None:
     num_tokens, started = 0, time.monotonic()
     async for delta in engine.generate(prompt, settings.params(prompt)):
         if delta.finish_reason == "error":
@@ -153,7 +153,7 @@ async def _print_one(engine: EngineClient, prompt: list[int], settings: PromptSe
         click.echo(f"({num_tokens} tokens, {num_tokens / taken_s:.1f} a second)", err=True)
 
 
-async def _write_all(engine: EngineClient, lines: Sequence[PromptLine], settings: PromptSettings, write: Write) -> None:
+async def _write_all(engine: Engine, lines: Sequence[PromptLine], settings: PromptSettings, write: Write) -> None:
     """Write outputs in the order of `lines`, each as soon as those before it are written."""
     places = asyncio.Semaphore(NUM_IN_ENGINE)
 
@@ -177,7 +177,7 @@ async def _write_all(engine: EngineClient, lines: Sequence[PromptLine], settings
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _output_line(engine: EngineClient, index: int, line: PromptLine, settings: PromptSettings) -> OutputLine:
+async def _output_line(engine: Engine, index: int, line: PromptLine, settings: PromptSettings) -> OutputLine:
     prompt = settings.token_ids(line)
     deltas = [delta async for delta in engine.generate(prompt, settings.params(prompt))]
     if deltas[-1].finish_reason == "error":

@@ -17,7 +17,7 @@ from phalanx.errors import ConfigError
 from phalanx.models.mixture import Mixture
 
 if TYPE_CHECKING:
-    from phalanx.models.checkpoint import Progress
+    from phalanx.models.progress import Progress
 
 
 def _options() -> list[click.Parameter]:

@@ -4,8 +4,9 @@ They share no memory, and a word between them goes by way of the brain. So nothi
 rank only counts what it issues. One that gives a group up (a wait came to its deadline, a connection broke, it leaves)
 publishes a report: in which collective it was, and for whom it waited. The others then fail too, because its
 connections close, and publish theirs. Who waits for whom leads from every rank to those that have nothing to say: they
-are dead, stopped, cut off or late. If it only leads round in circles, ranks wait for each other in different
-collectives.
+are dead, stopped, cut off or late. If it only leads round in circles, ranks that live wait for each other: in different
+collectives, or for data that was lost on the way. What each has issued last tells which: a rank that is ahead has been
+where the others are, with another collective or with the same one.
 
 What this cannot see is a rank in another collective whose data nevertheless fits: that is for what carries the data to
 prevent. `SpanningGroup` does; NCCL does not. No torch here.
@@ -14,7 +15,9 @@ prevent. `SpanningGroup` does; NCCL does not. No torch here.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 import msgspec
@@ -25,6 +28,8 @@ from phalanx.collectives.row_counts import Disagreement
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import CollectiveMismatchError, DeadlineError, PeerDiedError, PhalanxError
 
+NUM_REPORTED = 8
+"""Collectives: more than a source of broadcasts, which does not wait for its peers, is ahead of them in general."""
 REPORTS_TAKE_S = 0.5
 """From one rank's giving up until all that live have reported: they notice within milliseconds."""
 
@@ -37,19 +42,27 @@ class _Member(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Report(msgspec.Struct, frozen=True, array_like=True):
-    """Why a rank gave a group up. `awaited` are seats; `collective` is encoded, and empty before the first."""
+    """Why a rank gave a group up. `awaited` are seats; `recent` are the collectives that it has issued last, encoded,
+    up to the one that has the number `sequence`: none before the first.
+    """
 
     reason: Literal["deadline", "broken", "left"]
     sequence: int
-    collective: bytes
+    recent: tuple[bytes, ...]
     awaited: tuple[int, ...]
     disagreement: str = ""
     """What it left for: the counts of an all_to_all."""
 
     def __str__(self) -> str:
-        if not self.collective:
-            return "joining"
-        return f"{Descriptor.decode(self.collective)} (sequence {self.sequence})"
+        return f"{Descriptor.decode(self.recent[-1])} (sequence {self.sequence})" if self.recent else "joining"
+
+    def diverges_from(self, other: _Report) -> bool:
+        """Whether the two ranks have issued different collectives under one number, or are too far apart to tell."""
+        behind, ahead = sorted((self, other), key=lambda report: report.sequence)
+        if not behind.recent:
+            return bool(ahead.recent)
+        place = len(ahead.recent) - 1 - (ahead.sequence - behind.sequence)
+        return place < 0 or ahead.recent[place] != behind.recent[-1]
 
 
 class RemoteLockstep:
@@ -66,6 +79,7 @@ class RemoteLockstep:
         self._peers = [seat for seat in range(spec.size) if seat != self.seat]
         self._sequence = 0
         self._current: Descriptor | None = None
+        self._recent: deque[bytes] = deque(maxlen=NUM_REPORTED)
         self._failure: PhalanxError | None = None
         exchange.publish(spec.name, self._key("member"), msgspec.msgpack.encode(_Member(os.getpid(), self._address)))
         self._members = self._await_members()
@@ -89,6 +103,7 @@ class RemoteLockstep:
             raise self._failure
         self._sequence += 1
         self._current = descriptor
+        self._recent.append(descriptor.encoded)
 
     def mark_issued(self) -> None:
         """Nothing: how far this rank has issued is told when it gives up."""
@@ -144,7 +159,7 @@ class RemoteLockstep:
         return [msgspec.msgpack.decode(found[key], type=_Member) for key in keys]
 
     def _report(self, reason: Literal["deadline", "broken", "left"], awaited: tuple[int, ...]) -> _Report:
-        return _Report(reason, self._sequence, self._current.encoded if self._current else b"", awaited)
+        return _Report(reason, self._sequence, tuple(self._recent), awaited)
 
     def _publish(self, report: _Report) -> None:
         self._exchange.publish(self._spec.name, self._key("report"), msgspec.msgpack.encode(report))
@@ -182,7 +197,7 @@ class RemoteLockstep:
             return DeadlineError(what, self._parties(silent), waited_s)
         # If connections broke and nobody waited in vain, one rank may simply be ahead of another.
         has_waited = any(report.reason == "deadline" for report in reports.values())
-        if has_waited and len({(report.sequence, report.collective) for report in reports.values()}) > 1:
+        if has_waited and any(one.diverges_from(other) for one, other in combinations(reports.values(), 2)):
             who = "; ".join(f"{self._name(seat)} is in {reports[seat]}" for seat in sorted(reports))
             return CollectiveMismatchError(f"at sequence {self._sequence} of {self._group}: {who}")
         awaited = reports[self.seat].awaited

@@ -65,6 +65,12 @@ class BlockPool:
         # The end of a sequence goes first: without its beginning it could not be found anyway.
         self._idle.update(dict.fromkeys(free[is_cached][::-1].tolist()))
 
+    def reset_cache(self) -> None:
+        """Forget what every block holds: the idle ones are empty now, and the held ones once they are released."""
+        self._cache.clear()
+        self._push_empty(np.array(list(self._idle), dtype=np.int32))
+        self._idle.clear()
+
     def _evict(self, num_blocks: int) -> None:
         evicted = [self._idle.popitem(last=False)[0] for _ in range(num_blocks)]
         for block in evicted:

@@ -102,6 +102,13 @@ class Brain:
         """
         self._cancelled += self._replicas.cancel(request_ids)
 
+    def reset_prefix_cache(self) -> None:
+        """Call it when the weights change: requests that come in from now on compute their prompts anew.
+
+        Those that run keep the keys and values that they have, and find themselves in the cache no more.
+        """
+        self._replicas.reset_prefix_cache()
+
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
         return bool(len(self._replicas) or self._in_flight or self._cancelled)

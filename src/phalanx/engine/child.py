@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from phalanx.errors import DeadlineError
@@ -38,8 +38,13 @@ class EngineChild:
         self._loop.add_reader(self._pidfd, self._reap)
 
     @classmethod
-    def spawn(cls, command: Sequence[str] = ENGINE_COMMAND) -> EngineChild:
-        """Start `command` with two more arguments: the number of its stream's descriptor, and our pid."""
+    def spawn(
+        cls, command: Sequence[str] = ENGINE_COMMAND, environment: Mapping[str, str] | None = None
+    ) -> EngineChild:
+        """Start `command` with two more arguments: the number of its stream's descriptor, and our pid.
+
+        `environment` comes over this process's own.
+        """
         ours, theirs = stream_pair()
         with ExitStack() as on_failure:
             on_failure.callback(os.close, ours)
@@ -48,6 +53,7 @@ class EngineChild:
                     [*command, str(theirs), str(os.getpid())],
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs,),
+                    env={**os.environ, **(environment or {})},
                     # Out of the terminal's group: Ctrl-C goes to the server alone, which decides when the engine ends.
                     process_group=0,
                 )
@@ -68,13 +74,18 @@ class EngineChild:
             return False
         return True
 
+    def begin_kill(self) -> None:
+        """SIGKILL, which also ends a stopped process. Returns at once: `wait` or `kill` see to the end."""
+        if self._process.returncode is None:
+            self._process.kill()
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end. Blocks the event loop for that moment: no cancellation may come in between.
 
         Raises DeadlineError if the kernel cannot end it.
         """
         if self._process.returncode is None:
-            self._process.kill()
+            self.begin_kill()
             try:
                 self._process.wait(KILL_TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,14 @@ START_GRACE_S = 10.0
 SHUTDOWN_TIMEOUT_S = 10.0
 LAST_WORDS_S = 1.0
 """Between the end of the engine's stream and the end of its process."""
+LISTEN_S = 0.25
+SILENCE_GRACE_S = 15.0
+"""Beyond the time for a step, in which the engine is silent in good order. It is more than any other wait of its loop
+takes (HEARTBEAT_DEADLINE_S of process.py is the longest): that it tells which rank it waits for says more than silence.
+"""
+
+_reading = threading.Lock()
+"""transformers imports its parts when they are asked for, and loses names when several threads ask at once."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], EngineMessage] = msgspec.msgpack.Decoder(EngineMessage).decode
@@ -53,7 +63,8 @@ _decode: Callable[[bytes], EngineMessage] = msgspec.msgpack.Decoder(EngineMessag
 class EngineClient:
     """Starts the engine's process, submits requests to it, and hands their output out.
 
-    For one event loop, in a thread that lives as long as the engine: the kernel kills the engine with that thread.
+    For one event loop, in a thread that lives as long as the engine: the kernel kills the engine with that thread. An
+    engine that is silent for longer than a step may take, and SILENCE_GRACE_S, is killed: then it is `dead`.
     """
 
     def __init__(
@@ -62,6 +73,7 @@ class EngineClient:
         stream: AsyncStream,
         info: EngineReady,
         front: _Front,
+        silence_timeout_s: float,
     ) -> None:
         """Use `start`."""
         self.info = info
@@ -78,20 +90,28 @@ class EngineClient:
         self._news: dict[int, asyncio.Event] = {}
         self._idle = asyncio.Event()
         self._is_closing = False
+        self._silence_timeout_s = silence_timeout_s
+        self._silent_s = 0.0
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._request_ids = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
-        cls, config: Config, on_progress: OnProgress | None = None, *, command: Sequence[str] = ENGINE_COMMAND
+        cls,
+        config: Config,
+        on_progress: OnProgress | None = None,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        environment: Mapping[str, str] | None = None,
     ) -> EngineClient:
         """Start the engine's process and wait until it serves.
 
-        `on_progress` is called in the event loop. Raises UserError for the user's mistakes and StartError for the rest,
-        also when nothing is heard for `start_timeout_s`. If it raises or is cancelled, no process is left.
+        `environment` is for the engine, besides this process's own. `on_progress` is called in the event loop. Raises
+        UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
+        If it raises or is cancelled, no process is left.
         """
-        child = EngineChild.spawn(command)
+        child = EngineChild.spawn(command, environment)
         async with contextlib.AsyncExitStack() as on_failure:
             on_failure.callback(child.kill)
             stream = await AsyncStream.open(child.descriptor, Party(NAME, child.pid, start_time=0))
@@ -120,8 +140,9 @@ class EngineClient:
         finally:
             ready.cancel()
             front.cancel()
-        client = cls(child, stream, info, found)
-        client._tasks = [asyncio.create_task(client._read(frames)), asyncio.create_task(client._write())]
+        client = cls(child, stream, info, found, config.executor.step_timeout_s + SILENCE_GRACE_S)
+        work = (client._read(frames), client._write(), client._listen())
+        client._tasks = [asyncio.create_task(task) for task in work]
         return client
 
     @property
@@ -211,6 +232,23 @@ class EngineClient:
             # Whatever else ends this task, nobody may go on waiting for what it would have read.
             self._die(f"{NAME}'s messages cannot be read any more")
 
+    async def _listen(self) -> None:
+        """End the run when the engine is silent: its process is stopped, or its loop hangs."""
+        while self.dead is None:
+            began_at = time.monotonic()
+            await asyncio.sleep(LISTEN_S)
+            # Whatever kept this process itself from running was no silence of the engine: what came is yet to be read.
+            self._silent_s += min(time.monotonic() - began_at, 2 * LISTEN_S)
+            if self._silent_s > self._silence_timeout_s and self.dead is None:
+                steps = (
+                    f"after {self.stats.replicas[0].num_steps} steps"
+                    if self.stats is not None
+                    else "before its first step"
+                )
+                silence = f"was silent for {self._silent_s:.3g} s, {steps}"
+                self._die(f"{NAME}'s process (pid {self._child.pid}) {silence}: it was killed")
+                self._child.begin_kill()
+
     async def _write(self) -> None:
         try:
             while True:
@@ -223,6 +261,7 @@ class EngineClient:
             raise
 
     def _take(self, message: EngineMessage) -> None:
+        self._silent_s = 0.0
         if isinstance(message, TokenBatch):
             touched, stopped = self._streams.apply(message)
             self._wake(touched)
@@ -293,6 +332,11 @@ async def _load_front(config: Config, ready: asyncio.Task[EngineReady]) -> _Fron
 
 
 def _read_front(config: Config) -> _Front:
+    with _reading:
+        return _read_front_alone(config)
+
+
+def _read_front_alone(config: Config) -> _Front:
     name, directory = config.model.model, Path(config.model.model).expanduser()
     is_local = directory.is_dir()
     checkpoint = Checkpoint(directory, name) if is_local else resolve(name, revision=config.model.revision)

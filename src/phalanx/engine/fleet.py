@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient, OnProgress
 from phalanx.engine.engine import Engine
 from phalanx.engine.router import Router
@@ -40,17 +41,20 @@ class Fleet:
         self._router = Router(first.info.block_size)
 
     @classmethod
-    async def start(cls, config: Config, on_progress: OnProgress | None = None) -> Fleet:
+    async def start(
+        cls, config: Config, on_progress: OnProgress | None = None, *, command: Sequence[str] = ENGINE_COMMAND
+    ) -> Fleet:
         """Start all engines at the same time and wait until all serve.
 
         Raises what the first one that fails raises; then none is left.
         """
         settings = settings_of_replicas(config)
         size = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-        starting = [
-            asyncio.create_task(EngineClient.start(own, _offset(on_progress, replica * size), environment=environment))
-            for replica, (own, environment) in enumerate(settings)
-        ]
+        starting = []
+        for replica, (own, environment) in enumerate(settings):
+            report = _offset(on_progress, replica * size)
+            start = EngineClient.start(own, report, command=command, environment=environment)
+            starting.append(asyncio.create_task(start))
         try:
             return cls(await asyncio.gather(*starting))
         except BaseException:

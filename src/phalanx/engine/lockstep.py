@@ -16,6 +16,7 @@ from phalanx.engine.router import choose
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.protocol import LogprobColumns, StepResult, TokenBatch, as_floats, as_ints, ints
 
+
 class Lockstep:
     """The replicas' schedulers as one. Plans may be ahead of commits, as each scheduler's may."""
 
@@ -39,6 +40,11 @@ class Lockstep:
         """Forget requests, whatever they are doing; gives the ids of those that had not ended."""
         request_ids = list(request_ids)
         return [request_id for replica in self.replicas for request_id in replica.cancel(request_ids)]
+
+    def reset_prefix_cache(self) -> None:
+        """Have no request admitted from now on find what is cached now."""
+        for replica in self.replicas:
+            replica.reset_prefix_cache()
 
     def plan(self) -> tuple[PlannedStep, ...] | None:
         """The next step of each replica, or None if none of them can compute anything before a commit."""

@@ -69,6 +69,12 @@ class PrefixCache:
         self._digest_of[block] = None
         self.is_cached_B[block] = False
 
+    def clear(self) -> None:
+        """Forget what every block holds."""
+        self._block_of.clear()
+        self._digest_of = [None] * len(self._digest_of)
+        self.is_cached_B[:] = False
+
     def entries(self) -> dict[bytes, int]:
         """A copy of what can be found: each digest with its block."""
         return dict(self._block_of)

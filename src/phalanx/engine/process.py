@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import refusal
-from phalanx.engine.brain import Brain
+from phalanx.engine.brain import Brain, StepExecutor
+from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
 from phalanx.executor.executor import Executor
@@ -32,6 +34,8 @@ from phalanx.protocol import (
     Ping,
     ReplyBody,
     StartProgress,
+    Step,
+    StepResult,
     Submit,
     WrongSetting,
 )
@@ -42,6 +46,8 @@ CONFIG_DEADLINE_S = 10.0
 SEND_DEADLINE_S = 30.0
 LAST_WORDS_S = 1.0
 STATS_INTERVAL_S = 0.2
+SIGN_OF_LIFE_S = 1.0
+"""Stats are sent this often also when they have not changed: the client takes silence for the loop's end."""
 IDLE_CHECK_S = 0.5
 """How often an idle engine looks after its workers."""
 HEARTBEAT_DEADLINE_S = 10.0
@@ -109,15 +115,20 @@ class ClientLink:
 
 
 class EngineLoop:
-    """Feeds the brain with what the client sends, and the client with what the brain makes. Sleeps when idle."""
+    """Feeds the brain with what the client sends, and the client with what the brain makes. Sleeps when idle.
 
-    def __init__(self, link: ClientLink, brain: Brain, executor: Executor) -> None:
+    The client hears of it at least every SIGN_OF_LIFE_S, but for the time of one step. No thread of its own tells that
+    it lives: that would say nothing of this loop.
+    """
+
+    def __init__(self, link: ClientLink, make_brain: Callable[[StepExecutor], Brain], executor: Executor) -> None:
         self._link = link
-        self._brain = brain
+        self._brain = make_brain(_SignedExecutor(executor, self._send_stats))
         self._executor = executor
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
+        self._sign_due_at = 0.0
 
     def run(self) -> None:
         """Return at Shutdown. Raises ClientGone, and whatever ends a step."""
@@ -158,9 +169,25 @@ class EngineLoop:
             return
         self._stats_due_at = now + STATS_INTERVAL_S
         stats = self._brain.stats()
-        if stats != self._sent_stats:
+        if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)
             self._sent_stats = stats
+            self._sign_due_at = now + SIGN_OF_LIFE_S
+
+
+class _SignedExecutor:
+    """The executor as the brain has it: gives a sign of life before each step.
+
+    An inline rank computes a step while it is sent, and the brain may send several in one turn.
+    """
+
+    def __init__(self, executor: StepExecutor, sign: Callable[[], None]) -> None:
+        self._executor = executor
+        self._sign = sign
+
+    def step(self, step: Step) -> PendingStep[tuple[StepResult, ...]]:
+        self._sign()
+        return self._executor.step(step)
 
 
 def serve(link: ClientLink) -> int:
@@ -205,9 +232,9 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
     checkpoint = resolve(config.model.model, revision=config.model.revision, progress=on_fetch)
     executor, capacity = start_executor(config, checkpoint, on_progress)
     resources.enter_context(executor)
-    brain = Brain(
+    make_brain = partial(
+        Brain,
         config,
-        executor,
         num_blocks=capacity.num_blocks,
         max_model_len=capacity.max_model_len,
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
@@ -223,7 +250,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
             num_replicas=config.parallel.data_parallel_size,
         )
     )
-    return EngineLoop(link, brain, executor)
+    return EngineLoop(link, make_brain, executor)
 
 
 def _sendable(text: str) -> str:

@@ -17,7 +17,9 @@ from phalanx.protocol import NewRequest, SamplingParams, ints
 Slots = NDArray[np.intp]
 Counts = NDArray[np.int64]
 
-NO_TOKEN = -1
+NO_END_TOKEN = -2
+"""In `Running.end_token_ids_SE`: fills the rows of requests with fewer such ids than others have. No token is equal to
+it, nor is the NO_TOKEN of a row that gives none."""
 FREE = -1
 """In `Running.ticket_S`: nobody has the slot."""
 
@@ -71,7 +73,7 @@ class Running:
         self.num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
         self.planned_at_S = np.zeros(max_num_seqs, dtype=np.int64)
         """The last step that the slot was in."""
-        self.end_token_ids_SE = np.full((max_num_seqs, 1), NO_TOKEN, dtype=np.int32)
+        self.end_token_ids_SE = np.full((max_num_seqs, 1), NO_END_TOKEN, dtype=np.int32)
         # Zeros are mapped, not written: memory is taken as sequences grow into it.
         max_blocks = -(-max_model_len // block_size)
         self.block_ids_SB = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
@@ -79,7 +81,8 @@ class Running:
         self.token_ids_SBO = self.token_ids_SL.reshape(max_num_seqs, max_blocks, block_size)
         """The same tokens, by block."""
         self._free_slots = list(range(max_num_seqs))[::-1]
-        self._next_ticket = 0
+        self.next_ticket = 0
+        """The ticket of who comes in next; those of all who are here are lower."""
 
     def __len__(self) -> int:
         return len(self.requests) - len(self._free_slots)
@@ -95,7 +98,7 @@ class Running:
         assert num_computed < num_tokens <= len(blocks) * self.block_size
         assert num_tokens < request.max_len
         self.requests[slot], request.slot = request, slot
-        self.ticket_S[slot] = self._next_ticket
+        self.ticket_S[slot] = self.next_ticket
         self.request_id_S[slot] = request.request_id
         self.arrival_S[slot] = request.arrival
         self.num_prompt_S[slot] = request.num_prompt
@@ -107,7 +110,7 @@ class Running:
         self.token_ids_SL[slot, :num_tokens] = request.token_ids
         self.block_ids_SB[slot, : len(blocks)] = blocks
         self._set_end_token_ids(slot, request.end_token_ids)
-        self._next_ticket += 1
+        self.next_ticket += 1
         return slot
 
     def remove(self, slot: int) -> tuple[Request, Blocks]:
@@ -205,6 +208,6 @@ class Running:
     def _set_end_token_ids(self, slot: int, token_ids: tuple[int, ...]) -> None:
         missing = len(token_ids) - self.end_token_ids_SE.shape[1]
         if missing > 0:
-            self.end_token_ids_SE = np.pad(self.end_token_ids_SE, ((0, 0), (0, missing)), constant_values=NO_TOKEN)
-        self.end_token_ids_SE[slot] = NO_TOKEN
+            self.end_token_ids_SE = np.pad(self.end_token_ids_SE, ((0, 0), (0, missing)), constant_values=NO_END_TOKEN)
+        self.end_token_ids_SE[slot] = NO_END_TOKEN
         self.end_token_ids_SE[slot, : len(token_ids)] = token_ids

@@ -95,6 +95,8 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._is_pipelined = is_pipelined
         self._num_micro_batches = num_micro_batches
+        self._first_cached_ticket = 0
+        """Who came in before does not fill the prefix cache: some of its keys and values are from before a reset."""
         self._dropped: list[int] = []
         self._next_step = 0
 
@@ -125,6 +127,14 @@ class Scheduler:
                 self._vacate(request.slot)
             cancelled.append(request_id)
         return cancelled
+
+    def reset_prefix_cache(self) -> None:
+        """Let no request that comes in from now on find what was computed, or depends on what was computed, until now.
+
+        Those that run go on with what they have. One that gives way computes all its tokens anew.
+        """
+        self.pool.reset_cache()
+        self._first_cached_ticket = self.running.next_ticket
 
     def plan(self) -> PlannedStep | None:
         """The next step, or None if there is nothing to compute before an earlier step is committed.
@@ -264,7 +274,7 @@ class Scheduler:
         """Let blocks be found that the step has filled."""
         running = self.running
         firsts_R, ends_R = (step.ends_R - step.num_tokens_R) // self._block_size, step.ends_R // self._block_size
-        rows = np.flatnonzero(is_live_R & (firsts_R < ends_R))
+        rows = np.flatnonzero(is_live_R & (firsts_R < ends_R) & (step.tickets_R >= self._first_cached_ticket))
         for slot, first, end in zip(
             step.slots_R[rows].tolist(), firsts_R[rows].tolist(), ends_R[rows].tolist(), strict=True
         ):

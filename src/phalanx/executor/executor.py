@@ -10,7 +10,16 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import msgspec
 
-from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
+from phalanx.errors import (
+    DeadlineError,
+    EngineDeadError,
+    FrameError,
+    PeerDiedError,
+    PhalanxError,
+    StartError,
+    UserError,
+    WorkerError,
+)
 from phalanx.executor.channel import Channel
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
@@ -26,6 +35,7 @@ from phalanx.protocol import (
     Progress,
     Publish,
     Published,
+    Reply,
     ReplyBody,
     StartProgress,
     Step,
@@ -61,7 +71,8 @@ HEALTH_TIMEOUT_S = 10.0
 class Executor:
     """Sends calls to all ranks and collects their answers. Belongs to one thread.
 
-    The first failure of any rank is final: it is raised by whatever is awaited and by every later call.
+    The first failure of any rank is final: it is raised by whatever is awaited and by every later call. After `close`
+    that is EngineDeadError.
     """
 
     def __init__(
@@ -85,12 +96,11 @@ class Executor:
         self._step_timeout_s = step_timeout_s
         self._calls: dict[int, Pending[Any]] = {}
         self._next_call_id = LOAD_CALL + 1
-        self._last_reply_at = 0.0
         self._unheard = set(range(world_size))
         self._published: list[Publish] = []
         self._error: PhalanxError | None = None
         self._on_progress: OnProgress = lambda progress: None
-        self._on_failure: OnFailure = lambda error: None
+        self._on_failure: list[OnFailure] = []
         self._resources = resources
 
     def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
@@ -156,9 +166,12 @@ class Executor:
         return pending if non_block else pending.result()
 
     def on_failure(self, callback: OnFailure) -> None:
-        """Have `callback` called when the run ends by a failure; at once if it has. It must not raise."""
-        self._on_failure = callback
-        if self._error is not None:
+        """Have `callback` called when the run ends by a failure; at once if it has. It must not raise.
+
+        Several are called in their order. `close` is no failure.
+        """
+        self._on_failure.append(callback)
+        if self._error is not None and not isinstance(self._error, EngineDeadError):
             callback(self._error)
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
@@ -184,7 +197,9 @@ class Executor:
         with self._resources:
             if self._error is None:
                 self._stop_workers()
-            self._launcher.close(STOP_TIMEOUT_S if self._error is None else 0.0)
+            patience_s = STOP_TIMEOUT_S if self._error is None else 0.0
+            self._error = self._error or EngineDeadError("the ranks can run no more: their executor was closed")
+            self._launcher.close(patience_s)
 
     def __enter__(self) -> Executor:
         return self
@@ -212,15 +227,22 @@ class Executor:
         except CHANNEL_ERRORS as error:
             self._take_all()  # a rank that failed said why before it ended
             self._fail(error)
+        self._check_in_time(pending)
         return pending
+
+    def _check_in_time(self, pending: Pending[Any]) -> None:
+        """An inline rank carries the call out while it is sent, and on a CPU nothing can interrupt it."""
+        took_s = time.monotonic() - pending.began_at
+        if pending.missing and took_s > pending.deadline_s:
+            ranks = pending.awaited_ranks
+            self._take_all()  # a rank that failed says more than that it was late
+            self._fail(DeadlineError(pending.awaited, ranks, took_s))
 
     def _pump(self, pending: Pending[Any], block: bool, *, at_most_s: float = float("inf")) -> None:
         """Take in one message, waiting for it until the deadline of `pending` if `block`."""
         if self._error is not None:
             raise self._error
-        # Calls are carried out in turn: one's time begins when the one before it was answered.
-        began_at = max(pending.called_at, self._last_reply_at)
-        remaining_s = began_at + pending.deadline_s - time.monotonic()
+        remaining_s = pending.began_at + pending.deadline_s - time.monotonic()
         try:
             received = self._channel.get(timeout_s=max(min(remaining_s, at_most_s), 0.0) if block else 0.0)
         except CHANNEL_ERRORS as error:
@@ -228,8 +250,7 @@ class Executor:
         if received is not None:
             self._take(received[0], received[1])
         elif remaining_s <= 0:
-            ranks = ", ".join(f"rank {rank}" for rank in sorted(pending.missing))
-            self._fail(DeadlineError(pending.awaited, ranks, pending.deadline_s))
+            self._fail(DeadlineError(pending.awaited, pending.awaited_ranks, pending.deadline_s))
 
     def _take_all(self) -> None:
         """Take in what has come. Raises when a rank has failed or died."""
@@ -248,19 +269,28 @@ class Executor:
         elif isinstance(message, Publish):
             self._published.append(message)
         else:
-            self._last_reply_at = time.monotonic()
-            pending = self._calls[message.call_id]
-            pending.resolve(rank, message.body)
-            if not pending.missing:
-                del self._calls[message.call_id]
+            self._resolve(rank, message)
         # Not before all ranks take it in: it would fill the queue, and one may start much later than another.
         if self._published and not self._unheard:
             entries, self._published = tuple(self._published), []
             self.submit(Published(entries), ranks=(), deadline_s=PUT_DEADLINE_S)
 
+    def _resolve(self, rank: int, reply: Reply) -> None:
+        pending = self._calls[reply.call_id]
+        pending.resolve(rank, reply.body)
+        if pending.missing:
+            return
+        del self._calls[reply.call_id]
+        # Calls are carried out in turn: one's time begins when all ranks have answered the one before it.
+        now = time.monotonic()
+        for call_id, later in self._calls.items():
+            if call_id > reply.call_id:
+                later.began_at = now
+
     def _fail(self, error: PhalanxError) -> NoReturn:
         self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
-        self._on_failure(self._error)
+        for tell in self._on_failure:
+            tell(self._error)
         raise self._error
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:

@@ -21,10 +21,17 @@ from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.worker.spec import WorkerSpec
 
 
+def _search_path() -> list[bytes]:
+    # As the file system has them: a name need not be UTF-8.
+    return [os.fsencode(folder) for folder in sys.path]
+
+
 class Warm(msgspec.Struct, frozen=True, tag=True):
     """Import what workers of this checkpoint will need."""
 
     checkpoint: str
+    search_path: list[bytes] = msgspec.field(default_factory=_search_path)
+    """Where who sends this finds modules: a worker extension may lie beside its script."""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
@@ -94,7 +101,7 @@ class ForkServer:
         for frame in split_frames(self._unread):
             order = _orders.decode(frame)
             if isinstance(order, Warm):
-                _warm(order.checkpoint)
+                _warm(order)
             else:
                 self._fork(order.spec)
         return bool(data)
@@ -141,13 +148,15 @@ class ForkServer:
             os.waitpid(pid, 0)
 
 
-def _warm(checkpoint: str) -> None:
+def _warm(order: Warm) -> None:
     """Import the model's own module before the fork. What is wrong with a checkpoint is for the workers to report."""
     from phalanx.errors import UserError
     from phalanx.models.model import import_definition
 
+    # The launcher's first, so that a name means the same module in both. Only here is what the environment has added.
+    sys.path[:] = dict.fromkeys([*map(os.fsdecode, order.search_path), *sys.path])
     with contextlib.suppress(UserError):
-        import_definition(checkpoint)
+        import_definition(order.checkpoint)
 
 
 def main() -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from phalanx.protocol import Call, Progress, Reply, WorkerMessage
+from phalanx.errors import DeadlineError
+from phalanx.protocol import Call, Progress, Reply, StepPlan, WorkerMessage
 from phalanx.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from phalanx.worker.worker import Worker
 
 
+POLL_S = 50e-6
+"""How often a GPU is asked whether its step has ended: its own blocking wait has no deadline."""
+
+
 class InlineRank:
-    """Launcher and channel of a world of one. A call is carried out in the thread that makes it."""
+    """Launcher and channel of a world of one. A call is carried out in the thread that makes it.
+
+    So `put` returns only when it is done, but for a step on a GPU, which it sets going.
+    """
 
     def __init__(self, environment: Mapping[str, str], threads: int, report: Callable[[Progress], None]) -> None:
         self._environment = environment
@@ -43,12 +52,18 @@ class InlineRank:
     def put(self, message: Call, *, deadline_s: float) -> None:
         assert self._worker is not None
         worker = self._worker
+        if not isinstance(message.body, StepPlan):
+            self._end_steps(worker, deadline_s)
         self._run(message.call_id, lambda: worker.accept(message))
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
-        if not self._messages and self._worker is not None and self._worker.is_busy:
-            worker = self._worker
-            self._run(worker.call_id, lambda: self._fetch(worker, block=timeout_s != 0))
+        expires_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        worker = self._worker
+        while not self._messages and worker is not None and worker.is_busy:
+            self._fetch(worker)
+            if self._messages or time.monotonic() >= expires_at:
+                break
+            time.sleep(POLL_S)
         return (0, self._messages.popleft(), ()) if self._messages else None
 
     def forget(self, reader: int) -> None:
@@ -63,8 +78,22 @@ class InlineRank:
         self._worker = worker
         self._messages.append(Reply(0, worker.load()))
 
-    def _fetch(self, worker: Worker, *, block: bool) -> None:
-        reply = worker.next_reply(block=block)
+    def _end_steps(self, worker: Worker, deadline_s: float) -> None:
+        """Wait for the steps under way, which the worker would do without a deadline."""
+        expires_at = time.monotonic() + deadline_s
+        while worker.is_busy:
+            num_messages = len(self._messages)
+            self._fetch(worker)
+            if len(self._messages) == num_messages:
+                if time.monotonic() >= expires_at:
+                    raise DeadlineError("the end of the steps under way", "rank 0", deadline_s)
+                time.sleep(POLL_S)
+
+    def _fetch(self, worker: Worker) -> None:
+        self._run(worker.call_id, lambda: self._take_reply(worker))
+
+    def _take_reply(self, worker: Worker) -> None:
+        reply = worker.next_reply(block=False)
         if reply is not None:
             self._messages.append(reply)
 

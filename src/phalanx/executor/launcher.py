@@ -18,4 +18,7 @@ class Launcher(Protocol):
         """Ranks that have ended so far and how, such as `killed by SIGKILL` or `exit code 1`. Never blocks."""
 
     def close(self, timeout_s: float) -> None:
-        """Wait up to `timeout_s` for the workers to leave, then kill them. None is left when this returns."""
+        """Wait up to `timeout_s` for the workers to leave, then kill them. None is left when this returns.
+
+        Raises DeadlineError naming a process that the kernel does not end.
+        """

@@ -13,7 +13,7 @@ from typing import IO
 
 import msgspec
 
-from phalanx.errors import StartError
+from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.fork_server import Event, Exited, Fork, Forked, Warm, send, split_frames
 from phalanx.executor.shared_fate import describe_exit
 from phalanx.worker.spec import WorkerSpec
@@ -21,6 +21,9 @@ from phalanx.worker.spec import WorkerSpec
 SPAWN_DEADLINE_S = 30.0
 REAP_DEADLINE_S = 1.0
 """For the fork server to see its workers' end. Without it they die too, but perhaps a moment after `close` returned."""
+
+KILL_DEADLINE_S = 10.0
+"""For the kernel to end the fork server, and with it the ranks; freeing a GPU's memory takes a second or two."""
 
 _events = msgspec.msgpack.Decoder(Event)
 
@@ -69,6 +72,7 @@ class LocalLauncher:
             return dict(self._pids)
 
     def close(self, timeout_s: float) -> None:
+        """As Launcher says. Raises DeadlineError if the kernel cannot end the processes."""
         expires_at = time.monotonic() + timeout_s
         with self._changed:
             self._changed.wait_for(
@@ -80,7 +84,10 @@ class LocalLauncher:
         self._thread.join(max(expires_at - time.monotonic(), REAP_DEADLINE_S if self._ranks else 0.0))
         if self._thread.is_alive():
             self._process.kill()
-            self._thread.join()
+            self._thread.join(KILL_DEADLINE_S)
+            if self._thread.is_alive():
+                server = f"the fork server (pid {self._process.pid})"
+                raise DeadlineError("the end after SIGKILL", server, KILL_DEADLINE_S)
 
     def _send(self, order: Warm | Fork) -> None:
         try:

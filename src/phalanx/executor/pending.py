@@ -28,7 +28,8 @@ class Pending(Generic[T]):
         self.awaited = awaited
         self.missing = set(ranks)
         self.deadline_s = deadline_s
-        self.called_at = time.monotonic()
+        self.began_at = time.monotonic()
+        """When its time began to run: now, or when the call before it was answered."""
         self._replies: dict[int, ReplyBody] = {}
         self._pump = pump
         self._convert = convert
@@ -47,6 +48,11 @@ class Pending(Generic[T]):
         while self.missing:
             self._pump(self, True)
         return self._convert([self._replies[rank] for rank in sorted(self._replies)])
+
+    @property
+    def awaited_ranks(self) -> str:
+        """The ranks that have not answered, in words."""
+        return ", ".join(f"rank {rank}" for rank in sorted(self.missing))
 
     def resolve(self, rank: int, body: ReplyBody) -> None:
         """Take in one rank's answer."""

@@ -21,11 +21,15 @@ def num_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def num_gpus() -> int:
-    """NVIDIA GPUs that this process may see, with regard to CUDA_VISIBLE_DEVICES."""
+def visible_gpus() -> list[str]:
+    """NVIDIA GPUs that this process may see, each as CUDA_VISIBLE_DEVICES names it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    return [str(number) for number in range(_num_device_files())]
+
+
+def _num_device_files() -> int:
     return sum(1 for entry in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", entry.name))
 
 
@@ -48,7 +52,7 @@ def require_ray() -> None:
 def pick_device(config: Config) -> str:
     """`cpu` or `cuda` for this run. Raises ConfigError when CUDA is asked for and cannot be had."""
     wanted, ranks = config.executor.device, config.parallel.world_size
-    gpus = num_gpus() if torch_has_cuda() else 0
+    gpus = len(visible_gpus()) if torch_has_cuda() else 0
     if wanted == "cuda" and gpus < ranks:
         reason = f"{ranks} GPUs are needed and {gpus} can be used" + (
             "" if torch_has_cuda() else " (torch has no CUDA)"

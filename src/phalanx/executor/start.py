@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -10,7 +10,8 @@ import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, DeadlineError
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
 from phalanx.executor.inline import InlineRank
@@ -57,10 +58,11 @@ def start_executor(config: Config, checkpoint: Checkpoint, on_progress: OnProgre
     DeadlineError naming the rank that failed. Nothing is left behind when it raises.
     """
     config = _settle(config, checkpoint)
+    deadline = Deadline(config.executor.start_timeout_s)
     with ExitStack() as stack:
-        executor = stack.enter_context(_launch(config, checkpoint, on_progress))
-        loaded = executor.await_loaded(on_progress, config.executor.start_timeout_s)
-        capacity = _allocate(executor, config, checkpoint, loaded)
+        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline))
+        loaded = executor.await_loaded(on_progress, deadline.remaining_s)
+        capacity = _allocate(executor, config, checkpoint, loaded, deadline)
         stack.pop_all()
         return executor, capacity
 
@@ -95,14 +97,14 @@ def _check_experts(config: Config, checkpoint: Checkpoint) -> None:
     ExpertShare(0, Grid.of(config.parallel).expert_parallel_size).span(checkpoint.num_experts)
 
 
-def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Executor:
+def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, deadline: Deadline) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
     grid = Grid.of(config.parallel)
     with ExitStack() as stack:
         if config.executor.launcher == "inline":
-            placed = _place_inline(config, checkpoint, grid, on_progress, stack)
+            placed = _place_inline(config, checkpoint, grid, partial(_report_inline, on_progress, deadline), stack)
         elif config.executor.launcher == "ray":
-            placed = _place_on_ray(config, checkpoint, grid, on_progress, stack)
+            placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
             placed = _place_local(config, checkpoint, grid, stack)
         placed.launcher.start(placed.specs)
@@ -117,11 +119,11 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> 
 
 
 def _place_inline(
-    config: Config, checkpoint: Checkpoint, grid: Grid, on_progress: OnProgress, resources: ExitStack
+    config: Config, checkpoint: Checkpoint, grid: Grid, report: Callable[[Progress], None], resources: ExitStack
 ) -> Placed:
     """The one rank in this process."""
     threads = pick_threads(config)
-    rank = InlineRank(thread_environment(threads), threads, partial(_report_inline, on_progress))
+    rank = InlineRank(thread_environment(threads), threads, report)
     return Placed(rank, rank, _specs(config, checkpoint, _open_groups(config, grid, resources), [None]))
 
 
@@ -131,7 +133,7 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     launcher = LocalLauncher(thread_environment(pick_threads(config)))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
-    queue: MessageQueue[Call, WorkerMessage] = MessageQueue.create(
+    queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
         [f"rank {rank}" for rank in range(grid.world_size)], command_type=Call, reply_type=WorkerMessage
     )
     resources.enter_context(queue)
@@ -140,13 +142,18 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
 
 
 def _place_on_ray(
-    config: Config, checkpoint: Checkpoint, grid: Grid, on_progress: OnProgress, resources: ExitStack
+    config: Config,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    on_progress: OnProgress,
+    deadline: Deadline,
+    resources: ExitStack,
 ) -> Placed:
     """An actor for each rank, on the nodes of a Ray cluster. Raises ConfigError if Ray is not installed."""
     require_ray()
     from phalanx.executor.ray.place import place_on_ray
 
-    return place_on_ray(config, checkpoint, grid, on_progress, resources)
+    return place_on_ray(config, checkpoint, grid, on_progress, deadline, resources)
 
 
 def _open_groups(config: Config, grid: Grid, resources: ExitStack) -> list[GroupSpec]:
@@ -155,8 +162,11 @@ def _open_groups(config: Config, grid: Grid, resources: ExitStack) -> list[Group
     return [resources.enter_context(open_group(group)).spec for group in described]
 
 
-def _report_inline(on_progress: OnProgress, progress: Progress) -> None:
+def _report_inline(on_progress: OnProgress, deadline: Deadline, progress: Progress) -> None:
+    """Tell where the inline rank stands, and end its start when its time is over: nobody else can interrupt it."""
     on_progress(StartProgress(0, progress.phase, progress.done, progress.total))
+    if not deadline.remaining_s:
+        raise DeadlineError("the end of its start", "rank 0", deadline.waited_s)
 
 
 def _specs(
@@ -178,21 +188,22 @@ def _specs(
     ]
 
 
-def _allocate(executor: Executor, config: Config, checkpoint: Checkpoint, loaded: Sequence[Loaded]) -> Capacity:
+def _allocate(
+    executor: Executor, config: Config, checkpoint: Checkpoint, loaded: Sequence[Loaded], deadline: Deadline
+) -> Capacity:
     """Give every rank as many KV cache blocks as the one with the least room can hold."""
-    deadline_s, block_size = config.executor.start_timeout_s, config.cache.block_size
     measured = [
         reply
-        for reply in executor.submit(MeasureMemory(), deadline_s=deadline_s).result()
+        for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
         if isinstance(reply, Measured)
     ]
     num_padding = int(config.parallel.data_parallel_size > 1)  # a block that a replica without work writes to
     num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
     max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
-    executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline_s).result()
+    executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline.remaining_s).result()
     return Capacity(
         num_blocks=num_blocks,
-        block_size=block_size,
+        block_size=config.cache.block_size,
         max_model_len=max_model_len,
         world_size=executor.world_size,
         weight_bytes=tuple(rank.weight_bytes for rank in loaded),

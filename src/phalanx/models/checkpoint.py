@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,11 @@ import msgspec
 
 from phalanx.config import Positive
 from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError
+from phalanx.models.fingerprint import fingerprint
+from phalanx.models.hub import fetch
+from phalanx.models.progress import Progress
 from phalanx.models.quantisation import StoredTensor, join_parts, layout_of
 from phalanx.models.weight_files import DTYPES, TensorInfo, read_headers
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, and how many bytes of how many are done; both are 0 when there is nothing to count."""
 
 SUPPORTED_ARCHITECTURES = (
     "DeepseekV2ForCausalLM",
@@ -60,10 +60,6 @@ _COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 """Settings of which transformers' definition computes these values only, whatever config.json says."""
-
-_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
-_NOT_DOWNLOADED = ("consolidated*", "original/*", "*.gguf")
-"""Second copies of the weights that some repositories have."""
 
 
 class _Rope(msgspec.Struct):
@@ -124,6 +120,8 @@ class Checkpoint:
             settings = json.loads(file.read_text())
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.name} is no checkpoint: it has no config.json") from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from error
         try:
@@ -145,6 +143,11 @@ class Checkpoint:
     def _headers(self) -> dict[str, TensorInfo]:
         """The tensors of the checkpoint's files as they are stored."""
         return read_headers(self.path)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The same for the same weights and config.json, another one for fine-tunes. Raises CheckpointError."""
+        return fingerprint(self.settings, self._headers)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -243,21 +246,30 @@ def resolve(model: str, *, revision: str | None = None, progress: Progress | Non
     """
     progress = progress or _silent
     path = Path(os.path.expanduser(model))
-    if path.exists() and revision is not None:
+    mode = _mode(path)
+    if mode is not None and revision is not None:
         raise ConfigError("revision", revision, f"only a model on the hub has revisions, and {model} is a local path")
-    if path.is_dir():
-        directory = path.resolve()
-    elif path.is_file():
-        directory = _from_file(path.resolve(), progress)
-    elif _looks_like_path(model):
+    if mode is None and _looks_like_path(model):
         raise CheckpointError(f"{model}: there is no such file or directory")
+    if mode is None:
+        directory = fetch(model, revision, lambda files: Checkpoint(files, model).check_settings(), progress)
+    elif stat.S_ISDIR(mode):
+        directory = path.resolve()
     else:
-        progress("downloading", 0, 0)
-        Checkpoint(_download(model, revision, ("config.json",)), model).check_settings()  # before gigabytes come
-        directory = _download(model, revision, _DOWNLOADED)
+        directory = _from_file(path.absolute(), progress)  # links keep their names: the hub's cache is full of them
     checkpoint = Checkpoint(directory, model)
     checkpoint.check()
     return checkpoint
+
+
+def _mode(path: Path) -> int | None:
+    """What kind of file it is; None if there is none. Raises CheckpointError."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: no path has this character
+        raise CheckpointError(f"{path} cannot be looked up: {error}") from error
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -265,7 +277,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def _from_file(file: Path, progress: Progress) -> Path:
-    if file.suffix.lower() != ".gguf":
+    if file.suffix.lower() != ".gguf" or not file.is_file():
         raise CheckpointError(f"{file}: a model is a checkpoint directory, a GGUF file (.gguf) or a hub name")
     from phalanx.models.gguf import convert_once
 
@@ -274,33 +286,3 @@ def _from_file(file: Path, progress: Progress) -> Path:
 
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.lower().endswith(".gguf")
-
-
-def _download(model: str, revision: str | None, files: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    tried = f"{model} is not a file or directory here, and"
-    try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=list(files), ignore_patterns=list(_NOT_DOWNLOADED)
-            )
-        )
-    except HFValidationError as error:
-        raise CheckpointError(f"{tried} it cannot be the name of a hub model: {error}") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{tried} the hub's model has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{tried} the hub has no such model, or it asks for a token (HF_TOKEN)") from error
-    except LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
-        raise CheckpointError(f"{tried} {reason}, and the hub's cache does not have it") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{tried} the hub did not give it: {error}") from error

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
 from phalanx.models.gguf_file import GGUFFile, GGUFTensor
+from phalanx.models.progress import Progress
 from phalanx.models.weight_files import SINGLE, write_header
 
 FORMAT = 3
 """Part of the cache's name. Raise it when the files that the conversion writes change."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Family(NamedTuple):
@@ -117,7 +116,10 @@ def convert_once(file: Path, progress: Progress) -> Path:
     has an architecture, or a feature of one, that cannot be converted faithfully.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "phalanx" / "gguf"
-    target = cache / f"{_digest(file, progress)}-{FORMAT}"
+    try:
+        target = cache / f"{_digest(file, progress)}-{FORMAT}"
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.models.checkpoint import Progress
+from phalanx.models.progress import Progress
 from phalanx.models.weight_files import INDEX, SINGLE, write_header
 
 MAX_FILE_BYTES = 2_000_000_000

@@ -20,10 +20,11 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from phalanx.errors import CheckpointError
-from phalanx.models.checkpoint import Checkpoint, Progress
+from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import definition_class
 from phalanx.models.mixture import Mixture
 from phalanx.models.mixture_architecture import MLP_WEIGHT, Architecture, on_meta, pick
+from phalanx.models.progress import Progress
 from phalanx.models.sharded_files import MAX_FILE_BYTES, PlannedTensor, write_files
 from phalanx.models.shards import Shard
 from phalanx.models.weight_files import DTYPES

@@ -27,11 +27,14 @@ _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 class TensorInfo(NamedTuple):
-    """A tensor of a checkpoint: its file, safetensors' name of its type (such as "BF16"), its shape."""
+    """A tensor of a checkpoint: its file, safetensors' name of its type (such as "BF16"), its shape, its bytes."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset_bytes: int
+    """From the start of the file."""
+    num_bytes: int
 
 
 class _Index(msgspec.Struct):
@@ -76,8 +79,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             header: dict[str, Any] = json.loads(stream.read(header_bytes))
         header.pop("__metadata__", None)
         data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        expected_bytes = _LENGTH.size + header_bytes + data_bytes
-        tensors = {name: TensorInfo(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        data_start = _LENGTH.size + header_bytes
+        expected_bytes = data_start + data_bytes
+        tensors = {name: _describe(file, entry, data_start) for name, entry in header.items()}
     except FileNotFoundError as error:
         raise CheckpointError(_describe_missing(file)) from error
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,6 +92,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         fault = "is cut short" if size_bytes < expected_bytes else "goes on after its last tensor"
         raise CheckpointError(f"{file} {fault}: it has {size_bytes} bytes of {expected_bytes}")
     return tensors
+
+
+def _describe(file: Path, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
 
 
 def _describe_missing(file: Path) -> str:

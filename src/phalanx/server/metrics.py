@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from phalanx.engine.client import EngineClient
+from phalanx.engine.engine import Engine
 from phalanx.engine.stream import OutputDelta
 from phalanx.protocol import ReplicaStats
 
@@ -22,7 +22,7 @@ _WHOLE_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 class Metrics:
     """Its own registry, so that two servers in one process do not meet."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_EngineCollector(engine))
         self._ended = Counter(
@@ -85,7 +85,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's latest stats, by replica; zeros before it has told any."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:

@@ -14,7 +14,9 @@ from typing import NamedTuple, TypeVar
 import uvicorn
 
 from phalanx.config import Config, ServerConfig
-from phalanx.engine.client import EngineClient, OnProgress
+from phalanx.engine.client import OnProgress
+from phalanx.engine.engine import Engine
+from phalanx.engine.fleet import start_engine as start
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.protocol import EngineReady, StartProgress
 from phalanx.server.api_error import ApiError, engine_dead
@@ -45,7 +47,7 @@ class Served(NamedTuple):
 
 
 OnReady = Callable[[Served], None]
-StartEngine = Callable[[Config, OnProgress], Awaitable[EngineClient]]
+StartEngine = Callable[[Config, OnProgress], Awaitable[Engine]]
 
 
 def run_server(
@@ -54,11 +56,11 @@ def run_server(
     *,
     on_progress: OnProgress,
     on_ready: OnReady,
-    start_engine: StartEngine = EngineClient.start,
+    start_engine: StartEngine = start,
 ) -> None:
     """Serve until a signal. Blocks; must run in the main thread. A stop during the start ends the start.
 
-    Raises ConfigError before anything is loaded; what `EngineClient.start` raises; EngineDeadError if the engine dies,
+    Raises ConfigError before anything is loaded; what `start_engine` raises; EngineDeadError if the engine dies,
     after the requests in flight have their errors.
     """
     keys = ApiKeys.load(server)
@@ -116,7 +118,7 @@ class _Lifetime:
                 http.force_exit = stop.second.is_set()
                 await serving
 
-    async def _serve(self, engine: EngineClient, stop: StopSignals, on_ready: OnReady) -> None:
+    async def _serve(self, engine: Engine, stop: StopSignals, on_ready: OnReady) -> None:
         service = Service(engine, served_name(self._config))
         self._doorway.app = create_app(service, self._keys)
         try:
@@ -169,7 +171,7 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _can_chat(engine: EngineClient) -> bool:
+def _can_chat(engine: Engine) -> bool:
     try:
         engine.tokenizer.apply_chat([{"role": "user", "content": "What is gravity?"}])
     except RequestError:  # no template, or one that refuses this
@@ -177,7 +179,7 @@ def _can_chat(engine: EngineClient) -> bool:
     return True
 
 
-async def _death(engine: EngineClient) -> None:
+async def _death(engine: Engine) -> None:
     while engine.dead is None:
         await asyncio.sleep(DEATH_POLL_S)
 

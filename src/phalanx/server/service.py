@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from phalanx.engine.client import EngineClient
+from phalanx.engine.engine import Engine
 from phalanx.server.api_error import ApiError, engine_dead
 from phalanx.server.metrics import Metrics
 
@@ -15,7 +15,7 @@ from phalanx.server.metrics import Metrics
 class Service:
     """One served model. Belongs to one event loop."""
 
-    def __init__(self, engine: EngineClient, model_name: str) -> None:
+    def __init__(self, engine: Engine, model_name: str) -> None:
         self.engine = engine
         self.model_name = model_name
         self.metrics = Metrics(engine)

@@ -20,7 +20,9 @@ Received = TypeVar("Received")
 class Codec(Generic[Sent, Received]):
     """The encoded message is the first part; its buffers are the others."""
 
-    def __init__(self, received_type: Any) -> None:
+    def __init__(self, sent_type: Any, received_type: Any) -> None:
+        """Raises TypeError for a type that msgspec cannot handle."""
+        msgspec.msgpack.Decoder(sent_type)  # the encoder would say so only with the first message
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received_type)
         self._head = bytearray()
@@ -35,5 +37,5 @@ class Codec(Generic[Sent, Received]):
         """The message, and the buffers as views of the same memory. `sender` is who to blame."""
         try:
             return self._decoder.decode(parts[0]), parts[1:]
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise FrameError(f"a message from {sender} that is none of ours: {error}") from error

@@ -91,11 +91,14 @@ def brain_conversation(
     seen.add(responder.peer_key)
     try:
         hello = msgspec.msgpack.decode(encoded, type=Hello)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RefusedError(Refusal.GARBAGE, str(error)) from error
     reason = why_not(hello)
     answer = msgspec.msgpack.encode(welcome if reason is None else Refused(reason))
-    second = _message(responder.write_message(answer))
+    try:
+        second = _message(responder.write_message(answer))
+    except FrameError as error:
+        raise RefusedError(Refusal.GARBAGE, str(error)) from error
     if reason is not None:
         raise RefusedError(Refusal.UNEXPECTED, reason, second)
     yield second

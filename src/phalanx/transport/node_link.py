@@ -93,9 +93,10 @@ class NodeLink:
         self._num_sent += 1
 
     def forget(self, rank: int) -> None:
-        """Go on without this rank."""
+        """Go on without this rank; its replies are dropped, those in `inbox` too."""
         self.ranks.remove(rank)
         self.deaths.pop(rank, None)
+        self.inbox = deque(reply for reply in self.inbox if reply[0] != rank)
         if self.failure is None:
             self._say(Forget(rank))
 

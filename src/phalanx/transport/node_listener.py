@@ -73,7 +73,7 @@ class NodeListener:
             return taken
 
     def close(self) -> None:
-        """Stop listening, and close what nobody took. May be called more than once."""
+        """Stop listening, close what nobody took, and log how many were refused. May be called more than once."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -85,6 +85,7 @@ class NodeListener:
             node.connection.close()
         self._listener.close()
         self._bell.close()
+        self._log_totals()
 
     def _run(self) -> None:
         while not self._is_closed:
@@ -140,11 +141,16 @@ class NodeListener:
         if self.refusals[error.refusal] == 1:
             detail = f" ({error})" if str(error) else ""
             _log.warning(
-                "refused a connection from %s: %s%s; more of this kind are only counted",
+                "refused a connection from %s: %s%s; more of this kind are counted and told at the end",
                 pending.peer,
                 error.refusal.value,
                 detail,
             )
+
+    def _log_totals(self) -> None:
+        if self.refusals.total() > len(self.refusals):  # the first of each kind was logged when it came
+            totals = "; ".join(f"{refusal.value} ({count})" for refusal, count in self.refusals.most_common())
+            _log.warning("refused %d connections in all: %s", self.refusals.total(), totals)
 
     def _drop(self, pending: _Pending) -> None:
         fd = pending.connection.fileno()

@@ -12,7 +12,6 @@ which is when the sender may use that memory again. An end is for one thread; on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import msgspec
@@ -35,6 +34,17 @@ R = TypeVar("R")
 _BELL_BYTES = 64  # a cache line each
 
 
+class QueueShape(msgspec.Struct, frozen=True):
+    """How much a queue holds, each way. `slot_bytes` is a multiple of 64; larger frames have memory of their own."""
+
+    slot_bytes: int = 64 * 1024
+    num_slots: int = 16
+
+
+DEFAULT_SHAPE = QueueShape()
+BRAIN = "brain"
+
+
 class QueueHandle(msgspec.Struct, frozen=True):
     """What worker number `reader` needs to attach. Travels to it through its launcher."""
 
@@ -43,17 +53,16 @@ class QueueHandle(msgspec.Struct, frozen=True):
     reader: int
     name: str
     num_readers: int
-    slot_bytes: int
-    num_slots: int
+    shape: QueueShape
     long_spin_s: float
 
 
 class _Layout:
     """Where everything is in the queue's segment."""
 
-    def __init__(self, num_readers: int, slot_bytes: int, num_slots: int) -> None:
-        self.commands = RingShape(slot_bytes, num_slots, num_readers)
-        self.replies = RingShape(slot_bytes, num_slots, 1)
+    def __init__(self, num_readers: int, shape: QueueShape) -> None:
+        self.commands = RingShape(shape.slot_bytes, shape.num_slots, num_readers)
+        self.replies = RingShape(shape.slot_bytes, shape.num_slots, 1)
         self._commands_at = 2 * _BELL_BYTES
         self._replies_at = self._commands_at + self.commands.size_bytes
         self.size_bytes = self._replies_at + num_readers * self.replies.size_bytes
@@ -77,21 +86,27 @@ class MessageQueue(Generic[C, R]):
         self,
         readers: Sequence[str],
         *,
-        reply_type: Any,
-        slot_bytes: int,
-        num_slots: int,
-        name: str,
-        long_spin_s: float,
+        command_type: type[C] | Any,
+        reply_type: type[R] | Any,
+        shape: QueueShape = DEFAULT_SHAPE,
+        name: str = BRAIN,
+        long_spin_s: float = 0.0,
     ) -> None:
-        """Use `create`."""
-        self._layout = layout = _Layout(len(readers), slot_bytes, num_slots)
+        """Make the queue for workers that are called `readers` ("rank 0", …), none of which runs yet.
+
+        Types are msgspec structs or unions of tagged ones; one that msgspec cannot handle is a TypeError here. It takes
+        (1 + number of readers) × num_slots × slot_bytes of memory, page by page when first used. `name` is this end's;
+        `long_spin_s` is for the workers: see SpinTime.
+        """
+        self._codec = Codec[C, R](command_type, reply_type)
+        self._layout = layout = _Layout(len(readers), shape)
+        self._shape = shape
         self._names = tuple(readers)
         self._me = Party.me(name)
         self._segment = SharedSegment.create(layout.size_bytes, f"queue of {name}")
         buf = self._segment.buf
         self.bell, workers_bell = layout.bells(buf)
         self._watch = Watch(self.bell)
-        self._codec = Codec[C, R](reply_type)
         self._waiter = Waiter(self.bell, SpinTime(spin_s_for(len(readers) + 1)))
         self._long_spin_s = long_spin_s
         format_ring(layout.command_ring(buf), layout.commands)
@@ -116,45 +131,15 @@ class MessageQueue(Generic[C, R]):
         self._held: RingReader | None = None
         self._is_closed = False
 
-    @classmethod
-    def create(
-        cls,
-        readers: Sequence[str],
-        *,
-        command_type: type[C] | Any,
-        reply_type: type[R] | Any,
-        slot_bytes: int = 64 * 1024,
-        num_slots: int = 16,
-        name: str = "brain",
-        long_spin_s: float = 0.0,
-    ) -> Self:
-        """Make the queue for workers that are called `readers` ("rank 0", …), none of which runs yet.
-
-        Types are msgspec structs or unions of tagged ones; one that msgspec cannot handle is a TypeError here. It takes
-        (1 + number of readers) × num_slots × slot_bytes of memory, page by page when first used. `slot_bytes` is a
-        multiple of 64; larger frames travel in memory of their own. `long_spin_s` is for the workers: see SpinTime.
-        """
-        msgspec.msgpack.Decoder(command_type)
-        return cls(
-            readers,
-            reply_type=reply_type,
-            slot_bytes=slot_bytes,
-            num_slots=num_slots,
-            name=name,
-            long_spin_s=long_spin_s,
-        )
-
     def handle(self, reader: int) -> QueueHandle:
         """What worker number `reader` attaches with."""
-        shape = self._layout.commands
         return QueueHandle(
             self._segment.handle,
             self._me,
             reader,
             self._names[reader],
-            shape.num_readers,
-            shape.slot_bytes,
-            shape.num_slots,
+            len(self._names),
+            self._shape,
             self._long_spin_s,
         )
 
@@ -270,9 +255,7 @@ class MessageQueue(Generic[C, R]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _turns_of_all(self) -> list[list[tuple[int, RingReader]]]:
@@ -308,14 +291,14 @@ class MessageQueue(Generic[C, R]):
 class WorkerEndpoint(Generic[C, R]):
     """A worker's end."""
 
-    def __init__(self, handle: QueueHandle, command_type: Any) -> None:
+    def __init__(self, handle: QueueHandle, codec: Codec[R, C]) -> None:
         """Use `attach`."""
-        layout = _Layout(handle.num_readers, handle.slot_bytes, handle.num_slots)
+        layout = _Layout(handle.num_readers, handle.shape)
         self._segment = SharedSegment.attach(handle.segment)
         buf = self._segment.buf
         brain_bell, self.bell = layout.bells(buf)
         self._watch = Watch(self.bell)
-        self._codec = Codec[R, C](command_type)
+        self._codec = codec
         self._waiter = Waiter(self.bell, SpinTime(spin_s_for(handle.num_readers + 1), handle.long_spin_s))
         me = Party.me(handle.name)
         self._replies = RingWriter(
@@ -345,8 +328,7 @@ class WorkerEndpoint(Generic[C, R]):
 
         Raises PeerDiedError if the brain is gone, FrameError if it closed the queue.
         """
-        msgspec.msgpack.Decoder(reply_type)
-        return cls(handle, command_type)
+        return cls(handle, Codec[R, C](reply_type, command_type))
 
     def get(self, *, timeout_s: float | None) -> tuple[C, list[memoryview]] | None:
         """The next command and its buffers, which are valid until the next `get`. None after `timeout_s` (0 polls, None
@@ -389,9 +371,7 @@ class WorkerEndpoint(Generic[C, R]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _poll(self) -> tuple[C, list[memoryview]] | None:

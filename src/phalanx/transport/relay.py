@@ -36,7 +36,7 @@ from phalanx.transport.link_messages import (
     Welcome,
 )
 from phalanx.transport.liveness import Party
-from phalanx.transport.queue import MessageQueue, QueueHandle
+from phalanx.transport.queue import DEFAULT_SHAPE, MessageQueue, QueueHandle, QueueShape
 from phalanx.transport.waiter import SpinTime
 from phalanx.transport.wire import WireReader, WireWriter
 
@@ -47,19 +47,18 @@ _PAUSE_S = 0.1
 class NodeRelay:
     """Owns the node's ring. `dial`, then `run`; `close` from any thread."""
 
-    def __init__(self, node: str, ranks: Sequence[int], *, slot_bytes: int = 64 * 1024, num_slots: int = 16) -> None:
+    def __init__(self, node: str, ranks: Sequence[int], *, shape: QueueShape = DEFAULT_SHAPE) -> None:
         """The ring of `ranks` (global numbers, at least one) is there from now on: see `handle`."""
         assert ranks
         self.node = node
         self.ranks = tuple(ranks)
         self._readers = {rank: reader for reader, rank in enumerate(self.ranks)}
-        self._num_slots = num_slots
-        self._queue: MessageQueue[msgspec.Raw, msgspec.Raw] = MessageQueue.create(
+        self._hello = Hello(VERSION, node, self.ranks, os.getpid(), shape.num_slots)
+        self._queue: MessageQueue[msgspec.Raw, msgspec.Raw] = MessageQueue(
             [f"rank {rank}" for rank in ranks],
             command_type=msgspec.Raw,
             reply_type=msgspec.Raw,
-            slot_bytes=slot_bytes,
-            num_slots=num_slots,
+            shape=shape,
             name=f"the relay of node {node}",
             long_spin_s=long_spin_s_for(len(ranks) + 1),
         )
@@ -83,7 +82,6 @@ class NodeRelay:
         Tries again while the brain closes the connection without a word. Raises DeadlineError, StartError if it cannot
         be reached, does not want this node, or is another one.
         """
-        hello = Hello(VERSION, self.node, self.ranks, os.getpid(), self._num_slots)
         expires_at = time.monotonic() + deadline_s
         party = f"the relay of node {self.node}"
         while True:
@@ -92,7 +90,7 @@ class NodeRelay:
             with ExitStack() as undo:
                 undo.enter_context(connection)
                 try:
-                    ciphers = _shake_hands(connection, key, hello, expires_at)
+                    ciphers = _shake_hands(connection, key, self._hello, expires_at)
                 except (RefusedError, FrameError) as error:
                     raise StartError(party, f"dialling in at {address} port {port}", str(error)) from error
                 except TimeoutError:
@@ -104,7 +102,7 @@ class NodeRelay:
                     time.sleep(_PAUSE_S)
                     continue
                 undo.pop_all()
-            self._link = _Link(connection, ciphers, self._queue, self.node, self.ranks, self._num_slots)
+            self._link = _Link(connection, ciphers, self._queue, self._hello)
             return
 
     def run(self) -> None:
@@ -151,20 +149,18 @@ class _Link:
         connection: socket.socket,
         ciphers: Ciphers,
         queue: MessageQueue[msgspec.Raw, msgspec.Raw],
-        node: str,
-        ranks: tuple[int, ...],
-        num_slots: int,
+        hello: Hello,
     ) -> None:
         assert isinstance(ciphers.peer, Welcome)
         self._connection = connection
         self._queue = queue
-        self._node = node
-        self._ranks = ranks
-        self._num_slots = num_slots
+        self._node = hello.node
+        self._ranks = hello.ranks
+        self._num_slots = hello.num_slots
         self._brain = ciphers.peer
         self._fence = new_fence()
         self._turn = threading.Lock()
-        self._spin = SpinTime(0.0, long_spin_s_for(len(ranks) + 1))
+        self._spin = SpinTime(0.0, long_spin_s_for(len(hello.ranks) + 1))
         self._rung = 0
         self._active_at = 0.0
         self._arrivals = select.epoll()
@@ -261,12 +257,17 @@ class _Link:
         return True
 
     def _await_network(self) -> None:
-        """Until it takes more of what is to be sent. What comes meanwhile is received."""
+        """Until it takes more of what is to be sent. What comes meanwhile is received.
+
+        Raises ConnectionAbortedError once the link is over: nobody reads the rest.
+        """
         poller = select.poll()
         poller.register(self._connection, select.POLLIN | select.POLLOUT)
         poller.poll(self._beat_s * 1000)
         if not self._read():
             self._note_silence(time.monotonic())
+        if self._is_over:
+            raise ConnectionAbortedError
 
     def _note_silence(self, now: float) -> None:
         # Time in which this process was stopped must not pass for the brain's silence: it may have been stopped too.

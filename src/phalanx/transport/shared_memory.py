@@ -12,7 +12,6 @@ import os
 import secrets
 import struct
 from contextlib import ExitStack, suppress
-from types import TracebackType
 
 import msgspec
 
@@ -94,9 +93,7 @@ class SharedSegment:
     def __enter__(self) -> SharedSegment:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -57,7 +57,7 @@ def decode_note(plaintext: bytes) -> Note:
     """Raises FrameError if it is none."""
     try:
         return _note_decoder.decode(plaintext[1:])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError(f"a note between nodes that is none of ours: {error}") from error
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import traceback
 
 import torch
 
 from phalanx.errors import UserError
 from phalanx.protocol import Failure, WrongSetting
+from phalanx.worker.error_text import message_of, traceback_of
 
 MAX_TEXT_BYTES = 16 * 1024
 """The message must fit into a slot of the queue: a larger one stays with its sender, which is about to end."""
@@ -16,7 +16,7 @@ MAX_TEXT_BYTES = 16 * 1024
 
 def describe(call_id: int, phase: str, error: Exception) -> Failure:
     """The error as a message. An exception cannot travel itself: that would take pickle."""
-    message = str(error) or repr(error)
+    message = message_of(error)
     if isinstance(error, torch.OutOfMemoryError):
         message += "; lower --gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens"
     return Failure(
@@ -24,13 +24,8 @@ def describe(call_id: int, phase: str, error: Exception) -> Failure:
         node=os.uname().nodename,
         phase=phase,
         kind=type(error).__name__,
-        message=_sendable(message)[:MAX_TEXT_BYTES].decode(errors="ignore"),
-        traceback=_sendable("".join(traceback.format_exception(error)))[-MAX_TEXT_BYTES:].decode(errors="ignore"),
+        message=message.encode()[:MAX_TEXT_BYTES].decode(errors="ignore"),
+        traceback=traceback_of(error).encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),
         is_user_error=isinstance(error, UserError),
         setting=WrongSetting.of(error),
     )
-
-
-def _sendable(text: str) -> bytes:
-    """UTF-8. Names of files that are none are in Python's text as lone surrogates, which no message can carry."""
-    return text.encode(errors="backslashreplace")

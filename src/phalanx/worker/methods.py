@@ -1,10 +1,13 @@
-"""Methods of a worker that the brain may call by name (`Executor.collective_rpc`): declared, with typed arguments.
+"""Methods of a worker that may be called by name (`collective_rpc`): declared, with typed arguments.
 
     class Probe:                                    # --worker-extension-cls my_package.probe:Probe
         def __init__(self, worker: Worker) -> None: ...
 
         @remote_method
         def norm(self, name: str) -> float: ...
+
+        @remote_method(changes_weights=True)
+        def scale(self, name: str, factor: float) -> None: ...
 
 Arguments and results travel as msgpack and are checked against the annotations; nothing is pickled, and no name but
 those that are declared can be called.
@@ -15,18 +18,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints, overload
 
 import msgspec
 
 from phalanx.errors import ConfigError, UserError
 from phalanx.protocol import CallMethod, MethodError, MethodResult
+from phalanx.worker.error_text import message_of, traceback_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MARK = "__phalanx_remote_method__"
+_DECLARATION = "__phalanx_remote_method__"
 
 
 class MethodCallError(UserError):
@@ -40,11 +43,33 @@ class Arguments(msgspec.Struct, frozen=True, array_like=True):
     named: dict[str, msgspec.Raw]
 
 
-def remote_method(function: F) -> F:
-    """Declare that the brain may call this method of a worker extension. Its arguments should be annotated with types
-    that msgspec can decode."""
-    setattr(function, _MARK, True)
-    return function
+class Declaration(msgspec.Struct, frozen=True):
+    """What `remote_method` says of a method."""
+
+    changes_weights: bool
+
+
+@overload
+def remote_method(function: F, /) -> F: ...
+
+
+@overload
+def remote_method(*, changes_weights: bool = ...) -> Callable[[F], F]: ...
+
+
+def remote_method(function: F | None = None, /, *, changes_weights: bool = False) -> F | Callable[[F], F]:
+    """Declare that this method of a worker extension may be called by name. Its arguments should be annotated with
+    types that msgspec can decode.
+
+    With `changes_weights`, `LLM.collective_rpc` resets the prefix cache: what it holds was computed with the weights
+    from before.
+    """
+
+    def declare(function: F) -> F:
+        setattr(function, _DECLARATION, Declaration(changes_weights))
+        return function
+
+    return declare if function is None else declare(function)
 
 
 def load_extension(path: str, worker: object) -> object:
@@ -61,15 +86,23 @@ def load_extension(path: str, worker: object) -> object:
 
 
 class Methods:
-    """The declared methods of some objects, by name. The first object that has a name is called."""
+    """The declared methods of a worker and its extension, by name."""
 
-    def __init__(self, *owners: object) -> None:
-        self._methods: dict[str, Callable[..., object]] = {}
-        for owner in owners:
-            # Of the class: looking at an object's properties would run them.
-            for name, function in inspect.getmembers(type(owner), inspect.isfunction):
-                if hasattr(function, _MARK):
-                    self._methods.setdefault(name, getattr(owner, name))
+    def __init__(self, worker: object) -> None:
+        self._methods = _declared(worker)
+
+    def extend(self, path: str, extension: object) -> None:
+        """Add those of the extension at `path`. Raises ConfigError if the worker has one of the same name."""
+        added = _declared(extension)
+        taken = sorted(self._methods.keys() & added.keys())
+        if taken:
+            allowed = f"its method {taken[0]!r} needs another name: every worker has one that is called so"
+            raise ConfigError("worker_extension_cls", path, allowed)
+        self._methods |= added
+
+    def changing_weights(self) -> list[str]:
+        """Names of those that are declared to change the weights."""
+        return [name for name, method in self._methods.items() if getattr(method, _DECLARATION).changes_weights]
 
     def call(self, call: CallMethod) -> MethodResult | MethodError:
         """Carry out a call. What the method raises is the answer, and the worker goes on."""
@@ -81,8 +114,8 @@ class Methods:
             return MethodError(
                 node=os.uname().nodename,
                 kind=type(error).__name__,
-                message=str(error) or repr(error),
-                traceback="".join(traceback.format_exception(error)),
+                message=message_of(error),
+                traceback=traceback_of(error),
                 is_user_error=isinstance(error, UserError),
             )
 
@@ -91,6 +124,12 @@ class Methods:
             known = ", ".join(sorted(self._methods)) or "none"
             raise MethodCallError(f"method: {name!r} is not declared by the worker or its extension; declared: {known}")
         return self._methods[name]
+
+
+def _declared(owner: object) -> dict[str, Callable[..., object]]:
+    # Of the class: looking at an object's properties would run them.
+    functions = inspect.getmembers(type(owner), inspect.isfunction)
+    return {name: getattr(owner, name) for name, function in functions if hasattr(function, _DECLARATION)}
 
 
 def encode_arguments(positional: tuple[object, ...], named: Mapping[str, object]) -> bytes:

@@ -15,6 +15,10 @@ from phalanx.worker.failure import describe
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.worker import Worker
 
+LOOK_AT_DEVICE_S = 0.0005
+"""While a GPU computes and could be given another step, this long passes between two looks at whether it has ended: not
+much beside a step, and the looks take less than a tenth of a core."""
+
 PUT_DEADLINE_S = 30.0
 """A reply ring that stays full for this long means that the brain is stuck."""
 
@@ -73,10 +77,17 @@ def _live(spec: WorkerSpec, exchange: BrainExchange, put: Callable[[WorkerMessag
 
 
 def _turn(exchange: BrainExchange, worker: Worker, put: Callable[[WorkerMessage], None]) -> None:
-    """Take in a call if there is one, send a reply if there is one; sleep only when there can be neither."""
-    call = exchange.next_call(timeout_s=0.0 if worker.is_busy else None)
+    """Take in a call if there is one, send a reply if there is one; sleep only when there can be neither.
+
+    Calls and the device cannot be awaited together. As long as the device has room for another step it is the call that
+    is awaited, or the device would have nothing to do when its step ends; with enough to do, it is the device.
+    """
+    timeout_s = LOOK_AT_DEVICE_S if worker.is_busy else None
+    if worker.has_reply or worker.is_full:
+        timeout_s = 0.0
+    call = exchange.next_call(timeout_s)
     if call is not None:
         worker.accept(call)
-    reply = worker.next_reply(block=call is None)
+    reply = worker.next_reply(block=call is None and worker.is_full and not worker.has_reply)
     if reply is not None:
         put(reply)

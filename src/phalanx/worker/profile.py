@@ -15,9 +15,7 @@ from phalanx.worker.slots import SlotTable
 
 
 @torch.inference_mode()
-def peak_activation_bytes(
-    model: CausalLM, scheduler: SchedulerConfig, block_size: int, num_replicas: int = 1
-) -> int:
+def peak_activation_bytes(model: CausalLM, scheduler: SchedulerConfig, block_size: int, num_replicas: int = 1) -> int:
     """Bytes of activations in the largest step that the limits allow; 0 on a CPU, whose cache leaves room enough.
 
     Every rank of a stage must call it, as it runs the step's collectives. Stages do not wait for each other.

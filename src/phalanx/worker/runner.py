@@ -99,7 +99,8 @@ class Runner:
     def finish(self, flight: InFlight) -> StepResult:
         """The outcome of a step; waits for a GPU to come to its end. Only the output rank's is complete.
 
-        A GPU that never ends is for the brain to notice: its deadline.
+        The wait itself has no deadline: a brain in another process has one for it, and who is in this one asks
+        `InFlight.is_ready` before.
         """
         if flight.arrived is not None:
             flight.arrived.synchronize()

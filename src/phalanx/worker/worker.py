@@ -16,10 +16,8 @@ import msgspec
 import torch
 
 from phalanx.collectives.join import join
-from phalanx.errors import CheckpointError
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
-from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.model import CausalLM, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
@@ -39,6 +37,7 @@ from phalanx.protocol import (
 )
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
+from phalanx.worker.checkpoint import check_same_checkpoint, find_checkpoint
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.methods import Methods, load_extension, remote_method
 from phalanx.worker.profile import peak_activation_bytes
@@ -90,19 +89,22 @@ class Worker:
         self._exchange = exchange
         self._reported_at = 0.0
         self._device = _device(spec)
-        self._checkpoint = _find_checkpoint(spec)
+        self._checkpoint = find_checkpoint(spec, self._enter)
         self._arena = Arena(f"rank{spec.rank}", self._device)
         self._groups: dict[str, Group] = {}
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
         self._methods = Methods(self)
+        # Without async scheduling no plan comes before the step under way is answered.
+        self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
         self._flights: deque[tuple[Call, InFlight]] = deque()
         self._replies: deque[Reply] = deque()
 
     def load(self) -> Loaded:
         """Join the groups and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
         self._enter("joining")
+        check_same_checkpoint(self._checkpoint, self.spec, self._exchange)
         # First those that need no exchange: nobody takes in meanwhile what comes over it.
         for group in sorted(self.spec.groups, key=lambda group: group.spans_hosts):
             self._groups[group.name] = join(group, self.spec.rank, self._device, self._exchange)
@@ -121,8 +123,9 @@ class Worker:
             release=self._arena.release if config.model.pack_weights else None,
             experts=self._experts(grid),
         )
-        if config.executor.worker_extension_cls is not None:
-            self._methods = Methods(self, load_extension(config.executor.worker_extension_cls, self))
+        extension = config.executor.worker_extension_cls
+        if extension is not None:
+            self._methods.extend(extension, load_extension(extension, self))
         return Loaded(
             weight_bytes=self._model.weight_bytes,
             device=_device_name(self._device),
@@ -171,6 +174,11 @@ class Worker:
             for name, load in self.model.expert_loads.items()
         }
 
+    @remote_method
+    def methods_that_change_weights(self) -> list[str]:
+        """Names of the extension's methods after which the prefix cache is of no use."""
+        return self._methods.changing_weights()
+
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         self.call_id = call.call_id
@@ -188,7 +196,7 @@ class Worker:
 
     def next_reply(self, *, block: bool) -> Reply | None:
         """The oldest reply that is ready. With `block`, wait for the device if a step is still under way there."""
-        if self._flights and (block or self._flights[0][1].is_ready() or len(self._flights) > MAX_STEPS_IN_FLIGHT):
+        if self._flights and (block or self._flights[0][1].is_ready() or len(self._flights) > self._most_in_flight):
             self._finish_oldest()
         return self._replies.popleft() if self._replies else None
 
@@ -196,6 +204,16 @@ class Worker:
     def is_busy(self) -> bool:
         """Whether a step is under way on the device, or a reply waits to be fetched."""
         return bool(self._flights or self._replies)
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether `next_reply` need not wait for the device to give one."""
+        return bool(self._replies or (self._flights and self._flights[0][1].is_ready()))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the device has enough to do: another step is not to be launched before the oldest has ended."""
+        return len(self._flights) >= self._most_in_flight
 
     def close(self) -> None:
         with ExitStack() as leaving:
@@ -278,17 +296,6 @@ class Worker:
             replica=grid.coordinates(self.spec.rank).replica,
         )
         self._enter("idle")
-
-
-def _find_checkpoint(spec: WorkerSpec) -> Checkpoint:
-    """The checkpoint, which on another host than the brain's may have to be found or fetched there again."""
-    if os.path.isdir(spec.checkpoint):
-        return resolve(spec.checkpoint)
-    model = spec.config.model
-    try:
-        return resolve(model.model, revision=model.revision)
-    except CheckpointError as error:
-        raise CheckpointError(f"on {os.uname().nodename}: {error}") from error
 
 
 def _device(spec: WorkerSpec) -> torch.device:

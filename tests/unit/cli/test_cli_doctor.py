@@ -12,7 +12,8 @@ import pytest
 
 from phalanx.cli import checks, main
 from phalanx.cli.checks import Check
-from phalanx.config import Config
+from phalanx.cli.commands import phalanx
+from phalanx.config import Config, ServerConfig
 from phalanx.errors import PlacementError
 from phalanx.executor import platform
 
@@ -30,7 +31,7 @@ def test_json_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_failure_is_shown_with_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     broken = [Check("torch", "ok", "2"), Check("futex", "fail", "not permitted", "allow it")]
-    monkeypatch.setattr(checks, "all_checks", lambda model: iter(broken))
+    monkeypatch.setattr(checks, "all_checks", lambda model, server: iter(broken))
     assert main.run(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["ok", "torch", "2"]
@@ -56,19 +57,38 @@ def test_few_files_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (check.status, check.advice) == ("warn", "ulimit -n 4096")
 
 
-def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_is_a_warning() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(checks, "ServerConfig", lambda: checks_server(port))
-        (check,) = checks.port()
+        (check,) = checks.port(ServerConfig(port=port))
     assert check.status == "warn"
     assert str(port) in check.detail
 
 
-def checks_server(port: int) -> object:
-    from phalanx.config import ServerConfig
+def test_a_host_that_is_not_here_is_a_failure() -> None:
+    (check,) = checks.port(ServerConfig(host="192.0.2.77"))
+    assert (check.status, check.detail) == ("fail", "the server cannot listen on 192.0.2.77:8000")
+    assert "--host: no interface of this machine has it" in (check.advice or "")
 
-    return ServerConfig(port=port)
+
+def test_the_flags_of_serve_are_taken_and_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("versions", "gpus"):  # the slow ones
+        monkeypatch.setattr(checks, name, lambda: iter(()))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ["--port", str(port), "--api-key-file", str(tmp_path / "none"), "--device", "cpu"]
+        assert main.run(["doctor", "--json", *flags]) == 1
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert (found["port"]["status"], found["port"]["detail"]) == ("warn", f"127.0.0.1:{port} is taken")
+    assert found["api keys"]["status"] == "fail"
+    assert "cannot be read" in found["api keys"]["detail"]
+
+
+def test_doctor_takes_every_flag_of_serve() -> None:
+    serve, doctor = (phalanx.commands[name].params for name in ("serve", "doctor"))
+    assert {flag for param in serve for flag in param.opts} <= {flag for param in doctor for flag in param.opts}
 
 
 def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +143,7 @@ def test_no_room_is_a_failure_with_a_table(monkeypatch: pytest.MonkeyPatch, caps
     def refuse(config: Config) -> str:
         raise PlacementError("no room", "  node  free\n  a     0")
 
-    monkeypatch.setattr(checks, "all_checks", lambda model: iter(()))
+    monkeypatch.setattr(checks, "all_checks", lambda model, server: iter(()))
     monkeypatch.setattr(platform, "pick_device", refuse)
     assert main.run(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()

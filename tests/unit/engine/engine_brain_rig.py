@@ -72,6 +72,11 @@ class Rig:
         )
         self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
         self.clients: dict[int, Client] = {}
+        self._num_followed = 0
+        self._clean_slots: set[tuple[int, int]] = set()
+        """Of requests that came in after the last reset of the prefix cache."""
+        self._clean_blocks: set[tuple[int, int]] = set()
+        """Blocks that only these have written to since then."""
 
     def submit(self, prompt: Sequence[int], **sampling: object) -> int:
         request_id = len(self.clients)
@@ -84,8 +89,15 @@ class Rig:
         batch = self.brain.step()
         if batch is not None:
             self._take(batch)
+        self._follow_plans()
         self.check_cache()
         return batch
+
+    def reset_prefix_cache(self) -> None:
+        self.brain.reset_prefix_cache()
+        self._clean_slots.clear()
+        self._clean_blocks.clear()
+        self.check_cache()
 
     def finish(self) -> None:
         """Run until nothing is left; every request must have ended as it would have alone, and the pool be whole."""
@@ -123,9 +135,31 @@ class Rig:
             extend_digests(digests, np.array(tokens, dtype=np.int32), self.block_size, num_full)
             hashes = token_hashes(tokens)[self.block_size - 1 :: self.block_size]
             claims.update(zip(digests, hashes, strict=True))
-        for replica, worker in zip(self.brain._replicas.replicas, self.workers, strict=True):
-            for digest, block in replica.cache.entries().items():
+        for replica, worker in enumerate(self.workers):
+            for digest, block in self.brain._replicas.replicas[replica].cache.entries().items():
                 assert worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
+                is_clean = (replica, block) in self._clean_blocks
+                assert is_clean, f"block {block} of replica {replica} holds what is from before the reset"
+
+    def _follow_plans(self) -> None:
+        for step in self.executor.steps[self._num_followed :]:
+            for replica, plan in enumerate(step.plans):
+                self._follow(replica, plan)
+        self._num_followed = len(self.executor.steps)
+
+    def _follow(self, replica: int, plan: StepPlan) -> None:
+        self._clean_slots.difference_update((replica, slot) for slot in as_ints(plan.dropped).tolist())
+        for new in plan.new:
+            blocks = [(replica, block) for block in as_ints(new.blocks).tolist()]
+            found = set(blocks[: new.num_computed // self.block_size])
+            assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
+            self._clean_slots.add((replica, new.slot))
+            self._clean_blocks.update(blocks)
+        for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
+            if (replica, slot) in self._clean_slots:
+                self._clean_blocks.add((replica, block))
+            else:
+                self._clean_blocks.discard((replica, block))
 
     def _take(self, batch: TokenBatch) -> None:
         request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.protocol import EngineStats, FinishReason, Submit, TokenBatch, as_ints, ints
+from phalanx.protocol import EngineStats, FinishReason, ReplicaStats, Submit, TokenBatch, as_ints, ints
 
 
 class EchoBrain:
@@ -18,6 +18,7 @@ class EchoBrain:
         self.num_done: dict[int, int] = {}
         self.cancelled: list[int] = []
         self.num_steps = 0
+        self.num_resets = 0
         self._finished: list[tuple[int, FinishReason]] = []
 
     def submit(self, request: Submit) -> None:
@@ -29,6 +30,9 @@ class EchoBrain:
             if self.running.pop(request_id, None) is not None:
                 self.cancelled.append(request_id)
                 self._finished.append((request_id, FinishReason.CANCELLED))
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)
@@ -50,4 +54,4 @@ class EchoBrain:
         return TokenBatch(request_ids, ints(list(tokens.values())), finished=tuple(finished))
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 0, 10, self.num_steps, 0, 0, 0, len(self.cancelled))
+        return EngineStats((ReplicaStats(len(self.running), 0, 0, 10, self.num_steps, 0, 0, 0, len(self.cancelled)),))

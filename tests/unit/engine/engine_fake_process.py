@@ -32,7 +32,9 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 
 DEADLINE_S = 20.0
+SIGN_OF_LIFE_S = 0.1
 MAX_MODEL_LEN = 100_000
+LONG_STEP_S = 0.6
 
 
 class FakeEngine:
@@ -72,8 +74,8 @@ class FakeEngine:
     def serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(ClientMessage)
         while True:
-            if not self.brain.has_work():
-                assert self.stream.wait(DEADLINE_S)
+            if not self.brain.has_work() and not self.stream.wait(SIGN_OF_LIFE_S):
+                self.send(self.brain.stats())
             for frame in self.stream.poll():
                 message = decoder.decode(frame)
                 if isinstance(message, Submit):
@@ -91,6 +93,12 @@ class FakeEngine:
             self.fail("step 5: rank 0 died")
         if self.brain.num_steps == 5 and self.behaviour == "dies-in-step-5":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.brain.num_steps == 5 and self.behaviour == "stops-in-step-5":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.brain.num_steps == 5 and self.behaviour == "hangs-in-step-5":
+            time.sleep(DEADLINE_S)
+        if self.behaviour == "takes-long-steps":
+            time.sleep(LONG_STEP_S)
         assert batch is not None
         self.send(batch)
         if batch.finished:

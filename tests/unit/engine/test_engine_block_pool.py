@@ -56,6 +56,20 @@ def test_a_shared_block_is_free_when_its_last_holder_is_gone() -> None:
     assert pool.take(1).tolist() == [1], "a shared block is not evicted"
 
 
+def test_after_a_reset_idle_blocks_are_empty_and_held_ones_will_be() -> None:
+    cache = PrefixCache(3)
+    pool = BlockPool(3, cache)
+    idle, held = pool.take(1), pool.take(1)
+    cache.insert(b"a", int(idle[0]))
+    cache.insert(b"b", int(held[0]))
+    pool.release(idle)
+    pool.reset_cache()
+    assert cache.find([b"a"]) == cache.find([b"b"]) == []
+    assert pool.num_free == 2
+    pool.release(held)
+    assert sorted(pool.take(3).tolist()) == [0, 1, 2]
+
+
 def test_what_is_not_there_cannot_be_taken_or_released() -> None:
     pool = BlockPool(2, PrefixCache(2))
     with pytest.raises(AssertionError, match="3 blocks are asked for, 2 are free"):
@@ -91,6 +105,11 @@ class Pool(RuleBasedStateMachine):
         candidates = [block for sequence in self.held for block in sequence if not self.cache.is_cached_B[block]]
         if candidates:
             self.cache.insert(str(next(self.names)).encode(), data.draw(st.sampled_from(candidates)))
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.pool.reset_cache()
+        assert not self.cache.entries()
 
     @precondition(lambda self: self.cache.entries())
     @rule(data=st.data())

@@ -41,7 +41,7 @@ _rigs = st.builds(
 
 
 class Traffic(RuleBasedStateMachine):
-    """Arrivals, cancellations and steps in any order."""
+    """Arrivals, cancellations, resets of the prefix cache and steps in any order."""
 
     @initialize(rig=_rigs)
     def start(self, rig: Rig) -> None:
@@ -62,6 +62,10 @@ class Traffic(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.rig.clients)))
         self.rig.brain.cancel([request_id, request_id, 999])
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.rig.reset_prefix_cache()
 
     def teardown(self) -> None:
         if hasattr(self, "rig"):

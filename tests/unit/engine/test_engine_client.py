@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import engine_fake_process
 import engine_tiny_tokenizers as tiny
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -26,6 +28,9 @@ from phalanx.engine.client import EngineClient
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError, UserError
 from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.server.api_keys import ApiKeys
+from phalanx.server.app import create_app
+from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running
 
 TIMEOUT_S = 30.0
@@ -47,8 +52,8 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pids: list[int] = []
     spawn = EngineChild.spawn
 
-    def noted_spawn(command: tuple[str, ...]) -> EngineChild:
-        child = spawn(command)
+    def noted_spawn(*arguments: Any) -> EngineChild:
+        child = spawn(*arguments)
         pids.append(child.pid)
         return child
 
@@ -61,9 +66,9 @@ def command(behaviour: str) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def client_of(checkpoint: Path, behaviour: str = "healthy") -> AsyncIterator[EngineClient]:
+async def client_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any) -> AsyncIterator[EngineClient]:
     async with asyncio.timeout(TIMEOUT_S):
-        client = await EngineClient.start(Config.build(model=str(checkpoint)), command=command(behaviour))
+        client = await EngineClient.start(Config.build(model=str(checkpoint), **settings), command=command(behaviour))
         try:
             yield client
         finally:
@@ -248,6 +253,62 @@ async def test_an_engine_killed_from_outside_is_noticed_at_once(checkpoint: Path
             async for _ in deltas:
                 pass
         assert time.monotonic() - killed_at < 1.0
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `step_timeout_s` of half a second, silence is noticed after one and a half."""
+    monkeypatch.setattr("phalanx.engine.client.SILENCE_GRACE_S", 1.0)
+
+
+@pytest.mark.parametrize("behaviour", ["stops-in-step-5", "hangs-in-step-5"])
+@in_loop
+async def test_a_silent_engine_is_noticed_and_killed_and_health_tells(
+    checkpoint: Path, behaviour: str, short_grace: None
+) -> None:
+    async with client_of(checkpoint, behaviour, step_timeout_s=0.5) as client:
+        service = Service(client, "m")
+        app = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service, ApiKeys(()))), base_url="http://m")
+        began_at = time.monotonic()
+        assert (await app.get("/health")).status_code == 200
+        results = await asyncio.gather(*(text_of(client, "fox", ENDLESS) for _ in range(5)), return_exceptions=True)
+        assert 1.5 <= time.monotonic() - began_at < 4.0
+        reason = rf"the engine's process \(pid {client._child.pid}\) was silent for [1-3]\.?\d* s, .*: it was killed"
+        for result in results:
+            assert isinstance(result, EngineDeadError) and re.fullmatch(reason, str(result)), result
+        health = await app.get("/health")
+        assert health.status_code == 503 and "was silent for" in health.text
+        assert await client._child.wait(1.0)
+        with pytest.raises(EngineDeadError, match=reason):
+            client.generate([1], ENDLESS)
+
+
+@in_loop
+async def test_silence_tells_how_far_the_engine_had_come(checkpoint: Path, short_grace: None) -> None:
+    async with client_of(checkpoint, step_timeout_s=0.5) as client:
+        await text_of(client, "fox", SamplingParams(max_tokens=3))
+        await until(lambda: client.stats is not None and client.stats.replicas[0].num_steps == 3)
+        os.kill(client._child.pid, signal.SIGSTOP)
+        await until(lambda: client.dead is not None)
+        assert "after 3 steps" in str(client.dead)
+
+
+@in_loop
+async def test_an_idle_engine_and_a_long_step_are_not_silence(checkpoint: Path, short_grace: None) -> None:
+    async with client_of(checkpoint, "takes-long-steps", step_timeout_s=0.5) as client:
+        await asyncio.sleep(2.0)
+        await text_of(client, "fox", SamplingParams(max_tokens=2))
+        assert client.dead is None
+
+
+@in_loop
+async def test_what_keeps_the_client_from_listening_is_not_silence(checkpoint: Path, short_grace: None) -> None:
+    async with client_of(checkpoint, step_timeout_s=0.5) as client:
+        for _ in range(2):
+            time.sleep(2.0)
+            await asyncio.sleep(0)
+        assert client.dead is None
+        await text_of(client, "fox", SamplingParams(max_tokens=2))
 
 
 @pytest.mark.parametrize(

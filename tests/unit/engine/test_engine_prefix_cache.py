@@ -58,6 +58,18 @@ def test_of_two_blocks_with_the_same_content_the_first_is_found() -> None:
     assert cache.is_cached_B.nonzero()[0].tolist() == [5]
 
 
+def test_nothing_is_found_after_all_is_forgotten_and_blocks_can_be_filled_again() -> None:
+    cache = PrefixCache(8)
+    a, b = digests_of(list(range(8)), 2)
+    cache.insert(a, 5)
+    cache.insert(b, 6)
+    cache.clear()
+    assert cache.find([a]) == []
+    assert not cache.is_cached_B.any()
+    cache.insert(a, 6)
+    assert cache.entries() == {a: 6}
+
+
 def test_a_forgotten_block_is_not_found_and_can_be_filled_again() -> None:
     cache = PrefixCache(8)
     a, b = digests_of(list(range(8)), 2)

@@ -29,6 +29,7 @@ from phalanx.protocol import (
     EngineStats,
     FinishReason,
     Message,
+    ReplicaStats,
     SamplingParams,
     Shutdown,
     StartProgress,
@@ -61,6 +62,10 @@ class FakeExecutor:
         self.is_closed = False
         self.pinged = threading.Event()
 
+    def step(self, plan: object) -> None:
+        """As an inline rank: it is carried out here and now."""
+        time.sleep(0.2)
+
     def submit(self, body: Message, *, deadline_s: float) -> FakePing:
         self.pinged.set()
         return FakePing(self.error)
@@ -81,7 +86,7 @@ class Engine:
         self.brain = EchoBrain()
         monkeypatch.setattr(process, "resolve", lambda *_, **__: SimpleNamespace(path=path))
         monkeypatch.setattr(process, "start_executor", self._start_executor)
-        monkeypatch.setattr(process, "Brain", lambda *_, **__: self.brain)
+        monkeypatch.setattr(process, "Brain", self._make_brain)
         ours, theirs = stream_pair()
         self.stream = Stream(ours, Party.of("the engine", os.getpid()))
         self.link = process.ClientLink(Stream(theirs, Party.of("the server", os.getpid())))
@@ -113,6 +118,10 @@ class Engine:
         return self.executor, SimpleNamespace(
             max_model_len=64, num_blocks=8, block_size=config.cache.block_size, world_size=2, device="cpu", dtype="f"
         )
+
+    def _make_brain(self, config: Config, executor: Any, **_: Any) -> EchoBrain:
+        self.executor_of_brain = executor
+        return self.brain
 
     def send(self, message: Message | Config) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
@@ -164,6 +173,37 @@ def test_tokens_and_stats_go_to_the_client_and_shutdown_ends_it(engine: Engine) 
     engine.send(Shutdown())
     assert engine.exit_code() == 0
     assert engine.executor.is_closed
+
+
+def test_an_idle_engine_gives_a_sign_of_life(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "SIGN_OF_LIFE_S", 0.05)
+    monkeypatch.setattr(process, "IDLE_CHECK_S", 0.05)
+    engine.start_and_be_ready()
+    first = engine.receive(EngineStats)
+    assert engine.receive(EngineStats) == first
+    assert engine.receive(EngineStats) == first
+
+
+def test_an_engine_gives_a_sign_of_life_between_two_steps_of_one_turn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SIGN_OF_LIFE_S", 0.1)
+    monkeypatch.setattr(process, "STATS_INTERVAL_S", 0.1)
+    step = engine.brain.step
+
+    def step_twice() -> TokenBatch | None:
+        engine.executor_of_brain.step(None)
+        engine.executor_of_brain.step(None)
+        return step()
+
+    engine.brain.step = step_twice  # type: ignore[method-assign]
+    engine.start_and_be_ready()
+    while engine.receive(EngineStats).replicas[0].num_running:
+        pass
+    engine.send(submit(3, max_tokens=1))
+    before_the_second_step = EngineStats((ReplicaStats(1, 0, 0, 10, 0, 0, 0, 0, 0),))
+    assert engine.receive(EngineMessage) == before_the_second_step
+    assert isinstance(engine.receive(EngineMessage), TokenBatch)
 
 
 def test_cancel_reaches_the_brain(engine: Engine) -> None:

@@ -198,6 +198,58 @@ def test_what_decoding_filled_is_found_too() -> None:
     assert plan(brain).plan.new[0].num_computed == 8
 
 
+def test_after_a_reset_nothing_is_found_of_requests_that_have_ended() -> None:
+    brain = scheduler()
+    prompt = list(range(100, 109))
+    brain.add(request(0, prompt, max_tokens=1))
+    commit(brain, plan(brain))
+    brain.reset_prefix_cache()
+    assert brain.pool.num_free == brain.pool.num_blocks
+    brain.add(request(1, prompt, max_tokens=1))
+    step = plan(brain)
+    assert step.plan.new[0].num_computed == 0
+    commit(brain, step)
+    brain.add(request(2, prompt))
+    assert plan(brain).plan.new[0].num_computed == 8, "what was computed since then is found"
+
+
+def test_after_a_reset_nothing_is_ever_found_of_requests_that_run() -> None:
+    """Also what they compute later: it depends on the keys and values that they had before."""
+    brain = scheduler(max_num_batched_tokens=8)
+    prompt = list(range(100, 120))
+    brain.add(request(0, prompt))
+    first, under_way = plan(brain), plan(brain)
+    commit(brain, first)
+    assert len(brain.cache.entries()) == 2
+    brain.reset_prefix_cache()
+    commit(brain, under_way)
+    commit(brain, plan(brain))
+    for _ in range(8):
+        commit(brain, plan(brain))
+    assert int(brain.running.num_computed_S[0]) == 28
+    assert brain.cache.entries() == {}
+    brain.cancel([0])
+    assert brain.cache.entries() == {}
+    assert brain.pool.num_free == brain.pool.num_blocks
+
+
+def test_who_gives_way_after_a_reset_computes_all_anew_and_is_found_again() -> None:
+    brain = scheduler(num_blocks=6, max_num_seqs=2)
+    for request_id in range(2):
+        brain.add(request(request_id, 8, max_tokens=12))
+    commit(brain, plan(brain))
+    brain.reset_prefix_cache()
+    while brain.totals.num_preemptions == 0:
+        commit(brain, plan(brain))
+    brain.cancel([0])
+    step = plan(brain)
+    (back,) = step.plan.new
+    assert as_ints(back.token_ids)[:8].tolist() == list(range(2000, 2008))
+    assert back.num_computed == 0
+    commit(brain, step)
+    assert len(brain.cache.entries()) == len(as_ints(back.token_ids)) // 4
+
+
 def test_idle_blocks_that_are_found_are_no_longer_free() -> None:
     brain = scheduler(num_blocks=4)
     brain.add(request(0, list(range(13)), max_tokens=1))

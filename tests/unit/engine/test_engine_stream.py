@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import engine_tiny_tokenizers as tiny
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from phalanx.engine.stream import OutputDelta, RequestStream, StopStrings, Streams
@@ -24,6 +24,9 @@ KINDS = {"byte_level": tiny.byte_level, "sentencepiece": tiny.sentencepiece, "wo
 def load(kind: str) -> Tokenizer:
     with TemporaryDirectory() as directory:
         return Tokenizer.load(tiny.save(KINDS[kind](), Path(directory)))
+
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def deltas(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> Iterator[str]:
@@ -44,6 +47,7 @@ def finished_text(deltas: list[OutputDelta]) -> str:
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 def test_text_comes_out_whole_and_without_broken_characters(kind: str, text: str) -> None:
+    assume(not any(special in text for special in SPECIAL_TOKENS))  # these have no text
     tokenizer = load(kind)
     pieces = list(deltas(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == text

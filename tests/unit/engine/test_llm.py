@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,15 +27,42 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny.save(tiny.byte_level(), tmp_path, chat_template=tiny.CHAT_TEMPLATE)
 
 
+class FakeExecutor:
+    """Its ranks have two methods, of which one changes the weights."""
+
+    def collective_rpc(self, method: str, *_: Any, non_block: bool = False, **__: Any) -> Any:
+        if method == "methods_that_change_weights":
+            return ["push"]
+        return SimpleNamespace(result=lambda: [method]) if non_block else [method]
+
+    def check_health(self, timeout_s: float) -> None: ...
+
+    def __enter__(self) -> FakeExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 @pytest.fixture
-def llm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads no model."""
     capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (nullcontext(), capacity))
+    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (FakeExecutor(), capacity))
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
+
+
+@pytest.fixture
+def llm(checkpoint: Path, faked: None) -> Iterator[LLM]:
     with LLM(str(checkpoint)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def extended(checkpoint: Path, faked: None) -> Iterator[LLM]:
+    with LLM(str(checkpoint), worker_extension_cls="probes:Probe") as llm:
         yield llm
 
 
@@ -212,6 +238,26 @@ def test_a_closed_llm_says_so(llm: LLM) -> None:
     llm.close()
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("fox")
+
+
+def test_new_weights_reset_the_prefix_cache_when_they_are_sent(extended: LLM) -> None:
+    assert extended.collective_rpc("norm") == ["norm"]
+    assert brain_of(extended).num_resets == 0
+    assert extended.collective_rpc("push") == ["push"]
+    assert brain_of(extended).num_resets == 1
+    pending = extended.collective_rpc("push", non_block=True)
+    assert brain_of(extended).num_resets == 2, "what is generated before the answer is computed with them"
+    assert pending.result() == ["push"]
+    extended.reset_prefix_cache()
+    assert brain_of(extended).num_resets == 3
+
+
+def test_an_llm_that_has_ended_calls_no_methods(extended: LLM) -> None:
+    extended.check_health()
+    extended.close()
+    for call in (lambda: extended.collective_rpc("norm"), extended.reset_prefix_cache, extended.check_health):
+        with pytest.raises(EngineDeadError, match="closed"):
+            call()
 
 
 def test_progress_goes_to_the_end(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

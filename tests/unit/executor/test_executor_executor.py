@@ -6,10 +6,20 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
-from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError, UserError, WorkerError
+from phalanx.errors import (
+    DeadlineError,
+    EngineDeadError,
+    FrameError,
+    PeerDiedError,
+    PhalanxError,
+    StartError,
+    UserError,
+    WorkerError,
+)
 from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.protocol import (
     Call,
@@ -42,11 +52,15 @@ class ScriptedChannel:
         self.sent: list[Call] = []
         self.script: deque[tuple[int, WorkerMessage] | ChannelError] = deque()
         self.put_error: PeerDiedError | None = None
+        self.put_s = 0.0
+        """An inline rank carries a call out while it is sent."""
 
     def put(self, message: Call, *, deadline_s: float) -> None:
         if self.put_error is not None:
             raise self.put_error
         self.sent.append(message)
+        if self.put_s:
+            time.sleep(self.put_s)
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
         if not self.script:
@@ -81,7 +95,7 @@ class ScriptedLauncher:
 
 
 class Bench:
-    def __init__(self, world_size: int = 2, step_timeout_s: float = 0.05, output_rank: int = 0) -> None:
+    def __init__(self, world_size: int = 2, step_timeout_s: float = 30.0, output_rank: int = 0) -> None:
         self.channel = ScriptedChannel()
         self.launcher = ScriptedLauncher()
         self.executor = Executor(
@@ -90,6 +104,15 @@ class Bench:
 
     def say(self, *items: tuple[int, WorkerMessage] | ChannelError) -> None:
         self.channel.script.extend(items)
+
+
+class Clock:
+    """The executor's time, which passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for module in ("executor", "pending"):
+            monkeypatch.setattr(f"phalanx.executor.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 def plan(step: int) -> Step:
@@ -126,13 +149,101 @@ def test_a_command_is_answered_by_all_ranks_in_rank_order() -> None:
     assert pending.result() == [Done(), Done()]
 
 
-def test_a_missing_answer_is_an_error_that_names_who_and_what() -> None:
-    bench = Bench()
+def test_a_missing_answer_is_an_error_that_names_who_and_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(monkeypatch), Bench()
     pending = bench.executor.submit(Ping(), deadline_s=0.01)
     bench.say((0, Reply(1, Done())))
+    assert not pending.done()
+    clock.now = 0.01
     with pytest.raises(DeadlineError, match="Ping from rank 1") as caught:
         pending.result()
     assert caught.value.party == "rank 1"
+
+
+def test_a_rank_that_answers_gives_the_others_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(monkeypatch), Bench()
+    pending = bench.executor.submit(Ping(), deadline_s=1.0)
+    clock.now = 0.8
+    bench.say((0, Reply(1, Done())))
+    assert not pending.done()
+    clock.now = 1.1
+    with pytest.raises(DeadlineError, match="waited 1 s for Ping from rank 1"):
+        pending.result()
+
+
+def test_the_time_of_a_call_begins_when_the_one_before_it_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(monkeypatch), Bench(step_timeout_s=1.0)
+    first, second = bench.executor.step(plan(1)), bench.executor.step(plan(2))
+    clock.now = 0.9
+    bench.say((0, Reply(1, StepResult(1, b""))))
+    assert first.done()
+    clock.now = 1.8
+    assert not second.done()
+    clock.now = 2.0
+    with pytest.raises(DeadlineError, match="step 2 from rank 0"):
+        second.done()
+
+
+def test_the_answer_to_a_later_call_gives_an_earlier_one_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(monkeypatch), Bench(step_timeout_s=1.0)
+    pinged, stepped = bench.executor.submit(Ping(), deadline_s=1.0), bench.executor.step(plan(1))
+    clock.now = 0.9
+    bench.say((0, Reply(1, Done())), (0, Reply(2, StepResult(1, b""))))
+    assert not pinged.done()
+    assert stepped.done()
+    clock.now = 1.1
+    with pytest.raises(DeadlineError, match="Ping from rank 1"):
+        pinged.done()
+
+
+def test_a_step_that_ends_too_late_in_this_process_is_an_error() -> None:
+    bench = Bench(world_size=1, step_timeout_s=0.02)
+    bench.channel.put_s = 0.05
+    bench.say((0, Reply(1, StepResult(1, b""))))
+    with pytest.raises(DeadlineError, match=r"waited 0\.0\d+ s for step 1 from rank 0") as caught:
+        bench.executor.step(plan(1))
+    assert caught.value.waited_s >= 0.05
+    with pytest.raises(DeadlineError):
+        bench.executor.step(plan(2))
+
+
+def test_a_late_step_that_failed_tells_its_failure() -> None:
+    bench = Bench(world_size=1, step_timeout_s=0.02)
+    bench.channel.put_s = 0.05
+    bench.say((0, failure("ZeroDivisionError")))
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        bench.executor.step(plan(1))
+
+
+def test_everybody_who_asked_is_told_of_a_failure() -> None:
+    bench = Bench()
+    told: list[tuple[int, Exception]] = []
+    for number in range(2):
+        bench.executor.on_failure(lambda error, number=number: told.append((number, error)))  # type: ignore[misc]
+    error = FrameError("no message of ours")
+    bench.say(error)
+    with pytest.raises(FrameError):
+        bench.executor.check_health()
+    assert told == [(0, error), (1, error)]
+    bench.executor.close()
+    bench.executor.on_failure(lambda error: told.append((2, error)))
+    assert told[2:] == [(2, error)]
+
+
+def test_a_closed_executor_says_so() -> None:
+    bench = Bench()
+    pending = bench.executor.submit(Ping(), deadline_s=1)
+    told: list[Exception] = []
+    bench.executor.on_failure(told.append)
+    bench.executor.close()
+    bench.executor.on_failure(told.append)
+    assert bench.launcher.closed_with == STOP_TIMEOUT_S
+    num_sent = len(bench.channel.sent)
+    for use in (pending.result, bench.executor.check_health, lambda: bench.executor.collective_rpc("whereabouts")):
+        with pytest.raises(EngineDeadError, match="closed"):
+            use()
+    assert len(bench.channel.sent) == num_sent
+    assert told == []
 
 
 def test_the_first_failure_is_final() -> None:

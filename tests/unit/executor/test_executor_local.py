@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+import phalanx.executor.local as local
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
-from phalanx.errors import StartError
+from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.local import LocalLauncher
 from phalanx.worker.spec import WorkerSpec
 
@@ -47,6 +48,20 @@ def test_a_fork_server_that_dies_before_it_forks_is_the_end_of_every_rank() -> N
     assert set(launcher.exits()) == {0, 1}
     assert all("fork server ended: killed by SIGKILL" in how for how in launcher.exits().values())
     launcher.close(0.0)
+
+
+def test_a_fork_server_that_cannot_be_killed_is_an_error_and_not_a_wait_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "KILL_DEADLINE_S", 0.1)
+    launcher = LocalLauncher({})
+    os.kill(launcher._process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as kernel:
+        kernel.setattr(launcher._process, "kill", lambda: None)
+        with pytest.raises(DeadlineError, match=r"waited 0\.1 s for the end after SIGKILL from the fork server \(pid"):
+            launcher.close(0.0)
+    launcher.close(0.0)
+    assert launcher._process.returncode == -signal.SIGKILL
 
 
 def test_a_fork_server_that_cannot_be_started_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,13 +28,13 @@ def config(**settings: object) -> Config:
     ],
 )
 def test_device(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int, wanted: str, device: str) -> None:
-    monkeypatch.setattr(platform, "num_gpus", lambda: gpus)
+    monkeypatch.setattr(platform, "visible_gpus", lambda: [str(gpu) for gpu in range(gpus)])
     monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
     assert platform.pick_device(config(tensor_parallel_size=ranks, device=wanted)) == device
 
 
 def test_too_few_gpus_is_the_users_to_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "num_gpus", lambda: 1)
+    monkeypatch.setattr(platform, "visible_gpus", lambda: ["0"])
     monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
     with pytest.raises(ConfigError, match="2 GPUs are needed and 1 can be used"):
         platform.pick_device(config(tensor_parallel_size=2, device="cuda"))
@@ -43,7 +43,7 @@ def test_too_few_gpus_is_the_users_to_solve(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("0", 1), ("0,3", 2), ("-1", 0), ("GPU-1a,GPU-2b", 2)])
 def test_visible_devices_are_respected(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert platform.num_gpus() == count
+    assert len(platform.visible_gpus()) == count
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])

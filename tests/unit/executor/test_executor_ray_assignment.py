@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -11,11 +13,13 @@ from phalanx import __version__
 from phalanx.config import ClusterConfig
 from phalanx.errors import ConfigError, PlacementError, StartError
 from phalanx.executor.ray.assignment import PlacedRank, address_of, assign
-from phalanx.executor.ray.environment import environment_for_workers, runtime_env
+from phalanx.executor.ray.environment import NOT_FOR_WORKERS, environment_for_workers, runtime_env
 from phalanx.executor.ray.messages import Introduction
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Node, Place
 from phalanx.transport.interfaces import InterfaceAddress
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "ray.md"
 
 NODES = {
     "a": Node("a", "host-a", "10.0.0.1", 4, 4, is_driver=True),
@@ -103,6 +107,12 @@ def test_what_of_the_environment_goes_to_workers() -> None:
     driver = {"NCCL_DEBUG": "INFO", "HF_HOME": "/models", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0"}
     kept_back = {"PHALANX_API_KEY": "secret", "NCCL_SOCKET_IFNAME": "eth0", "RAY_AUTH_TOKEN": "t", "LOCAL_RANK": "1"}
     assert environment_for_workers({**driver, **kept_back}) == {"NCCL_DEBUG": "INFO", "HF_HOME": "/models"}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_FOR_WORKERS))
+def test_what_the_driver_keeps_is_documented(name: str) -> None:
+    assert environment_for_workers({name: "1"}) == {}
+    assert f"`{name}`" in DOCUMENT.read_text()
 
 
 def test_the_runtime_environment_is_merged() -> None:

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-grpc = pytest.importorskip("grpc")
 pytest.importorskip("ray")
 
-from ray._raylet import AuthenticationTokenLoader, Config  # noqa: E402
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray_head import head
+from tls_files import write_tls_files
 
-from phalanx.errors import ConfigError  # noqa: E402
-from phalanx.executor.ray.probe import NoRayError, get_ready_for  # noqa: E402
+from phalanx.errors import ConfigError
+from phalanx.executor.ray import probe
+from phalanx.executor.ray.probe import NoRayError, answers, get_ready_for, is_gone
 
 TOKEN = "0123456789" * 4
-
-
-@contextmanager
-def head(token: str | None = None, *, is_ray: bool = True) -> Iterator[str]:
-    """The address of one that asks for `token`."""
-
-    def answer(request: bytes, context: Any) -> bytes:
-        sent = dict(context.invocation_metadata()).get("authorization")
-        if token is not None and sent != f"Bearer {token}":
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
-        return b""
-
-    handler = grpc.method_handlers_generic_handler(
-        "ray.rpc.NodeInfoGcsService", {"CheckAlive": grpc.unary_unary_rpc_method_handler(answer)}
-    )
-    server = grpc.server(ThreadPoolExecutor(1))
-    if is_ray:
-        server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 @pytest.fixture
@@ -108,3 +83,29 @@ def test_nobody_is_there(home: Path) -> None:
 def test_somebody_else_is_there(home: Path) -> None:
     with head(is_ray=False) as address, pytest.raises(ConfigError, match=r"is not Ray's head \(UNIMPLEMENTED\)"):
         get_ready_for(address)
+
+
+def test_a_head_that_refuses_us_is_there(home: Path) -> None:
+    with head(TOKEN) as address:
+        assert answers(address)
+        assert not is_gone(address)
+    assert not answers(address)
+    assert is_gone(address)
+
+
+def test_a_head_that_is_slow_is_not_gone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "LOOK_S", 0.05)
+    with head(delay_s=0.3) as address:
+        assert not is_gone(address)
+
+
+def test_a_head_with_tls(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write_tls_files(tmp_path)
+    monkeypatch.setenv("RAY_USE_TLS", "true")
+    monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(files.certificate))
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(files.key))
+    monkeypatch.setenv("RAY_TLS_CA_CERT", str(files.certificate))
+    with head(tls=files) as address:
+        assert answers(address)
+        assert not is_gone(address)
+    assert is_gone(address)

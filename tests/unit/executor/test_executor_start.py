@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 
 from phalanx.config import Config
-from phalanx.errors import ConfigError
-from phalanx.executor.start import _allocate, _fit_model_len, _open_groups, _settle, _specs
-from phalanx.protocol import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory
+from phalanx.errors import ConfigError, DeadlineError
+from phalanx.executor.deadline import Deadline
+from phalanx.executor.start import (
+    _allocate,
+    _fit_model_len,
+    _open_groups,
+    _report_inline,
+    _settle,
+    _specs,
+    start_executor,
+)
+from phalanx.protocol import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory, Progress, StartProgress
 from phalanx.topology.grid import Grid
 
 CHECKPOINT: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float32", path=Path("model"))
@@ -88,12 +97,37 @@ class Stages:
     def __init__(self, *measured: Measured) -> None:
         self.measured = measured
         self.allocated: list[AllocateCache] = []
+        self.clock: Clock | None = None
+        self.deadlines_s: list[float] = []
+
+    def await_loaded(self, on_progress: object, deadline_s: float) -> list[Loaded]:
+        self._take_time(deadline_s)
+        return LOADED
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Any:
+        self._take_time(deadline_s)
         if isinstance(body, AllocateCache):
             self.allocated.append(body)
         replies: Sequence[object] = self.measured if isinstance(body, MeasureMemory) else [Done()] * 2
         return SimpleNamespace(result=lambda: replies)
+
+    def _take_time(self, deadline_s: float) -> None:
+        self.deadlines_s.append(deadline_s)
+        if self.clock is not None:
+            self.clock.now += 4.0
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Clock:
+    """The time of deadlines, which passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("phalanx.executor.deadline.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 LOADED = [Loaded(weight_bytes=1, device="cpu", dtype="float32")] * 2
@@ -101,7 +135,7 @@ LOADED = [Loaded(weight_bytes=1, device="cpu", dtype="float32")] * 2
 
 def test_the_stage_with_the_least_room_decides_for_all() -> None:
     executor: Any = Stages(Measured(cache_bytes=20_000, block_bytes=2000), Measured(cache_bytes=7000, block_bytes=1000))
-    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED)
+    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
     assert (capacity.num_blocks, capacity.block_bytes) == (7, (2000, 1000))
     assert executor.allocated == [AllocateCache(num_blocks=7, max_model_len=112)]
 
@@ -110,4 +144,28 @@ def test_the_advice_counts_what_the_largest_stage_needs() -> None:
     executor: Any = Stages(Measured(cache_bytes=4000, block_bytes=1000), Measured(cache_bytes=4000, block_bytes=2000))
     config = Config.build(model="m", block_size=16, max_model_len=48)
     with pytest.raises(ConfigError, match="raise kv_cache_memory to 6000 bytes"):
-        _allocate(executor, config, CHECKPOINT, LOADED)
+        _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0))
+
+
+def test_one_deadline_is_for_all_phases_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor: Any = Stages(*[Measured(cache_bytes=16_000, block_bytes=1000)] * 2)
+    executor.clock = clock = Clock(monkeypatch)
+
+    def launch(*_: object) -> Any:
+        clock.now += 1.0
+        return executor
+
+    monkeypatch.setattr("phalanx.executor.start._launch", launch)
+    start_executor(Config.build(model="m", device="cpu", start_timeout_s=10.0), CHECKPOINT, lambda *_: None)
+    assert executor.deadlines_s == [9.0, 5.0, 1.0]
+
+
+def test_an_inline_start_that_takes_too_long_ends_where_it_tells_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadline, told = Deadline(2.0), list[StartProgress]()
+    clock.now = 1.9
+    _report_inline(told.append, deadline, Progress("loading", 1, 2))
+    clock.now = 2.5
+    with pytest.raises(DeadlineError, match=r"waited 2\.5 s for the end of its start from rank 0"):
+        _report_inline(told.append, deadline, Progress("loading", 2, 2))
+    assert [progress.done for progress in told] == [1, 2]

@@ -88,6 +88,23 @@ class Stages:
         return self.stages[-1].logits(hidden_RD)
 
 
+def make_sequences(seed: int = 0) -> list[Sequence]:
+    rng = random.Random(seed)
+    return [Sequence([rng.randrange(256) for _ in range(length)]) for length in (61, 1, 8, 35, 17)]
+
+
+def run_in_random_pieces(model: CausalLM | Stages, seed: int) -> list[Tensor]:
+    """The logits of those sequences, in chunks, decodes and pauses in one random mix; the same on every rank."""
+    rng = random.Random(seed)
+    sequences = make_sequences(seed)
+    run = PagedRun(model, seed=seed)
+    while left := [sequence for sequence in sequences if sequence.num_left]:
+        work = [(sequence, min(sequence.num_left, rng.choice([0, 1, 1, 2, 7, 23]))) for sequence in left]
+        if work := [(sequence, count) for sequence, count in work if count]:
+            run.step(work)
+    return [run.logits_of(sequence) for sequence in sequences]
+
+
 class PagedRun:
     """Computes tokens of several sequences at a time, and keeps the logits of every token."""
 

@@ -75,7 +75,7 @@ def test_an_unknown_conversion_is_named(checkpoint: Checkpoint, monkeypatch: pyt
         rename_source_key=lambda key: (key, "weight"), operations=[Transpose()], source_patterns=["weight"]
     )
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [transform])
-    tensors = {"model.norm.weight": TensorInfo(checkpoint.path / "model.safetensors", "F32", (72,))}
+    tensors = {"model.norm.weight": TensorInfo(checkpoint.path / "model.safetensors", "F32", (72,), 0, 288)}
     with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight is converted by Transpose"):
         find_sources(None, tensors, ["model.norm.weight"])
 

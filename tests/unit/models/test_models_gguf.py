@@ -193,6 +193,14 @@ def test_a_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     assert list(cache.iterdir()) == [first]
 
 
+def test_a_link_may_lead_to_a_file_without_the_suffix(tmp_path: Path, cache: Path) -> None:
+    """As the hub's cache has them."""
+    source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
+    blob = write_gguf(tmp_path / "blob.gguf", source, "llama", gguf.GGMLQuantizationType.Q8_0)
+    (tmp_path / "model.gguf").symlink_to(blob.rename(tmp_path / "0123456789abcdef"))
+    assert resolve(str(tmp_path / "model.gguf")).architecture == "LlamaForCausalLM"
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", **SHAPE)
     file = write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.F32)
@@ -281,4 +289,10 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install 'phalanx\[gguf\]'"):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").symlink_to("/proc/self/mem")  # what may not be read, tests that run as root can read
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
         resolve(str(tmp_path / "model.gguf"))

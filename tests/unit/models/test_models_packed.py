@@ -16,7 +16,7 @@ from phalanx.collectives.group import Group
 from phalanx.errors import UserError
 from phalanx.models.model import CausalLM
 from phalanx.models.packed import Linear, Packing, Product, can_pack
-from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
+from phalanx.testing.checkpoints import FAMILIES, MIXTURES
 from phalanx.testing.thread_group import ThreadGroup, run_ranks
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype, paged.CPU)]
@@ -73,14 +73,6 @@ def test_what_cannot_be_packed(dtype: torch.dtype, device: str) -> None:
     assert not can_pack(dtype, torch.device(device))
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    def write(family: str, *, tied: bool = False) -> Path:
-        return write_checkpoint(tmp_path_factory.mktemp("model"), family, tie_word_embeddings=tied)
-
-    return write
-
-
 def last_logits(model: CausalLM) -> Tensor:
     run, sequence = paged.PagedRun(model), paged.Sequence([3, 1, 4, 1, 5, 9])
     run.step([(sequence, 4)])
@@ -108,7 +100,7 @@ def one_rank(path: Path, **options: Any) -> CausalLM:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_plain_weights_come_back(written: Any, family: str, tied: bool) -> None:
-    path = written(family, tied=tied)
+    path = written(family, tie_word_embeddings=tied)
     packed, plain = one_rank(path), one_rank(path, pack=False)
     last_logits(packed)
     found, expected = packed.named_parameters(), plain.named_parameters()
@@ -121,7 +113,7 @@ def test_plain_weights_come_back(written: Any, family: str, tied: bool) -> None:
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_weights_have_effect_in_the_next_step(written: Any, tied: bool, pack: bool) -> None:
-    path = written("qwen2", tied=tied)
+    path = written("qwen2", tie_word_embeddings=tied)
     model, expected = one_rank(path, pack=pack), one_rank(path, pack=False)
     before = last_logits(model)
     for changed in (model, expected):

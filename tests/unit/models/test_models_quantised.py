@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from phalanx.models.weight_files import TensorInfo
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.sharding import Span
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKEN_IDS = list(range(50))
 SHAPE = {
@@ -109,14 +111,6 @@ def as_ordered_after_all(stem: str, weight_OI: Tensor) -> tuple[dict[str, Tensor
 
 def as_channels(stem: str, weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return as_compressed(stem, weight_OI, group_size=weight_OI.shape[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Quantise = Callable[..., tuple[dict[str, Tensor], Tensor]]
@@ -290,7 +284,9 @@ def test_a_quantisation_that_makes_no_sense_is_the_checkpoints_fault(tmp_path: P
 @pytest.mark.parametrize("form", ["awq", "asymmetric"])
 def test_no_more_is_read_than_a_part_needs(form: str) -> None:
     tensors, expected_OI = FORMS[form][0]("layer", torch.randn(32, 64))
-    headers = {name: TensorInfo(Path("file"), "I32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    headers = {
+        name: TensorInfo(Path("file"), "I32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items()
+    }
     (info,) = join_parts(headers, AWQ if form == "awq" else PACK_QUANTIZED).values()
     assert isinstance(info, QuantisedInfo)
     read: dict[str, int] = {}

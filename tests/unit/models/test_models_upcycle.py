@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import models_paged as paged
 import pytest
 import torch
+from models_variants import VARIANTS, YARN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,39 +30,22 @@ from phalanx.models.upcycle import upcycle
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FOUR = Mixture(num_experts=4, num_experts_per_tok=2)
-ROPE: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 4.0},
-    "llama3": {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-    },
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 1.3},
-}  # fmt: skip
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: VARIANTS[name] for name in ("tied", "linear rope", "llama3 rope")},
     "llama": ("llama", {}),
-    "tied": ("llama", {"tie_word_embeddings": True, "vocab_size": 263}),
     "another eps and activation": ("llama", {"rms_norm_eps": 0.3, "hidden_act": "gelu"}),
     "mistral with a window": ("mistral", {}),
     "mistral without": ("mistral", {"sliding_window": None}),
     "qwen3": ("qwen3", {}),
     "qwen3 with biases": ("qwen3", {"attention_bias": True}),
     "qwen3 with a window": ("qwen3", {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 0}),
-    **{
-        f"{kind} rope": (family, {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}})
-        for kind, more in ROPE.items()
-        for family in (["qwen3"] if kind == "yarn" else ["llama"])
-    },
+    "yarn rope": ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
 }
 PROMPTS = ([5, 99, 17, 200, 41], [7] * 40)
 NUM_TOKENS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -97,9 +81,9 @@ def dense(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "dense", "llama")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DENSE)
 def test_the_mixture_says_what_the_dense_model_says(tmp_path: Path, variant: str) -> None:
-    family, shape = VARIANTS[variant]
+    family, shape = DENSE[variant]
     source = write_checkpoint(tmp_path / "dense", family, **shape)
     made = make(source, tmp_path / "mixture")
     assert made.architecture == ("Qwen3MoeForCausalLM" if family == "qwen3" else "MixtralForCausalLM")

@@ -26,6 +26,14 @@ def _everything_open() -> Counter[str]:
     return Counter([*_descriptors(), *os.listdir("/dev/shm")])
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _what_was_there_before() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()  # else each test's collection goes through all that torch and transformers have made
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     Poller.of_process()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
-from transport_cluster import Add, Cluster, Command, Queue, Stop, Sum
+from transport_cluster import Cluster, Queue
+from transport_messages import Add, Command, Stop, Sum
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
+from phalanx.transport.link_messages import Goodbye
 from phalanx.transport.liveness import Party
 
 LAYOUTS = {
@@ -191,6 +194,15 @@ def test_forgetting_a_rank_takes_it_out_of_the_way_of_the_others(cluster: Cluste
     assert queue.get(timeout_s=0.1) is None
 
 
+def test_replies_of_a_forgotten_rank_that_have_come_are_dropped(cluster: Cluster, queue: Queue) -> None:
+    for number in range(2):
+        cluster.workers[1].put(Sum(number), deadline_s=5)
+    time.sleep(0.1)  # for both to come
+    assert queue.get(timeout_s=5) == (1, Sum(0), [])
+    queue.forget(1)
+    assert queue.get(timeout_s=0.1) is None
+
+
 def test_ranks_learn_that_the_brain_left_after_its_commands(cluster: Cluster, queue: Queue) -> None:
     queue.put(Stop(), deadline_s=5)
     queue.close()
@@ -201,6 +213,19 @@ def test_ranks_learn_that_the_brain_left_after_its_commands(cluster: Cluster, qu
     for relay in cluster.relays.values():
         relay.thread.join(5)
         assert relay.ended_with is None
+
+
+def test_a_goodbye_ends_a_relay_whose_reply_the_network_does_not_take(stack: ExitStack) -> None:
+    cluster = Cluster(stack, [], {"node-b": [0]})
+    relay, (link,) = cluster.relays["node-b"], cluster.queue._links._links.values()
+    cluster.workers[0].put(Sum(0), [bytes(40_000_000)], deadline_s=5)
+    time.sleep(0.1)  # for the relay to fill the connection, from which nobody reads
+    link._say(Goodbye())
+    with suppress(OSError):  # the relay may be gone already
+        link._connection.shutdown(socket.SHUT_WR)
+    relay.thread.join(5)
+    assert not relay.thread.is_alive()
+    assert relay.ended_with is None
 
 
 def test_a_relay_that_ends_is_a_death_that_names_its_ranks(cluster: Cluster, queue: Queue) -> None:
@@ -247,7 +272,7 @@ def test_idle_queues_and_relays_take_next_to_no_cpu(queue: Queue) -> None:
 
 def test_nodes_that_do_not_come_are_named() -> None:
     remote = {"node-b": [2, 3], "node-c": [4]}
-    with ClusterQueue.create(
+    with ClusterQueue(
         [0, 1], remote, command_type=Command, reply_type=Sum, address="127.0.0.1", key=RunKey.new()
     ) as queue:
         expected = r"a connection from node node-b \(rank 2, rank 3\), node node-c \(rank 4\)"

@@ -20,11 +20,12 @@ from phalanx.transport.handshake import MAX_MESSAGE_BYTES, PROLOGUE, VERSION, Re
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Hello, Welcome
 from phalanx.transport.node_listener import MAX_PENDING, JoinedNode, NodeListener
-from phalanx.transport.noise import Initiator
+from phalanx.transport.noise import KEY_BYTES, Initiator
 from phalanx.transport.relay import NodeRelay
 
 KEY = RunKey.new()
 HELLO = Hello(VERSION, "node-b", (2, 3), 1, 16)
+ENCODED_HELLO = msgspec.msgpack.encode(HELLO)
 
 
 def _why_not(hello: Hello) -> str | None:
@@ -42,8 +43,16 @@ def _connect(listener: NodeListener) -> socket.socket:
     return connect_to(listener.address, listener.port, deadline_s=5)
 
 
-def _first_message(key: RunKey = KEY, hello: Hello = HELLO) -> bytes:
-    message = Initiator(key.secret, PROLOGUE).write_message(msgspec.msgpack.encode(hello))
+def _first_message(key: RunKey = KEY, payload: bytes = ENCODED_HELLO) -> bytes:
+    message = Initiator(key.secret, PROLOGUE).write_message(payload)
+    return len(message).to_bytes(2, "big") + message
+
+
+def _message_of_low_order() -> bytes:
+    """The right key for the run, and a public key that gives no secret with any other."""
+    initiator, zero = Initiator(KEY.secret, PROLOGUE), bytes(KEY_BYTES)
+    initiator._symmetric.mix_public_key(zero)
+    message = zero + initiator._symmetric.encrypt_and_hash(ENCODED_HELLO)
     return len(message).to_bytes(2, "big") + message
 
 
@@ -75,20 +84,23 @@ def test_a_node_comes_in(listener: NodeListener) -> None:
     assert not listener.refusals
 
 
-@pytest.mark.parametrize(
-    ("said", "refusal"),
-    [
-        (_first_message(RunKey.new()), Refusal.WRONG_KEY),
-        (_first_message(RunKey(bytes(32))), Refusal.WRONG_KEY),
-        (_first_message()[:-1] + b"\0", Refusal.WRONG_KEY),
-        (b"\0\60" + bytes(48), Refusal.WRONG_KEY),
-        (b"GET / HTTP/1.1\r\n\r\n", Refusal.OVERSIZE),
-        (b"\xff\xff", Refusal.OVERSIZE),
-        ((MAX_MESSAGE_BYTES + 1).to_bytes(2, "big"), Refusal.OVERSIZE),
-        (b"\0\0", Refusal.GARBAGE),
-        (b"\0\5hello", Refusal.GARBAGE),
-    ],
-)
+STRANGERS = {
+    "another key": (_first_message(RunKey.new()), Refusal.WRONG_KEY),
+    "no key": (_first_message(RunKey(bytes(32))), Refusal.WRONG_KEY),
+    "a changed byte": (_first_message()[:-1] + b"\0", Refusal.WRONG_KEY),
+    "zeros": (b"\0\60" + bytes(48), Refusal.WRONG_KEY),
+    "HTTP": (b"GET / HTTP/1.1\r\n\r\n", Refusal.OVERSIZE),
+    "the greatest length": (b"\xff\xff", Refusal.OVERSIZE),
+    "too great a length": ((MAX_MESSAGE_BYTES + 1).to_bytes(2, "big"), Refusal.OVERSIZE),
+    "nothing": (b"\0\0", Refusal.GARBAGE),
+    "too little": (b"\0\5hello", Refusal.GARBAGE),
+    "a public key of low order": (_message_of_low_order(), Refusal.GARBAGE),
+    "no hello": (_first_message(payload=b"hello"), Refusal.GARBAGE),
+    "no text": (_first_message(payload=ENCODED_HELLO.replace(b"node-b", b"node-\xff")), Refusal.GARBAGE),
+}
+
+
+@pytest.mark.parametrize(("said", "refusal"), STRANGERS.values(), ids=STRANGERS)
 def test_strangers_get_no_answer(listener: NodeListener, said: bytes, refusal: Refusal) -> None:
     with _connect(listener) as stranger:
         stranger.sendall(said)
@@ -99,7 +111,7 @@ def test_strangers_get_no_answer(listener: NodeListener, said: bytes, refusal: R
     assert listener.refusals.total() == 1
 
 
-@pytest.mark.parametrize("said", [b"", _first_message()[:20]])
+@pytest.mark.parametrize("said", [b"", _first_message()[:20]], ids=["nothing", "a part"])
 def test_who_leaves_is_counted(listener: NodeListener, said: bytes) -> None:
     with _connect(listener) as stranger:
         stranger.sendall(said)
@@ -107,7 +119,9 @@ def test_who_leaves_is_counted(listener: NodeListener, said: bytes) -> None:
     _node_comes_in(listener)
 
 
-@pytest.mark.parametrize("said", [b"", _first_message()[:20], _first_message()])
+@pytest.mark.parametrize(
+    "said", [b"", _first_message()[:20], _first_message()], ids=["nothing", "a part", "all but the proof"]
+)
 def test_who_says_nothing_or_not_enough_is_not_awaited_for_long(
     listener: NodeListener, said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +187,22 @@ def test_it_is_logged_once_a_kind(listener: NodeListener, caplog: pytest.LogCapt
     assert "does not have the key" in record.getMessage()
     assert listener.address in record.getMessage()
     assert KEY.secret.hex() not in caplog.text
+
+
+def test_the_totals_are_logged_at_the_end(listener: NodeListener, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(1, 4):
+        with _connect(listener) as stranger:
+            stranger.sendall(_first_message(RunKey.new()))
+            _await_refusal(listener, Refusal.WRONG_KEY, number)
+    with _connect(listener) as stranger:
+        stranger.sendall(b"\0\0")
+        _await_refusal(listener, Refusal.GARBAGE)
+    caplog.clear()
+    listener.close()
+    listener.close()
+    assert caplog.messages == [
+        "refused 4 connections in all: it does not have the key of this run (3); what it sends is no handshake (1)"
+    ]
 
 
 def test_a_node_that_is_not_awaited_hears_why(listener: NodeListener) -> None:

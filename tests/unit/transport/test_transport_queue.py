@@ -6,33 +6,20 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from transport_messages import Add, Command, Stop, Sum
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.transport.liveness import Party
-from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
+from phalanx.transport.queue import MessageQueue, QueueHandle, QueueShape, WorkerEndpoint
 
-
-class Add(msgspec.Struct, tag=True, array_like=True):
-    left: int
-    right: int
-
-
-class Stop(msgspec.Struct, tag=True, array_like=True):
-    pass
-
-
-class Sum(msgspec.Struct, tag=True, array_like=True):
-    value: int
-
-
-Command = Add | Stop
 Queue = MessageQueue[Command, Sum]
 Endpoint = WorkerEndpoint[Command, Sum]
 
 
 @pytest.fixture
 def queue() -> Iterator[Queue]:
-    with MessageQueue.create(["rank 0", "rank 1"], command_type=Command, reply_type=Sum, num_slots=2) as made:
+    shape = QueueShape(num_slots=2)
+    with MessageQueue(["rank 0", "rank 1"], command_type=Command, reply_type=Sum, shape=shape) as made:
         yield made
 
 
@@ -202,9 +189,9 @@ def test_what_is_no_reply_is_refused_and_passed_over(queue: Queue, workers: list
 
 def test_a_type_that_cannot_travel_is_refused_at_once() -> None:
     with pytest.raises(TypeError):
-        MessageQueue.create(["rank 0"], command_type=Add | Sum | int | complex | threading.Thread, reply_type=Sum)
+        MessageQueue(["rank 0"], command_type=Add | Sum | int | complex | threading.Thread, reply_type=Sum)
 
 
 def test_eight_workers_take_less_than_8_mib_each() -> None:
-    with MessageQueue.create([f"rank {r}" for r in range(8)], command_type=Stop, reply_type=Sum) as queue:
+    with MessageQueue([f"rank {r}" for r in range(8)], command_type=Stop, reply_type=Sum) as queue:
         assert queue.handle(0).segment.size_bytes < 10 * 2**20

@@ -7,29 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import msgspec
+from transport_messages import Command, Sum
 
 from phalanx.errors import PhalanxError
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
-from phalanx.transport.queue import WorkerEndpoint
+from phalanx.transport.queue import QueueShape, WorkerEndpoint
 from phalanx.transport.relay import NodeRelay
 
-
-class Add(msgspec.Struct, tag=True, array_like=True):
-    left: int
-    right: int
-
-
-class Stop(msgspec.Struct, tag=True, array_like=True):
-    pass
-
-
-class Sum(msgspec.Struct, tag=True, array_like=True):
-    value: int
-
-
-Command = Add | Stop
 Queue = ClusterQueue[Command, Sum]
 Endpoint = WorkerEndpoint[Command, Sum]
 
@@ -37,8 +22,8 @@ Endpoint = WorkerEndpoint[Command, Sum]
 class RunningRelay:
     """A node's relay in a thread. `ended_with` is what its `run` raised."""
 
-    def __init__(self, queue: Queue, key: RunKey, node: str, ranks: Sequence[int], num_slots: int) -> None:
-        self.relay = NodeRelay(node, ranks, num_slots=num_slots)
+    def __init__(self, queue: Queue, key: RunKey, node: str, ranks: Sequence[int], shape: QueueShape) -> None:
+        self.relay = NodeRelay(node, ranks, shape=shape)
         self.relay.dial(queue.address, queue.port, key, deadline_s=10)
         self.ended_with: PhalanxError | None = None
         self.thread = threading.Thread(target=self._run)
@@ -69,13 +54,13 @@ class Cluster:
         attached: bool = True,
         **options: Any,
     ) -> None:
-        key = RunKey.new()
+        key, shape = RunKey.new(), QueueShape(num_slots=num_slots)
         options = {"address": "127.0.0.1", **options}
-        self.queue: Queue = ClusterQueue.create(
-            local, remote, command_type=Command, reply_type=Sum, key=key, num_slots=num_slots, **options
+        self.queue: Queue = ClusterQueue(
+            local, remote, command_type=Command, reply_type=Sum, key=key, shape=shape, **options
         )
         stack.callback(self.queue.close)
-        self.relays = {node: RunningRelay(self.queue, key, node, ranks, num_slots) for node, ranks in remote.items()}
+        self.relays = {node: RunningRelay(self.queue, key, node, ranks, shape) for node, ranks in remote.items()}
         for relay in self.relays.values():
             stack.callback(relay.close)
         self.queue.accept(deadline_s=10)

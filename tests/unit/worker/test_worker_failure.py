@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 import msgspec
 import pytest
 
 from phalanx.errors import ConfigError
 from phalanx.protocol import Failure
-from phalanx.transport.queue import MessageQueue
+from phalanx.transport.queue import DEFAULT_SHAPE
 from phalanx.worker.failure import describe
 
-SLOT_BYTES = inspect.signature(MessageQueue.create).parameters["slot_bytes"].default
+SLOT_BYTES = DEFAULT_SHAPE.slot_bytes
 
 
 def first(depth: int) -> None:

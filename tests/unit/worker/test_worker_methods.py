@@ -16,6 +16,11 @@ class Point(msgspec.Struct):
     y: int
 
 
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
 class Probe:
     def __init__(self, worker: object) -> None:
         self.worker = worker
@@ -31,6 +36,17 @@ class Probe:
     @remote_method
     def broken(self) -> None:
         raise RuntimeError("out of luck")
+
+    @remote_method
+    def broken_in_no_language(self) -> None:
+        raise ValueError("nothing in model\udcff")
+
+    @remote_method
+    def broken_beyond_words(self) -> None:
+        raise Speechless
+
+    @remote_method(changes_weights=True)
+    def scale(self, factor: float) -> None: ...
 
     def secret(self) -> str:
         return "not declared"
@@ -54,7 +70,7 @@ def test_arguments_and_results_keep_their_types() -> None:
 @pytest.mark.parametrize(
     ("method", "args", "complaint"),
     [
-        ("secret", (), "declared: broken, joined, scaled"),
+        ("secret", (), "declared: broken, broken_beyond_words, broken_in_no_language, joined, scale, scaled"),
         ("__init__", (), "not declared"),
         ("scaled", (), "missing a required argument: 'point'"),
         ("scaled", ("no point",), "point of scaled: Expected `object`, got `str`"),
@@ -72,6 +88,46 @@ def test_what_a_method_raises_is_the_answer() -> None:
     assert isinstance(answer, MethodError) and not answer.is_user_error
     assert (answer.kind, answer.message) == ("RuntimeError", "out of luck")
     assert "in broken" in answer.traceback
+
+
+def test_what_a_method_raises_can_be_sent_whatever_its_text_is() -> None:
+    for method, message in (
+        ("broken_in_no_language", r"nothing in model\udcff"),
+        ("broken_beyond_words", "its text cannot be had: LookupError"),
+    ):
+        answer = call(method)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=MethodError) == answer
+        assert isinstance(answer, MethodError) and answer.message == message
+        assert f"in {method}" in answer.traceback
+
+
+def test_methods_that_change_weights_are_told_apart() -> None:
+    assert Methods(Probe(None)).changing_weights() == ["scale"]
+
+
+class Worker:
+    @remote_method
+    def whereabouts(self) -> str:
+        return "here"
+
+
+class Impostor:
+    @remote_method
+    def whereabouts(self) -> str:
+        return "elsewhere"
+
+
+def test_an_extension_adds_methods() -> None:
+    methods = Methods(Worker())
+    methods.extend("probes:Probe", Probe(None))
+    assert value_of(methods.call(CallMethod("whereabouts", encode_arguments((), {})))) == "here"
+    assert value_of(methods.call(CallMethod("joined", encode_arguments(("a",), {})))) == "a"
+    assert methods.changing_weights() == ["scale"]
+
+
+def test_a_name_that_the_worker_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"worker_extension_cls: 'probes:Impostor'.*'whereabouts'.*another name"):
+        Methods(Worker()).extend("probes:Impostor", Impostor())
 
 
 def test_what_cannot_be_sent_is_refused_before_it_is() -> None:

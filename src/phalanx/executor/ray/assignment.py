@@ -123,8 +123,8 @@ def _check_devices(ranks: Sequence[int], devices: Sequence[str], node: Node) -> 
         (str(rank), device) for rank, device in zip(ranks, devices, strict=True)
     ]
     raise PlacementError(
-        f"Ray has given GPU {', '.join(shared)} of {node.name} to more than one rank; raise ray_per_worker_gpus above "
-        "one half, or give a placement group with a bundle on each GPU",
+        f"Ray has given GPU {', '.join(shared)} of {node.name} to more than one rank: at a ray_per_worker_gpus "
+        "of one half or less a node can have one rank; raise it, or give a placement group with a bundle on each GPU",
         aligned(rows),
     )
 

@@ -5,42 +5,35 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import ray
 import ray.exceptions
 from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
 from ray._private.ray_logging import stdout_deduplicator
-from ray._private.services import canonicalize_bootstrap_address, canonicalize_bootstrap_address_or_die
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # compiled
 
 from phalanx.config import ClusterConfig
 from phalanx.errors import ConfigError, StartError
 from phalanx.executor.platform import num_cores
+from phalanx.executor.ray.discovery import find_ray
+from phalanx.executor.ray.private_ray import Keeper, start_private_ray
 from phalanx.executor.ray.probe import NoRayError, get_ready_for
 from phalanx.topology.placement import Node
 
 LOCAL = "local"
 EVERYTHING = re.compile("")
-NO_RAY = "Could not find any running Ray instance"
-OBJECT_STORE_BYTES = 80 * 2**20
-"""The least that Ray takes: nothing of ours goes through it."""
-
-log = logging.getLogger("phalanx.executor")
+HOST_AND_PORT = re.compile(r"(\[.+\]|[^:/]+):\d+")
 
 _lock = threading.Lock()
 _num_users = 0
 """Of the connection that this module made: the last one ends it."""
-_auth_mode: str | None = None
-"""The user's own word on whether Ray's tokens are used. Ray leaves what a connection came to where that is read."""
-_keeper: subprocess.Popen[bytes] | None = None
+_teardown = ExitStack()
+"""Ends that connection, whatever there is of it."""
+_keeper = Keeper()
 """Of a Ray of our own."""
 
 
@@ -95,46 +88,66 @@ def _node_name(host: str, node_id: str, hosts: Counter[str]) -> str:
 def connect(cluster: ClusterConfig, *, num_ranks: int) -> Connection:
     """Connect to Ray; `num_ranks` is how many a Ray of our own must have room for on the CPU.
 
-    Raises ConfigError if there is no Ray at the address or it does not let us in; StartError.
+    Raises ConfigError if there is no Ray at the address or it does not let us in; StartError. Nothing has changed then.
     """
     global _num_users
+    asked = cluster.ray_address
+    if asked is not None:
+        _check_format(asked)
     with _lock, ExitStack() as undo:
+        ownership = ExitStack()
         if _num_users or not ray.is_initialized():
-            if not _num_users:
-                _initialize(cluster, num_ranks)
             _num_users += 1
-            undo.callback(_release)
-        _check_same(cluster.ray_address)
-        return Connection(undo.pop_all())
+            undo.callback(_let_go)
+            ownership.callback(_release)
+            if _num_users == 1:
+                _initialize(cluster, num_ranks)
+        if asked is not None:
+            _check_same(asked)
+        connection = Connection(ownership)
+        undo.pop_all()
+        return connection
 
 
-def _check_same(address: str | None) -> None:
+def _check_format(address: str) -> None:
+    if address != LOCAL and not HOST_AND_PORT.fullmatch(address):
+        raise ConfigError("ray_address", address, "HOST:PORT of a Ray cluster that this host is a node of, or local")
+
+
+def _check_same(address: str) -> None:
     """Whether the Ray that this process is connected to is the one that was asked for."""
     connected_to = ray.get_runtime_context().gcs_address
-    if address is not None and address != LOCAL and canonicalize_bootstrap_address(address) != connected_to:
+    if address == LOCAL:
+        if not _keeper.is_hired:
+            complaint = f"this process is connected already, to the Ray at {connected_to}, which is not one of its own"
+            raise ConfigError("ray_address", address, complaint)
+    elif canonicalize_bootstrap_address(address) != connected_to:
         raise ConfigError("ray_address", address, f"this process is connected to the Ray at {connected_to} already")
 
 
 def _release() -> None:
-    global _num_users
     with _lock:
-        _num_users -= 1
-        if not _num_users:
-            ray.shutdown()
-            _unmute()
-            _restore_auth_mode()
-            _dismiss_keeper()
+        _let_go()
+
+
+def _let_go() -> None:
+    """With the lock held."""
+    global _num_users
+    _num_users -= 1
+    if not _num_users:
+        _teardown.close()
 
 
 def _initialize(cluster: ClusterConfig, num_ranks: int) -> None:
-    global _auth_mode
-    _auth_mode = os.environ.get(AUTH_MODE_ENV_VAR)
+    """What is begun here is ended by `_teardown`, also if it fails."""
+    _teardown.callback(_keeper.dismiss)
+    _teardown.callback(_restore_auth_mode, os.environ.get(AUTH_MODE_ENV_VAR))
+    _teardown.callback(_unmute)
+    _teardown.callback(ray.shutdown)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    address = cluster.ray_address or os.environ.get("RAY_ADDRESS") or None
     if address is not None and address != LOCAL:
-        if not re.fullmatch(r"(\[.+\]|[^:/]+):\d+", address):
-            allowed = "HOST:PORT of a Ray cluster that this host is a node of, or local"
-            raise ConfigError("ray_address", address, allowed)
+        _check_format(address)
         get_ready_for(address)
         _join(address)
     elif address == LOCAL or not _join_running():
@@ -143,12 +156,9 @@ def _initialize(cluster: ClusterConfig, num_ranks: int) -> None:
 
 def _join_running() -> bool:
     """Connect to the Ray that runs on this host; False if there is none."""
-    try:
-        address = canonicalize_bootstrap_address_or_die("auto")
-    except ConnectionError as error:
-        if NO_RAY in str(error):
-            return False
-        raise ConfigError("ray_address", None, f"which one is meant: {_first_line(error)}") from error
+    address = find_ray()
+    if address is None:
+        return False
     try:
         get_ready_for(address)
     except NoRayError:  # it has ended, and left a file with its address
@@ -166,25 +176,13 @@ def _join(address: str) -> None:
 
 
 def _start_own(cluster: ClusterConfig, num_ranks: int) -> None:
-    """A Ray for this process alone, with all GPUs, and enough of Ray's CPUs for the ranks as `local` would run them."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """A Ray for this process alone, with enough of Ray's CPUs for the ranks as `local` would run them."""
     num_cpus = max(num_cores(), -int(-num_ranks * cluster.ray_per_worker_gpus // 1))
-    earlier = set(_descendants(os.getpid()))
     try:
-        context: Any = ray.init(
-            LOCAL,
-            num_cpus=num_cpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_private_ray(num_cpus, _keeper)
     except (RuntimeError, OSError, ValueError) as error:
         raise StartError("Ray", "starting", _first_line(error)) from error
     _mute()
-    session = Path(context.address_info["session_dir"])
-    log.info("Ray was started on this host; its logs are in %s/logs", session)
-    _hire_keeper(session, [pid for pid in _descendants(os.getpid()) if pid not in earlier])
 
 
 def _mute() -> None:
@@ -196,40 +194,15 @@ def _unmute() -> None:
     stdout_deduplicator.skip_re = None  # type: ignore[assignment]  # as it is at first
 
 
-def _restore_auth_mode() -> None:
-    """The next Ray may have no tokens, and would lose the actors of a client that sends one."""
-    if _auth_mode is None:
+def _restore_auth_mode(mode: str | None) -> None:
+    """`mode` is the user's own word on whether Ray's tokens are used. Ray leaves what a connection came to where that
+    is read: the next Ray may have no tokens, and would lose the actors of a client that sends one.
+    """
+    if mode is None:
         os.environ.pop(AUTH_MODE_ENV_VAR, None)
     else:
-        os.environ[AUTH_MODE_ENV_VAR] = _auth_mode
+        os.environ[AUTH_MODE_ENV_VAR] = mode
     RayConfig.initialize("")
-
-
-def _hire_keeper(session: Path, pids: Sequence[int]) -> None:
-    global _keeper
-    arguments = (os.getpid(), session / "sockets", *pids)
-    _keeper = subprocess.Popen(
-        [sys.executable, "-m", "phalanx.executor.ray.keeper", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def _dismiss_keeper() -> None:
-    global _keeper
-    if _keeper is not None:
-        _keeper.kill()
-        _keeper.wait()
-        _keeper = None
-
-
-def _descendants(pid: int) -> list[int]:
-    """Children of a process, their children, and so on."""
-    found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found += [child, *_descendants(child)]
-    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,8 +14,9 @@ import ray
 from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from phalanx.config import Config
+from phalanx.config import ClusterConfig, Config
 from phalanx.errors import StartError
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
 from phalanx.executor.ray.assignment import PlacedRank, address_of, assign
 from phalanx.executor.ray.calls import answers_to, explain
@@ -40,14 +41,16 @@ TAIL_LINES = 15
 class Crew:
     """Actors that are made at once, all at the same time. `close` ends them."""
 
-    def __init__(self, config: Config, grid: Grid, checkpoint: str, reservation: Reservation) -> None:
-        """Ask Ray for the actors; returns before they are there."""
+    def __init__(
+        self, config: Config, grid: Grid, checkpoint: str, reservation: Reservation, deadline: Deadline
+    ) -> None:
+        """Ask Ray for the actors, which are to come and to be linked by the deadline; returns before they are there."""
         self._config = config
         self._grid = grid
         self._checkpoint = checkpoint
         self._reservation = reservation
         self._instance = secrets.token_hex(4)
-        self._deadline_s = config.executor.start_timeout_s
+        self.deadline = deadline
         nodes = reservation.nodes
         self.ranks: list[Any] = []  # Ray's handles have the methods of their actors, of which no checker knows
         self.agents: dict[str, Any] = {}
@@ -79,10 +82,13 @@ class Crew:
             calls[actor.introduce.remote(preparation)] = f"rank {place.rank} on {nodes[place.node_id].name}"
         for node_id, agent in self.agents.items():
             calls[agent.introduce.remote()] = self.agent_name(node_id)
-        answers = answers_to(calls, "starting", self._deadline_s)
+        answers = answers_to(calls, "starting", self.deadline.remaining_s)
         said = [msgspec.msgpack.decode(answer, type=Introduction) for answer in answers]
         of_node = {one.node_id: one.addresses for one in said}
-        addresses = self._addresses({place.node_id: of_node[place.node_id] for place in places})
+        addresses = addresses_of(
+            self._config.cluster, nodes, {place.node_id: of_node[place.node_id] for place in places}
+        )
+        self.brain_address = addresses[self.driver_node.node_id]
         for one in said:
             if nodes[one.node_id].is_driver:
                 self.raylet = Party.of("raylet", one.raylet_pid)
@@ -93,23 +99,9 @@ class Crew:
             )
         return self.placed
 
-    def _addresses(self, held: Mapping[str, Sequence[InterfaceAddress]]) -> dict[str, str]:
-        """Where each node is reached, by its id: all over the same version of IP."""
-        asked, interface = self._config.cluster.node_address, self._config.cluster.network_interface
-        driver = self.driver_node
-        if asked is None:
-            self.brain_address = address_of(driver, interface_addresses(), interface)
-            version = None
-        else:
-            self.brain_address = numeric_address(asked)
-            version = ipaddress.ip_address(self.brain_address).version
-        nodes = self._reservation.nodes
-        found = {node_id: address_of(nodes[node_id], those, interface, version) for node_id, those in held.items()}
-        return {**found, driver.node_id: self.brain_address}
-
     @property
     def driver_node(self) -> Node:
-        return next(node for node in self._reservation.nodes.values() if node.is_driver)
+        return _driver_of(self._reservation.nodes)
 
     def ranks_of_agents(self) -> dict[str, list[int]]:
         """The ranks of each node that has an agent, by node id."""
@@ -193,3 +185,29 @@ class Crew:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             runtime_env=runtime_env(cluster),
         ).remote()
+
+
+def addresses_of(
+    cluster: ClusterConfig, nodes: Mapping[str, Node], held: Mapping[str, Sequence[InterfaceAddress]]
+) -> dict[str, str]:
+    """Where the driver's node and each that holds addresses are reached, by id: all over the same version of IP.
+
+    `node_address` is the driver's word for its own node: whatever else that node has does not matter. Raises
+    ConfigError when a node has no address that fits.
+    """
+    driver, interface = _driver_of(nodes), cluster.network_interface
+    if cluster.node_address is None:
+        own, version = address_of(driver, interface_addresses(), interface), None
+    else:
+        own = numeric_address(cluster.node_address)
+        version = ipaddress.ip_address(own).version
+    found = {
+        node_id: address_of(nodes[node_id], those, interface, version)
+        for node_id, those in held.items()
+        if node_id != driver.node_id
+    }
+    return {**found, driver.node_id: own}
+
+
+def _driver_of(nodes: Mapping[str, Node]) -> Node:
+    return next(node for node in nodes.values() if node.is_driver)

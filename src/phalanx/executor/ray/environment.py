@@ -15,7 +15,8 @@ NOT_FOR_WORKERS = frozenset(
         "PHALANX_API_KEY",  # a secret of the server's
         "NCCL_SOCKET_IFNAME",  # of one host: each node is told its own
         "GLOO_SOCKET_IFNAME",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",  # may turn off the watchdog that ends ranks whose peers do not come
+        "NCCL_ASYNC_ERROR_HANDLING",  # its old name
     }
 )
 

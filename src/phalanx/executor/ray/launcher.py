@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.ending import kill, living
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
 from phalanx.executor.ray.messages import RankOrder
 from phalanx.executor.shared_fate import describe_exit
-from phalanx.transport.liveness import is_running
 from phalanx.worker.spec import WorkerSpec
 
 REAP_DEADLINE_S = 0.5
@@ -25,6 +25,7 @@ class RayLauncher:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
+        self._local = living((placed.pid for placed in crew.placed if placed.is_driver_node), "a rank")
         self._exits: dict[int, str] = {}
         self._lock = threading.Lock()
         self._watch: ActorWatch | None = None
@@ -84,8 +85,19 @@ class RayLauncher:
             self._exits.setdefault(rank, how)
 
     def _await_processes(self) -> None:
-        """Those of this host can be looked at; Ray says that an actor is dead a moment before its process is gone."""
-        pids = [placed.pid for placed in self._crew.placed if placed.is_driver_node]
+        """Those of this host can be looked at; Ray says that an actor is dead a moment before its process is gone.
+
+        Without its head Ray kills none.
+        """
+        if not self._have_ended():
+            for party in self._local:
+                kill(party)
+            self._have_ended()
+
+    def _have_ended(self) -> bool:
         expires_at = time.monotonic() + REAP_DEADLINE_S
-        while any(map(is_running, pids)) and time.monotonic() < expires_at:
+        while is_one_left := any(party.is_alive() for party in self._local):
+            if time.monotonic() >= expires_at:
+                break
             time.sleep(POLL_S)
+        return not is_one_left

@@ -35,7 +35,7 @@ class Linked(NamedTuple):
 
 def link_locally(ranks: Sequence[PlacedRank], groups: Sequence[GroupSpec], resources: ExitStack) -> Linked:
     """All ranks are on this node: the same as with the local launcher."""
-    queue: MessageQueue[Call, WorkerMessage] = MessageQueue.create(
+    queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
         [_party(rank) for rank in ranks], command_type=Call, reply_type=WorkerMessage
     )
     resources.enter_context(queue)
@@ -50,17 +50,15 @@ def link_nodes(config: Config, crew: Crew, groups: Sequence[GroupSpec], resource
 
     Raises StartError or DeadlineError naming the node that cannot be linked, ConfigError for a wrong address.
     """
-    key, deadline_s = RunKey.new(), config.executor.start_timeout_s
+    key = RunKey.new()
     queue = _listen(config, crew, key, resources)
     homes = {group.name: _home(group, crew.placed) for group in groups}
     orders = {
-        node_id: _order(
-            crew, ranks, queue, key, deadline_s, [group for group in groups if homes[group.name] == node_id]
-        )
+        node_id: _order(crew, ranks, queue, key, [group for group in groups if homes[group.name] == node_id])
         for node_id, ranks in crew.ranks_of_agents().items()
     }
-    answers = answers_to(crew.prepare_nodes(orders), "linking", deadline_s)
-    queue.accept(deadline_s=deadline_s)
+    answers = answers_to(crew.prepare_nodes(orders), "linking", crew.deadline.remaining_s)
+    queue.accept(deadline_s=crew.deadline.remaining_s)
     queues = {rank.rank: queue.handle(rank.rank) for rank in crew.placed if rank.is_driver_node}
     opened = {group.name: group for group in groups}
     for order, answer in zip(orders.values(), answers, strict=True):
@@ -75,7 +73,7 @@ def link_nodes(config: Config, crew: Crew, groups: Sequence[GroupSpec], resource
 
 def _listen(config: Config, crew: Crew, key: RunKey, resources: ExitStack) -> ClusterQueue[Call, WorkerMessage]:
     local = [rank for rank in crew.placed if rank.is_driver_node]
-    queue: ClusterQueue[Call, WorkerMessage] = ClusterQueue.create(
+    queue: ClusterQueue[Call, WorkerMessage] = ClusterQueue(
         [rank.rank for rank in local],
         {crew.placed[ranks[0]].node: ranks for ranks in crew.ranks_of_agents().values()},
         command_type=Call,
@@ -95,7 +93,6 @@ def _order(
     ranks: Sequence[int],
     queue: ClusterQueue[Call, WorkerMessage],
     key: RunKey,
-    deadline_s: float,
     groups: Sequence[GroupSpec],
 ) -> NodeOrder:
     placed = [crew.placed[rank] for rank in ranks]
@@ -107,7 +104,7 @@ def _order(
         brain_port=queue.port,
         own_address=placed[0].address,
         key=key,
-        deadline_s=deadline_s,
+        deadline_s=crew.deadline.remaining_s,
         groups=tuple(groups),
     )
 

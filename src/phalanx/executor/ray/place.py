@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import msgspec
 
 from phalanx.config import Config
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
 from phalanx.executor.groups import describe_group
 from phalanx.executor.placed import Placed
@@ -15,6 +16,7 @@ from phalanx.executor.platform import torch_has_cuda
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.connection import Connection, connect
 from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.head import HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.link import Linked, link_locally, link_nodes
 from phalanx.executor.ray.reservation import reserve
@@ -28,13 +30,18 @@ log = logging.getLogger("phalanx.executor")
 
 
 def place_on_ray(
-    config: Config, checkpoint: Checkpoint, grid: Grid, on_progress: OnProgress, resources: ExitStack
+    config: Config,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    on_progress: OnProgress,
+    deadline: Deadline,
+    resources: ExitStack,
 ) -> Placed:
     """Place the ranks on the nodes of a Ray cluster, an actor each.
 
     Raises ConfigError, PlacementError; StartError or DeadlineError naming the rank or node that did not come up.
     """
-    config, crew = hire(config, str(checkpoint.path), grid, on_progress, resources)
+    config, crew = hire(config, str(checkpoint.path), grid, on_progress, deadline, resources)
     groups = [
         describe_group(config, members, one_host=len({crew.placed[rank].node_id for rank in members.ranks}) == 1)
         for members in grid.groups()
@@ -44,11 +51,12 @@ def place_on_ray(
     else:
         linked = link_locally(crew.placed, groups, resources)
     specs = [_spec(config, checkpoint, rank, linked) for rank in crew.placed]
-    return Placed(RayLauncher(crew), linked.channel, specs)
+    watch = resources.enter_context(HeadWatch.of_connection())
+    return Placed(RayLauncher(crew), WatchedChannel(linked.channel, watch), specs)
 
 
 def hire(
-    config: Config, checkpoint: str, grid: Grid, on_progress: OnProgress, resources: ExitStack
+    config: Config, checkpoint: str, grid: Grid, on_progress: OnProgress, deadline: Deadline, resources: ExitStack
 ) -> tuple[Config, Crew]:
     """The configuration with its device settled, and actors in their places, which have introduced themselves."""
     for rank in range(grid.world_size):
@@ -64,7 +72,7 @@ def hire(
             "so that a step takes many times as long",
             group,
         )
-    crew = Crew(config, grid, checkpoint, reservation)
+    crew = Crew(config, grid, checkpoint, reservation, deadline)
     resources.callback(crew.close)
     crew.introduce(on_progress)
     return config, crew

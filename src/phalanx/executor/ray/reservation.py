@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from ray.util.placement_group import (
 from phalanx.config import Config
 from phalanx.errors import ConfigError, PlacementError
 from phalanx.executor.ray.connection import Connection
+from phalanx.executor.ray.probe import answers
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Bundle, Demand, Node, Place, aligned, place_in_bundles, place_ranks
 
@@ -30,6 +32,8 @@ SETTLE_S = 3.0
 POLL_S = 0.05
 
 CREATED = "CREATED"
+
+log = logging.getLogger("phalanx.executor")
 
 
 class Reservation(NamedTuple):
@@ -104,8 +108,13 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
 
 
 def _remove(group: PlacementGroup) -> None:
-    if ray.is_initialized():  # otherwise it is gone, and the call would start another Ray
-        remove_placement_group(group)
+    if not ray.is_initialized():  # it is gone, and the call would start another Ray
+        return
+    head = ray.get_runtime_context().gcs_address
+    if not answers(head):  # the call would not return before Ray ends this process
+        log.warning("Ray's head at %s does not answer: a placement group ends only with this process's job", head)
+        return
+    remove_placement_group(group)
 
 
 def _succeeds(attempt: Callable[[], object]) -> bool:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import msgspec
 
 from phalanx.config import Config
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.groups import describe_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.place import hire
@@ -49,7 +50,8 @@ def survey(config: Config, checkpoint: str) -> Placement:
     """
     grid = Grid.of(config.parallel)
     with ExitStack() as resources:
-        config, crew = hire(config, checkpoint, grid, lambda *_: None, resources)
+        deadline = Deadline(config.executor.start_timeout_s)
+        config, crew = hire(config, checkpoint, grid, lambda *_: None, deadline, resources)
         groups = []
         for members in grid.groups():
             nodes = tuple(dict.fromkeys(crew.placed[rank].node for rank in members.ranks))

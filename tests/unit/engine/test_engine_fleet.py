@@ -1,0 +1,135 @@
+"""Several engines as one: requests are shared out, and what one engine suffers is not the others'."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import engine_tiny_tokenizers as tiny
+import pytest
+from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
+
+from phalanx.config import Config
+from phalanx.engine.client import EngineClient
+from phalanx.engine.fleet import Fleet, settings_of_replicas, start_engine
+from phalanx.errors import EngineDeadError, StartError
+from phalanx.executor import platform
+from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.transport.liveness import is_running
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "config.json").write_text('{"vocab_size": 400}')
+    return tiny.save(tiny.byte_level(), directory)
+
+
+def config_of(checkpoint: Path, **settings: Any) -> Config:
+    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, **settings})
+
+
+@asynccontextmanager
+async def fleet_of(checkpoint: Path, behaviour: str = "healthy") -> AsyncIterator[Fleet]:
+    async with asyncio.timeout(TIMEOUT_S):
+        fleet = await Fleet.start(config_of(checkpoint), command=command(behaviour))
+        try:
+            yield fleet
+        finally:
+            await fleet.close()
+            assert not any(map(is_running, pids(fleet)))
+
+
+def pids(fleet: Fleet) -> list[int]:
+    return [engine._child.pid for engine in fleet._engines]
+
+
+async def consume(fleet: Fleet, first: int, sampling: SamplingParams) -> int:
+    """The number of tokens that come."""
+    deltas = [delta async for delta in fleet.generate([first, first + 1, first + 2], sampling)]
+    return sum(len(delta.token_ids) for delta in deltas)
+
+
+@in_loop
+async def test_requests_are_shared_out_and_counted_by_replica(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint) as fleet:
+        assert (fleet.info.num_replicas, fleet.info.world_size) == (3, 3)
+        running = [asyncio.create_task(consume(fleet, 10 * i, ENDLESS)) for i in range(6)]
+        await until(lambda: [engine.num_running for engine in fleet._engines] == [2, 2, 2])
+        assert fleet.num_running == 6
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert await consume(fleet, 5, SamplingParams(max_tokens=7)) == 7
+        await until(lambda: fleet.stats is not None and sum(one.num_steps for one in fleet.stats.replicas) > 0)
+        assert fleet.stats is not None
+        assert len(fleet.stats.replicas) == 3
+
+
+@in_loop
+async def test_an_engine_that_dies_takes_its_own_requests_along(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint) as fleet:
+        running = [asyncio.create_task(consume(fleet, 10 * i, ENDLESS)) for i in range(3)]
+        await until(lambda: fleet.num_running == 3)
+        os.kill(pids(fleet)[1], signal.SIGKILL)
+        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        (failed,) = [task for task in running if task.done()]
+        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+            failed.result()
+        assert fleet.dead is None
+        for i in range(4):
+            assert await consume(fleet, 50 + i, SamplingParams(max_tokens=3)) == 3
+        for pid in pids(fleet)[::2]:
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: fleet.dead is not None)
+        assert str(fleet.dead).count("killed by SIGKILL") == 3
+        with pytest.raises(EngineDeadError):
+            fleet.generate([1], ENDLESS)
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@in_loop
+async def test_one_that_does_not_start_leaves_none(checkpoint: Path) -> None:
+    told: list[StartProgress] = []
+    config = config_of(checkpoint, tensor_parallel_size=2)
+    with pytest.raises(StartError):
+        await Fleet.start(config, told.append, command=command("dies-at-start"))
+    assert {progress.rank for progress in told} <= {0, 2, 4}, "the first rank of each replica reports"
+
+
+@in_loop
+async def test_one_replica_needs_no_fleet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, Config]] = []
+
+    async def start(config: Config, on_progress: Any) -> Any:
+        started.append(("engine", config))
+
+    async def start_fleet(config: Config, on_progress: Any) -> Any:
+        started.append(("fleet", config))
+
+    monkeypatch.setattr(EngineClient, "start", start)
+    monkeypatch.setattr(Fleet, "start", start_fleet)
+    for settings in ({"data_parallel_size": 1}, {"enable_expert_parallel": True}, {}):
+        await start_engine(config_of(checkpoint, **settings))
+    assert [kind for kind, _ in started] == ["engine", "engine", "fleet"]
+
+
+def test_replicas_share_out_the_cores(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.num_cores", lambda: 12)
+    for own, environment in settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2, device="cpu")):
+        assert own.parallel.world_size == 2
+        assert own.executor.threads_per_rank == 2
+        assert environment == {}
+
+
+def test_replicas_share_out_the_gpus(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-a,3,1,0,2")
+    monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
+    settings = settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2))
+    assert [own.executor.device for own, _ in settings] == ["cuda"] * 3
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in settings] == ["7,5", "GPU-a,3", "1,0"]
