@@ -1,4 +1,4 @@
-"""Experts shared out over replicas and ranks: greedy tokens equal transformers', whoever has work and wherever it goes."""
+"""Experts shared out over replicas and ranks: greedy tokens equal transformers', whoever has work."""
 
 from __future__ import annotations
 

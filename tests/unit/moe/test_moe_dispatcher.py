@@ -1,4 +1,4 @@
-"""Whatever routers say: every token gets what its experts make of it, in one sequence of collectives for a step's shape.
+"""Whatever routers say: every token gets what its experts make of it, in one sequence of collectives.
 
 Shape suffixes: T a replica's tokens, K experts of a token, E experts, D hidden size.
 """

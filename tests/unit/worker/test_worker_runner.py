@@ -72,7 +72,9 @@ class FakeModel:
         self.collectives: list[tuple[str, int]] = []
         self.batches: list[AttentionBatch] = []
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
+    def hidden_states(
+        self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
+    ) -> Tensor:
         self.collectives.append(("hidden_states", len(token_ids_T)))
         self.batches.append(batch)
         assert batch.slots_T.unique().numel() == len(token_ids_T)
@@ -300,7 +302,9 @@ class EmbeddingModel:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
+    def hidden_states(
+        self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
+    ) -> Tensor:
         assert token_ids_T.dtype == torch.int64
         self.calls.append(len(token_ids_T))
         return token_ids_T[:, None].double()
@@ -312,7 +316,9 @@ class LaterModel(FakeModel):
     hidden_size = 1
     dtype = torch.float64
 
-    def hidden_states(self, hidden_TD: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
+    def hidden_states(
+        self, hidden_TD: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
+    ) -> Tensor:
         assert hidden_TD.shape == (len(positions_T), 1)
         return super().hidden_states(hidden_TD[:, 0].long(), positions_T, batch)
 
@@ -444,7 +450,9 @@ class ConstantModel:
     def __init__(self) -> None:
         self.logits_RV = torch.randn(NUM_SLOTS, self.vocab_size, device=DEVICE)
 
-    def hidden_states(self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Any = ()) -> Tensor:
+    def hidden_states(
+        self, token_ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
+    ) -> Tensor:
         return token_ids_T[:, None].float()
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
