@@ -3,10 +3,10 @@
     python benchmarks/lockstep.py [--steps 20000] [--tensor-parallel-size 4] [--data-parallel-size 2]
         [--all2all-backend allgather_reducescatter] [--streams 32] [--seed 0]
 
-Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so that
-replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a divergence
-ends the run. At the end some requests are computed again by transformers: their tokens must be the same. Prints how many
-steps had a replica without a token, and in how many a rank had no token for any expert of a layer.
+Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so
+that replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a
+divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same.
+Prints how many steps had a replica without a token, and in how many a rank had no token for the experts of a layer.
 """
 
 from __future__ import annotations
