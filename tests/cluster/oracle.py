@@ -35,9 +35,11 @@ class Oracle:
     def choices(self, prompt: tuple[int, ...], output: list[int]) -> list[int]:
         """What greedy decoding chooses in the place of each output token, after the prompt and those before.
 
-        It is `output` if, and only if, that is what greedy decoding makes; one pass tells, instead of one a token.
+        It is `output` if, and only if, that is what greedy decoding makes. One pass tells, instead of one a token; but
+        where two tokens are equally likely to the last bit, it may choose the other one.
         """
-        return self._logits(prompt, output).argmax(-1).tolist()
+        chosen: list[int] = self._logits(prompt, output).argmax(-1).tolist()
+        return output if chosen == output else self.greedy(prompt, len(output))
 
     def logprobs(self, prompt: tuple[int, ...], output: list[int]) -> torch.Tensor:
         """Log-probabilities of the whole vocabulary before each output token, [tokens, vocabulary]."""
