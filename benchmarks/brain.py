@@ -1,6 +1,7 @@
 """The brain's own cost: planning, encoding and committing steps whose workers are simulated.
 
     python benchmarks/brain.py [--peer-python PATH] [--running 32 --running 1024] [--steps 200]
+        [--replicas 1 --replicas 2 --replicas 8 --replicas 32] [--running-each 32 --running-each 256] [--short]
 
 Traffic: *decode*, where every running request makes one token a step; *churn*, where besides each request ends after
 128 tokens and another with a prompt of 128 takes its place; *admission*, from a new request to its first token. Prompts
@@ -9,6 +10,9 @@ differ in length, so that blocks fill at different times. Times are microseconds
 With `--peer-python`, the Python of an environment with vLLM 0.32, its asynchronous scheduler makes the same decode
 steps in rounds that alternate with ours. The ratio is that of our plan, encode and commit to its `schedule` and
 `update_from_output`, the median over the rounds.
+
+Last, decode with several replicas in lockstep, each with `--running-each` requests, for each number of `--replicas`, in
+rounds that alternate. The ratio is that of the time per running request to the first number's.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import random
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -62,8 +66,8 @@ class Turn(NamedTuple):
 class TimedExecutor:
     """Encodes plans as the real one does, has them carried out, and keeps the worker's time out of the brain's."""
 
-    def __init__(self, worker: SimulatedWorker) -> None:
-        self._worker = worker
+    def __init__(self, workers: Sequence[SimulatedWorker]) -> None:
+        self._workers = workers
         self.begin()
 
     def begin(self) -> None:
@@ -84,7 +88,8 @@ class TimedExecutor:
         self._plan_s += planned_at - self.resumed_at
         self._encode_s += encoded_at - planned_at
         self._frame_bytes += len(frame)
-        answer = TimedAnswer(self, tuple(map(self._worker.run, step.plans)))
+        results = tuple(worker.run(plan) for worker, plan in zip(self._workers, step.plans, strict=True))
+        answer = TimedAnswer(self, results)
         self.resumed_at = time.perf_counter()
         return answer
 
@@ -104,18 +109,28 @@ class TimedAnswer(Answered):
 class Bench:
     """A brain whose requests never find themselves short of a slot or of blocks."""
 
-    def __init__(self, num_running: int, *, max_model_len: int, output_len: int | None) -> None:
+    def __init__(self, num_running: int, *, max_model_len: int, output_len: int | None, num_replicas: int = 1) -> None:
+        """`num_running` are the requests of each replica."""
         limits = {"max_num_seqs": num_running, "max_num_batched_tokens": max(2048, 2 * num_running)}
         num_blocks = num_running * (-(-max_model_len // BLOCK_SIZE) + 1)
-        worker = SimulatedWorker(
-            **limits,
-            max_model_len=max_model_len,
+        workers = [
+            SimulatedWorker(
+                **limits,
+                max_model_len=max_model_len,
+                block_size=BLOCK_SIZE,
+                num_blocks=num_blocks,
+                vocab_size=VOCAB_SIZE,
+            )
+            for _ in range(num_replicas)
+        ]
+        config = Config.build(
+            model="simulated",
             block_size=BLOCK_SIZE,
-            num_blocks=num_blocks,
-            vocab_size=VOCAB_SIZE,
+            data_parallel_size=num_replicas,
+            enable_expert_parallel=num_replicas > 1,
+            **limits,
         )
-        config = Config.build(model="simulated", block_size=BLOCK_SIZE, **limits)
-        self.executor = TimedExecutor(worker)
+        self.executor = TimedExecutor(workers)
         self.brain = Brain(
             config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=(VOCAB_SIZE,)
         )
@@ -135,7 +150,7 @@ class Bench:
 
     def settle(self) -> None:
         """Run until every request decodes."""
-        while self.brain.stats().replicas[0].num_waiting:
+        while any(replica.num_waiting for replica in self.brain.stats().replicas):
             self.brain.step()
         self.run(WARM_UP_STEPS)
 
@@ -212,6 +227,25 @@ def measure_decode(
     return ours, theirs, ratios
 
 
+def measure_replicas(replicas: tuple[int, ...], num_running: int, steps: int) -> list[tuple[list[Turn], float]]:
+    """For each number of replicas the turns, and the time per running request against the first number's."""
+    max_model_len = 4 * PROMPT_LEN + 2 * (steps + num_running)
+    benches = []
+    for num_replicas in replicas:
+        benches.append(Bench(num_running, max_model_len=max_model_len, output_len=None, num_replicas=num_replicas))
+        for _ in range(num_replicas * num_running):
+            benches[-1].submit(PROMPT_LEN)
+        benches[-1].settle()
+    rounds = [[bench.run(-(-steps // ROUNDS)) for bench in benches] for _ in range(ROUNDS)]
+    per_request_us = [
+        [median(turn.total for turn in turns) / n for n, turns in zip(replicas, one, strict=True)] for one in rounds
+    ]
+    return [
+        ([turn for one in rounds for turn in one[i]], median(times[i] / times[0] for times in per_request_us))
+        for i in range(len(replicas))
+    ]
+
+
 def measure_churn(num_running: int, steps: int) -> list[Turn]:
     """After as many steps as it takes for every request to have been replaced."""
     bench = Bench(num_running, max_model_len=2 * (PROMPT_LEN + OUTPUT_LEN), output_len=OUTPUT_LEN)
@@ -231,14 +265,19 @@ def measure_admission(prompt_len: int) -> float:
     return total_us / num_requests
 
 
-def report(traffic: str, num_running: int, turns: list[Turn], theirs: list[float], ratios: list[float]) -> None:
-    """One line of the table."""
+def columns(turns: list[Turn], num_running: int) -> str:
+    """What the tables have in common."""
     plan, encode, commit, frame_bytes = (median(column) for column in zip(*turns, strict=True))
     total = sorted(turn.total for turn in turns)
-    line = (
-        f"{traffic:7} {num_running:7} | {plan:6.0f} {encode:7.1f} {commit:7.0f} | {median(total):7.0f} "
+    return (
+        f"{num_running:7} | {plan:6.0f} {encode:7.1f} {commit:7.0f} | {median(total):7.0f} "
         f"{total[int(0.99 * len(total))]:7.0f} {median(total) / num_running:11.2f} | {frame_bytes / num_running:15.1f}"
     )
+
+
+def report(traffic: str, num_running: int, turns: list[Turn], theirs: list[float], ratios: list[float]) -> None:
+    """One line of the table."""
+    line = f"{traffic:7} {columns(turns, num_running)}"
     if ratios:
         line += f" | {median(theirs):7.0f} {median(ratios):7.3f}"
     click.echo(line)
@@ -247,9 +286,20 @@ def report(traffic: str, num_running: int, turns: list[Turn], theirs: list[float
 @click.command()
 @click.option("--peer-python", type=click.Path(path_type=Path), help="Python of a virtual environment with vLLM.")
 @click.option("--running", "sizes", type=click.IntRange(1), multiple=True, default=(1, 8, 32, 256, 1024))
+@click.option("--replicas", type=click.IntRange(1), multiple=True, default=(1, 2, 8, 32), show_default=True)
+@click.option("--running-each", type=click.IntRange(1), multiple=True, default=(32, 256), show_default=True)
 @click.option("--steps", default=200, show_default=True, type=click.IntRange(ROUNDS), help="Timed steps a case.")
-def main(peer_python: Path | None, sizes: tuple[int, ...], steps: int) -> None:
+@click.option("--short", is_flag=True, help="A tenth of the steps: to see that it works.")
+def main(
+    peer_python: Path | None,
+    sizes: tuple[int, ...],
+    replicas: tuple[int, ...],
+    running_each: tuple[int, ...],
+    steps: int,
+    short: bool,
+) -> None:
     """Time the brain, and vLLM's scheduler beside it."""
+    steps = max(ROUNDS, steps // 10) if short else steps
     if peer_python is None or not peer_python.exists():
         click.echo(f"skipped vLLM: {'give --peer-python to compare' if peer_python is None else f'no {peer_python}'}")
         peer_python = None
@@ -264,6 +314,10 @@ def main(peer_python: Path | None, sizes: tuple[int, ...], steps: int) -> None:
         report("churn", num_running, measure_churn(num_running, steps), [], [])
     for prompt_len in (PROMPT_LEN, 16 * PROMPT_LEN):
         click.echo(f"admission of a prompt of {prompt_len} tokens: {measure_admission(prompt_len):.0f} per request")
+    click.echo("replicas running |   plan  encode  commit |   total     p99 per request | bytes a request |   ratio")
+    for num_running in running_each:
+        for count, (turns, ratio) in zip(replicas, measure_replicas(replicas, num_running, steps), strict=True):
+            click.echo(f"{count:8} {columns(turns, count * num_running)} | {ratio:7.3f}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """A mixture of experts over many ranks for many steps: nothing hangs, no rank is ever in another collective.
 
     python benchmarks/lockstep.py [--steps 20000] [--tensor-parallel-size 4] [--data-parallel-size 2]
-        [--all2all-backend allgather_reducescatter] [--streams 32] [--seed 0]
+        [--all2all-backend allgather_reducescatter] [--streams 32] [--seed 0] [--short]
+    python benchmarks/lockstep.py --compare [--all2all-backend alltoall] [--ranks 2 --ranks 4 --ranks 8] [--short]
 
 Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so
 that replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a
 divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same.
 Prints how many steps had a replica without a token, and in how many a rank had no token for the experts of a layer.
+
+With --compare there is no long run: it measures what lockstep costs (lockstep_cost.py).
 """
 
 from __future__ import annotations
 
 import random
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from lockstep_cost import Load, compare
 from transformers import AutoModelForCausalLM
 
 from phalanx.config import Config
@@ -33,6 +39,7 @@ from phalanx.worker.methods import remote_method
 MAX_MODEL_LEN = 256
 NUM_CHECKED = 40
 REPORT_S = 10.0
+SHORT_STEPS = 200
 
 
 class EmptyLayers:
@@ -134,10 +141,29 @@ class Streams:
 )
 @click.option("--streams", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--compare", "is_comparison", is_flag=True, help="Compare with two engines that share nothing instead.")
+@click.option("--ranks", type=click.Choice([2, 4, 8]), multiple=True, default=(2, 4, 8), help="To compare.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="To compare.")
+@click.option("--short", is_flag=True, help="Few steps, or one short round: to see that it works.")
 def main(
-    steps: int, tensor_parallel_size: int, data_parallel_size: int, all2all_backend: str, streams: int, seed: int
+    steps: int,
+    tensor_parallel_size: int,
+    data_parallel_size: int,
+    all2all_backend: str,
+    streams: int,
+    seed: int,
+    is_comparison: bool,
+    ranks: tuple[int, ...],
+    rounds: int,
+    short: bool,
 ) -> None:
-    """Run a mixture of experts in lockstep for so many steps."""
+    """Run a mixture of experts in lockstep for so many steps, or measure what lockstep costs."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines and ranks are ended
+    if is_comparison:
+        load = Load(streams, input_len=16, output_len=8) if short else Load(streams, input_len=32, output_len=64)
+        compare(ranks, all2all_backend, load, 1 if short else rounds)
+        return
+    steps = min(steps, SHORT_STEPS) if short else steps
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder), "mixtral", num_local_experts=2 * tensor_parallel_size)
         config = Config.build(

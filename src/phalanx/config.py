@@ -23,6 +23,7 @@ Name = Annotated[str, Meta(min_length=1)]
 Ranks = Annotated[int, Meta(ge=1, le=64)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
+Replicas = Annotated[int, Meta(ge=0, le=64)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -74,6 +75,10 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     """Replicas, each of tensor-parallel-size times pipeline-parallel-size ranks, that share the requests. With
     enable-expert-parallel they compute every step together."""
 
+    data_parallel_size_local: Replicas | None = None
+    """With launcher ray, how many of the replicas are on the node that the command runs on; the others are elsewhere.
+    By default the ranks are on as few nodes as possible, that one first."""
+
     enable_expert_parallel: bool = False
     """Of a mixture of experts, give each rank whole experts, shared out to all ranks of all replicas, instead of a part
     of every expert."""
@@ -81,6 +86,15 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     all2all_backend: All2All = "allgather_reducescatter"
     """How tokens get to their experts and back: `allgather_reducescatter` gives every rank the tokens of all replicas,
     `alltoall` sends each token only to the ranks that have its experts."""
+
+    enable_eplb: bool = False
+    """Measure the load of every expert, and move experts between ranks when that evens it out."""
+
+    num_redundant_experts: Index = 0
+    """With enable-eplb, copies of experts in each layer beyond one of each; the experts with most tokens get them."""
+
+    eplb_interval_steps: Positive = 3000
+    """With enable-eplb, steps from one measurement of the load to the next."""
 
     @property
     def world_size(self) -> int:
@@ -229,6 +243,21 @@ class Config(Section, frozen=True, kw_only=True):
         config.refuse_contradictions()
         return config
 
+    def of_engines(self) -> tuple[Config, ...]:
+        """The configuration of each engine: this one, or one for each replica if they run apart."""
+        parallel, num_local = self.parallel, self.parallel.data_parallel_size_local
+        if parallel.engine_size == parallel.world_size:
+            return (self,)
+        own = [
+            msgspec.structs.replace(
+                parallel,
+                data_parallel_size=1,
+                data_parallel_size_local=None if num_local is None else int(replica < num_local),
+            )
+            for replica in range(parallel.data_parallel_size)
+        ]
+        return tuple(msgspec.structs.replace(self, parallel=one) for one in own)
+
     def check(self) -> None:
         """Check what no single field can tell, when nothing that a launcher has to settle is `auto` any more.
 
@@ -251,6 +280,11 @@ class Config(Section, frozen=True, kw_only=True):
             for name in ("placement_group", "ray_bundle_indices"):
                 if (value := getattr(self.cluster, name)) is not None:
                     raise ConfigError(name, value, "not with replicas that run apart: each has a group of its own")
+        self._refuse_local_replicas()
+        if parallel.enable_eplb and not parallel.enable_expert_parallel:
+            raise ConfigError("enable_eplb", True, "only with enable_expert_parallel")
+        if parallel.num_redundant_experts and not parallel.enable_eplb:
+            raise ConfigError("num_redundant_experts", parallel.num_redundant_experts, "only with enable_eplb")
         if self.scheduler.max_num_batched_tokens < self.scheduler.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",
@@ -266,6 +300,16 @@ class Config(Section, frozen=True, kw_only=True):
             raise ConfigError("collective_backend", "nccl", "with device cpu: auto, shm or gloo")
         if self.executor.device == "cuda" and self.executor.collective_backend in ("shm", "gloo"):
             raise ConfigError("collective_backend", self.executor.collective_backend, "with device cuda: auto or nccl")
+
+    def _refuse_local_replicas(self) -> None:
+        asked, num_replicas = self.parallel.data_parallel_size_local, self.parallel.data_parallel_size
+        if asked is None or asked == num_replicas:
+            return
+        if asked > num_replicas:
+            raise ConfigError("data_parallel_size_local", asked, f"at most data_parallel_size ({num_replicas})")
+        if self.executor.launcher != "ray":
+            allowed = f"without launcher ray all replicas ({num_replicas}) are on this host"
+            raise ConfigError("data_parallel_size_local", asked, allowed)
 
     def _without_effect(self) -> Iterator[tuple[str, str]]:
         """Settings that the user has changed and nothing will read, with the reason."""
@@ -284,6 +328,10 @@ class Config(Section, frozen=True, kw_only=True):
         has_other_way = self.parallel.all2all_backend != ParallelConfig().all2all_backend
         if has_other_way and not self.parallel.enable_expert_parallel:
             yield "all2all_backend", "without enable_expert_parallel every rank has a part of each expert"
+        if self.parallel.eplb_interval_steps != ParallelConfig().eplb_interval_steps and not self.parallel.enable_eplb:
+            yield "eplb_interval_steps", "without enable_eplb no expert ever moves"
+        if self.parallel.enable_eplb and self.parallel.world_size == self.parallel.pipeline_parallel_size:
+            yield "enable_eplb", "one rank has all experts of its layers"
         if self.cluster.allow_split_tensor_parallel and self.parallel.tensor_parallel_size == 1:
             yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
 

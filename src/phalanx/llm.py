@@ -16,6 +16,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import check_request, fitted, refusal, typed
+from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
@@ -86,6 +87,7 @@ class LLM:
                 num_blocks=capacity.num_blocks,
                 max_model_len=capacity.max_model_len,
                 eos_token_ids=eos_token_ids(checkpoint.path, tokenizer_source),
+                balancing=Balancing(self.config, executor) if self.config.parallel.enable_eplb else None,
             )
             self._resources = stack.pop_all()
         self._request_ids = itertools.count()

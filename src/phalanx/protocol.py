@@ -253,10 +253,26 @@ class ReplicaStats(msgspec.Struct, frozen=True, array_like=True):
     num_generated_tokens: int
 
 
+class BalanceStats(msgspec.Struct, frozen=True, array_like=True):
+    """How even the load of experts is: tokens of the busiest rank over those of the mean one, summed over the layers.
+
+    1.0 is even. Between measurements it stays as it is.
+    """
+
+    measured: float
+    """Since the measurement before."""
+    expected: float
+    """Of the same tokens, with experts where they are since then."""
+    num_moves: int
+    """Layers whose experts have moved since the start, each time counted."""
+
+
 class EngineStats(Message, frozen=True):
     """The engine's state, sent a few times a second: also a sign of life."""
 
     replicas: tuple[ReplicaStats, ...]
+    balance: BalanceStats | None = None
+    """None where experts do not move, and before the first measurement."""
 
 
 EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats
@@ -385,7 +401,25 @@ class CallMethod(Message, frozen=True):
     arguments: bytes
 
 
-CommandBody = Step | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod
+class MeasureExperts(Message, frozen=True):
+    """Answer with ExpertLoads."""
+
+
+class MoveExperts(Message, frozen=True):
+    """Exchange the experts of one layer between the ranks that share them out; every rank answers with Done.
+
+    It is carried out between the steps before and after it, which are computed with the experts where they were and
+    where they then are. `number` counts the placements of the layer from 1 on; 0 is the one that it begins with.
+    """
+
+    epoch: int
+    layer: str
+    number: int
+    placement: Ints
+    """The logical expert of each physical one."""
+
+
+CommandBody = Step | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod | MeasureExperts | MoveExperts
 
 
 class Call(Message, frozen=True):
@@ -454,7 +488,20 @@ class MethodError(Message, frozen=True):
     is_user_error: bool
 
 
-ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError
+class LayerLoad(Message, frozen=True):
+    """How many tokens a rank has computed for each logical expert of a layer since the start."""
+
+    layer: str
+    num_tokens: bytes  # int64
+
+
+class ExpertLoads(Message, frozen=True):
+    """Of the layers of this rank that have experts to share out."""
+
+    layers: tuple[LayerLoad, ...]
+
+
+ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError | ExpertLoads
 
 
 class Reply(Message, frozen=True):

@@ -17,6 +17,7 @@ from ray_cluster import RayCluster
 
 _READY_WITHIN_S = 90.0
 _ANSWER_WITHIN_S = 120.0
+_SAID_WITHIN_S = 10.0
 
 
 class ClusterServer:
@@ -46,6 +47,17 @@ class ClusterServer:
                     return
             time.sleep(0.05)
         raise AssertionError(f"not ready after {_READY_WITHIN_S} s: {self.log}")
+
+    def await_log(self, text: str) -> None:
+        """Wait until it has printed this."""
+        expires_at = time.monotonic() + _SAID_WITHIN_S
+        while text not in self.log:
+            assert time.monotonic() < expires_at, self.log
+            time.sleep(0.02)
+
+    def metrics(self) -> str:
+        with self._host.network():
+            return self._client.get("/metrics").text
 
     def node_of(self, rank: int) -> str:
         """The name of the node that a rank runs on."""

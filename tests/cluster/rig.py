@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
@@ -52,6 +53,7 @@ class Rig:
                 num_blocks=self.capacity.num_blocks,
                 max_model_len=self.capacity.max_model_len,
                 eos_token_ids=(257,),
+                balancing=Balancing(config, self.executor) if config.parallel.enable_eplb else None,
             )
             self._stack = stack.pop_all()
         self._next_id = 0

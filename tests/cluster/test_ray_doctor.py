@@ -51,6 +51,32 @@ def test_ranks_nodes_addresses_and_groups(ray_cluster: RayCluster) -> None:
     ray_cluster.expect_clean(CLEAN_WITHIN_S)
 
 
+@pytest.mark.parametrize("flags", [(), ("--enable-expert-parallel",)], ids=["apart", "lockstep"])
+def test_replicas(ray_cluster: RayCluster, flags: tuple[str, ...]) -> None:
+    """Also those that run apart are numbered and shown together, each where its engine would place it."""
+    sizes = ("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--data-parallel-size-local", "1")
+    code, check = examine(ray_cluster, *sizes, *flags)
+    assert (code, check["status"]) == (0, "ok")
+    assert check["detail"] == "4 ranks on 2 nodes"
+    assert [(one["rank"], one["replica"], one["tp_rank"], one["node"]) for one in check["facts"]["ranks"]] == [
+        (0, 0, 0, "alpha"),
+        (1, 0, 1, "alpha"),
+        (2, 1, 0, "beta"),
+        (3, 1, 1, "beta"),
+    ]
+    own = {"tp@0.0": ("shm", ["alpha"]), "tp@1.0": ("shm", ["beta"])}
+    shared = {f"dp@0.{tp_rank}": ("gloo", ["alpha", "beta"]) for tp_rank in range(2)} if flags else {}
+    groups = {group["name"]: (group["backend"], group["nodes"]) for group in check["facts"]["groups"]}
+    assert groups == {**own, **shared}
+    ray_cluster.expect_clean(CLEAN_WITHIN_S)
+
+
+def test_too_many_replicas_for_a_node(ray_cluster: RayCluster) -> None:
+    code, check = examine(ray_cluster, "-tp", "2", "-dp", "2", "-dpl", "2", "--enable-expert-parallel")
+    assert (code, check["status"]) == (1, "fail")
+    assert "2 of 2 replicas are to be on the driver's node (data_parallel_size_local): 4 ranks" in check["detail"]
+
+
 def test_what_is_missing(ray_cluster: RayCluster) -> None:
     code, check = examine(ray_cluster, "--tensor-parallel-size", "3", "--pipeline-parallel-size", "3")
     assert (code, check["status"]) == (1, "fail")

@@ -35,6 +35,12 @@ def test_flat_names_reach_their_sections() -> None:
         ({"model": "m", "device": "cuda", "collective_backend": "shm"}, "collective_backend", "nccl"),
         ({"model": "m", "ray_address": "10.0.0.1:6379"}, "ray_address", "only with launcher ray"),
         ({"model": "m", "launcher": "local", "node_timeout_s": 3.0}, "node_timeout_s", "only with launcher ray"),
+        ({"model": "m", "data_parallel_size": 2, "data_parallel_size_local": 1}, "data_parallel_size_local", "(2) are on"),
+        (
+            {"model": "m", "launcher": "ray", "data_parallel_size": 2, "data_parallel_size_local": 3},
+            "data_parallel_size_local",
+            "at most data_parallel_size (2)",
+        ),
         ({"model": "m", "launcher": "ray", "ray_bundle_indices": [0, -1]}, "ray_bundle_indices", ">= 0"),
         ({"model": "m", "launcher": "ray", "ray_runtime_env": "x"}, "ray_runtime_env", "object"),
         ({"model": "m", "launcher": "ray", "ray_per_worker_gpus": 0}, "ray_per_worker_gpus", "> 0"),

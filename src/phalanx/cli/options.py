@@ -14,7 +14,12 @@ from phalanx.cli.setting_types import type_for
 from phalanx.config import Config, ServerConfig
 from phalanx.protocol import SamplingParams
 
-SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp"}
+SHORT = {
+    "tensor_parallel_size": "-tp",
+    "pipeline_parallel_size": "-pp",
+    "data_parallel_size": "-dp",
+    "data_parallel_size_local": "-dpl",
+}
 """vLLM's short names."""
 
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})

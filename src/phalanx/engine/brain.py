@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.balancing import Balancing
 from phalanx.engine.lockstep import Lockstep
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
@@ -34,6 +35,15 @@ class StepExecutor(Protocol):
     def step(self, step: Step) -> Pending[tuple[StepResult, ...]]: ...
 
 
+class _InFlight(NamedTuple):
+    """A step that was sent."""
+
+    planned: tuple[PlannedStep, ...]
+    moving: Pending[object] | None
+    """An exchange of experts before it, whose answers come first."""
+    pending: Pending[tuple[StepResult, ...]]
+
+
 class Brain:
     """Everything that is decided about requests, in one place and one thread.
 
@@ -49,8 +59,12 @@ class Brain:
         num_blocks: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
+        balancing: Balancing | None = None,
     ) -> None:
+        """`balancing`: with `enable_eplb`."""
+        assert (balancing is not None) == config.parallel.enable_eplb
         self._executor = executor
+        self._balancing = balancing
         self._max_model_len = max_model_len
         self._block_size = config.cache.block_size
         self._num_blocks = num_blocks
@@ -73,7 +87,7 @@ class Brain:
                 for _ in range(config.parallel.data_parallel_size)
             ]
         )
-        self._in_flight: deque[tuple[tuple[PlannedStep, ...], Pending[tuple[StepResult, ...]]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._cancelled: list[int] = []
         self._num_submitted = 0
 
@@ -121,11 +135,14 @@ class Brain:
         """
         while len(self._in_flight) < self._depth and (planned := self._replicas.plan()) is not None:
             step = Step(tuple(replica.plan for replica in planned))
-            self._in_flight.append((planned, self._executor.step(step)))
+            moving = None if self._balancing is None else self._balancing.before_step()
+            self._in_flight.append(_InFlight(planned, moving, self._executor.step(step)))
         batch = TokenBatch(b"", b"")
         if self._in_flight:
-            planned, pending = self._in_flight.popleft()
-            batch = self._replicas.commit(planned, pending.result())
+            oldest = self._in_flight.popleft()
+            if oldest.moving is not None:
+                oldest.moving.result()
+            batch = self._replicas.commit(oldest.planned, oldest.pending.result())
         else:
             assert not len(self._replicas), "requests are left that can never run"
         if self._cancelled:
@@ -136,7 +153,8 @@ class Brain:
 
     def stats(self) -> EngineStats:
         """What there is now, and counts since the start."""
-        return EngineStats(tuple(map(self._stats_of, self._replicas.replicas)))
+        balance = None if self._balancing is None else self._balancing.stats
+        return EngineStats(tuple(map(self._stats_of, self._replicas.replicas)), balance)
 
     def _stats_of(self, replica: Scheduler) -> ReplicaStats:
         totals = replica.totals

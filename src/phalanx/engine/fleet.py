@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import itertools
+import logging
+import math
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +19,10 @@ from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
 from phalanx.executor.platform import num_cores, pick_device, visible_gpus
 from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
+
+DEATH_POLL_S = 0.1
+
+log = logging.getLogger("phalanx.engine")
 
 
 async def start_engine(config: Config, on_progress: OnProgress | None = None) -> Engine:
@@ -39,23 +46,25 @@ class Fleet:
         self.default_sampling = first.default_sampling
         self._engines = tuple(engines)
         self._router = Router(first.info.block_size)
+        self._deaths = asyncio.create_task(self._tell_deaths())
 
     @classmethod
     async def start(
         cls, config: Config, on_progress: OnProgress | None = None, *, command: Sequence[str] = ENGINE_COMMAND
     ) -> Fleet:
-        """Start all engines at the same time and wait until all serve.
+        """Start all engines at the same time and wait until all serve. With Ray each waits for the one before to be
+        placed: two that chose at the same time would choose the same room.
 
         Raises what the first one that fails raises; then none is left.
         """
-        settings = settings_of_replicas(config)
-        size = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-        starting = []
-        for replica, (own, environment) in enumerate(settings):
-            report = _offset(on_progress, replica * size)
-            start = EngineClient.start(own, report, command=command, environment=environment)
-            starting.append(asyncio.create_task(start))
+        starting: list[asyncio.Task[EngineClient]] = []
         try:
+            for own, environment in settings_of_replicas(config):
+                report = _Report(on_progress, len(starting) * own.parallel.world_size)
+                start = EngineClient.start(own, report, command=command, environment=environment)
+                starting.append(asyncio.create_task(start))
+                if own.executor.launcher == "ray":
+                    await report.until_placed(starting[-1])
             return cls(await asyncio.gather(*starting))
         except BaseException:
             for task in starting:
@@ -91,32 +100,68 @@ class Fleet:
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
+        self._deaths.cancel()
         await asyncio.gather(*(engine.close(grace_s) for engine in self._engines))
+
+    async def _tell_deaths(self) -> None:
+        """Say which engine has died: as long as others go on, only its own requests end with an error."""
+        alive = dict(enumerate(self._engines))
+        while alive:
+            for replica in [replica for replica, engine in alive.items() if engine.dead is not None]:
+                reason = alive.pop(replica).dead
+                log.error("replica %d has ended, %d of %d go on: %s", replica, len(alive), len(self._engines), reason)
+            await asyncio.sleep(DEATH_POLL_S)
 
 
 def settings_of_replicas(config: Config) -> list[tuple[Config, Mapping[str, str]]]:
     """Each replica's own configuration and environment: they share out this host's cores and GPUs.
 
-    With Ray every replica gets a placement group of its own. Raises ConfigError if there are too few GPUs.
+    With Ray every replica gets a placement group of its own, and the GPUs are for a Ray of its own, if it starts one.
+    Raises ConfigError if there are too few GPUs.
     """
-    num_replicas = config.parallel.data_parallel_size
-    own = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, data_parallel_size=1))
+    replicas = config.of_engines()
     if config.executor.launcher == "ray":
-        return [(own, {})] * num_replicas
+        return [(own, share) for own, share in zip(replicas, _shares_of_gpus(config), strict=True)]
     device = pick_device(config)
     threads = config.executor.threads_per_rank or max(1, num_cores() // config.parallel.world_size)
-    own = msgspec.structs.replace(
-        own, executor=msgspec.structs.replace(own.executor, device=device, threads_per_rank=threads)
-    )
-    if device == "cpu":
-        return [(own, {})] * num_replicas
-    gpus, size = visible_gpus(), own.parallel.world_size
-    shares = [gpus[replica * size : (replica + 1) * size] for replica in range(num_replicas)]
-    return [(own, {"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    executor = msgspec.structs.replace(config.executor, device=device, threads_per_rank=threads)
+    shares = _shares_of_gpus(config) if device == "cuda" else [{}] * len(replicas)
+    return [
+        (msgspec.structs.replace(own, executor=executor), share) for own, share in zip(replicas, shares, strict=True)
+    ]
 
 
-def _offset(on_progress: OnProgress | None, first_rank: int) -> Callable[[StartProgress], None] | None:
-    """What an engine reports of its ranks, as ranks of all."""
-    if on_progress is None:
-        return None
-    return lambda told: on_progress(msgspec.structs.replace(told, rank=told.rank + first_rank))
+def _shares_of_gpus(config: Config) -> list[Mapping[str, str]]:
+    """Variables that let each replica see GPUs of its own; none at all if there are too few for all of them."""
+    gpus, parallel, per_rank = visible_gpus(), config.parallel, config.cluster.ray_per_worker_gpus
+    if not gpus:
+        return [{}] * parallel.data_parallel_size
+    size = math.ceil(parallel.engine_size * max(per_rank, 1.0))
+    if len(gpus) < max(size, parallel.world_size * per_rank):
+        size = 0
+    dealt = itertools.cycle(gpus)  # at less than a GPU for each rank, replicas may share one
+    shares = [list(itertools.islice(dealt, size)) for _ in range(parallel.data_parallel_size)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+class _Report:
+    """Tells what an engine reports of its ranks as ranks of all, and when they have their places."""
+
+    def __init__(self, on_progress: OnProgress | None, first_rank: int) -> None:
+        self._on_progress = on_progress
+        self._first_rank = first_rank
+        self._placed = asyncio.Event()
+
+    def __call__(self, told: StartProgress) -> None:
+        if told.node:
+            self._placed.set()
+        if self._on_progress is not None:
+            self._on_progress(msgspec.structs.replace(told, rank=told.rank + self._first_rank))
+
+    async def until_placed(self, start: asyncio.Task[EngineClient]) -> None:
+        """Wait until the ranks have their places, or the start has ended, whichever is first."""
+        placed = asyncio.create_task(self._placed.wait())
+        try:
+            await asyncio.wait((placed, start), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            placed.cancel()

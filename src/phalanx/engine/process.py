@@ -15,6 +15,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import refusal
+from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.tokenizer import eos_token_ids
@@ -238,6 +239,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         num_blocks=capacity.num_blocks,
         max_model_len=capacity.max_model_len,
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
+        balancing=Balancing(config, executor) if config.parallel.enable_eplb else None,
     )
     link.send(
         EngineReady(

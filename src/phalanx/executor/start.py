@@ -94,7 +94,9 @@ def _check_experts(config: Config, checkpoint: Checkpoint) -> None:
         return
     if not checkpoint.num_experts:
         raise ConfigError("enable_expert_parallel", True, f"{checkpoint.name} is no mixture of experts")
-    ExpertShare(0, Grid.of(config.parallel).expert_parallel_size).span(checkpoint.num_experts)
+    num_redundant, is_even = config.parallel.num_redundant_experts, config.parallel.enable_eplb
+    size = Grid.of(config.parallel).expert_parallel_size
+    ExpertShare(0, size, num_redundant, is_even).span(checkpoint.num_experts)
 
 
 def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, deadline: Deadline) -> Executor:

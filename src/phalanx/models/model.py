@@ -30,7 +30,8 @@ from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
 from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
 from phalanx.moe.dispatcher import Dispatcher
-from phalanx.moe.experts import Load, share_out
+from phalanx.moe.experts import Load
+from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -62,7 +63,7 @@ class CausalLM:
         device: torch.device,
         packing: Packing | None,
         dispatcher: Dispatcher | None,
-        expert_loads: Mapping[str, Load],
+        experts: Mapping[str, SharedExperts],
     ) -> None:
         self.vocab_size: int = definition.config.vocab_size
         self.hidden_size: int = definition.config.hidden_size
@@ -73,7 +74,7 @@ class CausalLM:
         self.dtype: torch.dtype = definition.dtype
         self.device = device
         self.weight_bytes = weight_bytes
-        self.expert_loads = expert_loads
+        self.experts = experts
         """Of each layer whose experts are shared out one by one, by the name of their module."""
         self._definition = definition
         self._decoder = definition.base_model
@@ -90,10 +91,15 @@ class CausalLM:
             cache_layers.append(_layer_cache(module))
         self.cache_layers = tuple(cache_layers)
 
+    @property
+    def expert_loads(self) -> dict[str, Load]:
+        """Of each of the layers in `experts`."""
+        return {name: experts.load for name, experts in self.experts.items()}
+
     def named_parameters(self) -> dict[str, Tensor]:
         """This rank's part of each of its parameters, by transformers' names; what is tied comes under each name.
 
-        Routers' correction biases are among them.
+        Routers' correction biases are among them. Of whole experts it has those that `experts` tells.
 
         They may be written to until the next step. Where weights are packed, that step packs what they then hold, and
         those tensors are empty afterwards; the step after which one is written to raises UserError.
@@ -189,7 +195,7 @@ def load_model(
             name: kept_dtype(definition, name, checkpoint.tensors[sources[name][0].key].dtype, dtype) for name in shards
         }
         weights = _read(reader, shards, sources, dtypes, allocate, on_progress)
-    expert_loads = _install(definition, weights, sharding, group, device, dispatcher)
+    shared_experts = _install(definition, weights, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
     if device.type == "cpu":
@@ -209,7 +215,7 @@ def load_model(
         device=device,
         packing=packing,
         dispatcher=dispatcher,
-        expert_loads=expert_loads,
+        experts=shared_experts,
     )
 
 
@@ -263,12 +269,12 @@ def _install(
     group: Group,
     device: torch.device,
     dispatcher: Dispatcher | None,
-) -> dict[str, Load]:
+) -> dict[str, SharedExperts]:
     """Put the rank's weights into the definition, and parallel layers where the ranks' outputs are to be summed.
 
-    Returns what counts the tokens of the experts, by module, where a dispatcher brings them.
+    Returns the experts, by the names of their modules, to which a dispatcher brings tokens.
     """
-    loads: dict[str, Load] = {}
+    shared: dict[str, SharedExperts] = {}
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
         module = definition.get_submodule(module_name)
@@ -281,7 +287,8 @@ def _install(
         if style in ROWS:
             definition.set_submodule(name, RowParallelLinear(name, module.weight, module.bias, group))
         elif style in EXPERTS and dispatcher is not None:
-            loads[name] = share_out(module, sharding.experts(module.num_experts), dispatcher)
+            mine, num_redundant = sharding.experts(module.num_experts), sharding.num_redundant_experts
+            shared[name] = SharedExperts(module, mine, dispatcher, num_redundant=num_redundant)
         elif style in EXPERTS:
             sum_output(module, group)
         for buffer_name, buffer in module.named_buffers(recurse=False):
@@ -292,7 +299,7 @@ def _install(
         definition.set_input_embeddings(VocabParallelEmbedding(embedding.weight, group))
         if sharding.head_name in _parameters(definition).keys() - weights.keys():
             definition.get_output_embeddings().weight = embedding.weight
-    return loads
+    return shared
 
 
 def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:

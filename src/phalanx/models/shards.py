@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
+from phalanx.moe.balance import first_placement
 from phalanx.topology.sharding import ALIGNMENT, ExpertShare, Span, round_up, shard_heads, split_columns, vocab_part
 
 COLUMNS = ("colwise", "colwise_gather_output")
@@ -139,9 +140,15 @@ class Sharding:
         self.head_name = f"{names[model.get_output_embeddings()]}.weight"
 
     def experts(self, num_experts: int) -> Span:
-        """The experts that this rank has whole."""
+        """The physical experts that this rank has whole."""
         assert self._experts is not None
         return self._experts.span(num_experts)
+
+    @property
+    def num_redundant_experts(self) -> int:
+        """Physical experts of each layer beyond one for each of its experts."""
+        assert self._experts is not None
+        return self._experts.num_redundant
 
     @property
     def is_first_with_its_kv_heads(self) -> bool:
@@ -159,7 +166,7 @@ class Sharding:
             return self._vocab_shard(full_shape)
         module_name, _, leaf = name.rpartition(".")
         if self._experts is not None and self.style(module_name) in EXPERTS:
-            return Shard.of(full_shape, 0, self._experts.span(full_shape[0]))
+            return Shard.of(full_shape, 0, *self._expert_spans(self._experts, full_shape[0]))
         planned = name if self.style(name) else module_name
         style = self.style(planned)
         if style in REPLICATED or (style in ROWS and leaf == "bias"):
@@ -184,6 +191,15 @@ class Sharding:
         if style in ADDED_ONCE:
             return Shard.whole(full_shape) if self.rank == 0 else Shard.zeros(full_shape)
         raise UnsupportedModelError(f"transformers plans {name} as {style!r}, which is not known here")
+
+    @staticmethod
+    def _expert_spans(share: ExpertShare, num_experts: int) -> list[Span]:
+        """The logical experts that this rank begins with."""
+        mine = share.span(num_experts)
+        if not share.num_redundant:
+            return [mine]
+        placement = first_placement(num_experts, share.num_redundant)
+        return [Span(expert, expert + 1) for expert in placement[mine.start : mine.stop]]
 
     def _columns(self, name: str, size: int) -> Span:
         part = name.rpartition(".")[2]

@@ -106,9 +106,9 @@ class WeightReader:
             if source.expert is None:
                 self._copy(target, shard, source, shard.dim)
             elif shard.dim == 0:  # whole experts
-                first, last = shard.spans[0]
-                if first <= source.expert < last:
-                    self._copy_whole(target[source.expert - first], source)
+                for i, (first, last) in enumerate(shard.spans):
+                    if first <= source.expert < last:
+                        self._copy_whole(target[i * shard.span_size + source.expert - first], source)
             else:
                 self._copy(target[source.expert], shard, source, shard.dim - 1)
 

@@ -2,7 +2,8 @@
 
 Experts are shared out to all ranks of a stage, of all replicas. Each dispatcher has exactly one sequence of collectives
 for the numbers of tokens that the replicas have in a step, which all ranks are told (invariant 1): whatever the router
-says, and if no token at all is for a rank's experts.
+says, and if no token at all is for a rank's experts. The experts here are physical ones: where an expert has copies,
+it is settled before which of them a token goes to (copies.py).
 
 Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, D hidden size.
 """
@@ -27,7 +28,7 @@ class Dispatched(NamedTuple):
 
     hidden_ND: Tensor
     experts_NK: Tensor
-    """Numbers of experts, of any rank, or NOWHERE."""
+    """Numbers of physical experts, of any rank, or NOWHERE."""
     weights_NK: Tensor
     """float32"""
     way_back: Any
@@ -39,6 +40,10 @@ class Dispatcher(Protocol):
 
     def begin(self, num_tokens: Sequence[int]) -> None:
         """A step in which each replica has so many tokens, at least one."""
+
+    @property
+    def first_token(self) -> int:
+        """The place of this replica's first token among the tokens of all replicas in this step."""
 
     def dispatch(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Give this replica's tokens away; gives those that came here. All ranks of a replica have the same ones."""
@@ -61,6 +66,10 @@ class AllGatherReduceScatter:
 
     def begin(self, num_tokens: Sequence[int]) -> None:
         self._num_tokens = tuple(num_tokens)
+
+    @property
+    def first_token(self) -> int:
+        return sum(self._num_tokens[: self._peers.rank])
 
     def dispatch(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         num_tokens, most = len(hidden_TD), max(self._num_tokens)
@@ -88,7 +97,7 @@ class AllToAll:
     """
 
     def __init__(self, experts: Group, shared: Group, num_experts: int) -> None:
-        """`experts`: all ranks of the stage. `shared`: those of this replica."""
+        """`experts`: all ranks of the stage. `shared`: those of this replica. `num_experts`: physical ones."""
         self._experts = experts
         self._shared = shared
         spans = [split(num_experts, experts.size, rank) for rank in range(experts.size)]
@@ -97,6 +106,10 @@ class AllToAll:
 
     def begin(self, num_tokens: Sequence[int]) -> None:
         self._num_tokens = tuple(num_tokens)
+
+    @property
+    def first_token(self) -> int:
+        return sum(self._num_tokens[: self._experts.rank // self._shared.size])
 
     def dispatch(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         num_tokens = len(hidden_TD)

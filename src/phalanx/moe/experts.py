@@ -6,17 +6,22 @@ one of this rank's experts, L this rank's experts and one place for all others, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.moe import _grouped_linear
 
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.topology.sharding import Span
 
 
 class Load:
-    """How many tokens came to each expert of one layer on one rank, since the start. Padding counts as well."""
+    """How many tokens came to each expert of one layer on one rank, since the start or the last `reset`.
+
+    Padding counts as well.
+    """
 
     def __init__(self, mine: Span, device: torch.device) -> None:
         self.mine = mine
@@ -31,12 +36,22 @@ class Load:
         """By expert. Waits for the device."""
         return self._counts_L[:-1].tolist()
 
+    def reset(self) -> None:
+        """Begin anew: the rank's experts are others now."""
+        self._counts_L.zero_()
 
-def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> Load:
-    """Have a module with the weights of the experts `mine` answer for all of them, on every rank.
+
+def _as_they_are(experts_TK: Tensor) -> Tensor:
+    return experts_TK
+
+
+def share_out(
+    experts: Any, mine: Span, dispatcher: Dispatcher, choose: Callable[[Tensor], Tensor] = _as_they_are
+) -> Load:
+    """Have a module with the weights of the physical experts `mine` answer for all of them, on every rank.
 
     `experts` is what transformers calls with hidden states [T, D] and the experts and weights [T, K] that a router
-    chose for them; it gives [T, D].
+    chose for them; it gives [T, D]. `choose` gives the physical experts for those: by default they are the same.
     """
     compute = experts.forward
     experts.num_experts = mine.size
@@ -44,13 +59,13 @@ def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> Load:
     load = Load(mine, next(experts.parameters()).device)
 
     def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        dispatched = dispatcher.dispatch(hidden_TD, experts_TK, weights_TK)
+        dispatched = dispatcher.dispatch(hidden_TD, choose(experts_TK), weights_TK)
         is_mine_NK = (dispatched.experts_NK >= mine.start) & (dispatched.experts_NK < mine.stop)
         local_NK = torch.where(is_mine_NK, dispatched.experts_NK - mine.start, mine.size).long()
         weights_NK = dispatched.weights_NK.to(weights_TK.dtype)
         load.note(local_NK)
         if hidden_TD.device.type == "cpu":
-            out_ND = _of_pairs(compute, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
+            out_ND = _of_pairs(experts, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
         else:
             out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK.masked_fill(~is_mine_NK, 0.0))
         return dispatcher.combine(dispatched, out_ND)
@@ -59,11 +74,33 @@ def share_out(experts: Any, mine: Span, dispatcher: Dispatcher) -> Load:
     return load
 
 
-def _of_pairs(compute: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
-    """Computes nothing but what is this rank's. How much that is must be known first: a GPU would have to wait."""
-    tokens_P, places_P = is_mine_NK.nonzero(as_tuple=True)
+def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
+    """Computes nothing but what is this rank's. How much that is must be known first: a GPU would have to wait.
+
+    Pairs are gathered once, in the order of their experts: the module's forward would sort and copy them once more.
+    """
     out_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-    if len(tokens_P):
-        local_P1, weights_P1 = local_NK[tokens_P, places_P, None], weights_NK[tokens_P, places_P, None]
-        out_ND.index_add_(0, tokens_P, compute(hidden_ND[tokens_P], local_P1, weights_P1).float())
+    local_P, order_P = local_NK[is_mine_NK].sort(stable=True)
+    if len(order_P):
+        tokens_P = is_mine_NK.nonzero()[:, 0].index_select(0, order_P)
+        weights_P1 = weights_NK[is_mine_NK].index_select(0, order_P)[:, None]
+        out_PD = _in_groups(experts, hidden_ND.index_select(0, tokens_P), local_P)
+        out_ND.index_add_(0, tokens_P, (out_PD * weights_P1).float())
     return out_ND.to(hidden_ND.dtype)
+
+
+def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor) -> Tensor:
+    """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`. Rows are in their order."""
+    ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
+
+    def linear(name: str, x_PI: Tensor) -> Tensor:
+        bias_PO = getattr(experts, f"{name}_bias")[local_P] if experts.has_bias else None
+        out_PO: Tensor = _grouped_linear(x_PI, getattr(experts, name), ends_L, bias_PO, experts.is_transposed)
+        return out_PO
+
+    if experts.has_gate:
+        inner_PI = experts._apply_gate(linear("gate_up_proj", hidden_PD))
+    else:
+        inner_PI = experts.act_fn(linear("up_proj", hidden_PD))
+    out_PD = linear("down_proj", inner_PI)
+    return experts.post_expert_norm(out_PD) if experts.has_post_expert_norm else out_PD

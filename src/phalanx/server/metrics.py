@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -115,6 +115,24 @@ class _EngineCollector(Collector):
             for replica, count in enumerate(counts):
                 family.add_metric([str(replica)], count)
             yield family
+        yield from self._balance()
+
+    def _balance(self) -> Iterator[Metric]:
+        """Nothing where experts do not move, or before they were first measured."""
+        balance = self._engine.stats and self._engine.stats.balance
+        if not balance:
+            return
+        ratio = GaugeMetricFamily(
+            "phalanx_expert_load_ratio",
+            "Tokens for the experts of the busiest rank over those of the mean one: measured, and what is expected of "
+            "the same tokens with experts where they are since then.",
+            labels=["kind"],
+        )
+        ratio.add_metric(["measured"], balance.measured)
+        ratio.add_metric(["expected"], balance.expected)
+        yield ratio
+        text = "Layers whose experts have moved, each time counted."
+        yield CounterMetricFamily("phalanx_expert_moves", text, value=balance.num_moves)
 
     def _replicas(self) -> Sequence[ReplicaStats]:
         if self._engine.stats is not None:

@@ -40,6 +40,8 @@ class Grid(NamedTuple):
     data_parallel_size: int = 1
     all2all_backend: All2All | None = None
     """None if experts are not shared out one by one."""
+    moves_experts: bool = False
+    """Whether ranks that share out experts exchange some while they serve."""
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Grid:
@@ -48,6 +50,7 @@ class Grid(NamedTuple):
             parallel.pipeline_parallel_size,
             parallel.data_parallel_size,
             parallel.all2all_backend if parallel.enable_expert_parallel else None,
+            parallel.enable_expert_parallel and parallel.enable_eplb,
         )
 
     @property
@@ -124,8 +127,8 @@ class Grid(NamedTuple):
                 for stage in stages
                 for tp_rank in tp_ranks
             ]
-        elif self.all2all_backend == "alltoall":
-            experts = [
+        if self.all2all_backend == "alltoall" or self.moves_experts:
+            experts += [
                 GroupMembers(self.experts(stage), tuple(self.rank(dp, stage, tp) for dp in replicas for tp in tp_ranks))
                 for stage in stages
             ]

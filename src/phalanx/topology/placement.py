@@ -55,16 +55,29 @@ class Place(NamedTuple):
     bundle: int
 
 
-def place_ranks(grid: Grid, demand: Demand, nodes: Sequence[Node], *, may_split: bool) -> tuple[Place, ...]:
+class _Part(NamedTuple):
+    """Replicas and the nodes that are to hold them."""
+
+    nodes: tuple[Node, ...]
+    num_replicas: int
+    where: str = ""
+    """In words; empty for all replicas on any node."""
+
+
+def place_ranks(
+    grid: Grid, demand: Demand, nodes: Sequence[Node], *, may_split: bool, num_local: int | None = None
+) -> tuple[Place, ...]:
     """A place for each rank on nodes with room, in rank order.
 
-    With `may_split` a tensor-parallel group may span nodes if there is no other way. Raises PlacementError.
+    With `may_split` a tensor-parallel group may span nodes if there is no other way. With `num_local` the first so many
+    replicas are on the driver's node and the others are not. Raises PlacementError.
     """
     room = {node.node_id: _room(demand, node) for node in nodes}
     order = _order(nodes, room)
-    holders = _fill(grid, [(node.node_id, room[node.node_id]) for node in order], may_split)
+    parts = _parts(grid, order, num_local)
+    holders = _fill_parts(grid, parts, room, may_split)
     if holders is None:
-        raise PlacementError(_complaint(grid, demand, room, may_split), _table(grid, demand, order, room))
+        raise PlacementError(_complaint(grid, demand, parts, room, may_split), _table(grid, demand, parts, order, room))
     return tuple(Place(rank, node_id, rank) for rank, node_id in enumerate(holders))
 
 
@@ -76,23 +89,27 @@ def place_in_bundles(
     *,
     indices: Sequence[int] | None,
     may_split: bool,
+    num_local: int | None = None,
 ) -> tuple[Place, ...]:
     """A place for each rank in bundles that exist: rank r in bundle `indices[r]` if indices are given.
 
-    Bundles with too little of the resource are passed over, unless they are among `indices`. Raises PlacementError.
+    Bundles with too little of the resource are passed over, unless they are among `indices`. `may_split` and
+    `num_local` are as for `place_ranks`. Raises PlacementError.
     """
     fit = {bundle.index: bundle for bundle in bundles if bundle.free >= demand.per_rank - _TOLERANCE}
     room = Counter(bundle.node_id for bundle in fit.values())
     order = _order(nodes, room)
-    table = _table(grid, demand, order, room, bundles)
+    parts = _parts(grid, order, num_local)
+    table = _table(grid, demand, parts, order, room, bundles)
     if indices is not None:
         _check_indices(grid, demand, indices, bundles, fit, table)
         places = tuple(Place(rank, fit[index].node_id, index) for rank, index in enumerate(indices))
         _check_groups(grid, places, {node.node_id: node.name for node in nodes}, may_split, table)
+        _check_parts(grid, places, parts, table)
         return places
-    holders = _fill(grid, [(node.node_id, room[node.node_id]) for node in order], may_split)
+    holders = _fill_parts(grid, parts, room, may_split)
     if holders is None:
-        raise PlacementError(_complaint(grid, demand, room, may_split, in_bundles=True), table)
+        raise PlacementError(_complaint(grid, demand, parts, room, may_split, in_bundles=True), table)
     waiting = {node.node_id: iter(sorted(i for i in fit if fit[i].node_id == node.node_id)) for node in nodes}
     return tuple(Place(rank, node_id, next(waiting[node_id])) for rank, node_id in enumerate(holders))
 
@@ -120,12 +137,36 @@ def _order(nodes: Sequence[Node], room: Mapping[str, int]) -> list[Node]:
     return sorted(nodes, key=lambda node: (not node.is_driver, -room.get(node.node_id, 0), node.address, node.node_id))
 
 
-def _fill(grid: Grid, rooms: Sequence[tuple[str, int]], may_split: bool) -> list[str] | None:
+def _parts(grid: Grid, order: Sequence[Node], num_local: int | None) -> tuple[_Part, ...]:
+    """In the order of their replicas."""
+    if num_local is None:
+        return (_Part(tuple(order), grid.data_parallel_size),)
+    here = tuple(node for node in order if node.is_driver)
+    elsewhere = tuple(node for node in order if not node.is_driver)
+    return (
+        _Part(here, num_local, "on the driver's node"),
+        _Part(elsewhere, grid.data_parallel_size - num_local, "on other nodes than the driver's"),
+    )
+
+
+def _fill_parts(grid: Grid, parts: Sequence[_Part], room: Mapping[str, int], may_split: bool) -> list[str] | None:
+    """The node of each rank; None if some part has too little room."""
+    holders: list[str] = []
+    for part in parts:
+        held = _fill(grid, part, room, may_split)
+        if held is None:
+            return None
+        holders += held
+    return holders
+
+
+def _fill(grid: Grid, part: _Part, room: Mapping[str, int], may_split: bool) -> list[str] | None:
     """The node of each rank: as many whole groups as the nodes can hold, then, if allowed, what is left of them."""
-    size, num_groups = grid.tensor_parallel_size, grid.num_groups
-    whole = [node_id for node_id, room in rooms for _ in range(room // size)][:num_groups]
+    size, num_groups = grid.tensor_parallel_size, part.num_replicas * grid.pipeline_parallel_size
+    rooms = [(node.node_id, room.get(node.node_id, 0)) for node in part.nodes]
+    whole = [node_id for node_id, ranks in rooms for _ in range(ranks // size)][:num_groups]
     used = Counter(whole)
-    left = [node_id for node_id, room in rooms for _ in range(room - used[node_id] * size)]
+    left = [node_id for node_id, ranks in rooms for _ in range(ranks - used[node_id] * size)]
     missing = (num_groups - len(whole)) * size
     if missing and (not may_split or len(left) < missing):
         return None
@@ -165,28 +206,73 @@ def _check_groups(grid: Grid, places: Sequence[Place], names: Mapping[str, str],
         raise PlacementError(f"these bundles split a tensor-parallel group ({where}); {_HOW_TO_SPLIT}", table)
 
 
+def _check_parts(grid: Grid, places: Sequence[Place], parts: Sequence[_Part], table: str) -> None:
+    """Whether each replica is on the nodes of its part."""
+    part_of = [part for part in parts for _ in range(part.num_replicas)]
+    for place in places:
+        replica = grid.coordinates(place.rank).replica
+        part = part_of[replica]
+        if place.node_id not in {node.node_id for node in part.nodes}:
+            raise PlacementError(
+                f"rank {place.rank} of replica {replica} is to be in bundle {place.bundle}, which is not {part.where}: "
+                "data_parallel_size_local wants it there",
+                table,
+            )
+
+
 _HOW_TO_SPLIT = "allow_split_tensor_parallel lets one span nodes, at the price of much slower steps"
 
 
 def _complaint(
-    grid: Grid, demand: Demand, room: Mapping[str, int], may_split: bool, *, in_bundles: bool = False
+    grid: Grid,
+    demand: Demand,
+    parts: Sequence[_Part],
+    room: Mapping[str, int],
+    may_split: bool,
+    *,
+    in_bundles: bool = False,
 ) -> str:
-    size, num_groups, total = grid.tensor_parallel_size, grid.num_groups, sum(room.values())
-    each = f"{_number(demand.per_rank)} {demand.resource}"
-    asked = f"{grid.world_size} ranks ({_sizes(grid)}) of {each} each"
+    """Of the first part that has too little room."""
+    part = next(part for part in parts if _fill(grid, part, room, may_split) is None)
+    needed, held = _needed(grid, part), _held(grid, part, room)
+    asked = f"{needed.ranks} ranks ({_sizes(grid)}) of {_number(demand.per_rank)} {demand.resource} each"
     where = "the placement group's bundles have" if in_bundles else "the cluster has"
-    if total < grid.world_size:
-        return f"{asked} are asked for and {where} room for {total}"
-    whole = sum(ranks // size for ranks in room.values())
+    if part.where:
+        replicas = f"{part.num_replicas} of {grid.data_parallel_size} replicas are to be {part.where} "
+        asked, where = f"{replicas}(data_parallel_size_local): {asked}", f"{where} there"
+    if held.ranks < needed.ranks:
+        return f"{asked} are asked for and {where} room for {held.ranks}"
     advice = "" if may_split else f"; {_HOW_TO_SPLIT}"
     return (
-        f"{asked} are asked for, those of a tensor-parallel group on one node: of {num_groups} groups {where} room "
-        f"for {whole}{advice}"
+        f"{asked} are asked for, those of a tensor-parallel group on one node: of {needed.groups} groups {where} room "
+        f"for {held.groups}{advice}"
     )
 
 
+class _Room(NamedTuple):
+    """For ranks, and for whole tensor-parallel groups."""
+
+    ranks: int
+    groups: int
+
+
+def _needed(grid: Grid, part: _Part) -> _Room:
+    groups = part.num_replicas * grid.pipeline_parallel_size
+    return _Room(groups * grid.tensor_parallel_size, groups)
+
+
+def _held(grid: Grid, part: _Part, room: Mapping[str, int]) -> _Room:
+    ranks = [room.get(node.node_id, 0) for node in part.nodes]
+    return _Room(sum(ranks), sum(number // grid.tensor_parallel_size for number in ranks))
+
+
 def _table(
-    grid: Grid, demand: Demand, order: Sequence[Node], room: Mapping[str, int], bundles: Sequence[Bundle] | None = None
+    grid: Grid,
+    demand: Demand,
+    parts: Sequence[_Part],
+    order: Sequence[Node],
+    room: Mapping[str, int],
+    bundles: Sequence[Bundle] | None = None,
 ) -> str:
     """What was asked for, what each node has and what is missing."""
     size, resource = grid.tensor_parallel_size, demand.resource
@@ -196,19 +282,20 @@ def _table(
     if bundles is not None:
         rows[0] = (*rows[0], "bundles (free)")
     for node in order:
-        ranks = room.get(node.node_id, 0)
+        has_room = room.get(node.node_id, 0)
         mark = " (driver)" if node.is_driver else ""
-        row: tuple[str, ...] = (f"{node.name}{mark}", node.address, _number(node.free), _number(node.total), str(ranks))
-        row = (*row, str(ranks // size))
+        row: tuple[str, ...] = (f"{node.name}{mark}", node.address, _number(node.free), _number(node.total))
+        row = (*row, str(has_room), str(has_room // size))
         if bundles is not None:
             held = [f"{b.index} ({_number(b.free)})" for b in bundles if b.node_id == node.node_id]
             row = (*row, " ".join(held) or "none")
         rows.append(row)
-    total, whole = sum(room.values()), sum(ranks // size for ranks in room.values())
-    groups = grid.num_groups
     need = _number(grid.world_size * demand.per_rank)
-    rows.append(("asked for", "", need, "", str(grid.world_size), str(groups)))
-    rows.append(("missing", "", "", "", str(max(grid.world_size - total, 0)), str(max(groups - whole, 0))))
+    rows.append(("asked for", "", need, "", str(grid.world_size), str(grid.num_groups)))
+    sides = [(_needed(grid, part), _held(grid, part, room)) for part in parts]
+    ranks = sum(max(needed.ranks - held.ranks, 0) for needed, held in sides)
+    groups = sum(max(needed.groups - held.groups, 0) for needed, held in sides)
+    rows.append(("missing", "", "", "", str(ranks), str(groups)))
     return aligned(rows)
 
 

@@ -54,14 +54,26 @@ class ExpertShare(NamedTuple):
 
     rank: int
     num_ranks: int
+    num_redundant: int = 0
+    """Physical experts of a layer beyond one for each of its experts."""
+    is_even: bool = False
+    """Whether every rank must have as many, so that any physical expert can become any other."""
 
     def span(self, num_experts: int) -> Span:
-        """Raises ConfigError: there are fewer experts than ranks."""
+        """This rank's physical experts. Raises ConfigError: there are too few, or not as many for each rank."""
         if num_experts < self.num_ranks:
             raise ConfigError(
                 "enable_expert_parallel", True, f"at most {num_experts} ranks for this model: every one needs an expert"
             )
-        return split(num_experts, self.num_ranks, self.rank)
+        num_physical, num_ranks = num_experts + self.num_redundant, self.num_ranks
+        if (self.is_even and num_physical % num_ranks) or num_physical > num_experts * num_ranks:
+            raise ConfigError(
+                "num_redundant_experts",
+                self.num_redundant,
+                f"with the {num_experts} experts of this model it must make a multiple of {num_ranks}, for as many "
+                f"ranks, and at most {num_experts * num_ranks}",
+            )
+        return split(num_physical, num_ranks, self.rank)
 
 
 def split_columns(size: int, num_ranks: int, rank: int) -> Span:

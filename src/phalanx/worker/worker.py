@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import torch
 
 from phalanx.collectives.join import join
@@ -26,14 +27,19 @@ from phalanx.protocol import (
     CallMethod,
     CommandBody,
     Done,
+    ExpertLoads,
+    LayerLoad,
     Loaded,
     Measured,
+    MeasureExperts,
     MeasureMemory,
+    MoveExperts,
     Progress,
     Reply,
     ReplyBody,
     Step,
     Stop,
+    as_ints,
 )
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
@@ -67,10 +73,10 @@ class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tokens each of a rank's experts of one layer has had, since the start."""
+    """How many tokens each of a rank's experts of one layer has had, since the start or since they last moved."""
 
-    first: int
-    """The number of the rank's first expert."""
+    experts: tuple[int, ...]
+    """Which they are. One may be there twice."""
     num_tokens: list[int]
 
 
@@ -137,11 +143,12 @@ class Worker:
         if grid.all2all_backend is None:
             return None
         assert self._stage is not None
-        rank, num_experts = self.spec.rank, self._checkpoint.num_experts
-        share = ExpertShare(grid.expert_rank(rank), grid.expert_parallel_size)
+        rank, num_redundant = self.spec.rank, self.spec.config.parallel.num_redundant_experts
+        share = ExpertShare(grid.expert_rank(rank), grid.expert_parallel_size, num_redundant, grid.moves_experts)
         _, stage, tp_rank = grid.coordinates(rank)
         if grid.all2all_backend == "alltoall":
-            return share, AllToAll(self._groups[grid.experts(stage)], self._stage.shared, num_experts)
+            num_physical = self._checkpoint.num_experts + num_redundant
+            return share, AllToAll(self._groups[grid.experts(stage)], self._stage.shared, num_physical)
         return share, AllGatherReduceScatter(self._groups[grid.peers(stage, tp_rank)], self._stage.shared)
 
     @property
@@ -170,8 +177,8 @@ class Worker:
     def expert_load(self) -> dict[str, ExpertLoad]:
         """Of each layer's experts, by the name of their module; none where every rank has a part of each expert."""
         return {
-            name: ExpertLoad(first=load.mine.start, num_tokens=load.counts())
-            for name, load in self.model.expert_loads.items()
+            name: ExpertLoad(experts=experts.mine, num_tokens=experts.load.counts())
+            for name, experts in self.model.experts.items()
         }
 
     @remote_method
@@ -182,10 +189,10 @@ class Worker:
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         self.call_id = call.call_id
+        if isinstance(call.body, Step | MoveExperts) and call.body.epoch != self.spec.epoch:
+            self.num_stale += 1
+            return
         if isinstance(call.body, Step):
-            if call.body.epoch != self.spec.epoch:
-                self.num_stale += 1
-                return
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
             self._flights.append((call, self._runner.launch(call.body)))
@@ -246,6 +253,10 @@ class Worker:
             self._allocate_cache(body.num_blocks, body.max_model_len)
         elif isinstance(body, CallMethod):
             return self._methods.call(body)
+        elif isinstance(body, MeasureExperts):
+            return self._measure_experts()
+        elif isinstance(body, MoveExperts):
+            self._move_experts(body)
         elif isinstance(body, Stop):
             self.stopped = True
         return Done()
@@ -269,6 +280,23 @@ class Worker:
             ),
             block_bytes=bytes_of_block,
         )
+
+    def _measure_experts(self) -> ExpertLoads:
+        loads = [(name, experts.num_tokens()) for name, experts in self.model.experts.items()]
+        return ExpertLoads(tuple(LayerLoad(name, np.asarray(counts, np.int64).tobytes()) for name, counts in loads))
+
+    @torch.inference_mode()
+    def _move_experts(self, move: MoveExperts) -> None:
+        """Nothing to do if the layer is on another stage."""
+        experts = self.model.experts.get(move.layer)
+        if experts is None:
+            return
+        self._enter("moving experts")
+        assert move.number == experts.num_moves + 1, f"placement {move.number} comes after {experts.num_moves}"
+        grid = Grid.of(self.spec.config.parallel)
+        group = self._groups[grid.experts(grid.coordinates(self.spec.rank).stage)]
+        experts.move(as_ints(move.placement).tolist(), group)
+        self.phase = "idle"
 
     def _allocate_cache(self, num_blocks: int, max_model_len: int) -> None:
         assert self._model is not None and self._stage is not None

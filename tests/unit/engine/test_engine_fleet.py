@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -72,7 +73,9 @@ async def test_requests_are_shared_out_and_counted_by_replica(checkpoint: Path) 
 
 
 @in_loop
-async def test_an_engine_that_dies_takes_its_own_requests_along(checkpoint: Path) -> None:
+async def test_an_engine_that_dies_takes_its_own_requests_along(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with fleet_of(checkpoint) as fleet:
         running = [asyncio.create_task(consume(fleet, 10 * i, ENDLESS)) for i in range(3)]
         await until(lambda: fleet.num_running == 3)
@@ -82,6 +85,8 @@ async def test_an_engine_that_dies_takes_its_own_requests_along(checkpoint: Path
         with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
             failed.result()
         assert fleet.dead is None
+        await until(lambda: bool(caplog.messages))
+        assert re.fullmatch(r"replica \d has ended, 2 of 3 go on: .* killed by SIGKILL.*", caplog.messages[0])
         for i in range(4):
             assert await consume(fleet, 50 + i, SamplingParams(max_tokens=3)) == 3
         for pid in pids(fleet)[::2]:
@@ -133,3 +138,56 @@ def test_replicas_share_out_the_gpus(checkpoint: Path, monkeypatch: pytest.Monke
     settings = settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2))
     assert [own.executor.device for own, _ in settings] == ["cuda"] * 3
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in settings] == ["7,5", "GPU-a,3", "1,0"]
+
+
+def test_with_ray_each_replica_knows_whether_it_is_local(checkpoint: Path) -> None:
+    config = config_of(checkpoint, launcher="ray", data_parallel_size_local=2)
+    locals_ = [own.parallel.data_parallel_size_local for own, _ in settings_of_replicas(config)]
+    assert locals_ == [1, 1, 0]
+    undecided = config_of(checkpoint, launcher="ray")
+    assert {own.parallel.data_parallel_size_local for own, _ in settings_of_replicas(undecided)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("visible", "settings", "shares"),
+    [
+        ("4,5,6", {}, ["4", "5", "6"]),
+        ("4,5", {}, ["", "", ""]),
+        ("4,5", {"ray_per_worker_gpus": 0.5}, ["4", "5", "4"]),
+        ("4,5,6,7,0,1", {"ray_per_worker_gpus": 1.5}, ["4,5", "6,7", "0,1"]),
+    ],
+)
+def test_a_ray_of_its_own_has_gpus_of_its_own(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, visible: str, settings: dict[str, Any], shares: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = config_of(checkpoint, launcher="ray", **settings)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in settings_of_replicas(config)] == shares
+
+
+@in_loop
+async def test_with_ray_one_replica_is_placed_after_the_other(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that chose at the same time would choose the same room."""
+    events: list[str] = []
+
+    async def start(config: Config, on_progress: Any, **_: Any) -> Any:
+        replica = sum(event == "begins" for event in events)
+        events.append("begins")
+        for rank in range(2):
+            on_progress(StartProgress(rank, "placing"))
+        await asyncio.sleep(0.02)
+        events.append("is placed")
+        on_progress(StartProgress(1, "starting", node="alpha"))
+        await asyncio.sleep(0.1)
+        if replica == 1:
+            raise StartError("rank 1", "loading", "it could not")
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(EngineClient, "start", start)
+    told: list[StartProgress] = []
+    with pytest.raises(StartError):
+        await Fleet.start(config_of(checkpoint, launcher="ray", tensor_parallel_size=2), told.append)
+    assert events == ["begins", "is placed"] * 3
+    assert [progress.rank for progress in told if progress.node] == [1, 3, 5]

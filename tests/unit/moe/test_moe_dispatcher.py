@@ -24,7 +24,7 @@ from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
 
 NUM_EXPERTS = 7
-WIDTH = 6
+WIDTH = 8  # rows of 16 bytes or a multiple: torch's grouped product takes no others
 BACKENDS = ("allgather_reducescatter", "alltoall")
 
 Record = tuple[str, str, tuple[int, ...]]
@@ -52,18 +52,23 @@ class Recorded:
 
 
 class Experts(nn.Module):
-    """As transformers' modules: expert `num_experts` is one that is elsewhere."""
+    """As transformers' modules without a gate: each expert is one matrix, and then another that changes nothing."""
+
+    has_gate = has_bias = has_post_expert_norm = False
+    is_transposed = True
 
     def __init__(self, weights_EDD: Tensor) -> None:
         super().__init__()
         self.num_experts = len(weights_EDD)
-        self.weights_EDD = nn.Parameter(weights_EDD, requires_grad=False)
+        self.act_fn = nn.Identity()
+        self.up_proj = nn.Parameter(weights_EDD, requires_grad=False)
+        self.down_proj = nn.Parameter(torch.eye(weights_EDD.shape[1]).expand_as(weights_EDD), requires_grad=False)
 
     def forward(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         out_TD = torch.zeros_like(hidden_TD)
         for expert in range(self.num_experts):
             weight_T = (weights_TK * (experts_TK == expert)).sum(dim=1)
-            out_TD += weight_T[:, None] * (hidden_TD @ self.weights_EDD[expert])
+            out_TD += weight_T[:, None] * (hidden_TD @ self.up_proj[expert])
         return out_TD
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from server_rig import Rig, in_loop
 
 from phalanx import __version__
-from phalanx.protocol import EngineStats, ReplicaStats
+from phalanx.protocol import BalanceStats, EngineStats, ReplicaStats
 
 
 @in_loop
@@ -49,6 +49,17 @@ async def test_metrics() -> None:
         assert line in lines
     rig.engine.die("gone")
     assert "phalanx_engine_up 0.0" in (await rig.client.get("/metrics")).text
+
+
+@in_loop
+async def test_metrics_of_experts_that_move() -> None:
+    rig = Rig()
+    assert "phalanx_expert" not in (await rig.client.get("/metrics")).text
+    rig.engine.stats = EngineStats((ReplicaStats(0, 0, 0, 1, 0, 0, 0, 0, 0),), BalanceStats(2.5, 1.25, 3))
+    lines = (await rig.client.get("/metrics")).text.splitlines()
+    assert 'phalanx_expert_load_ratio{kind="measured"} 2.5' in lines
+    assert 'phalanx_expert_load_ratio{kind="expected"} 1.25' in lines
+    assert "phalanx_expert_moves_total 3.0" in lines
 
 
 @in_loop

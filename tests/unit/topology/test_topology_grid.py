@@ -38,15 +38,15 @@ def test_groups(grid: Grid) -> None:
             assert groups[grid.link(replica, stage - 1, tp_rank)] == (grid.rank(replica, stage - 1, tp_rank), rank)
         if grid.all2all_backend == "allgather_reducescatter":
             assert groups[grid.peers(stage, tp_rank)].index(rank) == replica
-        elif grid.all2all_backend == "alltoall":
+        if grid.all2all_backend == "alltoall" or grid.moves_experts:
             assert groups[grid.experts(stage)].index(rank) == grid.expert_rank(rank)
     num_links = (grid.pipeline_parallel_size - 1) * grid.tensor_parallel_size * grid.data_parallel_size
-    num_expert_groups = {
-        None: 0,
-        "allgather_reducescatter": grid.pipeline_parallel_size * grid.tensor_parallel_size,
-        "alltoall": grid.pipeline_parallel_size,
-    }
-    assert len(groups) == grid.num_groups + num_links + num_expert_groups[grid.all2all_backend]
+    num_expert_groups = 0
+    if grid.all2all_backend == "allgather_reducescatter":
+        num_expert_groups += grid.pipeline_parallel_size * grid.tensor_parallel_size
+    if grid.all2all_backend == "alltoall" or grid.moves_experts:
+        num_expert_groups += grid.pipeline_parallel_size
+    assert len(groups) == grid.num_groups + num_links + num_expert_groups
 
 
 def test_two_by_two() -> None:

@@ -76,6 +76,59 @@ def test_bundles_are_as_good_as_nodes(grid: Grid, nodes: list[Node], may_split: 
     assert all(owners[place.bundle] == place.node_id for place in places)
 
 
+@given(grids, clusters, st.booleans(), st.integers(0, 3))
+def test_so_many_replicas_are_on_the_drivers_node(
+    grid: Grid, nodes: list[Node], may_split: bool, num_local: int
+) -> None:
+    """The others are where they would be if the driver's node were not there."""
+    num_local = min(num_local, grid.data_parallel_size)
+    (driver,) = (node for node in nodes if node.is_driver)
+    others = [node for node in nodes if not node.is_driver]
+    expected: list[str] | None = []
+    for part, count in (([driver], num_local), (others, grid.data_parallel_size - num_local)):
+        if count and expected is not None:
+            try:
+                expected += homes(place_ranks(grid._replace(data_parallel_size=count), GPU, part, may_split=may_split))
+            except PlacementError:
+                expected = None
+    bundles = [Bundle(i, node_id, 1.0) for i, node_id in enumerate(n.node_id for n in nodes for _ in range(int(n.free)))]
+    settings = {"may_split": may_split, "num_local": num_local}
+    if expected is None:
+        with pytest.raises(PlacementError, match="data_parallel_size_local") as caught:
+            place_ranks(grid, GPU, nodes, **settings)
+        missing = caught.value.table.splitlines()[-1].split()
+        assert missing[0] == "missing"
+        assert int(missing[2]) > 0, "groups"
+        with pytest.raises(PlacementError, match="data_parallel_size_local"):
+            place_in_bundles(grid, GPU, nodes, bundles, indices=None, **settings)
+        return
+    places = place_ranks(grid, GPU, nodes, **settings)
+    assert homes(places) == expected
+    for place in places:
+        assert (place.node_id == driver.node_id) == (grid.coordinates(place.rank).replica < num_local)
+    held = place_in_bundles(grid, GPU, nodes, bundles, indices=None, **settings)
+    assert homes(held) == expected
+    given_indices = tuple(place.bundle for place in held)
+    assert place_in_bundles(grid, GPU, nodes, bundles, indices=given_indices, **settings) == held
+
+
+def test_indices_that_contradict_how_many_replicas_are_local() -> None:
+    bundles = [Bundle(index, f"id{index // 2}", 1.0) for index in range(4)]
+    with pytest.raises(PlacementError, match=r"rank 1 of replica 1 is to be in bundle 1, which is not on other nodes"):
+        place_in_bundles(Grid(1, 1, 2), GPU, cluster(2, 2), bundles, indices=(0, 1), may_split=False, num_local=1)
+    with pytest.raises(PlacementError, match=r"rank 0 of replica 0 is to be in bundle 2, which is not on the driver's"):
+        place_in_bundles(Grid(1, 1, 2), GPU, cluster(2, 2), bundles, indices=(2, 3), may_split=False, num_local=1)
+
+
+def test_where_replicas_do_not_fit_is_said() -> None:
+    complaint = (
+        r"^3 of 4 replicas are to be on other nodes than the driver's \(data_parallel_size_local\): 6 ranks \(.*\) of 1 "
+        r"GPU each are asked for and the cluster has there room for 4"
+    )
+    with pytest.raises(PlacementError, match=complaint):
+        place_ranks(Grid(2, 1, 4), GPU, cluster(8, 2, 2), may_split=False, num_local=1)
+
+
 def test_the_driver_comes_first_then_the_roomiest() -> None:
     assert homes(place_ranks(Grid(2, 3), GPU, cluster(2, 2, 4), may_split=False)) == ["id0"] * 2 + ["id2"] * 4
 

@@ -84,13 +84,19 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
     if config.cluster.ray_bundle_indices is not None:
         allowed = "only with a placement group that exists"
         raise ConfigError("ray_bundle_indices", config.cluster.ray_bundle_indices, allowed)
-    may_split = config.cluster.allow_split_tensor_parallel
+    choose = partial(
+        place_ranks,
+        grid,
+        demand,
+        may_split=config.cluster.allow_split_tensor_parallel,
+        num_local=config.parallel.data_parallel_size_local,
+    )
     nodes = connection.nodes(demand.resource)
     try:
-        places = place_ranks(grid, demand, nodes, may_split=may_split)
+        places = choose(nodes)
     except PlacementError as error:
         emptied = [node._replace(free=node.total) for node in nodes]
-        if _succeeds(lambda: place_ranks(grid, demand, emptied, may_split=may_split)):
+        if _succeeds(lambda: choose(emptied)):
             raise _NotYetError(error) from error
         raise
     group = placement_group(
@@ -141,6 +147,7 @@ def _in_existing(
         nodes,
         indices=config.cluster.ray_bundle_indices,
         may_split=config.cluster.allow_split_tensor_parallel,
+        num_local=config.parallel.data_parallel_size_local,
     )
     try:
         places = choose(bundles)

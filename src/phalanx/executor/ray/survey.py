@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import msgspec
@@ -10,6 +11,7 @@ from phalanx.config import Config
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.groups import describe_group
 from phalanx.executor.ray.assignment import PlacedRank
+from phalanx.executor.ray.connection import connect
 from phalanx.executor.ray.place import hire
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import aligned
@@ -44,17 +46,30 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 def survey(config: Config, checkpoint: str) -> Placement:
-    """Place the ranks for a moment. Blocks for seconds.
+    """Place the ranks for a moment, those of replicas that run apart one replica after the other. Blocks for seconds.
 
     Raises PlacementError, ConfigError, StartError, DeadlineError as the start itself would.
     """
-    grid = Grid.of(config.parallel)
+    ranks: list[PlacedRank] = []
     with ExitStack() as resources:
         deadline = Deadline(config.executor.start_timeout_s)
-        config, crew = hire(config, checkpoint, grid, lambda *_: None, deadline, resources)
-        groups = []
-        for members in grid.groups():
-            nodes = tuple(dict.fromkeys(crew.placed[rank].node for rank in members.ranks))
-            backend = describe_group(config, members, one_host=len(nodes) == 1).backend
-            groups.append(PlacedGroup(members.name, backend, members.ranks, nodes))
-        return Placement(crew.placed, tuple(groups))
+        resources.enter_context(connect(config.cluster, num_ranks=config.parallel.world_size))
+        for replica, own in enumerate(config.of_engines()):
+            settled, crew = hire(own, checkpoint, Grid.of(own.parallel), lambda *_: None, deadline, resources)
+            ranks += [_of_all(placed, replica, first=len(ranks)) for placed in crew.placed]
+    config = msgspec.structs.replace(config, executor=settled.executor)
+    return Placement(tuple(ranks), _groups(config, ranks))
+
+
+def _of_all(placed: PlacedRank, replica: int, *, first: int) -> PlacedRank:
+    """A rank as it is numbered among all. `replica` counts engines: a lockstep group is one, and numbers its own."""
+    return msgspec.structs.replace(placed, rank=first + placed.rank, replica=replica + placed.replica)
+
+
+def _groups(config: Config, ranks: Sequence[PlacedRank]) -> tuple[PlacedGroup, ...]:
+    groups = []
+    for members in Grid.of(config.parallel).groups():
+        nodes = tuple(dict.fromkeys(ranks[rank].node for rank in members.ranks))
+        backend = describe_group(config, members, one_host=len(nodes) == 1).backend
+        groups.append(PlacedGroup(members.name, backend, members.ranks, nodes))
+    return tuple(groups)

@@ -1,0 +1,236 @@
+"""The experts of one layer on a CPU: as our rank computes them, against transformers' own module and vLLM's kernel.
+
+    python benchmarks/moe_layer.py [--peer-python PATH] [--tokens 1 --tokens 512] [--threads 2] [--short]
+
+Qwen3-MoE's experts: hidden size 1024, 32 experts, 4 for each token, inner size 384, random weights and routes, the same
+for all. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
+experts, and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
+all_reduce.py. *transformers* is its module as its models call it, *vLLM* the kernel that its CPU build would choose.
+All have the same threads, take turns in rounds, and go through several inputs, so that the next call finds other
+experts in the caches. Medians in microseconds; ratios are ours to theirs, the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from control_plane import CONTESTANTS, Case, Contestant
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from phalanx.collectives.single import SingleGroup
+from phalanx.collectives.spec import GroupSpec
+from phalanx.moe.dispatcher import AllGatherReduceScatter
+from phalanx.moe.experts import share_out
+from phalanx.topology.sharding import Span
+
+HIDDEN, EXPERTS, TOP_K, INNER = 1024, 32, 4, 384
+DTYPES = (torch.bfloat16, torch.float32)
+NUM_INPUTS = 8
+NUM_CALLS = {1: 200, 8: 100, 64: 40}
+LEAST_CALLS = 10
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+"""Of the largest output."""
+
+
+class Input(NamedTuple):
+    hidden_TD: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+
+
+class Row(NamedTuple):
+    """Microseconds of one round."""
+
+    ours: float
+    ep: float
+    tp: float
+    transformers: float
+    vllm: float | None
+
+
+def make_experts(dtype: torch.dtype, *, experts: int = EXPERTS, inner: int = INNER) -> Any:
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN, num_experts=experts, num_experts_per_tok=TOP_K, moe_intermediate_size=inner
+    )
+    config._experts_implementation = "grouped_mm"  # what a model has by default
+    module = Qwen3MoeExperts(copy.deepcopy(config)).to(dtype)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False).normal_(std=0.02)
+    return module
+
+
+def make_input(num_tokens: int, dtype: torch.dtype) -> Input:
+    weights_TK, experts_TK = torch.randn(num_tokens, EXPERTS).softmax(dim=-1).topk(TOP_K)
+    weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return Input(torch.randn(num_tokens, HIDDEN).to(dtype), experts_TK, weights_TK.to(dtype))
+
+
+def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
+    """The module with the experts `mine`, as a rank that has no peers calls it."""
+    alone = SingleGroup(GroupSpec("alone", "single", (0,), epoch=1, timeout_s=1.0, join_timeout_s=1.0))
+    dispatcher = AllGatherReduceScatter(alone, alone)
+    share_out(module, mine, dispatcher)
+
+    def compute(x: Input) -> Tensor:
+        dispatcher.begin([len(x.hidden_TD)])
+        out_TD: Tensor = module(*x)
+        return out_TD
+
+    return compute
+
+
+class Layer:
+    """One dtype: the same experts several times, and inputs."""
+
+    def __init__(self, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+        self.dtype = dtype
+        self.weights = dict(make_experts(dtype).state_dict())
+        self.inputs = {size: [make_input(size, dtype) for _ in range(NUM_INPUTS)] for size in sizes}
+        half, inner = EXPERTS // 2, INNER // 2
+        gate, up = self.weights["gate_up_proj"].chunk(2, dim=1)
+        theirs = self._module(self.weights)
+        whole = self._module(self.weights)
+        some = self._module({name: weight[:half].clone() for name, weight in self.weights.items()}, experts=half)
+        parts = self._module(
+            {
+                "gate_up_proj": torch.cat([gate[:, :inner], up[:, :inner]], dim=1),
+                "down_proj": self.weights["down_proj"][:, :, :inner].clone(),
+            },
+            inner=inner,
+        )
+        self.contestants: dict[str, Callable[[Input], Tensor]] = {
+            "ours": on_one_rank(whole, Span(0, EXPERTS)),
+            "ep": on_one_rank(some, Span(0, half)),
+            "tp": lambda x: parts(*x),
+            "transformers": lambda x: theirs(*x),
+        }
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def save(self, folder: Path) -> None:
+        """For the peer."""
+        tensors = dict(self.weights)
+        for size, inputs in self.inputs.items():
+            for i, x in enumerate(inputs):
+                for part, tensor in zip(("hidden", "indices", "weights"), x, strict=True):
+                    tensors[f"{size}.{i}.{part}"] = tensor.contiguous()
+        save_file(tensors, folder / f"{self.name}.safetensors")
+
+    def check(self, found: dict[str, Tensor]) -> None:
+        """That ours, and what the peer `found` by number of tokens, is what transformers makes."""
+        for size, (x, *_) in self.inputs.items():
+            expected_TD = self.contestants["transformers"](x)
+            self._compare("ours", self.contestants["ours"](x), expected_TD)
+            if str(size) in found:
+                self._compare("vLLM", found[str(size)], expected_TD)
+
+    def _compare(self, name: str, out_TD: Tensor, expected_TD: Tensor) -> None:
+        error = (out_TD.float() - expected_TD.float()).abs().max() / expected_TD.float().abs().max()
+        if error > TOLERANCE[self.dtype]:
+            raise click.ClickException(f"{name} computes something else in {self.name}: {error:.2e}")
+
+    def _module(self, weights: dict[str, Tensor], **sizes: int) -> Any:
+        module = make_experts(self.dtype, **sizes)
+        module.load_state_dict(weights)
+        return module
+
+
+def median_us(compute: Callable[[Input], Tensor], inputs: Iterator[Input], num_calls: int) -> float:
+    times_s = []
+    for call in range(3 + num_calls):
+        x = next(inputs)
+        began_at = time.perf_counter()
+        compute(x)
+        if call >= 3:
+            times_s.append(time.perf_counter() - began_at)
+    return statistics.median(times_s) * 1e6
+
+
+def measure(layer: Layer, size: int, peer: Contestant | None, num_calls: int, rounds: int) -> list[Row]:
+    inputs = {name: itertools.cycle(layer.inputs[size]) for name in layer.contestants}
+    rows = []
+    for _ in range(rounds):
+        times = {name: median_us(run, inputs[name], num_calls) for name, run in layer.contestants.items()}
+        theirs = peer.measure(Case(f"{layer.name} {size}", 0.0, num_calls)).median_us if peer else None
+        rows.append(Row(times["ours"], times["ep"], times["tp"], times["transformers"], theirs))
+    return rows
+
+
+def report(layer: Layer, size: int, rows: Sequence[Row]) -> None:
+    """One line of the table."""
+    ours, ep, tp, transformers = (statistics.median(column) for column in list(zip(*rows, strict=True))[:4])
+    ratio = statistics.median(row.ours / row.transformers for row in rows)
+    line = f"{layer.name:8} {size:6} | {ours:8.0f} {ep:8.0f} {tp:8.0f} | {transformers:12.0f} {ratio:6.2f}"
+    if all(row.vllm for row in rows):
+        vllm = statistics.median(row.vllm for row in rows if row.vllm)
+        line += f" | {vllm:8.0f} {statistics.median(row.ours / row.vllm for row in rows if row.vllm):6.2f}"
+    click.echo(line)
+
+
+@contextlib.contextmanager
+def running_peer(python: Path | None, folder: Path, threads: int) -> Iterator[Contestant | None]:
+    """vLLM's kernel in its own process; None, and a line that says why, if it cannot be had."""
+    if python is None or not python.exists():
+        click.echo(f"skipped vLLM: {'give --peer-python to compare' if python is None else f'there is no {python}'}")
+        yield None
+        return
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "VLLM_NO_USAGE_STATS": "1"}
+    try:
+        peer = Contestant("vllm", [str(python), str(CONTESTANTS / "vllm_experts.py")], folder)
+    except click.ClickException as error:
+        click.echo(f"skipped vLLM: {error.message}")
+        yield None
+        return
+    with contextlib.closing(peer):
+        yield peer
+
+
+@click.command()
+@click.option("--peer-python", type=click.Path(path_type=Path), help="Python of a virtual environment with vLLM.")
+@click.option("--tokens", "sizes", type=click.IntRange(1), multiple=True, default=(1, 8, 64, 512), show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--short", is_flag=True, help="A tenth of the calls: to see that it works.")
+def main(peer_python: Path | None, sizes: tuple[int, ...], threads: int, rounds: int, short: bool) -> None:
+    """Time the experts of one layer."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestant, a stopped one too, is ended
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        layers = [Layer(dtype, sizes) for dtype in DTYPES]
+        for layer in layers:
+            layer.save(Path(folder))
+        with running_peer(peer_python, Path(folder), threads) as peer:
+            for layer in layers:
+                layer.check(load_file(Path(folder) / f"{layer.name}.vllm") if peer else {})
+            click.echo(f"{threads} threads, load {os.getloadavg()[0]:.2f}")
+            click.echo(
+                "dtype    tokens |     ours     EP 2     TP 2 | transformers  ratio"
+                + (" |     vLLM  ratio" if peer else "")
+            )
+            for layer, size in itertools.product(layers, sizes):
+                num_calls = NUM_CALLS.get(size, LEAST_CALLS)
+                num_calls = max(3, num_calls // 10) if short else num_calls
+                report(layer, size, measure(layer, size, peer, num_calls, rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The experts of one layer, shared out to ranks, some with copies; between steps they can change places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from phalanx.collectives.group import Group
+from phalanx.moe.balance import first_placement
+from phalanx.moe.copies import Copies, exchange
+from phalanx.moe.dispatcher import Dispatcher
+from phalanx.moe.experts import share_out
+from phalanx.topology.sharding import Span
+
+
+class SharedExperts:
+    """One layer's experts on one rank: which they are, what comes to them, and how they change."""
+
+    def __init__(self, module: Any, mine: Span, dispatcher: Dispatcher, *, num_redundant: int) -> None:
+        """`module` is made for all of the model's experts, and has the weights of the physical experts `mine`."""
+        num_experts: int = module.num_experts
+        device = next(module.parameters()).device
+        self._module = module
+        self._mine = mine
+        self._copies = Copies(first_placement(num_experts, num_redundant), num_experts, device)
+        self._before_move = [0] * num_experts
+        self._dispatcher = dispatcher
+        self.load = share_out(module, mine, dispatcher, self._choose)
+        self.num_moves = 0
+
+    @property
+    def mine(self) -> tuple[int, ...]:
+        """The logical expert of each physical one on this rank."""
+        return self._copies.placement[self._mine.start : self._mine.stop]
+
+    def num_tokens(self) -> list[int]:
+        """How many tokens this rank has computed for each logical expert, since the start. Waits for the device."""
+        counts = list(self._before_move)
+        for expert, count in zip(self.mine, self.load.counts(), strict=True):
+            counts[expert] += count
+        return counts
+
+    def move(self, placement: Sequence[int], group: Group) -> None:
+        """Exchange weights with the other ranks of `group`, which all call it with the same, between two steps.
+
+        Takes memory for what is sent and received of one parameter of the layer. Raises what the group raises.
+        """
+        self._before_move = self.num_tokens()
+        exchange([weight.data for weight in self._module.parameters()], self._copies.placement, placement, group)
+        self._copies = self._copies.moved(placement)
+        self.load.reset()
+        self.num_moves += 1
+
+    def _choose(self, experts_TK: Tensor) -> Tensor:
+        return self._copies.choose(experts_TK, self._dispatcher.first_token)
