@@ -28,7 +28,7 @@ PLAN = protocol.StepPlan(
         (protocol.TokenBatch(b"", b"", ((1, protocol.FinishReason.STOP),)), protocol.EngineMessage),
         (protocol.EngineFailed("why", is_user_error=True), protocol.EngineMessage),
         (protocol.EngineFailed("why", True, protocol.WrongSetting("dtype", None, "auto")), protocol.EngineMessage),
-        (protocol.Call(3, PLAN, (0,)), protocol.Call),
+        (protocol.Call(3, protocol.Step((PLAN,)), (0,)), protocol.Call),
         (protocol.Call(4, protocol.AllocateCache(10, 128), (0, 1)), protocol.Call),
         (protocol.Reply(3, protocol.StepResult(7, protocol.ints([4]))), protocol.WorkerMessage),
         (protocol.Reply(0, protocol.Loaded(1, "cpu", "float32")), protocol.WorkerMessage),
@@ -49,7 +49,7 @@ def test_a_steady_decode_step_costs_a_few_bytes_a_request() -> None:
         slots=protocol.ints(range(rows)),
         num_tokens=protocol.ints([1] * rows),
     )
-    assert len(msgspec.msgpack.encode(protocol.Call(1, plan, (0,)))) < 10 * rows
+    assert len(msgspec.msgpack.encode(protocol.Call(1, protocol.Step((plan,)), (0,)))) < 10 * rows
 
 
 @pytest.mark.parametrize("wire", [b"", b"\x00", b"\x93\xa4Nope\x01\x02", msgspec.msgpack.encode({"a": 1})])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phalanx.errors import DeadlineError
-from phalanx.protocol import Call, Progress, Reply, StepPlan, WorkerMessage
+from phalanx.protocol import Call, Progress, Reply, Step, WorkerMessage
 from phalanx.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class InlineRank:
     def put(self, message: Call, *, deadline_s: float) -> None:
         assert self._worker is not None
         worker = self._worker
-        if not isinstance(message.body, StepPlan):
+        if not isinstance(message.body, Step):
             self._end_steps(worker, deadline_s)
         self._run(message.call_id, lambda: worker.accept(message))
 

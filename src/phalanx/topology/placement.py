@@ -237,12 +237,13 @@ def _complaint(
     needed, held = _needed(grid, part), _held(grid, part, room)
     asked = f"{needed.ranks} ranks ({_sizes(grid)}) of {_number(demand.per_rank)} {demand.resource} each"
     where = "the placement group's bundles have" if in_bundles else "the cluster has"
+    there = " there" if part.where else ""
     if part.where:
-        replicas = f"{part.num_replicas} of {grid.data_parallel_size} replicas are to be {part.where} "
-        asked, where = f"{replicas}(data_parallel_size_local): {asked}", f"{where} there"
+        replicas = f"{part.num_replicas} of {grid.data_parallel_size} replicas are to be {part.where}"
+        asked = f"{replicas} (data_parallel_size_local): {asked}"
     if held.ranks < needed.ranks:
-        return f"{asked} are asked for and {where} room for {held.ranks}"
-    advice = "" if may_split else f"; {_HOW_TO_SPLIT}"
+        return f"{asked} are asked for and {where} room for {held.ranks}{there}"
+    advice = there if may_split else f"{there}; {_HOW_TO_SPLIT}"
     return (
         f"{asked} are asked for, those of a tensor-parallel group on one node: of {needed.groups} groups {where} room "
         f"for {held.groups}{advice}"

@@ -10,7 +10,7 @@ import pytest
 
 from phalanx.errors import DeadlineError
 from phalanx.executor.inline import InlineRank
-from phalanx.protocol import Call, Done, Failure, Ping, Reply, StepPlan, StepResult, StepShape, ints
+from phalanx.protocol import Call, Done, Failure, Ping, Reply, Step, StepPlan, StepResult, StepShape, ints
 
 
 class FakeWorker:
@@ -27,8 +27,8 @@ class FakeWorker:
 
     def accept(self, call: Call) -> None:
         self.accepted.append(call)
-        if isinstance(call.body, StepPlan):
-            self.flights.append(Reply(call.call_id, StepResult(call.body.step, b"")))
+        if isinstance(call.body, Step):
+            self.flights.append(Reply(call.call_id, StepResult(call.body.number, b"")))
         else:
             assert not self.flights, "the worker waits for its steps, and for ever"
             self.flights.append(Reply(call.call_id, Done()))
@@ -54,7 +54,8 @@ def rank_over(worker: FakeWorker) -> InlineRank:
 
 
 def step(number: int) -> Call:
-    return Call(number, StepPlan(1, number, StepShape(1, 1, 1), ints([0]), ints([1])), (0,))
+    plan = StepPlan(1, number, StepShape(1, 1, 1), ints([0]), ints([1]))
+    return Call(number, Step((plan,)), (0,))
 
 
 def got(rank: InlineRank, timeout_s: float) -> Any:

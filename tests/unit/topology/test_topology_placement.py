@@ -91,7 +91,8 @@ def test_so_many_replicas_are_on_the_drivers_node(
                 expected += homes(place_ranks(grid._replace(data_parallel_size=count), GPU, part, may_split=may_split))
             except PlacementError:
                 expected = None
-    bundles = [Bundle(i, node_id, 1.0) for i, node_id in enumerate(n.node_id for n in nodes for _ in range(int(n.free)))]
+    owners = [node.node_id for node in nodes for _ in range(int(node.free))]
+    bundles = [Bundle(index, owner, 1.0) for index, owner in enumerate(owners)]
     settings = {"may_split": may_split, "num_local": num_local}
     if expected is None:
         with pytest.raises(PlacementError, match="data_parallel_size_local") as caught:
@@ -122,8 +123,8 @@ def test_indices_that_contradict_how_many_replicas_are_local() -> None:
 
 def test_where_replicas_do_not_fit_is_said() -> None:
     complaint = (
-        r"^3 of 4 replicas are to be on other nodes than the driver's \(data_parallel_size_local\): 6 ranks \(.*\) of 1 "
-        r"GPU each are asked for and the cluster has there room for 4"
+        r"^3 of 4 replicas are to be on other nodes than the driver's \(data_parallel_size_local\): 6 ranks \(.*\) of "
+        r"1 GPU each are asked for and the cluster has room for 4 there"
     )
     with pytest.raises(PlacementError, match=complaint):
         place_ranks(Grid(2, 1, 4), GPU, cluster(8, 2, 2), may_split=False, num_local=1)

@@ -18,6 +18,7 @@ from phalanx.protocol import (
     MethodResult,
     Ping,
     Reply,
+    Step,
     StepPlan,
     StepResult,
     StepShape,
@@ -78,14 +79,14 @@ class Bench:
         self.worker = Worker(spec(checkpoint, **settings), lambda _: None)
         self.worker._runner = self  # type: ignore[assignment]
 
-    def launch(self, plan: StepPlan) -> InFlight:
+    def launch(self, step: Step) -> InFlight:
         began_at_s = max([self.now_s, *self.ended_at_s[-1:]])
         self.launched_at_s.append(self.now_s)
         self.ended_at_s.append(began_at_s + STEP_S)
         arrived: Any = Event(self, began_at_s + STEP_S)
         if not self._is_gpu:
             arrived.synchronize()
-        return InFlight(plan.step, torch.empty(0), None, arrived if self._is_gpu else None)
+        return InFlight(step.number, torch.empty(0), None, arrived if self._is_gpu else None)
 
     def finish(self, flight: InFlight) -> StepResult:
         if flight.arrived is not None:
@@ -131,7 +132,8 @@ def spec(checkpoint: Path, **settings: Any) -> WorkerSpec:
 
 
 def step(number: int) -> Call:
-    return Call(number, StepPlan(FIRST_EPOCH, number, StepShape(1, 1, 1), b"", b""), (0,))
+    plan = StepPlan(FIRST_EPOCH, number, StepShape(1, 1, 1), b"", b"")
+    return Call(number, Step((plan,)), (0,))
 
 
 def test_a_gpu_is_given_the_next_step_while_one_computes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
