@@ -15,7 +15,7 @@ import pytest
 
 from phalanx.cli import main
 from phalanx.config import Config
-from phalanx.engine import client
+from phalanx.engine import fleet
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import CheckpointError, RequestError
 from phalanx.protocol import SamplingParams, StartProgress
@@ -69,7 +69,7 @@ class EchoEngine:
 
 @pytest.fixture(autouse=True)
 def _echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "EngineClient", EchoEngine)
+    monkeypatch.setattr(fleet, "EngineClient", EchoEngine)
 
 
 def test_one_prompt_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
