@@ -52,10 +52,10 @@ class Fleet:
     async def start(
         cls, config: Config, on_progress: OnProgress | None = None, *, command: Sequence[str] = ENGINE_COMMAND
     ) -> Fleet:
-        """Start all engines at the same time and wait until all serve. With Ray each waits for the one before to be
-        placed: two that chose at the same time would choose the same room.
+        """Start all engines at the same time and wait until all serve.
 
-        Raises what the first one that fails raises; then none is left.
+        With Ray each waits for the one before to be placed: two that choose at the same time would choose the same
+        room. Raises what the first one that fails raises; then none is left.
         """
         starting: list[asyncio.Task[EngineClient]] = []
         try:

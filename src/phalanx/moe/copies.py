@@ -19,7 +19,7 @@ class Copies:
     """Where the copies of one layer's experts are. All ranks that share the experts out have the same."""
 
     def __init__(self, placement: Sequence[int], num_experts: int, device: torch.device) -> None:
-        """`placement`: for each physical expert the logical one. each of which is there."""
+        """`placement`: for each physical expert the logical one; each of these is there."""
         self.placement = tuple(placement)
         self._num_experts = num_experts
         self._device = device
