@@ -40,7 +40,7 @@ check: lint
 	$(BIN)/pytest -q -m "not slow"
 
 test: lint $(SAMPLE)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --durations=15
 
 bench: $(INSTALLED) $(SAMPLE)
 	$(BIN)/python -m benchmarks --model $(SAMPLE) $(if $(PEER),--peer-python $(PEER))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import _grouped_linear
 
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.topology.sharding import Span
@@ -91,6 +90,8 @@ def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Ten
 
 def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor) -> Tensor:
     """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`. Rows are in their order."""
+    from transformers.integrations.moe import _grouped_linear  # not before a rank can say what goes wrong with it
+
     ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
 
     def linear(name: str, x_PI: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")  # a Ray that another test has started left its mode here too
     yield tmp_path
     monkeypatch.undo()
     AuthenticationTokenLoader.instance().reset_cache()
