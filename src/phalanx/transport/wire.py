@@ -7,8 +7,8 @@ The stream is a sequence of Noise transport messages, each after its length (u16
     a head      of a larger frame; its parts follow in chunks
     a chunk     of the parts of the frame whose head went before
 
-Chunks are encrypted, sent and decrypted one by one, so that these overlap in a large frame; a chunk is a part's or a
-piece of one, so that it can be decrypted where the part belongs.
+Chunks are encrypted, sent and decrypted a few at a time, so that these overlap in a large frame; a chunk is a part's or
+a piece of one, so that it can be decrypted where the part belongs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ LENGTH_BYTES = 2
 _MAX_PLAINTEXT_BYTES = MAX_MESSAGE_BYTES - TAG_BYTES
 _CHUNK_BYTES = 65_472  # of 65,519, so that most chunks begin at a multiple of 64
 _INLINE_BYTES = 16 * 1024
-_BUFFER_BYTES = 4 * (LENGTH_BYTES + MAX_MESSAGE_BYTES)
+_BATCH = 8
+"""Messages of a large frame that go to the kernel in one call. Each is 64 KiB; to four ranks on another host, two at a
+time took a frame of 1 MB 1.3 times as long, and one at a time 1.5 times. All of them at once would not overlap."""
+_BUFFER_BYTES = _BATCH * (LENGTH_BYTES + MAX_MESSAGE_BYTES)
 _MAX_FRAME_BYTES = 1 << 36
 _NOTE_BYTE = b"\1"
 _INLINE, _CHUNKED = 2, 3
@@ -71,7 +74,7 @@ class WireWriter:
         """
         self._connection = connection
         self._cipher = cipher
-        self._out = memoryview(bytearray(2 * (LENGTH_BYTES + MAX_MESSAGE_BYTES)))
+        self._out = memoryview(bytearray(_BUFFER_BYTES))
         self._filled = 0
         self._small: list[Part] = []
         self._small_bytes = 0
@@ -128,7 +131,9 @@ class WireWriter:
                 view = memoryview(part)
                 for start in range(0, len(view), _CHUNK_BYTES):
                     self._encrypt(view[start : start + _CHUNK_BYTES])
-                    self._flush(wait)
+                    if self._filled > _BUFFER_BYTES - (LENGTH_BYTES + MAX_MESSAGE_BYTES):
+                        self._flush(wait)
+            self._flush(wait)
 
     def flush(self, wait: Callable[[], None] | None = None) -> None:
         """Send what is left of calls with `more`."""
@@ -152,7 +157,7 @@ class WireWriter:
             self._small_bytes = 0
 
     def _encrypt(self, plaintext: bytes | memoryview) -> None:
-        """Append a message to what is to be sent: there is space for two, and nobody makes three."""
+        """Append a message to what is to be sent, for which there is space."""
         length = len(plaintext) + TAG_BYTES
         start = self._filled + LENGTH_BYTES
         out = self._out
