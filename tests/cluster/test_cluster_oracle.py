@@ -1,16 +1,11 @@
 """Greedy tokens equal transformers' in float32, for every family and every layout of ranks.
 
-Each family runs in half of the layouts and each layout with half of the families, as on a chessboard; all pairs take
-five minutes more, and run with PHALANX_ALL_LAYOUTS=1. (That every family can be shared out to any number of ranks is
-shown in tests/unit/models; here it is what processes and the brain make of it.)
-
 Random mixes of arrivals, lengths, shared prefixes and cancellations run on caches so small that requests are preempted,
 and with steps so small that prompts are computed in chunks.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -53,8 +48,6 @@ LAYOUTS = (
     Layout(1, 3, 11, 4),
     Layout(2, 2, 13, 4),
 )
-INLINE = LAYOUTS[0]
-"""Its rank is in this process, and its main thread's."""
 NUM_HEADS = {
     "llama": (9, 3),
     "qwen2": (8, 4),
@@ -68,22 +61,8 @@ TIED = ("qwen2", "qwen3")
 """Their head is the embedding: with several stages the last one reads it too."""
 
 
-class Family(NamedTuple):
-    checkpoint: Path
-    oracle: Oracle
-    layouts: tuple[Layout, ...]
-
-
-def layouts_of(name: str) -> tuple[Layout, ...]:
-    """Those that a family runs in."""
-    if os.environ.get("PHALANX_ALL_LAYOUTS") == "1":
-        return LAYOUTS
-    first = list(NUM_HEADS).index(name) % 2
-    return LAYOUTS[first::2]
-
-
 @pytest.fixture(scope="module", params=NUM_HEADS)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     heads, kv_heads = NUM_HEADS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     write_checkpoint(
@@ -94,21 +73,21 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         num_hidden_layers=NUM_LAYERS,
         tie_word_embeddings=request.param in TIED,
     )
-    return Family(folder, Oracle(folder), layouts_of(request.param))
+    return folder, Oracle(folder)
 
 
 @pytest.fixture(scope="module")
-def rigs(family: Family) -> Iterator[dict[Layout, Rig]]:
-    """The ranks of the family's layouts, which start at the same time: most of a start is imports, on one core."""
+def rigs(family: tuple[Path, Oracle]) -> Iterator[dict[Layout, Rig]]:
+    """Every layout's ranks, which start at the same time: most of a start is imports, on one core."""
+    checkpoint, _ = family
     with ExitStack() as stack, ThreadPoolExecutor(len(LAYOUTS)) as threads:
 
         def start(layout: Layout) -> Rig:
-            return stack.enter_context(_rig(family.checkpoint, layout))
+            return stack.enter_context(_rig(checkpoint, layout))
 
-        others = [layout for layout in family.layouts if layout != INLINE]
+        inline, *others = LAYOUTS  # the one whose rank is in this process, and its thread's
         starting = {layout: threads.submit(start, layout) for layout in others}
-        inline = {INLINE: start(INLINE)} if INLINE in family.layouts else {}
-        yield {**inline, **{layout: future.result() for layout, future in starting.items()}}
+        yield {inline: start(inline), **{layout: future.result() for layout, future in starting.items()}}
 
 
 def _rig(checkpoint: Path, layout: Layout) -> Rig:
@@ -127,8 +106,6 @@ def _rig(checkpoint: Path, layout: Layout) -> Rig:
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=str)
 def rig(request: pytest.FixtureRequest, rigs: dict[Layout, Rig]) -> Rig:
-    if request.param not in rigs:
-        pytest.skip("another family runs in this layout; PHALANX_ALL_LAYOUTS=1 runs all")
     return rigs[request.param]
 
 
@@ -167,8 +144,8 @@ arrivals = st.builds(
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(workload=st.lists(arrivals, min_size=1, max_size=10))
-def test_greedy_tokens_equal_transformers(family: Family, rig: Rig, workload: list[Arrival]) -> None:
-    oracle = family.oracle
+def test_greedy_tokens_equal_transformers(family: tuple[Path, Oracle], rig: Rig, workload: list[Arrival]) -> None:
+    _, oracle = family
     for arrival, outcome in zip(workload, rig.run(workload), strict=True):
         tokens, limit = outcome.tokens, arrival.sampling.max_tokens or 0
         assert tokens == oracle.choices(arrival.prompt, tokens)
@@ -182,8 +159,8 @@ def test_greedy_tokens_equal_transformers(family: Family, rig: Rig, workload: li
     assert rig.brain.stats().replicas[0].num_blocks_used == 0
 
 
-def test_the_small_cache_preempts_and_prefixes_hit(family: Family, rig: Rig) -> None:
-    oracle = family.oracle
+def test_the_small_cache_preempts_and_prefixes_hit(family: tuple[Path, Oracle], rig: Rig) -> None:
+    _, oracle = family
     before = rig.brain.stats().replicas[0].num_preemptions
     sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     workload = [Arrival(0, (*PREFIXES[k % 3][:40], k), sampling) for k in range(8)]
@@ -195,8 +172,8 @@ def test_the_small_cache_preempts_and_prefixes_hit(family: Family, rig: Rig) -> 
     assert any(outcome.num_cached > 0 for outcome in outcomes)
 
 
-def test_logprobs_equal_transformers(family: Family, rig: Rig) -> None:
-    oracle = family.oracle
+def test_logprobs_equal_transformers(family: tuple[Path, Oracle], rig: Rig) -> None:
+    _, oracle = family
     sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=5, ignore_eos=True)
     workload = [Arrival(i, PREFIXES[i][: 20 + i], sampling) for i in range(3)]
     for arrival, outcome in zip(workload, rig.run(workload), strict=True):
@@ -211,8 +188,8 @@ def test_logprobs_equal_transformers(family: Family, rig: Rig) -> None:
 SEEDED: dict[Path, list[list[int]]] = {}
 
 
-def test_seeded_sampling_is_the_same_in_every_mix_and_layout(family: Family, rig: Rig) -> None:
-    checkpoint = family.checkpoint
+def test_seeded_sampling_is_the_same_in_every_mix_and_layout(family: tuple[Path, Oracle], rig: Rig) -> None:
+    checkpoint, _ = family
     seeded = [
         Arrival(0, PREFIXES[k][:10], SamplingParams(temperature=0.8, top_p=0.95, top_k=40, seed=k, max_tokens=15))
         for k in range(3)
@@ -224,8 +201,8 @@ def test_seeded_sampling_is_the_same_in_every_mix_and_layout(family: Family, rig
     assert SEEDED.setdefault(checkpoint, alone) == alone, "another layout chose other tokens"
 
 
-def test_penalties_and_limits_are_the_same_in_every_layout(family: Family, rig: Rig) -> None:
-    checkpoint = family.checkpoint
+def test_penalties_and_limits_are_the_same_in_every_layout(family: tuple[Path, Oracle], rig: Rig) -> None:
+    checkpoint, _ = family
     penalised = [
         Arrival(
             0,
@@ -243,7 +220,7 @@ def test_penalties_and_limits_are_the_same_in_every_layout(family: Family, rig: 
 PENALISED: dict[Path, list[list[int]]] = {}
 
 
-def test_each_rank_caches_the_layers_of_its_stage(family: Family, rig: Rig) -> None:
+def test_each_rank_caches_the_layers_of_its_stage(family: tuple[Path, Oracle], rig: Rig) -> None:
     block_bytes, parallel = rig.capacity.block_bytes, rig.config.parallel
     per_stage = [sum(block_bytes[i : i + parallel.tensor_parallel_size]) for i in _first_ranks(parallel)]
     if parallel.tensor_parallel_size <= 2:  # more ranks than KV heads share them
