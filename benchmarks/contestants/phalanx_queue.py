@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from contest import BLOCK_SIZE, LARGE_BYTES, NUM_REQUESTS, num_workers, serve
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, CommandBody, Done, Ping, Reply, Step, StepPlan, StepShape, WorkerMessage, ints
+from phalanx.protocol import (
+    Call,
+    CommandBody,
+    Done,
+    Ping,
+    Reply,
+    ReplyBody,
+    Step,
+    StepPlan,
+    StepShape,
+    WorkerMessage,
+    ints,
+)
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
 
 DEADLINE_S = 60.0
 
 
-def work(handle: QueueHandle) -> None:
+def done(_: Call) -> ReplyBody:
+    """Next to nothing."""
+    return Done()
+
+
+def work(handle: QueueHandle, answer: Callable[[Call], ReplyBody] = done) -> None:
     """Answer every call, until the brain is gone."""
     endpoint: WorkerEndpoint[Call, WorkerMessage] = WorkerEndpoint.attach(
         handle, command_type=Call, reply_type=WorkerMessage
@@ -28,7 +45,7 @@ def work(handle: QueueHandle) -> None:
             except PeerDiedError:
                 return
             assert found is not None
-            endpoint.put(Reply(found[0].call_id, Done()), deadline_s=DEADLINE_S)
+            endpoint.put(Reply(found[0].call_id, answer(found[0])), deadline_s=DEADLINE_S)
 
 
 def one_step() -> Step:

@@ -11,14 +11,25 @@ import sys
 from functools import partial
 
 from contest import BLOCK_SIZE, num_workers, serve
+from phalanx_queue import DEADLINE_S, work
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, Done, Ping, Reply, SamplingParams, Step, StepResult, Submit, WorkerMessage, ints
-from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
+from phalanx.protocol import (
+    Call,
+    Done,
+    Ping,
+    Reply,
+    ReplyBody,
+    SamplingParams,
+    Step,
+    StepResult,
+    Submit,
+    WorkerMessage,
+    ints,
+)
+from phalanx.transport.queue import MessageQueue
 
-DEADLINE_S = 60.0
 PROMPT_LEN = 128
 MAX_MODEL_LEN = 8192
 VOCAB_SIZE = 32_000
@@ -58,24 +69,12 @@ class Answers:
         return tuple(results[rank] for rank in range(self._num_replicas))
 
 
-def work(handle: QueueHandle, replica: int) -> None:
-    """Answer every call, steps with a token for each sample, until the brain is gone."""
-    endpoint: WorkerEndpoint[Call, WorkerMessage] = WorkerEndpoint.attach(
-        handle, command_type=Call, reply_type=WorkerMessage
-    )
-    with endpoint:
-        while True:
-            try:
-                found = endpoint.get(timeout_s=None)
-            except PeerDiedError:
-                return
-            assert found is not None
-            call = found[0]
-            body: StepResult | Done = Done()
-            if isinstance(call.body, Step):
-                plan = call.body.plans[replica]
-                body = StepResult(plan.step, ints([1] * plan.shape.num_samples))
-            endpoint.put(Reply(call.call_id, body), deadline_s=DEADLINE_S)
+def answer(replica: int, call: Call) -> ReplyBody:
+    """A token for each sample of a step; to any other call next to nothing."""
+    if not isinstance(call.body, Step):
+        return Done()
+    plan = call.body.plans[replica]
+    return StepResult(plan.step, ints([1] * plan.shape.num_samples))
 
 
 def ping(queue: MessageQueue[Call, WorkerMessage], num_replicas: int) -> None:
@@ -116,7 +115,7 @@ def main() -> None:
     with queue:
         spawn = multiprocessing.get_context("spawn")
         workers = [
-            spawn.Process(target=work, args=(queue.handle(replica), replica), daemon=True)
+            spawn.Process(target=work, args=(queue.handle(replica), partial(answer, replica)), daemon=True)
             for replica in range(num_replicas)
         ]
         for worker in workers:

@@ -140,7 +140,9 @@ class EngineClient:
         finally:
             ready.cancel()
             front.cancel()
-        client = cls(child, stream, info, found, config.executor.step_timeout_s + SILENCE_GRACE_S)
+        # A turn of the engine may wait for an exchange of experts, and then for the step after it.
+        num_waits = 2 if config.parallel.enable_eplb else 1
+        client = cls(child, stream, info, found, num_waits * config.executor.step_timeout_s + SILENCE_GRACE_S)
         work = (client._read(frames), client._write(), client._listen())
         client._tasks = [asyncio.create_task(task) for task in work]
         return client

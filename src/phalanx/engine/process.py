@@ -42,6 +42,7 @@ from phalanx.protocol import (
 )
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
+from phalanx.worker.error_text import sendable
 
 CONFIG_DEADLINE_S = 10.0
 SEND_DEADLINE_S = 30.0
@@ -202,7 +203,7 @@ def serve(link: ClientLink) -> int:
         except ClientGone:
             log.info("the server has gone")
         except UserError as error:
-            _tell(link, EngineFailed(_sendable(str(error)), is_user_error=True, setting=WrongSetting.of(error)))
+            _tell(link, EngineFailed(sendable(str(error)), is_user_error=True, setting=WrongSetting.of(error)))
             return EXIT_USER_ERROR
         except Exception as error:
             if isinstance(error, WorkerError):
@@ -213,7 +214,7 @@ def serve(link: ClientLink) -> int:
             else:
                 log.exception("the engine cannot go on")
                 reason = f"{type(error).__name__}: {error}"
-            _tell(link, EngineFailed(_sendable(reason), is_user_error=False))
+            _tell(link, EngineFailed(sendable(reason), is_user_error=False))
             return EXIT_FAILURE
     return 0
 
@@ -253,11 +254,6 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         )
     )
     return EngineLoop(link, make_brain, executor)
-
-
-def _sendable(text: str) -> str:
-    """Names of files that are no UTF-8 are in Python's text as lone surrogates, which no message can carry."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

@@ -232,10 +232,12 @@ class Executor:
 
     def _check_in_time(self, pending: Pending[Any]) -> None:
         """An inline rank carries the call out while it is sent, and on a CPU nothing can interrupt it."""
-        took_s = time.monotonic() - pending.began_at
-        if pending.missing and took_s > pending.deadline_s:
-            ranks = pending.awaited_ranks
-            self._take_all()  # a rank that failed says more than that it was late
+        if not pending.is_late():
+            return
+        ranks, took_s = pending.awaited_ranks, time.monotonic() - pending.began_at
+        self._take_all()  # a rank that failed says more than that it was late
+        # What is still to come may have waited for the calls before it: their time was not this one's.
+        if not pending.missing or pending.is_late():
             self._fail(DeadlineError(pending.awaited, ranks, took_s))
 
     def _pump(self, pending: Pending[Any], block: bool, *, at_most_s: float = float("inf")) -> None:

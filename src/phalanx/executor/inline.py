@@ -52,8 +52,8 @@ class InlineRank:
     def put(self, message: Call, *, deadline_s: float) -> None:
         assert self._worker is not None
         worker = self._worker
-        if not isinstance(message.body, Step):
-            self._end_steps(worker, deadline_s)
+        if not isinstance(message.body, Step) and not self._end_steps(worker, deadline_s):
+            return
         self._run(message.call_id, lambda: worker.accept(message))
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
@@ -78,26 +78,29 @@ class InlineRank:
         self._worker = worker
         self._messages.append(Reply(0, worker.load()))
 
-    def _end_steps(self, worker: Worker, deadline_s: float) -> None:
-        """Wait for the steps under way, which the worker would do without a deadline."""
+    def _end_steps(self, worker: Worker, deadline_s: float) -> bool:
+        """Wait for the steps under way, which the worker would do without a deadline. False if one has failed."""
         expires_at = time.monotonic() + deadline_s
         while worker.is_busy:
             num_messages = len(self._messages)
-            self._fetch(worker)
+            if not self._fetch(worker):
+                return False
             if len(self._messages) == num_messages:
                 if time.monotonic() >= expires_at:
                     raise DeadlineError("the end of the steps under way", "rank 0", deadline_s)
                 time.sleep(POLL_S)
+        return True
 
-    def _fetch(self, worker: Worker) -> None:
-        self._run(worker.call_id, lambda: self._take_reply(worker))
+    def _fetch(self, worker: Worker) -> bool:
+        return self._run(worker.call_id, lambda: self._take_reply(worker))
 
     def _take_reply(self, worker: Worker) -> None:
         reply = worker.next_reply(block=False)
         if reply is not None:
             self._messages.append(reply)
 
-    def _run(self, call_id: int, action: Callable[[], None]) -> None:
+    def _run(self, call_id: int, action: Callable[[], None]) -> bool:
+        """Whether it succeeded."""
         # The same Failure as from another process, so that the executor has one way to fail.
         from phalanx.worker.failure import describe
 
@@ -106,3 +109,5 @@ class InlineRank:
         except Exception as error:
             phase = self._worker.phase if self._worker is not None else "starting"
             self._messages.append(describe(call_id, phase, error))
+            return False
+        return True

@@ -49,6 +49,10 @@ class Pending(Generic[T]):
             self._pump(self, True)
         return self._convert([self._replies[rank] for rank in sorted(self._replies)])
 
+    def is_late(self) -> bool:
+        """Whether it has not been answered in its time."""
+        return bool(self.missing) and time.monotonic() - self.began_at > self.deadline_s
+
     @property
     def awaited_ranks(self) -> str:
         """The ranks that have not answered, in words."""

@@ -11,15 +11,16 @@ import traceback
 def message_of(error: Exception) -> str:
     """What the error says, or what it is if it says nothing."""
     try:
-        return _sendable(str(error) or repr(error))
+        return sendable(str(error) or repr(error))
     except Exception as broken:  # of somebody else's class: its text must not end the run
         return f"its text cannot be had: {type(broken).__name__}"
 
 
 def traceback_of(error: Exception) -> str:
     """As Python prints it."""
-    return _sendable("".join(traceback.format_exception(error)))
+    return sendable("".join(traceback.format_exception(error)))
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
+    """The text with what no message can carry escaped."""
     return text.encode(errors="backslashreplace").decode()

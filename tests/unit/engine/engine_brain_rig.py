@@ -46,12 +46,15 @@ class Rig:
     ) -> None:
         self.max_model_len = max_model_len
         self.block_size = block_size
+        limits = {
+            "block_size": block_size,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
         self.workers = [
             SimulatedWorker(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
+                **limits,
                 max_model_len=max_model_len,
-                block_size=block_size,
                 num_blocks=num_blocks,
                 vocab_size=VOCAB_SIZE,
                 num_stages=pipeline_parallel_size,
@@ -61,9 +64,7 @@ class Rig:
         self.executor = SimulatedExecutor(*self.workers)
         config = Config.build(
             model="simulated",
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            **limits,
             async_scheduling=async_scheduling,
             enable_prefix_caching=enable_prefix_caching,
             pipeline_parallel_size=pipeline_parallel_size,

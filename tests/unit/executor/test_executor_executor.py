@@ -207,6 +207,16 @@ def test_a_step_that_ends_too_late_in_this_process_is_an_error() -> None:
         bench.executor.step(plan(2))
 
 
+def test_the_time_of_the_step_before_is_not_this_ones() -> None:
+    bench = Bench(world_size=1, step_timeout_s=0.05)
+    first = bench.executor.step(plan(1))
+    bench.channel.put_s = 0.1  # as on a device: the second is sent when the first has ended
+    bench.say((0, Reply(1, StepResult(1, b""))))
+    second = bench.executor.step(plan(2))
+    bench.say((0, Reply(2, StepResult(2, b""))))
+    assert first.result() and second.result()
+
+
 def test_a_late_step_that_failed_tells_its_failure() -> None:
     bench = Bench(world_size=1, step_timeout_s=0.02)
     bench.channel.put_s = 0.05

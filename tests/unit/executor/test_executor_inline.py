@@ -110,3 +110,19 @@ def test_what_the_device_reports_is_the_ranks_failure() -> None:
     worker.error = RuntimeError("CUDA error")
     told = got(rank, 1.0)
     assert isinstance(told, Failure) and told.kind == "RuntimeError"
+
+
+class BrokenWorker(FakeWorker):
+    """Its device reports the same error for ever, and its steps never end."""
+
+    def next_reply(self, *, block: bool) -> Reply | None:
+        raise RuntimeError("CUDA error")
+
+
+def test_a_device_that_is_broken_for_good_fails_once_and_ends_the_wait() -> None:
+    worker = BrokenWorker()
+    rank = rank_over(worker)
+    rank.put(step(1), deadline_s=1.0)
+    rank.put(Call(2, Ping(), (0,)), deadline_s=10.0)
+    assert [type(message) for message in rank._messages] == [Failure]
+    assert [call.call_id for call in worker.accepted] == [1], "nothing is asked of it any more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from phalanx.executor.ray import reservation
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.head import NUM_LOOKS, HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
+from phalanx.executor.ray.probe import is_gone
 from phalanx.protocol import Call, Ping, Stop, WorkerMessage
 
 PATIENCE_S = 0.3
@@ -113,3 +115,22 @@ def test_ranks_that_ray_does_not_end_are_ended() -> None:
         launcher = RayLauncher(cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, close=lambda: None)))
         launcher.close(0.0)
         assert rank.poll() == -9
+
+
+def test_a_head_whose_host_does_not_answer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a cut cable: connections are neither taken nor refused."""
+    monkeypatch.setattr("phalanx.executor.ray.probe.LOOK_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:  # more than the system keeps for who does not take them
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        assert is_gone(address)
+        for one in waiting:
+            one.close()
+
+
+def test_a_head_that_takes_connections_and_says_nothing_is_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert not is_gone(f"127.0.0.1:{listener.getsockname()[1]}")

@@ -10,7 +10,8 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, DeadlineError, StartError
+from phalanx.transport.address import connect_to
 
 DEADLINE_S = 5.0
 LOOK_S = 1.0
@@ -55,15 +56,23 @@ def answers(address: str) -> bool:
 
 
 def is_gone(address: str) -> bool:
-    """Whether nobody is at the address of Ray's head any more. One that is only slow is there."""
-    return bool(_ask(address, {}, deadline_s=LOOK_S) == grpc.StatusCode.UNAVAILABLE)
+    """Whether nobody is at the address of Ray's head any more, or its host cannot be reached.
+
+    One that is only slow, or stopped, is there: its kernel still takes connections.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        connect_to(host.strip("[]"), int(port), deadline_s=LOOK_S).close()
+    except (StartError, DeadlineError):
+        return True
+    return False
 
 
-def _ask(address: str, headers: dict[str, str], *, deadline_s: float = DEADLINE_S) -> grpc.StatusCode:
+def _ask(address: str, headers: dict[str, str]) -> grpc.StatusCode:
     with _channel(address) as channel:
         try:
             metadata = tuple((name.lower(), value) for name, value in headers.items())
-            channel.unary_unary(_QUESTION)(b"", timeout=deadline_s, metadata=metadata)
+            channel.unary_unary(_QUESTION)(b"", timeout=DEADLINE_S, metadata=metadata)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
