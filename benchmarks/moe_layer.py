@@ -1,9 +1,11 @@
-"""The experts of one layer on a CPU: as our rank computes them, against transformers' own module and vLLM's kernel.
+"""The experts of one layer: as our rank computes them, against transformers' own module and, on a CPU, vLLM's kernel.
 
     python benchmarks/moe_layer.py [--peer-python PATH] [--tokens 1 --tokens 512] [--threads 2] [--short]
+    python benchmarks/moe_layer.py --device cuda
 
-Qwen3-MoE's experts: hidden size 1024, 32 experts, 4 for each token, inner size 384, random weights and routes, the same
-for all. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
+Qwen3-MoE's experts with random weights and routes, the same for all: on a CPU hidden size 1024, 32 experts, 4 for each
+token, inner size 384; on a GPU, in bfloat16 alone, Qwen3-30B-A3B's 2048, 128, 8 and 768. A GPU is given ten calls, then
+waited for. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
 experts, and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
 all_reduce.py. *transformers* is its module as its models call it, *vLLM* the kernel that its CPU build would choose.
 All have the same threads, take turns in rounds, and go through several inputs, so that the next call finds other
@@ -39,13 +41,34 @@ from phalanx.moe.dispatcher import AllGatherReduceScatter
 from phalanx.moe.experts import share_out
 from phalanx.topology.sharding import Span
 
-HIDDEN, EXPERTS, TOP_K, INNER = 1024, 32, 4, 384
-DTYPES = (torch.bfloat16, torch.float32)
 NUM_INPUTS = 8
 NUM_CALLS = {1: 200, 8: 100, 64: 40}
 LEAST_CALLS = 10
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 """Of the largest output."""
+
+
+class Shape(NamedTuple):
+    hidden: int
+    experts: int
+    top_k: int
+    inner: int
+
+
+class Bench(NamedTuple):
+    """What is measured on a device."""
+
+    device: str
+    shape: Shape
+    dtypes: tuple[torch.dtype, ...]
+    calls_in_turn: int
+    """Calls from one look at the clock to the next."""
+
+
+BENCHES = {
+    "cpu": Bench("cpu", Shape(1024, 32, 4, 384), (torch.bfloat16, torch.float32), 1),
+    "cuda": Bench("cuda", Shape(2048, 128, 8, 768), (torch.bfloat16,), 10),
+}
 
 
 class Input(NamedTuple):
@@ -64,21 +87,25 @@ class Row(NamedTuple):
     vllm: float | None
 
 
-def make_experts(dtype: torch.dtype, *, experts: int = EXPERTS, inner: int = INNER) -> Any:
+def make_experts(shape: Shape, dtype: torch.dtype, device: str) -> Any:
     config = Qwen3MoeConfig(
-        hidden_size=HIDDEN, num_experts=experts, num_experts_per_tok=TOP_K, moe_intermediate_size=inner
+        hidden_size=shape.hidden,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        moe_intermediate_size=shape.inner,
     )
     config._experts_implementation = "grouped_mm"  # what a model has by default
-    module = Qwen3MoeExperts(copy.deepcopy(config)).to(dtype)
+    module = Qwen3MoeExperts(copy.deepcopy(config)).to(device, dtype)
     for parameter in module.parameters():
         parameter.requires_grad_(False).normal_(std=0.02)
     return module
 
 
-def make_input(num_tokens: int, dtype: torch.dtype) -> Input:
-    weights_TK, experts_TK = torch.randn(num_tokens, EXPERTS).softmax(dim=-1).topk(TOP_K)
+def make_input(shape: Shape, num_tokens: int, dtype: torch.dtype, device: str) -> Input:
+    weights_TK, experts_TK = torch.randn(num_tokens, shape.experts).softmax(dim=-1).topk(shape.top_k)
     weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-    return Input(torch.randn(num_tokens, HIDDEN).to(dtype), experts_TK, weights_TK.to(dtype))
+    hidden_TD = torch.randn(num_tokens, shape.hidden)
+    return Input(hidden_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device, dtype))
 
 
 def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
@@ -98,11 +125,14 @@ def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
 class Layer:
     """One dtype: the same experts several times, and inputs."""
 
-    def __init__(self, dtype: torch.dtype, sizes: Sequence[int]) -> None:
-        self.dtype = dtype
-        self.weights = dict(make_experts(dtype).state_dict())
-        self.inputs = {size: [make_input(size, dtype) for _ in range(NUM_INPUTS)] for size in sizes}
-        half, inner = EXPERTS // 2, INNER // 2
+    def __init__(self, bench: Bench, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+        shape = bench.shape
+        self.bench, self.dtype = bench, dtype
+        self.weights = dict(make_experts(shape, dtype, bench.device).state_dict())
+        self.inputs = {
+            size: [make_input(shape, size, dtype, bench.device) for _ in range(NUM_INPUTS)] for size in sizes
+        }
+        half, inner = shape.experts // 2, shape.inner // 2
         gate, up = self.weights["gate_up_proj"].chunk(2, dim=1)
         theirs = self._module(self.weights)
         whole = self._module(self.weights)
@@ -115,7 +145,7 @@ class Layer:
             inner=inner,
         )
         self.contestants: dict[str, Callable[[Input], Tensor]] = {
-            "ours": on_one_rank(whole, Span(0, EXPERTS)),
+            "ours": on_one_rank(whole, Span(0, shape.experts)),
             "ep": on_one_rank(some, Span(0, half)),
             "tp": lambda x: parts(*x),
             "transformers": lambda x: theirs(*x),
@@ -148,19 +178,22 @@ class Layer:
             raise click.ClickException(f"{name} computes something else in {self.name}: {error:.2e}")
 
     def _module(self, weights: dict[str, Tensor], **sizes: int) -> Any:
-        module = make_experts(self.dtype, **sizes)
+        module = make_experts(self.bench.shape._replace(**sizes), self.dtype, self.bench.device)
         module.load_state_dict(weights)
         return module
 
 
-def median_us(compute: Callable[[Input], Tensor], inputs: Iterator[Input], num_calls: int) -> float:
+def median_us(compute: Callable[[Input], Tensor], inputs: Iterator[Input], num_calls: int, bench: Bench) -> float:
     times_s = []
     for call in range(3 + num_calls):
-        x = next(inputs)
+        turn = list(itertools.islice(inputs, bench.calls_in_turn))
         began_at = time.perf_counter()
-        compute(x)
+        for x in turn:
+            compute(x)
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
         if call >= 3:
-            times_s.append(time.perf_counter() - began_at)
+            times_s.append((time.perf_counter() - began_at) / len(turn))
     return statistics.median(times_s) * 1e6
 
 
@@ -168,7 +201,7 @@ def measure(layer: Layer, size: int, peer: Contestant | None, num_calls: int, ro
     inputs = {name: itertools.cycle(layer.inputs[size]) for name in layer.contestants}
     rows = []
     for _ in range(rounds):
-        times = {name: median_us(run, inputs[name], num_calls) for name, run in layer.contestants.items()}
+        times = {name: median_us(run, inputs[name], num_calls, layer.bench) for name, run in layer.contestants.items()}
         theirs = peer.measure(Case(f"{layer.name} {size}", 0.0, num_calls)).median_us if peer else None
         rows.append(Row(times["ours"], times["ep"], times["tp"], times["transformers"], theirs))
     return rows
@@ -206,22 +239,28 @@ def running_peer(python: Path | None, folder: Path, threads: int) -> Iterator[Co
 @click.command()
 @click.option("--peer-python", type=click.Path(path_type=Path), help="Python of a virtual environment with vLLM.")
 @click.option("--tokens", "sizes", type=click.IntRange(1), multiple=True, default=(1, 8, 64, 512), show_default=True)
+@click.option("--device", type=click.Choice(list(BENCHES)), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--short", is_flag=True, help="A tenth of the calls: to see that it works.")
-def main(peer_python: Path | None, sizes: tuple[int, ...], threads: int, rounds: int, short: bool) -> None:
+def main(peer_python: Path | None, sizes: tuple[int, ...], device: str, threads: int, rounds: int, short: bool) -> None:
     """Time the experts of one layer."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestant, a stopped one too, is ended
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    bench = BENCHES[device]
+    if device != "cpu" and peer_python is not None:
+        raise click.UsageError("--peer-python: vLLM's CPU kernel is compared on a CPU only")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        layers = [Layer(dtype, sizes) for dtype in DTYPES]
-        for layer in layers:
-            layer.save(Path(folder))
+        layers = [Layer(bench, dtype, sizes) for dtype in bench.dtypes]
+        if peer_python is not None:
+            for layer in layers:
+                layer.save(Path(folder))
         with running_peer(peer_python, Path(folder), threads) as peer:
             for layer in layers:
                 layer.check(load_file(Path(folder) / f"{layer.name}.vllm") if peer else {})
-            click.echo(f"{threads} threads, load {os.getloadavg()[0]:.2f}")
+            where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads"
+            click.echo(f"{where}, load {os.getloadavg()[0]:.2f}")
             click.echo(
                 "dtype    tokens |     ours     EP 2     TP 2 | transformers  ratio"
                 + (" |     vLLM  ratio" if peer else "")

@@ -25,6 +25,8 @@ from phalanx.errors import CheckpointError, RequestError
 CONTEXT_TOKENS = 6
 """Prompt tokens that a window detokenizer sees before the output: vLLM starts with as many."""
 
+_NO_FILE = "there is no tokenizer.json in it; --tokenizer names a directory or hub model that has one"
+
 
 class Tokenizer:
     """Thread-safe: nothing changes after loading but a cache."""
@@ -60,6 +62,8 @@ class Tokenizer:
         if not getattr(loaded, "is_fast", False):
             kind = type(loaded).__name__
             raise CheckpointError(f"{source}: {kind} has no tokenizer.json and cannot be made into one")
+        if len(loaded) <= len(loaded.all_special_tokens):  # transformers makes one up for some models
+            raise CheckpointError(f"{source} has no tokenizer: {_NO_FILE}")
         return cls(source, loaded)
 
     @property
@@ -189,7 +193,7 @@ def _why(source: str, error: Exception) -> str:
     """transformers' own words, except where they speak of something else than what is wrong."""
     path = Path(source)
     if path.is_dir() and not (path / "tokenizer.json").exists():
-        return "there is no tokenizer.json in it; --tokenizer names a directory or hub model that has one"
+        return _NO_FILE
     if path.is_absolute() and not path.exists():
         return "there is no such directory"
     words = str(error).strip().partition("\n")[0]

@@ -36,7 +36,7 @@ class Load:
         return self._counts_L[:-1].tolist()
 
     def reset(self) -> None:
-        """Begin anew: the rank's experts are others now."""
+        """Begin anew: the experts are others now, or what was counted was nobody's."""
         self._counts_L.zero_()
 
 
@@ -52,9 +52,7 @@ def share_out(
     `experts` is what transformers calls with hidden states [T, D] and the experts and weights [T, K] that a router
     chose for them; it gives [T, D]. `choose` gives the physical experts for those: by default they are the same.
     """
-    compute = experts.forward
     experts.num_experts = mine.size
-    experts._is_expert_parallel = True  # its grouped product then leaves out what is numbered `num_experts`
     load = Load(mine, next(experts.parameters()).device)
 
     def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def share_out(
         if hidden_TD.device.type == "cpu":
             out_ND = _of_pairs(experts, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
         else:
-            out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK.masked_fill(~is_mine_NK, 0.0))
+            out_ND = _of_all(experts, dispatched.hidden_ND, local_NK, weights_NK)
         return dispatcher.combine(dispatched, out_ND)
 
     experts.forward = forward
@@ -83,19 +81,42 @@ def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Ten
     if len(order_P):
         tokens_P = is_mine_NK.nonzero()[:, 0].index_select(0, order_P)
         weights_P1 = weights_NK[is_mine_NK].index_select(0, order_P)[:, None]
-        out_PD = _in_groups(experts, hidden_ND.index_select(0, tokens_P), local_P)
+        ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
+        out_PD = _in_groups(experts, hidden_ND.index_select(0, tokens_P), local_P, ends_L)
         out_ND.index_add_(0, tokens_P, (out_PD * weights_P1).float())
     return out_ND.to(hidden_ND.dtype)
 
 
-def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor) -> Tensor:
-    """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`. Rows are in their order."""
+def _of_all(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """As `_of_pairs`, without waiting for the device to say how many are this rank's: the others are sorted behind.
+
+    Grouped products leave those rows out, so that they hold whatever was there.
+    """
+    num_tokens, top_k = local_NK.shape
+    if num_tokens == 0:
+        return hidden_ND
+    local_P, order_P = local_NK.flatten().sort(stable=True)
+    ends_L = torch.searchsorted(local_P, torch.arange(experts.num_experts, device=local_P.device), right=True).int()
+    of_others_P1 = (local_P == experts.num_experts)[:, None]
+    out_PD = _in_groups(experts, hidden_ND.index_select(0, order_P // top_k), local_P, ends_L)
+    out_PD = out_PD.masked_fill(of_others_P1, 0.0)
+    # Back into the tokens' order, so that each one's sum has one order too; `index_add_` on a GPU has none.
+    place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
+    out_NKD = out_PD.index_select(0, place_P).view(num_tokens, top_k, -1)
+    return torch.bmm(weights_NK.to(out_NKD.dtype)[:, None], out_NKD)[:, 0]
+
+
+def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor, ends_L: Tensor) -> Tensor:
+    """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`.
+
+    Rows are in the order of their experts; `ends_L` is where each expert's end. What comes after the last is undefined.
+    """
     from transformers.integrations.moe import _grouped_linear  # not before a rank can say what goes wrong with it
 
-    ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
+    num_experts = experts.num_experts
 
     def linear(name: str, x_PI: Tensor) -> Tensor:
-        bias_PO = getattr(experts, f"{name}_bias")[local_P] if experts.has_bias else None
+        bias_PO = getattr(experts, f"{name}_bias")[local_P.clamp(max=num_experts - 1)] if experts.has_bias else None
         out_PO: Tensor = _grouped_linear(x_PI, getattr(experts, name), ends_L, bias_PO, experts.is_transposed)
         return out_PO
 

@@ -268,14 +268,17 @@ class Worker:
         bytes_of_block = block_bytes(model.cache_layers, config.cache.block_size, model.dtype)
         longest = config.model.max_model_len or self._checkpoint.max_model_len
         blocks_per_request = -(-longest // config.cache.block_size)
+        peak_bytes = peak_activation_bytes(
+            model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
+        )
+        for experts in model.experts.values():
+            experts.load.reset()  # what it was measured with were no tokens of anybody
         return Measured(
             cache_bytes=cache_bytes(
                 config.cache,
                 self._device,
                 useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
-                peak_activation_bytes=peak_activation_bytes(
-                    model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
-                ),
+                peak_activation_bytes=peak_bytes,
                 ranks_on_host=self.spec.ranks_on_host,
             ),
             block_bytes=bytes_of_block,

@@ -8,6 +8,7 @@ from typing import Any
 
 import engine_tiny_tokenizers as tiny
 import pytest
+from transformers import AutoConfig
 
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
@@ -88,7 +89,9 @@ def test_a_missing_directory_is_called_that() -> None:
         Tokenizer.load("/no/such/directory")
 
 
-def test_a_directory_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])  # transformers makes an empty one up for Qwen
+def test_a_directory_without_a_tokenizer_says_what_to_do(tmp_path: Path, family: str) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json in it; --tokenizer names"):
         Tokenizer.load(tmp_path)
 

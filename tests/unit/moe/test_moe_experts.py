@@ -13,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
+from phalanx.moe import experts as of_rank
 from phalanx.moe.dispatcher import AllGatherReduceScatter
 from phalanx.moe.experts import share_out
 from phalanx.topology.sharding import Span
@@ -41,10 +42,15 @@ def alone() -> AllGatherReduceScatter:
     return AllGatherReduceScatter(group, group)
 
 
+@pytest.mark.parametrize("is_gpu", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 9])
 @pytest.mark.parametrize(("family", "kind"), [("qwen3_moe", Qwen3MoeExperts), ("gpt_oss", GptOssExperts)])
-def test_shares_add_up_to_the_whole(family: str, kind: Any, num_tokens: int) -> None:
-    """With biases and transposed weights (gpt-oss) as without; a share may get no token."""
+def test_shares_add_up_to_the_whole(
+    family: str, kind: Any, num_tokens: int, is_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With biases and transposed weights (gpt-oss) as without; a share may get no token. A GPU's way runs anywhere."""
+    if is_gpu:
+        monkeypatch.setattr(of_rank, "_of_pairs", lambda *arguments: of_rank._of_all(*arguments[:-1]))
     whole = make_experts(family, kind)
     generator = torch.Generator().manual_seed(num_tokens)
     hidden_TD = torch.randn(num_tokens, WIDTH, generator=generator)
