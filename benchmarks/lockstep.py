@@ -2,12 +2,15 @@
 
     python benchmarks/lockstep.py [--steps 20000] [--tensor-parallel-size 4] [--data-parallel-size 2]
         [--all2all-backend allgather_reducescatter] [--streams 32] [--seed 0] [--short]
+    python benchmarks/lockstep.py --device cuda --shape qwen3-30b-a3b -tp 2 -dp 2 --steps 3000
     python benchmarks/lockstep.py --compare [--all2all-backend alltoall] [--ranks 2 --ranks 4 --ranks 8] [--short]
 
 Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so
-that replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a
-divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same.
-Prints how many steps had a replica without a token, and in how many a rank had no token for the experts of a layer.
+that replicas run empty. The model is a small random one, or one of a real one's shape (in bfloat16: its weights are
+written to a temporary folder first, tens of gigabytes). Ranks compare every collective with their peers', so that a
+divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same, or
+in bfloat16, where rounding turns a near tie, nearly the likeliest. Prints how many steps had a replica without a token,
+and in how many a rank had no token for the experts of a layer.
 
 With --compare there is no long run: it measures what lockstep costs (lockstep_cost.py).
 """
@@ -19,11 +22,13 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
+from large_checkpoint import SHAPES, write_large_checkpoint
 from lockstep_cost import Load, compare
 from transformers import AutoModelForCausalLM
 
@@ -40,29 +45,48 @@ MAX_MODEL_LEN = 256
 NUM_CHECKED = 40
 REPORT_S = 10.0
 SHORT_STEPS = 200
+TINY = "tiny"
+
+NEAR_TIE = 0.5
+"""Of logits: a tenth of what a token chosen at random falls short of the likeliest by."""
 
 
 class EmptyLayers:
-    """A worker extension: counts the steps in which this rank has no token for its experts of some layer."""
+    """A worker extension: in how many layers of each step this rank has no token for its experts.
+
+    Counts on the device, so that a step need not wait for it.
+    """
 
     def __init__(self, worker: Any) -> None:
-        self._num_empty = 0
-        for load in worker.model.expert_loads.values():
-            self._watch(load)
+        self._num_empty: list[torch.Tensor] = []
+        begin = worker.model._dispatcher.begin
+
+        def begun(num_tokens: Sequence[int]) -> None:
+            begin(num_tokens)
+            self._num_empty.append(torch.zeros((), dtype=torch.int64, device=worker.model.device))
+
+        worker.model._dispatcher.begin = begun
+        for experts in worker.model.experts.values():
+            self._watch(experts.load)
 
     def _watch(self, load: Any) -> None:
         note = load.note
 
         def noted(local_NK: torch.Tensor) -> None:
             note(local_NK)
-            self._num_empty += not bool((local_NK < load.mine.size).any())
+            self._num_empty[-1] += ~(local_NK < load.mine.size).any()
 
         load.note = noted
 
     @remote_method
-    def num_empty_layers(self) -> int:
-        """Times that a layer of this rank had nothing to compute."""
-        return self._num_empty
+    def start_counting(self) -> None:
+        """Forget the steps so far."""
+        self._num_empty.clear()
+
+    @remote_method
+    def empty_layers(self) -> list[int]:
+        """Of each step, the layers of this rank that had nothing to compute."""
+        return torch.stack(self._num_empty).tolist()
 
 
 class CountingExecutor:
@@ -129,6 +153,42 @@ class Streams:
         self._next_id += 1
 
 
+class Case(NamedTuple):
+    """What is run."""
+
+    shape: str
+    device: str
+    streams: int
+    tensor_parallel_size: int
+    data_parallel_size: int
+    all2all_backend: str
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.shape == TINY
+
+    def write(self, folder: Path) -> Path:
+        if self.is_tiny:
+            return write_checkpoint(folder, "mixtral", num_local_experts=2 * self.tensor_parallel_size)
+        return write_large_checkpoint(folder, SHAPES[self.shape])
+
+    def config(self, checkpoint: Path) -> Config:
+        return Config.build(
+            model=str(checkpoint),
+            dtype="float32" if self.is_tiny else "bfloat16",
+            device=self.device,
+            tensor_parallel_size=self.tensor_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            enable_expert_parallel=True,
+            all2all_backend=self.all2all_backend,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=self.streams,
+            max_num_batched_tokens=max(64, self.streams),
+            kv_cache_memory=4 << 20 if self.is_tiny else 2 << 30,
+            worker_extension_cls=f"{Path(__file__).stem}:EmptyLayers",
+        )
+
+
 @click.command()
 @click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True)
 @click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), default=4, show_default=True)
@@ -141,68 +201,57 @@ class Streams:
 )
 @click.option("--streams", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--shape", type=click.Choice([TINY, *SHAPES]), default=TINY, show_default=True, help="The model's.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--compare", "is_comparison", is_flag=True, help="Compare with two engines that share nothing instead.")
 @click.option("--ranks", type=click.Choice([2, 4, 8]), multiple=True, default=(2, 4, 8), help="To compare.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="To compare.")
 @click.option("--short", is_flag=True, help="Few steps, or one short round: to see that it works.")
 def main(
-    steps: int,
-    tensor_parallel_size: int,
-    data_parallel_size: int,
-    all2all_backend: str,
-    streams: int,
-    seed: int,
-    is_comparison: bool,
-    ranks: tuple[int, ...],
-    rounds: int,
-    short: bool,
+    steps: int, seed: int, is_comparison: bool, ranks: tuple[int, ...], rounds: int, short: bool, **case: Any
 ) -> None:
     """Run a mixture of experts in lockstep for so many steps, or measure what lockstep costs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines and ranks are ended
+    asked = Case(**case)
     if is_comparison:
-        load = Load(streams, input_len=16, output_len=8) if short else Load(streams, input_len=32, output_len=64)
-        compare(ranks, all2all_backend, load, 1 if short else rounds)
+        lengths = (16, 8) if short else (32, 64)
+        compare(ranks, asked.all2all_backend, Load(asked.streams, *lengths), 1 if short else rounds)
         return
-    steps = min(steps, SHORT_STEPS) if short else steps
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder), "mixtral", num_local_experts=2 * tensor_parallel_size)
-        config = Config.build(
-            model=str(checkpoint),
-            dtype="float32",
-            tensor_parallel_size=tensor_parallel_size,
-            data_parallel_size=data_parallel_size,
-            enable_expert_parallel=True,
-            all2all_backend=all2all_backend,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=streams,
-            max_num_batched_tokens=max(64, streams),
-            kv_cache_memory=4 << 20,
-            worker_extension_cls=f"{Path(__file__).stem}:EmptyLayers",
+        began_at = time.monotonic()
+        checkpoint = asked.write(Path(folder))
+        click.echo(f"{asked.shape} model written in {time.monotonic() - began_at:.0f} s", err=True)
+        clients = _run_for(asked, checkpoint, min(steps, SHORT_STEPS) if short else steps, seed)
+        click.echo(_equal(checkpoint, clients) if asked.is_tiny else _nearly_equal(checkpoint, clients, asked.device))
+
+
+def _run_for(case: Case, checkpoint: Path, steps: int, seed: int) -> Streams:
+    config = case.config(checkpoint)
+    began_at = time.monotonic()
+    executor, capacity = start_executor(config, resolve(str(checkpoint)), lambda *_: None)
+    click.echo(f"{executor.world_size} ranks started in {time.monotonic() - began_at:.0f} s", err=True)
+    with executor:
+        executor.collective_rpc("start_counting")
+        counting = CountingExecutor(executor)
+        brain = Brain(
+            config, counting, num_blocks=capacity.num_blocks, max_model_len=capacity.max_model_len, eos_token_ids=()
         )
-        executor, capacity = start_executor(config, resolve(str(checkpoint)), lambda *_: None)
-        with executor:
-            counting = CountingExecutor(executor)
-            brain = Brain(
-                config,
-                counting,
-                num_blocks=capacity.num_blocks,
-                max_model_len=capacity.max_model_len,
-                eos_token_ids=(),
-            )
-            clients = Streams(brain, streams, seed)
-            began_at = _run(clients, counting, steps)
-            num_empty = executor.collective_rpc("num_empty_layers")
-        took_s = time.monotonic() - began_at
-        click.echo(
-            f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
-            f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
-            f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
-            f"layers in which a rank had no token for its experts, by rank: {num_empty}"
-        )
-        click.echo(f"tokens of {_check(checkpoint, clients)} requests equal transformers'")
+        clients = Streams(brain, case.streams, seed)
+        took_s = _run(clients, counting, steps)
+        num_empty: list[list[int]] = executor.collective_rpc("empty_layers")
+    num_with_an_empty_rank = sum(map(any, zip(*num_empty, strict=True)))
+    click.echo(
+        f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
+        f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
+        f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
+        f"steps in which a rank had no token for its experts of some layer: {num_with_an_empty_rank}; "
+        f"such layers, by rank: {list(map(sum, num_empty))}"
+    )
+    return clients
 
 
 def _run(clients: Streams, counting: CountingExecutor, steps: int) -> float:
+    """Seconds that it took."""
     began_at = reported_at = time.monotonic()
     while counting.num_steps < steps:
         clients.arrive()
@@ -211,10 +260,10 @@ def _run(clients: Streams, counting: CountingExecutor, steps: int) -> float:
             reported_at = time.monotonic()
             click.echo(f"{counting.num_steps} steps, {clients.num_done} requests", err=True)
     clients.finish()
-    return began_at
+    return time.monotonic() - began_at
 
 
-def _check(checkpoint: Path, clients: Streams) -> int:
+def _equal(checkpoint: Path, clients: Streams) -> str:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt, num_tokens, tokens in clients.finished:
         ids = torch.tensor([prompt])
@@ -228,7 +277,25 @@ def _check(checkpoint: Path, clients: Streams) -> int:
                 eos_token_id=None,
             )
         assert out[0, len(prompt) :].tolist() == tokens, f"other tokens after {prompt}"
-    return len(clients.finished)
+    return f"tokens of {len(clients.finished)} requests equal transformers'"
+
+
+def _nearly_equal(checkpoint: Path, clients: Streams, device: str) -> str:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
+    num_likeliest, gaps = 0, []
+    for prompt, _, tokens in clients.finished:
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([[*prompt, *tokens]], device=device)).logits[0, len(prompt) - 1 : -1].float()
+        chosen_T = logits_TV.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0]
+        gaps.append((logits_TV.max(dim=1).values - chosen_T).max().item())
+        num_likeliest += int((logits_TV.argmax(dim=1) == torch.tensor(tokens, device=device)).sum())
+    num_tokens = sum(len(tokens) for _, _, tokens in clients.finished)
+    said = (
+        f"{num_likeliest} of {num_tokens} tokens of {len(gaps)} requests are transformers' likeliest; "
+        f"the others fall short of it by {max(gaps):.2f} at most"
+    )
+    assert max(gaps) < NEAR_TIE, said
+    return said
 
 
 if __name__ == "__main__":
