@@ -46,7 +46,7 @@ class Fleet:
         self.tokenizer = first.tokenizer
         self.default_sampling = first.default_sampling
         self._engines = tuple(engines)
-        self._router = Router(first.info.block_size)
+        self._router = Router(first.info.block_size, len(engines))
         self._deaths = asyncio.create_task(self._tell_deaths())
 
     @classmethod
