@@ -47,8 +47,8 @@ class EmptyLayers:
 
     def __init__(self, worker: Any) -> None:
         self._num_empty = 0
-        for load in worker.model.expert_loads.values():
-            self._watch(load)
+        for experts in worker.model.experts.values():
+            self._watch(experts.load)
 
     def _watch(self, load: Any) -> None:
         note = load.note
