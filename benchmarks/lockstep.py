@@ -7,7 +7,8 @@
 Streams of requests with prompts of all sizes arrive and end at random, and now and then nobody comes for a while, so
 that replicas run empty. The model is a small random one. Ranks compare every collective with their peers', so that a
 divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same.
-Prints how many steps had a replica without a token, and in how many a rank had no token for the experts of a layer.
+Prints how many steps had a replica without a token, and how many had a rank without a token for its experts, in one
+layer or more; for each rank also in how many layers of all steps it had none.
 
 With --compare there is no long run: it measures what lockstep costs (lockstep_cost.py).
 """
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
+from phalanx.errors import PhalanxError
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
@@ -42,11 +44,14 @@ REPORT_S = 10.0
 SHORT_STEPS = 200
 
 
-class EmptyLayers:
-    """A worker extension: counts the steps in which this rank has no token for its experts of some layer."""
+class EmptySteps:
+    """A worker extension: notes the steps in which this rank has no token for its experts of some layer."""
 
     def __init__(self, worker: Any) -> None:
-        self._num_empty = 0
+        self._num_layers = len(worker.model.experts)
+        self._num_visits = 0
+        """Of layers; each step visits each of them once, whatever the router says."""
+        self._num_empty_by_step = bytearray()
         for experts in worker.model.experts.values():
             self._watch(experts.load)
 
@@ -55,14 +60,17 @@ class EmptyLayers:
 
         def noted(local_NK: torch.Tensor) -> None:
             note(local_NK)
-            self._num_empty += not bool((local_NK < load.mine.size).any())
+            if self._num_visits % self._num_layers == 0:
+                self._num_empty_by_step.append(0)
+            self._num_empty_by_step[-1] += not bool((local_NK < load.mine.size).any())
+            self._num_visits += 1
 
         load.note = noted
 
     @remote_method
-    def num_empty_layers(self) -> int:
-        """Times that a layer of this rank had nothing to compute."""
-        return self._num_empty
+    def num_empty_layers(self) -> bytes:
+        """By step, a byte each: layers in which this rank had nothing to compute."""
+        return bytes(self._num_empty_by_step)
 
 
 class CountingExecutor:
@@ -78,17 +86,25 @@ class CountingExecutor:
         return self._executor.step(step)
 
 
+class Asked(NamedTuple):
+    """A request, with the tokens that have come."""
+
+    prompt: list[int]
+    num_wanted: int
+    tokens: list[int]
+
+
 class Streams:
     """So many clients, each of which sends a request when its last one has ended, sooner or later."""
 
     def __init__(self, brain: Brain, num_streams: int, seed: int) -> None:
         self.num_done = self.num_tokens = 0
-        self.finished: list[tuple[list[int], int, list[int]]] = []
-        """Some requests: prompt, tokens asked for, tokens."""
+        self.finished: list[Asked] = []
+        """Some of the requests, from all of the run."""
         self._brain = brain
         self._dice = random.Random(seed)
         self._num_streams = num_streams
-        self._running: dict[int, tuple[list[int], int, list[int]]] = {}
+        self._running: dict[int, Asked] = {}
         self._next_id = 0
         self._num_wanted = num_streams
 
@@ -105,19 +121,25 @@ class Streams:
             return
         ids = memoryview(batch.request_ids).cast("q").tolist()
         for request_id, token in zip(ids, as_ints(batch.tokens).tolist(), strict=True):
-            self._running[request_id][2].append(token)
+            self._running[request_id].tokens.append(token)
             self.num_tokens += 1
         for request_id, _ in batch.finished:
             done = self._running.pop(request_id)
-            assert len(done[2]) == done[1], "a request ended before its time"
+            assert len(done.tokens) == done.num_wanted, "a request ended before its time"
             self.num_done += 1
-            if len(self.finished) < NUM_CHECKED and self._dice.random() < 0.1:
-                self.finished.append(done)
+            self._keep(done)
 
     def finish(self) -> None:
         while self._brain.has_work():
             self.step()
         assert not self._running, "requests were forgotten"
+
+    def _keep(self, done: Asked) -> None:
+        """So that each has the same chance, however many there will be."""
+        if len(self.finished) < NUM_CHECKED:
+            self.finished.append(done)
+        elif (place := self._dice.randrange(self.num_done)) < NUM_CHECKED:
+            self.finished[place] = done
 
     def _submit(self) -> None:
         length = self._dice.choice([1, 2, 5, 16, 40, 120])
@@ -125,12 +147,14 @@ class Streams:
         num_tokens = self._dice.choice([1, 4, 20, 60, 100])
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         self._brain.submit(Submit(self._next_id, ints(prompt), sampling))
-        self._running[self._next_id] = (prompt, num_tokens, [])
+        self._running[self._next_id] = Asked(prompt, num_tokens, [])
         self._next_id += 1
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(1), default=20_000, show_default=True, help="Then what has begun is finished."
+)
 @click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--data-parallel-size", "-dp", type=click.IntRange(1), default=2, show_default=True)
 @click.option(
@@ -142,9 +166,16 @@ class Streams:
 @click.option("--streams", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--compare", "is_comparison", is_flag=True, help="Compare with two engines that share nothing instead.")
-@click.option("--ranks", type=click.Choice([2, 4, 8]), multiple=True, default=(2, 4, 8), help="To compare.")
+@click.option(
+    "--ranks",
+    type=click.Choice([2, 4, 8]),
+    multiple=True,
+    default=(2, 4, 8),
+    show_default=True,
+    help="To compare: in all, of two replicas. May be repeated.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="To compare.")
-@click.option("--short", is_flag=True, help="Few steps, or one short round: to see that it works.")
+@click.option("--short", is_flag=True, help=f"At most {SHORT_STEPS} steps, or one short round.")
 def main(
     steps: int,
     tensor_parallel_size: int,
@@ -177,44 +208,56 @@ def main(
             max_num_seqs=streams,
             max_num_batched_tokens=max(64, streams),
             kv_cache_memory=4 << 20,
-            worker_extension_cls=f"{Path(__file__).stem}:EmptyLayers",
+            worker_extension_cls=f"{Path(__file__).stem}:EmptySteps",
         )
-        executor, capacity = start_executor(config, resolve(str(checkpoint)), lambda *_: None)
-        with executor:
-            counting = CountingExecutor(executor)
-            brain = Brain(
-                config,
-                counting,
-                num_blocks=capacity.num_blocks,
-                max_model_len=capacity.max_model_len,
-                eos_token_ids=(),
-            )
-            clients = Streams(brain, streams, seed)
-            began_at = _run(clients, counting, steps)
-            num_empty = executor.collective_rpc("num_empty_layers")
-        took_s = time.monotonic() - began_at
-        click.echo(
-            f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
-            f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
-            f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
-            f"layers in which a rank had no token for its experts, by rank: {num_empty}"
-        )
+        try:
+            clients = _run_streams(config, steps, streams, seed)
+        except PhalanxError as error:
+            raise click.ClickException(str(error)) from error
         click.echo(f"tokens of {_check(checkpoint, clients)} requests equal transformers'")
 
 
-def _run(clients: Streams, counting: CountingExecutor, steps: int) -> float:
+def _run_streams(config: Config, steps: int, num_streams: int, seed: int) -> Streams:
+    executor, capacity = start_executor(config, resolve(config.model.model), lambda *_: None)
+    with executor:
+        counting = CountingExecutor(executor)
+        brain = Brain(
+            config, counting, num_blocks=capacity.num_blocks, max_model_len=capacity.max_model_len, eos_token_ids=()
+        )
+        clients = Streams(brain, num_streams, seed)
+        began_at = time.monotonic()
+        _run(clients, counting, steps)
+        took_s = time.monotonic() - began_at
+        by_rank: list[bytes] = executor.collective_rpc("num_empty_layers")
+    assert {len(steps) for steps in by_rank} == {counting.num_steps}, "a rank took another number of steps"
+    num_with_an_empty_rank = sum(map(any, zip(*by_rank, strict=True)))
+    click.echo(
+        f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
+        f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
+        f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
+        f"steps in which a rank had no token for its experts of a layer: {num_with_an_empty_rank}\n"
+        f"layers of steps in which it had none, by rank: {list(map(sum, by_rank))}"
+    )
+    return clients
+
+
+def _run(clients: Streams, counting: CountingExecutor, steps: int) -> None:
     began_at = reported_at = time.monotonic()
     while counting.num_steps < steps:
         clients.arrive()
         clients.step()
-        if time.monotonic() > reported_at + REPORT_S:
-            reported_at = time.monotonic()
-            click.echo(f"{counting.num_steps} steps, {clients.num_done} requests", err=True)
+        now = time.monotonic()
+        if now > reported_at + REPORT_S:
+            reported_at = now
+            left_s = (now - began_at) / counting.num_steps * (steps - counting.num_steps)
+            told = f"{counting.num_steps} of {steps} steps, {clients.num_done} requests, {left_s:.0f} s to go"
+            click.echo(told, err=True)
     clients.finish()
-    return began_at
 
 
 def _check(checkpoint: Path, clients: Streams) -> int:
+    click.echo(f"computing {len(clients.finished)} of the requests with transformers", err=True)
+    torch.set_num_threads(1)  # a model this small is slower with more
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt, num_tokens, tokens in clients.finished:
         ids = torch.tensor([prompt])
