@@ -17,8 +17,6 @@ from phalanx.errors import ConfigError
 from phalanx.testing.checkpoints import FAMILIES, MIXTURES
 from phalanx.testing.thread_group import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOLERANCE = 1e-4
 
 

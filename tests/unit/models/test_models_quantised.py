@@ -23,8 +23,6 @@ from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.sharding import Span
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKEN_IDS = list(range(50))
 SHAPE = {
     "hidden_size": 64,

@@ -16,8 +16,6 @@ from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.grid import Grid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NUM_LAYERS = 3
 VARIED_LAYERS = ("tied", "windows on some layers", "experts on some layers")
 

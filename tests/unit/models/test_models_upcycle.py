@@ -29,8 +29,6 @@ from phalanx.models.upcycle import upcycle
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FOUR = Mixture(num_experts=4, num_experts_per_tok=2)
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: VARIANTS[name] for name in ("tied", "linear rope", "llama3 rope")},
