@@ -35,7 +35,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
+from phalanx.models.packed import can_pack
 from phalanx.moe.dispatcher import AllGatherReduceScatter
+from phalanx.moe.expert_products import install_products
 from phalanx.moe.experts import share_out
 from phalanx.topology.sharding import Span
 
@@ -81,10 +83,18 @@ def make_input(num_tokens: int, dtype: torch.dtype) -> Input:
     return Input(torch.randn(num_tokens, HIDDEN).to(dtype), experts_TK, weights_TK.to(dtype))
 
 
+def install_packed(module: Any) -> None:
+    """Have it compute as a model of ours on a CPU does."""
+    for linear in install_products("experts", module).linears.values():
+        if can_pack(module.down_proj.dtype, module.down_proj.device):
+            linear.pack()
+
+
 def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
     """The module with the experts `mine`, as a rank that has no peers calls it."""
     alone = SingleGroup(GroupSpec("alone", "single", (0,), epoch=1, timeout_s=1.0, join_timeout_s=1.0))
     dispatcher = AllGatherReduceScatter(alone, alone)
+    install_packed(module)
     share_out(module, mine, dispatcher)
 
     def compute(x: Input) -> Tensor:
@@ -114,6 +124,7 @@ class Layer:
             },
             inner=inner,
         )
+        install_packed(parts)
         self.contestants: dict[str, Callable[[Input], Tensor]] = {
             "ours": on_one_rank(whole, Span(0, EXPERTS)),
             "ep": on_one_rank(some, Span(0, half)),

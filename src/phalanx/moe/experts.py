@@ -1,7 +1,7 @@
 """The experts of one layer on one rank: some of them whole, in the module of transformers that computes them.
 
-Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, P pairs of a token and
-one of this rank's experts, L this rank's experts and one place for all others, D hidden size.
+Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, L this rank's experts
+and one place for all others, D hidden size.
 """
 
 from __future__ import annotations
@@ -54,55 +54,18 @@ def share_out(
     """
     compute = experts.forward
     experts.num_experts = mine.size
-    experts._is_expert_parallel = True  # its grouped product then leaves out what is numbered `num_experts`
+    experts._is_expert_parallel = True  # what is numbered `num_experts` is then left out
     load = Load(mine, next(experts.parameters()).device)
 
     def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         dispatched = dispatcher.dispatch(hidden_TD, choose(experts_TK), weights_TK)
-        is_mine_NK = (dispatched.experts_NK >= mine.start) & (dispatched.experts_NK < mine.stop)
-        local_NK = torch.where(is_mine_NK, dispatched.experts_NK - mine.start, mine.size).long()
-        weights_NK = dispatched.weights_NK.to(weights_TK.dtype)
+        local_NK = dispatched.experts_NK.long() - mine.start
+        is_elsewhere_NK = (local_NK < 0) | (local_NK >= mine.size)
+        local_NK.masked_fill_(is_elsewhere_NK, mine.size)
         load.note(local_NK)
-        if hidden_TD.device.type == "cpu":
-            out_ND = _of_pairs(experts, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
-        else:
-            out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK.masked_fill(~is_mine_NK, 0.0))
+        weights_NK = dispatched.weights_NK.to(weights_TK.dtype).masked_fill(is_elsewhere_NK, 0.0)
+        out_ND = compute(dispatched.hidden_ND, local_NK, weights_NK)
         return dispatcher.combine(dispatched, out_ND)
 
     experts.forward = forward
     return load
-
-
-def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
-    """Computes nothing but what is this rank's. How much that is must be known first: a GPU would have to wait.
-
-    Pairs are gathered once, in the order of their experts: the module's forward would sort and copy them once more.
-    """
-    out_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-    local_P, order_P = local_NK[is_mine_NK].sort(stable=True)
-    if len(order_P):
-        tokens_P = is_mine_NK.nonzero()[:, 0].index_select(0, order_P)
-        weights_P1 = weights_NK[is_mine_NK].index_select(0, order_P)[:, None]
-        out_PD = _in_groups(experts, hidden_ND.index_select(0, tokens_P), local_P)
-        out_ND.index_add_(0, tokens_P, (out_PD * weights_P1).float())
-    return out_ND.to(hidden_ND.dtype)
-
-
-def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor) -> Tensor:
-    """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`. Rows are in their order."""
-    from transformers.integrations.moe import _grouped_linear  # not before a rank can say what goes wrong with it
-
-    ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
-
-    def linear(name: str, x_PI: Tensor) -> Tensor:
-        bias_PO = getattr(experts, f"{name}_bias")[local_P] if experts.has_bias else None
-        out_PO: Tensor = _grouped_linear(x_PI, getattr(experts, name), ends_L, bias_PO, experts.is_transposed)
-        return out_PO
-
-    if experts.has_gate:
-        inner_PI = experts._apply_gate(linear("gate_up_proj", hidden_PD))
-    else:
-        inner_PI = experts.act_fn(linear("up_proj", hidden_PD))
-    out_PD = linear("down_proj", inner_PI)
-    # Of transformers 5.17 no module has one, nor says so.
-    return experts.post_expert_norm(out_PD) if getattr(experts, "has_post_expert_norm", False) else out_PD
