@@ -5,7 +5,8 @@
 Qwen3-MoE's experts: hidden size 1024, 32 experts, 4 for each token, inner size 384, random weights and routes, the same
 for all. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
 experts, and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
-all_reduce.py. *transformers* is its module as its models call it, *vLLM* the kernel that its CPU build would choose.
+all_reduce.py. All three have packed weights, as our models. *transformers* is its module as its models call it, *vLLM*
+the kernel that its CPU build would choose.
 All have the same threads, take turns in rounds, and go through several inputs, so that the next call finds other
 experts in the caches. Medians in microseconds; ratios are ours to theirs, the median over the rounds.
 """
