@@ -5,9 +5,10 @@
 
 Qwen3-MoE's experts with random weights and routes, the same for all: on a CPU hidden size 1024, 32 experts, 4 for each
 token, inner size 384; on a GPU, in bfloat16 alone, Qwen3-30B-A3B's 2048, 128, 8 and 768. A GPU is given ten calls, then
-waited for. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
-experts, and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
-all_reduce.py. *transformers* is its module as its models call it, *vLLM* the kernel that its CPU build would choose.
+waited for. *Ours* is what a rank that is alone computes; *EP 2* is one of two ranks with half of the experts
+(`share_out`), and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
+all_reduce.py. On a CPU all three have packed weights, as our models. *transformers* is its module as its models call
+it, *vLLM* the kernel that its CPU build would choose.
 All have the same threads, take turns in rounds, and go through several inputs, so that the next call finds other
 experts in the caches. Medians in microseconds; ratios are ours to theirs, the median over the rounds.
 """
@@ -37,7 +38,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
+from phalanx.models.packed import can_pack
 from phalanx.moe.dispatcher import AllGatherReduceScatter
+from phalanx.moe.expert_groups import install_groups
+from phalanx.moe.expert_products import install_products
 from phalanx.moe.experts import share_out
 from phalanx.topology.sharding import Span
 
@@ -108,10 +112,21 @@ def make_input(shape: Shape, num_tokens: int, dtype: torch.dtype, device: str) -
     return Input(hidden_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device, dtype))
 
 
-def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
-    """The module with the experts `mine`, as a rank that has no peers calls it."""
+def install(module: Any) -> None:
+    """Have it compute as a model of ours does."""
+    if module.down_proj.device.type == "cuda":
+        install_groups(module)
+        return
+    for linear in install_products("experts", module).linears.values():
+        if can_pack(module.down_proj.dtype, module.down_proj.device):
+            linear.pack()
+
+
+def on_one_of_two(module: Any, mine: Span) -> Callable[[Input], Tensor]:
+    """The module with the experts `mine`, as a rank that shares the experts out calls it, without its peers."""
     alone = SingleGroup(GroupSpec("alone", "single", (0,), epoch=1, timeout_s=1.0, join_timeout_s=1.0))
     dispatcher = AllGatherReduceScatter(alone, alone)
+    install(module)
     share_out(module, mine, dispatcher)
 
     def compute(x: Input) -> Tensor:
@@ -144,9 +159,11 @@ class Layer:
             },
             inner=inner,
         )
+        install(whole)
+        install(parts)
         self.contestants: dict[str, Callable[[Input], Tensor]] = {
-            "ours": on_one_rank(whole, Span(0, shape.experts)),
-            "ep": on_one_rank(some, Span(0, half)),
+            "ours": lambda x: whole(*x),
+            "ep": on_one_of_two(some, Span(0, half)),
             "tp": lambda x: parts(*x),
             "transformers": lambda x: theirs(*x),
         }

@@ -23,13 +23,15 @@ from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import build, definition_class, keep_stage
 from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
-from phalanx.models.packed import Packing, Product, Release, can_pack
+from phalanx.models.packed import Packable, Packing, Product, Release, can_pack
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
 from phalanx.models.precision import kept_dtype
 from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
 from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
 from phalanx.moe.dispatcher import Dispatcher
+from phalanx.moe.expert_groups import install_groups
+from phalanx.moe.expert_products import ExpertProducts, install_products
 from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
@@ -280,11 +282,17 @@ def _install(
         style = sharding.style(name)
         if style in ROWS:
             definition.set_submodule(name, RowParallelLinear(name, module.weight, module.bias, group))
-        elif style in EXPERTS and dispatcher is not None:
-            mine, num_redundant = sharding.experts(module.num_experts), sharding.num_redundant_experts
-            shared[name] = SharedExperts(module, mine, dispatcher, num_redundant=num_redundant)
         elif style in EXPERTS:
-            sum_output(module, group)
+            products = None
+            if device.type == "cpu":
+                products = install_products(name, module)
+            else:
+                install_groups(module)
+            if dispatcher is None:
+                sum_output(module, group)
+            else:
+                mine, num_redundant = sharding.experts(module.num_experts), sharding.num_redundant_experts
+                shared[name] = SharedExperts(module, products, mine, dispatcher, num_redundant=num_redundant)
         for buffer_name, buffer in module.named_buffers(recurse=False):
             if f"{name}.{buffer_name}" not in weights:
                 module.register_buffer(buffer_name, buffer.to(device), persistent=False)
@@ -297,8 +305,12 @@ def _install(
 
 
 def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
-    candidates = [getattr(module, "product", None) for module in definition.modules()]
-    products = [candidate for candidate in candidates if isinstance(candidate, Product)]
+    products: list[Packable] = []
+    for module in definition.modules():
+        if isinstance(product := getattr(module, "product", None), Product):
+            products.append(product)
+        if isinstance(experts := getattr(module, "products", None), ExpertProducts):
+            products.extend(experts.linears.values())
     if head is not None:
         products.append(head.product)
     packing = Packing(products, release, kept=kept)
