@@ -159,8 +159,7 @@ class Scheduler:
         requests that wait, in order of arrival, each with as much of its prompt as fits. When blocks run out, the last
         to arrive gives way.
         """
-        decoding_R, growing_R = self._find_room_for_decoding()
-        new_blocks_R = self._append_blocks(growing_R)
+        decoding_R, growing_R, new_blocks_R = self._find_room_for_decoding()
 
         chunks: list[tuple[int, int]] = []
         prefilling_R = self.running.prefilling()
@@ -202,8 +201,8 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------- room
 
-    def _find_room_for_decoding(self) -> tuple[Slots, Slots]:
-        """Who decodes in this step, and who of them needs one more block. When this returns, the pools have these."""
+    def _find_room_for_decoding(self) -> tuple[Slots, Slots, Blocks]:
+        """Who decodes in this step, and who of them is given one more block, and which."""
         running = self.running
         while True:
             decoding_R = self._decoding()
@@ -215,11 +214,16 @@ class Scheduler:
                 break
             for replica in giving_way:
                 self._preempt(running.last_arrived(replica.index))
-        for replica, own_R in short:  # blocks come back with a step that is under way: pausing is cheaper
-            paused_R = own_R[replica.pool.num_free :]
+        if short:  # blocks come back with a step that is under way: pausing is cheaper
+            paused_R = np.concatenate([own_R[replica.pool.num_free :] for replica, own_R in short])
             decoding_R = np.setdiff1d(decoding_R, paused_R, assume_unique=True)
             growing_R = np.setdiff1d(growing_R, paused_R, assume_unique=True)
-        return decoding_R, growing_R
+            growing = self._by_replica(growing_R)
+        if not growing:
+            return decoding_R, growing_R, np.empty(0, dtype=np.int32)
+        blocks_R = np.concatenate([replica.pool.take(len(own_R)) for replica, own_R in growing])
+        running.append_blocks(growing_R, blocks_R)
+        return decoding_R, growing_R, blocks_R
 
     def _decoding(self) -> Slots:
         """Who may decode in this step."""
@@ -227,14 +231,6 @@ class Scheduler:
         if not self._is_pipelined:
             return decoding_R
         return self.running.longest_idle(decoding_R, self._num_micro_batches)
-
-    def _append_blocks(self, slots_R: Slots) -> Blocks:
-        """Give each a block more from its replica's pool, which has it; tells which."""
-        if not len(slots_R):
-            return np.empty(0, dtype=np.int32)
-        blocks_R = np.concatenate([replica.pool.take(len(own_R)) for replica, own_R in self._by_replica(slots_R)])
-        self.running.append_blocks(slots_R, blocks_R)
-        return blocks_R
 
     def _plan_prompts(self, replica: Replica, prefilling: list[int], budget: int) -> list[tuple[int, int]]:
         """Slots and numbers of tokens, `budget` in all: of prompts that are under way, then of requests that wait."""
