@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phalanx.moe import four_bits
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.topology.sharding import Span
 
@@ -71,6 +72,18 @@ def share_out(
     return load
 
 
+def compute_in_groups(experts: Any) -> None:
+    """Have a module that answers for all experts, with its part of each, compute them as `share_out` would on a GPU.
+
+    transformers' own ways know no weights in 4 bits.
+    """
+
+    def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return _of_all(experts, hidden_TD, experts_TK, weights_TK)
+
+    experts.forward = forward
+
+
 def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
     """Computes nothing but what is this rank's. How much that is must be known first: a GPU would have to wait.
 
@@ -116,8 +129,11 @@ def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor, ends_L: Tensor)
     num_experts = experts.num_experts
 
     def linear(name: str, x_PI: Tensor) -> Tensor:
+        weight = getattr(experts, name)
+        if isinstance(weight, four_bits.FourBitWeight):
+            return four_bits.grouped_linear(x_PI, weight, ends_L)
         bias_PO = getattr(experts, f"{name}_bias")[local_P.clamp(max=num_experts - 1)] if experts.has_bias else None
-        out_PO: Tensor = _grouped_linear(x_PI, getattr(experts, name), ends_L, bias_PO, experts.is_transposed)
+        out_PO: Tensor = _grouped_linear(x_PI, weight, ends_L, bias_PO, experts.is_transposed)
         return out_PO
 
     if experts.has_gate:
