@@ -226,7 +226,7 @@ REORDERED = (
             "awq",
             {},
             [BOTH[1:]] * 4 + [BOTH],
-            r"inputs, 40 up to 80, do not .* multiples of 32: --enable-expert-parallel or",
+            r"40 up to 80, do not .* multiples of 32: --enable-expert-parallel or",
         ),
         (
             (as_channels, FORMS["by channel"][1]),
