@@ -1,9 +1,11 @@
 """The grouped product of sorted rows with experts' matrices in 4 bits on NVIDIA GPUs: one Triton kernel.
 
-A program takes some rows of one expert and some of its outputs, and goes through their inputs. Differences of number
-and zero point are small whole numbers, exact in every type; so the product of a tile of inputs is of these, and its
-float32 sum is multiplied by the tile's scale. Outputs are the rows of the matrix units' product: a Hopper GPU takes its
-left operand from registers, where the numbers are unpacked, and its right one can be as narrow as a decoding step is.
+A program takes some rows of one expert and some of its outputs, and goes through their inputs. It multiplies by number
+minus 8, which is exact in every type, and what a tile of inputs adds up to in float32 is multiplied by the tile's
+scale. Outputs are the rows of the matrix units' product: a Hopper GPU takes its left operand from registers, where the
+bytes are unpacked, and its right one can be as narrow as a decoding step is. Zero points other than 8 would send the
+unpacked operand through shared memory once more; so they are left out there, and make a product of their own at the
+end: (8 - zero) * scale of each group with the sum of the row's inputs in that group.
 
 Legend: as four_bits.py; M rows of a tile, N outputs of a tile.
 """
@@ -21,6 +23,9 @@ from phalanx.moe.four_bits import MIDDLE, RUN, FourBitWeight
 
 MOST_INPUTS = 128
 """Of a tile, which are of one group."""
+
+GROUPS = 16
+"""Whose zero points are taken off at a time: the least that matrix units multiply."""
 
 
 class _Tile(NamedTuple):
@@ -73,9 +78,16 @@ def _launch(x_PI: Tensor, weight: FourBitWeight, ends_L: Tensor, tile: _Tile) ->
     # The rows of expert e begin in block ends_L[e - 1] // rows + e: an upper bound that needs no look at the device.
     num_blocks = num_rows // tile.rows + num_experts
     group_size = weight.group_size
+    x_PI = x_PI.contiguous()
+    has_zeros = weight.zeros_EGO is not None
+    total_PG = (
+        x_PI.view(num_rows, num_inputs // group_size, group_size).sum(2, dtype=torch.float32) if has_zeros else None
+    )
+    is_float32 = x_PI.dtype == torch.float32
     _grouped_linear[(num_blocks * triton.cdiv(num_outputs, tile.outputs),)](
         out_PO,
-        x_PI.contiguous(),
+        x_PI,
+        total_PG,
         weight.numbers_EOB,
         weight.scales_EGO,
         weight.zeros_EGO,
@@ -83,7 +95,7 @@ def _launch(x_PI: Tensor, weight: FourBitWeight, ends_L: Tensor, tile: _Tile) ->
         EXPERTS=num_experts,
         OUTPUTS=num_outputs,
         INPUTS=num_inputs,
-        HAS_ZEROS=weight.zeros_EGO is not None,
+        HAS_ZEROS=has_zeros,
         MIDDLE=MIDDLE,
         GROUP=group_size,
         HALF_RUN=RUN // 2,
@@ -91,7 +103,9 @@ def _launch(x_PI: Tensor, weight: FourBitWeight, ends_L: Tensor, tile: _Tile) ->
         TILE_M=tile.rows,
         TILE_N=tile.outputs,
         TILE_I=min(MOST_INPUTS, group_size & -group_size),  # a power of two that divides it
-        PRECISION="ieee" if x_PI.dtype == torch.float32 else "tf32",
+        TILE_G=GROUPS,
+        PRECISION="ieee" if is_float32 else "tf32",
+        ZERO_PRECISION="ieee" if is_float32 else "tf32x3",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -102,6 +116,7 @@ def _launch(x_PI: Tensor, weight: FourBitWeight, ends_L: Tensor, tile: _Tile) ->
 def _grouped_linear(
     out,
     x,
+    totals,
     numbers,
     scales,
     zeros,
@@ -117,7 +132,9 @@ def _grouped_linear(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
+    TILE_G: tl.constexpr,
     PRECISION: tl.constexpr,
+    ZERO_PRECISION: tl.constexpr,
 ):
     num_tiles = tl.cdiv(OUTPUTS, TILE_N)
     block = tl.program_id(0) // num_tiles
@@ -144,27 +161,35 @@ def _grouped_linear(
     sum_NM = tl.zeros([TILE_N, TILE_M], tl.float32)
     # What a tile is scaled by is loaded while the one before is multiplied.
     scale_N = tl.load(scales + first_group + n, mask=is_output_n, other=0.0)
-    if HAS_ZEROS:
-        zero_N = tl.load(zeros + first_group + n, mask=is_output_n, other=0)
-    else:
-        zero_N = tl.full([TILE_N], MIDDLE, tl.int8)
     for i in range(0, INPUTS, TILE_I):
         next_group = first_group + (i + TILE_I) // GROUP * OUTPUTS
         is_next_n = is_output_n & (i + TILE_I < INPUTS)
         next_scale_N = tl.load(scales + next_group + n, mask=is_next_n, other=0.0)
-        next_zero_N = zero_N
-        if HAS_ZEROS:
-            next_zero_N = tl.load(zeros + next_group + n, mask=is_next_n, other=0)
         pair_NB = tl.load(numbers_NB + i // 2, mask=is_output_n[:, None], other=0)
         x_low_BM = tl.load(x_BM + i, mask=is_row_m[None, :], other=0.0)
         x_high_BM = tl.load(x_BM + i + HALF_RUN, mask=is_row_m[None, :], other=0.0)
-        low_NB = ((pair_NB & 15).to(tl.int8) - zero_N[:, None]).to(x_low_BM.dtype)
-        high_NB = ((pair_NB >> 4).to(tl.int8) - zero_N[:, None]).to(x_low_BM.dtype)
+        low_NB = ((pair_NB & 15).to(tl.int8) - MIDDLE).to(x_low_BM.dtype)
+        high_NB = ((pair_NB >> 4).to(tl.int8) - MIDDLE).to(x_low_BM.dtype)
         product_NM = tl.dot(low_NB, x_low_BM, input_precision=PRECISION)
         product_NM = tl.dot(high_NB, x_high_BM, product_NM, input_precision=PRECISION)
         sum_NM += product_NM * scale_N.to(tl.float32)[:, None]
         scale_N = next_scale_N
-        zero_N = next_zero_N
+
+    if HAS_ZEROS:
+        for first_of_some in range(0, INPUTS // GROUP, TILE_G):
+            g = first_of_some + tl.arange(0, TILE_G)
+            is_group_g = g < INPUTS // GROUP
+            places_NG = first_group + g[None, :] * OUTPUTS + n[:, None]
+            is_place_NG = is_output_n[:, None] & is_group_g[None, :]
+            zero_NG = tl.load(zeros + places_NG, mask=is_place_NG, other=0)
+            scale_NG = tl.load(scales + places_NG, mask=is_place_NG, other=0.0)
+            total_GM = tl.load(
+                totals + m[None, :] * (INPUTS // GROUP) + g[:, None],
+                mask=is_group_g[:, None] & is_row_m[None, :],
+                other=0.0,
+            )
+            off_NG = (MIDDLE - zero_NG).to(tl.float32) * scale_NG.to(tl.float32)
+            sum_NM = tl.dot(off_NG, total_GM, sum_NM, input_precision=ZERO_PRECISION)
 
     tl.store(
         out + m.to(tl.int64)[None, :] * OUTPUTS + n[:, None],
