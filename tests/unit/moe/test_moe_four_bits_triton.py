@@ -16,6 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from phalanx.moe import four_bits_triton as kernel
+from phalanx.moe.four_bits import FourBitWeight
 
 IS_INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -60,9 +61,10 @@ def check(
     assert found_PO.shape == (len(x_PI), num_outputs)
     if not sum(rows):
         return
-    expected_PO = oracle.reference(x_PI, weight, ends_L)[: sum(rows)]
+    on_cpu = FourBitWeight(*(None if part is None else part.cpu() for part in weight))
+    expected_PO = oracle.reference(x_PI.cpu(), on_cpu, ends_L.cpu())[: sum(rows)]
     torch.testing.assert_close(
-        found_PO[: sum(rows)].float() / expected_PO.float().abs().max(),
+        found_PO[: sum(rows)].cpu().float() / expected_PO.float().abs().max(),
         expected_PO.float() / expected_PO.float().abs().max(),
         atol=TOLERANCES[dtype],
         rtol=0,
