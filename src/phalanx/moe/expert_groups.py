@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phalanx.moe import four_bits
+
 
 class ExpertGroups:
     """What the module of a layer's experts computes, whose weights and activation it uses."""
 
     def __init__(self, module: Any) -> None:
+        weights = next(module.parameters())  # of all these experts, whatever it is
         self._module = module
-        self._num_experts = len(module.down_proj)
-        self._numbers_L = torch.arange(self._num_experts, device=module.down_proj.device)
+        self._num_experts = len(weights)
+        self._numbers_L = torch.arange(self._num_experts, device=weights.device)
 
     def __call__(self, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """What these experts add to each token: [N, D].
@@ -60,9 +63,12 @@ class ExpertGroups:
         from transformers.integrations.moe import _grouped_linear  # not before a rank can say what goes wrong with it
 
         module, bias_PO = self._module, None
+        weight = getattr(module, name)
+        if isinstance(weight, four_bits.FourBitWeight):
+            return four_bits.grouped_linear(x_PI, weight, ends_L)
         if module.has_bias:
             bias_PO = getattr(module, f"{name}_bias")[local_P.clamp(max=self._num_experts - 1)]
-        out_PO: Tensor = _grouped_linear(x_PI, getattr(module, name), ends_L, bias_PO, module.is_transposed)
+        out_PO: Tensor = _grouped_linear(x_PI, weight, ends_L, bias_PO, module.is_transposed)
         return out_PO
 
 

@@ -37,7 +37,7 @@ class Sequence:
 
 
 def nan_like(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype)
 
 
 def load(
@@ -48,6 +48,7 @@ def load(
     *,
     pack: bool = True,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
+    dequantise: bool = True,
 ) -> CausalLM:
     """Memory that is given back holds NaN again."""
     tensors: dict[str, Tensor] = {}
@@ -70,6 +71,7 @@ def load(
         layers=layers,
         release=release if pack else None,
         experts=experts,
+        dequantise=dequantise,
     )
 
 
