@@ -42,7 +42,8 @@ class ExpertGroups:
         out_PD = out_PD.masked_fill_((local_P == self._num_experts)[:, None], 0.0)
         # Back into the tokens' order, so that each one's sum has one order too; `index_add_` on a GPU has none.
         out_NKD = torch.empty_like(out_PD).index_copy_(0, order_P, out_PD).view(num_tokens, top_k, -1)
-        return torch.bmm(weights_NK.to(out_NKD.dtype)[:, None], out_NKD)[:, 0]
+        dtype = torch.promote_types(out_NKD.dtype, weights_NK.dtype)  # a router's float32 is not rounded
+        return torch.bmm(weights_NK.to(dtype)[:, None], out_NKD.to(dtype))[:, 0].to(hidden_ND.dtype)
 
     def _of_rows(self, hidden_PD: Tensor, local_P: Tensor, ends_L: Tensor) -> Tensor:
         """[P, D]: what each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`.
