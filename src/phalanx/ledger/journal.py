@@ -13,7 +13,6 @@ takes what it copied only if the number was right before and after. No torch her
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -31,7 +30,7 @@ JOURNAL_BYTES = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES + NUM_RECORDS * RECORD_BYT
 
 PHASES = (
     *("not begun", "starting", "joining", "loading", "sizing", "allocating", "idle", "stepping"),
-    *("moving experts", "carrying out a method", "another phase"),
+    *("moving experts", "leaving", "another phase"),
 )
 """What a worker says that it does; the order is part of the layout."""
 
@@ -76,9 +75,16 @@ class Journal:
         self._words[_PHASE] = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
 
     def begin_step(self, step: int, digest: int, num_tokens: int) -> int:
-        """A decision: the plan that the rank is about to follow. Returns the record's number, for `done`."""
+        """A decision: the plan that the rank is about to follow. Returns the record's number, for `done`.
+
+        What is issued from now on, until `leave_step`, is of that step.
+        """
         self._step = self._words[_STEP] = step
         return self._write(_BEGUN_STEP, 0, num_tokens, digest, digest)
+
+    def leave_step(self) -> None:
+        """All collectives of the step have been issued."""
+        self._step = 0
 
     def issue(self, group: int, sequence: int, digest: int, rolling: int) -> int:
         """A collective that the rank is about to take part in. Returns the record's number, for `done`."""
@@ -186,19 +192,3 @@ def _texts(memory: memoryview, words: memoryview) -> Iterable[tuple[int, str]]:
         size = memory[at + _WORD_BYTES]
         text = bytes(memory[at + _WORD_BYTES + 1 :][:size]).decode(errors="replace")
         yield words[at // _WORD_BYTES], text
-
-
-def is_of_living_process(entries: Entries) -> bool:
-    """Whether the process that wrote them still runs."""
-    return bool(entries.pid) and Party("", entries.pid, entries.start_time).is_alive()
-
-
-def cores_of(entries: Entries) -> float:
-    """Seconds of processor time that the process has had, for two looks to compare; 0 if it is gone."""
-    try:
-        with open(f"/proc/{entries.pid}/stat", "rb") as file:
-            stat = file.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

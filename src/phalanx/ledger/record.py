@@ -33,6 +33,7 @@ class Record(NamedTuple):
     """Index of the group among the rank's; 0 for a step."""
     kind: int
     step: int
+    """0 outside of steps."""
     sequence: int
     """Of a collective: its place among the group's, from 1. Of a step: the tokens of all replicas."""
     digest: int

@@ -23,6 +23,9 @@ has left a step without a collective that its peers are in. late: it is in the s
 come to the collective that they wait in: it computes, or is stuck. behind: it has not begun that step. circle: ranks
 wait for each other in different groups."""
 
+HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
+"""What ranks that live do not get out of by themselves."""
+
 _NS = 1e9
 
 
@@ -96,6 +99,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[int, ...] = ()
     """Ranks that wait for it."""
     waited_s: float = 0.0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether waiting is of no use, though all ranks are there."""
+        return self.cause in HOPELESS
 
     @property
     def is_ambiguous(self) -> bool:
@@ -254,7 +262,9 @@ def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) ->
     culprit = look.ranks[rank]
     entries, decision = culprit.entries, culprit.decision(record.step)
     cause: Cause
-    if entries.step < record.step:
+    if record.step == 0:
+        cause, what = "late", f"does not come to {text}, which is of no step: it is {entries.phase}"
+    elif entries.step < record.step:
         cause, what = "behind", f"has not begun step {record.step}: it is {entries.phase}"
     elif entries.step > record.step or (decision is not None and decision.is_done):
         cause, what = "skipped", f"has left step {record.step} without {text}, and is {entries.phase}"
