@@ -33,7 +33,7 @@ class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdict, of which there is one at most."""
 
     def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
-        """Calls `on_hopeless`, in a thread of its own, once it is known that ranks can never meet. Raises StartError."""
+        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
         self._on_hopeless = on_hopeless
         self._found: Verdict | None = None
         self._changed = threading.Condition()

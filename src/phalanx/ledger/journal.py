@@ -22,7 +22,10 @@ from phalanx.ledger.record import DONE_AT, LAYOUT, RECORD_BYTES, Kind, Record, r
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
-HEADER_BYTES = 256
+HEADER_BYTES = 512
+MAX_GROUPS = 32
+"""Of one rank, and none."""
+
 NUM_TEXTS = 512
 TEXT_BYTES = 128
 NUM_RECORDS = 1024
@@ -51,6 +54,7 @@ _PID = 3
 _START_TIME = 4
 _NUM_TEXTS = 5
 _STEP = 6  # that the rank is in, or was in last
+_SEQUENCES = 32  # of each group's newest collective, which may be older than all records
 
 
 class Journal:
@@ -88,6 +92,7 @@ class Journal:
 
     def issue(self, group: int, sequence: int, digest: int, rolling: int) -> int:
         """A collective that the rank is about to take part in. Returns the record's number, for `done`."""
+        self._words[_SEQUENCES + group] = sequence
         return self._write(_COLLECTIVE, group, sequence, digest, rolling)
 
     def done(self, number: int) -> None:
@@ -124,6 +129,7 @@ class GroupJournal:
     """One group's part of a rank's journal."""
 
     def __init__(self, journal: Journal, group: int) -> None:
+        assert 0 < group < MAX_GROUPS, group
         self._journal = journal
         self._group = group
         self._known = journal.known
@@ -151,6 +157,8 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     phase_since_ns: int
     step: int
+    sequences: tuple[int, ...]
+    """Of the newest collective of each group, by the group's index; 0 before the first."""
     records: tuple[Record, ...]
     """The newest ones, in their order."""
     texts: dict[int, str]
@@ -170,6 +178,7 @@ def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
         phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
         phase_since_ns=words[_PHASE_SINCE],
         step=words[_STEP],
+        sequences=tuple(words[_SEQUENCES : _SEQUENCES + MAX_GROUPS].tolist()),
         records=tuple(_records(memory, words, range(first, last + 1), fence)),
         texts=dict(_texts(memory, words)),
     )

@@ -41,9 +41,9 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
     """How it ended, if it did."""
     entries: Entries
 
-    def newest(self, group: str) -> Record | None:
-        """Its last collective in a group."""
-        return next((record for record in reversed(self.entries.records) if self._is_of(record, group)), None)
+    def has_issued(self, group: str, sequence: int) -> bool:
+        """Whether it has come so far in a group."""
+        return self.entries.sequences[self.groups.index(group)] >= sequence
 
     def collectives(self, group: str) -> dict[int, Record]:
         """Those that the journal still has, by sequence."""
@@ -250,12 +250,8 @@ def _awaited(look: Look) -> Verdict | None:
 
 def _behind(look: Look, group: str, record: Record) -> list[int]:
     """Members of the group that have not issued what the record is."""
-    found = []
-    for rank in look.groups[group]:
-        newest = look.ranks[rank].newest(group) if rank in look.ranks else None
-        if rank in look.ranks and (newest is None or newest.sequence < record.sequence):
-            found.append(rank)
-    return found
+    members = [rank for rank in look.groups[group] if rank in look.ranks]
+    return [rank for rank in members if not look.ranks[rank].has_issued(group, record.sequence)]
 
 
 def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) -> Verdict:

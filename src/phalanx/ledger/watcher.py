@@ -120,7 +120,7 @@ def _patience_s(ranks: Mapping[int, RankLook]) -> float:
 
 
 def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
-    """Write the first verdict, as a line of JSON, to the descriptor `verdicts`; return then, or once `stop` is closed."""
+    """Write the first verdict, as a line of JSON, to the descriptor `verdicts`. Returns then, or when `stop` closes."""
     with Watcher(order) as watcher:
         while not select.select([stop], [], [], LOOK_S)[0]:
             verdict = watcher.verdict(time.monotonic_ns())

@@ -148,8 +148,8 @@ class Worker:
         """The group, whose collectives are then in the journal."""
         if self._journal is None or group.size == 1:
             return group
-        index = [spec.name for spec in self.spec.groups].index(group.name)
-        return JournaledGroup(group, GroupJournal(self._journal, index + 1))
+        index = 1 + [spec.name for spec in self.spec.groups].index(group.name)
+        return JournaledGroup(group, GroupJournal(self._journal, index))
 
     def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
         """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""

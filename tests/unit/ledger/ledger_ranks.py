@@ -19,7 +19,7 @@ class WritingRank:
         self.journal = Journal(self.memory, epoch=1)
         self.process: Literal["running", "stopped", "gone"] = "running"
         self._groups = ("", *groups)
-        self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(self._groups)}
+        self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(groups, start=1)}
         self._sequences = dict.fromkeys(groups, 0)
         self._step = 0
 

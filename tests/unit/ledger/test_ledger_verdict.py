@@ -172,6 +172,17 @@ def test_who_is_waited_for_in_the_end() -> None:
     assert verdict is not None and (verdict.cause, verdict.culprits, verdict.group) == ("late", (3,), "dp@1")
 
 
+def test_a_group_whose_records_are_long_gone() -> None:
+    """The peer has done its part of the rare collective, and thousands of others since."""
+    groups: dict[str, Sequence[int]] = {"rare": (0, 1), "often": (1, 2)}
+    ranks = [WritingRank(0, ["rare"]), WritingRank(1, ["rare", "often"]), WritingRank(2, ["often"])]
+    ranks[1].collective("rare", REDUCE)
+    for _ in range(3000):
+        ranks[1].collective("often", GATHER)
+    ranks[0].issue("rare", REDUCE)
+    assert judge(look_at(ranks, groups)) is None
+
+
 def test_a_circle_is_called_one() -> None:
     groups: dict[str, Sequence[int]] = {"a": (0, 1), "b": (0, 1)}
     ranks = [WritingRank(rank, ["a", "b"]) for rank in range(2)]
