@@ -109,6 +109,8 @@ def test_a_rank_that_does_not_come(
         verdict, _, _ = sabotaged_run(checkpoint, fault, culprit, 3)
     assert verdict is not None and (verdict.cause, verdict.culprits) == (cause, (culprit,)), verdict
     assert f"verdict: rank {culprit} on " in caplog.text
+    if fault == "loop":
+        assert verdict.stacks[culprit][0].endswith("in sabotaged")
 
 
 def test_another_shape(checkpoint: Path) -> None:

@@ -54,6 +54,7 @@ _PID = 3
 _START_TIME = 4
 _NUM_TEXTS = 5
 _STEP = 6  # that the rank is in, or was in last
+_STACKS = 7  # the descriptor that the process's stacks are read from; 0 if there is none
 _SEQUENCES = 32  # of each group's newest collective, which may be older than all records
 
 
@@ -72,6 +73,10 @@ class Journal:
         """Digests that readers can look up."""
         me = Party.me("this rank")
         self._words[_PID], self._words[_START_TIME] = me.pid, me.start_time
+
+    def offer_stacks(self, descriptor: int) -> None:
+        """Say where readers find what this process is doing (stacks.py)."""
+        self._words[_STACKS] = descriptor
 
     def enter(self, phase: str) -> None:
         """Say what the rank does from now on."""
@@ -154,6 +159,8 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     """0 if the rank has not begun."""
     start_time: int
+    stacks: int
+    """The descriptor that the process's stacks are read from; 0 if there is none."""
     phase: str
     phase_since_ns: int
     step: int
@@ -175,6 +182,7 @@ def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
     return Entries(
         pid=words[_PID],
         start_time=words[_START_TIME],
+        stacks=words[_STACKS],
         phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
         phase_since_ns=words[_PHASE_SINCE],
         step=words[_STEP],

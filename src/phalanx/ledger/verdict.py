@@ -26,6 +26,7 @@ wait for each other in different groups."""
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""
 
+_LINES_SHOWN = 6
 _NS = 1e9
 
 
@@ -99,6 +100,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[int, ...] = ()
     """Ranks that wait for it."""
     waited_s: float = 0.0
+    stacks: dict[int, tuple[str, ...]] = {}
+    """Of the culprits and of one who waits, as far as they answered: lines of Python, innermost first."""
 
     @property
     def is_hopeless(self) -> bool:
@@ -110,7 +113,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.culprits) > 1
 
     def __str__(self) -> str:
-        """One paragraph, the culprit first."""
+        """One paragraph, the culprit first; then where the ranks are."""
         names = " or ".join(f"rank {rank} on {node}" for rank, node in zip(self.culprits, self.nodes, strict=True))
         said = f"{names} {self.what}"
         if self.is_ambiguous:
@@ -121,6 +124,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
             said += f" in {self.peers}" if self.peers else ""
         if self.group is not None:
             said += f" (step {self.step}, sequence {self.sequence} of group {self.group})"
+        for rank, lines in self.stacks.items():
+            said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said
 
 

@@ -20,6 +20,7 @@ import msgspec
 
 from phalanx.ledger.journal import NUM_RECORDS, Entries, read
 from phalanx.ledger.record import Kind
+from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
@@ -96,9 +97,21 @@ class Watcher:
             return None
         look = self.look(now_ns)
         verdict = judge(look)
-        if verdict is None or verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
-            return verdict
+        if verdict is None:
+            return None
+        if verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
+            return msgspec.structs.replace(verdict, stacks=_stacks(verdict, look))
         return None
+
+
+def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
+    """Where the culprits are, and one of those that wait for them."""
+    found = {}
+    for rank in (*verdict.culprits, *[rank for rank in verdict.waiting if rank not in verdict.culprits][:1]):
+        one = look.ranks[rank]
+        if one.process == "running" and one.entries.stacks and (lines := stack_of(one.entries.pid, one.entries.stacks)):
+            found[rank] = lines
+    return found
 
 
 def _process_of(entries: Entries) -> Literal["running", "stopped", "gone"]:

@@ -6,6 +6,7 @@ The same object serves a process of its own (process.py) and the brain's process
 from __future__ import annotations
 
 import os
+import threading
 import time
 import zlib
 from collections import deque
@@ -20,6 +21,7 @@ import torch
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.ledger.journal import GroupJournal, Journal
+from phalanx.ledger.stacks import offer_stacks
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.model import CausalLM, load_model
@@ -92,6 +94,8 @@ class Worker:
         self.spec = spec
         self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
         self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
+        if self._journal is not None and threading.current_thread() is threading.main_thread():
+            self._journal.offer_stacks(offer_stacks())
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
