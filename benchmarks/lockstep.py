@@ -10,7 +10,8 @@ that replicas run empty. The model is a small random one, or one of a real one's
 written to a temporary folder first, tens of gigabytes). Ranks compare every collective with their peers', so that a
 divergence ends the run. At the end some requests are computed again by transformers: their tokens must be the same, or
 in bfloat16, where rounding turns a near tie, nearly the likeliest. Prints how many steps had a replica without a token,
-and in how many a rank had no token for the experts of a layer.
+and how many had a rank without a token for its experts, in one layer or more; for each rank also in how many layers of
+all steps it had none.
 
 With --compare there is no long run: it measures what lockstep costs (lockstep_cost.py).
 """
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
+from phalanx.errors import PhalanxError
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
@@ -102,17 +104,25 @@ class CountingExecutor:
         return self._executor.step(step)
 
 
+class Asked(NamedTuple):
+    """A request, with the tokens that have come."""
+
+    prompt: list[int]
+    num_wanted: int
+    tokens: list[int]
+
+
 class Streams:
     """So many clients, each of which sends a request when its last one has ended, sooner or later."""
 
     def __init__(self, brain: Brain, num_streams: int, seed: int) -> None:
         self.num_done = self.num_tokens = 0
-        self.finished: list[tuple[list[int], int, list[int]]] = []
-        """Some requests: prompt, tokens asked for, tokens."""
+        self.finished: list[Asked] = []
+        """Some of the requests, from all of the run."""
         self._brain = brain
         self._dice = random.Random(seed)
         self._num_streams = num_streams
-        self._running: dict[int, tuple[list[int], int, list[int]]] = {}
+        self._running: dict[int, Asked] = {}
         self._next_id = 0
         self._num_wanted = num_streams
 
@@ -129,19 +139,25 @@ class Streams:
             return
         ids = memoryview(batch.request_ids).cast("q").tolist()
         for request_id, token in zip(ids, as_ints(batch.tokens).tolist(), strict=True):
-            self._running[request_id][2].append(token)
+            self._running[request_id].tokens.append(token)
             self.num_tokens += 1
         for request_id, _ in batch.finished:
             done = self._running.pop(request_id)
-            assert len(done[2]) == done[1], "a request ended before its time"
+            assert len(done.tokens) == done.num_wanted, "a request ended before its time"
             self.num_done += 1
-            if len(self.finished) < NUM_CHECKED and self._dice.random() < 0.1:
-                self.finished.append(done)
+            self._keep(done)
 
     def finish(self) -> None:
         while self._brain.has_work():
             self.step()
         assert not self._running, "requests were forgotten"
+
+    def _keep(self, done: Asked) -> None:
+        """So that each has the same chance, however many there will be."""
+        if len(self.finished) < NUM_CHECKED:
+            self.finished.append(done)
+        elif (place := self._dice.randrange(self.num_done)) < NUM_CHECKED:
+            self.finished[place] = done
 
     def _submit(self) -> None:
         length = self._dice.choice([1, 2, 5, 16, 40, 120])
@@ -149,7 +165,7 @@ class Streams:
         num_tokens = self._dice.choice([1, 4, 20, 60, 100])
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         self._brain.submit(Submit(self._next_id, ints(prompt), sampling))
-        self._running[self._next_id] = (prompt, num_tokens, [])
+        self._running[self._next_id] = Asked(prompt, num_tokens, [])
         self._next_id += 1
 
 
@@ -190,7 +206,9 @@ class Case(NamedTuple):
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(1), default=20_000, show_default=True, help="Then what has begun is finished."
+)
 @click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--data-parallel-size", "-dp", type=click.IntRange(1), default=2, show_default=True)
 @click.option(
@@ -204,9 +222,16 @@ class Case(NamedTuple):
 @click.option("--shape", type=click.Choice([TINY, *SHAPES]), default=TINY, show_default=True, help="The model's.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--compare", "is_comparison", is_flag=True, help="Compare with two engines that share nothing instead.")
-@click.option("--ranks", type=click.Choice([2, 4, 8]), multiple=True, default=(2, 4, 8), help="To compare.")
+@click.option(
+    "--ranks",
+    type=click.Choice([2, 4, 8]),
+    multiple=True,
+    default=(2, 4, 8),
+    show_default=True,
+    help="To compare: in all, of two replicas. May be repeated.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="To compare.")
-@click.option("--short", is_flag=True, help="Few steps, or one short round: to see that it works.")
+@click.option("--short", is_flag=True, help=f"At most {SHORT_STEPS} steps, or one short round.")
 def main(
     steps: int, seed: int, is_comparison: bool, ranks: tuple[int, ...], rounds: int, short: bool, **case: Any
 ) -> None:
@@ -221,7 +246,11 @@ def main(
         began_at = time.monotonic()
         checkpoint = asked.write(Path(folder))
         click.echo(f"{asked.shape} model written in {time.monotonic() - began_at:.0f} s", err=True)
-        clients = _run_for(asked, checkpoint, min(steps, SHORT_STEPS) if short else steps, seed)
+        try:
+            clients = _run_for(asked, checkpoint, min(steps, SHORT_STEPS) if short else steps, seed)
+        except PhalanxError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(f"computing {len(clients.finished)} of the requests with transformers", err=True)
         click.echo(_equal(checkpoint, clients) if asked.is_tiny else _nearly_equal(checkpoint, clients, asked.device))
 
 
@@ -239,13 +268,14 @@ def _run_for(case: Case, checkpoint: Path, steps: int, seed: int) -> Streams:
         clients = Streams(brain, case.streams, seed)
         took_s = _run(clients, counting, steps)
         num_empty: list[list[int]] = executor.collective_rpc("empty_layers")
+    assert {len(steps) for steps in num_empty} == {counting.num_steps}, "a rank took another number of steps"
     num_with_an_empty_rank = sum(map(any, zip(*num_empty, strict=True)))
     click.echo(
         f"{counting.num_steps} steps in {took_s:.0f} s over {config.parallel.world_size} ranks: "
         f"{clients.num_done} requests, all complete, {clients.num_tokens} tokens\n"
         f"steps with a replica without a token: {counting.num_with_an_empty_replica}\n"
-        f"steps in which a rank had no token for its experts of some layer: {num_with_an_empty_rank}; "
-        f"such layers, by rank: {list(map(sum, num_empty))}"
+        f"steps in which a rank had no token for its experts of a layer: {num_with_an_empty_rank}\n"
+        f"layers of steps in which it had none, by rank: {list(map(sum, num_empty))}"
     )
     return clients
 
@@ -256,14 +286,18 @@ def _run(clients: Streams, counting: CountingExecutor, steps: int) -> float:
     while counting.num_steps < steps:
         clients.arrive()
         clients.step()
-        if time.monotonic() > reported_at + REPORT_S:
-            reported_at = time.monotonic()
-            click.echo(f"{counting.num_steps} steps, {clients.num_done} requests", err=True)
+        now = time.monotonic()
+        if now > reported_at + REPORT_S:
+            reported_at = now
+            left_s = (now - began_at) / counting.num_steps * (steps - counting.num_steps)
+            told = f"{counting.num_steps} of {steps} steps, {clients.num_done} requests, {left_s:.0f} s to go"
+            click.echo(told, err=True)
     clients.finish()
     return time.monotonic() - began_at
 
 
 def _equal(checkpoint: Path, clients: Streams) -> str:
+    torch.set_num_threads(1)  # a model this small is slower with more
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt, num_tokens, tokens in clients.finished:
         ids = torch.tensor([prompt])

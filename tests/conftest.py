@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -11,6 +12,19 @@ from hosts import Network, why_no_hosts
 from ray_cluster import RayCluster
 
 _NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests compute with tiny matrices: several threads of torch would wait for each other most of the time."""
+    torch = sys.modules.get("torch")  # not for tests that have no use for it: it takes seconds to import
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 LONG_RUN = Path(__file__).parents[2] / "benchmarks" / "lockstep.py"
 BACKENDS = ("allgather_reducescatter", "alltoall")
+NUM_LAYERS = 2
 
 
 class Layout(NamedTuple):
@@ -129,11 +130,17 @@ def test_a_short_form_of_the_long_run() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     said = re.search(
-        r"over 8 ranks: (\d+) requests, all complete(?s:.*)without a token: (\d+)(?s:.*)tokens of (\d+) requests equal",
+        r"(\d+) steps .* over 8 ranks: (\d+) requests, all complete(?s:.*)without a token: (\d+)\n"
+        r"steps in which a rank had no token for its experts of a layer: (\d+)\n.*by rank: \[(.*)\]\n"
+        r"tokens of (\d+) requests equal",
         done.stdout,
     )
     assert said is not None, done.stdout
-    assert min(map(int, said.groups())) > 0, done.stdout
+    layers_by_rank = list(map(int, said[5].split(",")))
+    num_steps, *counts, num_equal = map(int, said.group(1, 2, 3, 4, 6))
+    assert min(*counts, num_equal) > 0, done.stdout
+    assert len(layers_by_rank) == 8
+    assert max(layers_by_rank) / NUM_LAYERS <= counts[-1] <= min(num_steps, sum(layers_by_rank)), "steps, not layers"
 
 
 def test_what_cannot_be(mixtral: tuple[Path, Oracle], tmp_path: Path) -> None:

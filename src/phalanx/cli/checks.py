@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,12 @@ def all_checks(model: str | None, server: ServerConfig) -> Iterator[Check]:
         yield from check()
     if model is not None:
         yield from checkpoint(model)
+
+
+def without_effect(flags: Sequence[str]) -> Iterator[Check]:
+    """What was given, as a command for `serve` may have it, and says nothing about this machine."""
+    for flag in flags:
+        yield Check("settings", "warn", f"{flag} has no effect here", "leave it out; phalanx serve alone reads it")
 
 
 def versions() -> Iterator[Check]:

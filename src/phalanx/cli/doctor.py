@@ -9,13 +9,15 @@ import click
 import msgspec
 
 from phalanx.cli.exit_codes import FAILURE
-from phalanx.cli.options import SectionedCommand, engine_options, given, server_options
+from phalanx.cli.options import SectionedCommand, engine_options, flag, given, server_options
 from phalanx.config import Config, ServerConfig, convert
 
 if TYPE_CHECKING:
     from phalanx.cli.checks import Check
 
 UNKNOWN = "no model"
+
+_READ_BY_SERVE_ALONE = ("shutdown_timeout_s", "served_model_name")
 
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -30,14 +32,17 @@ def doctor(model: str | None, as_json: bool, **settings: Any) -> None:
     `phalanx serve` it says whether the port is free and there is room for the ranks, and with --launcher ray where each
     of them would be.
     """
-    from phalanx.cli.checks import all_checks
+    from phalanx.cli.checks import all_checks, without_effect
     from phalanx.cli.placement import placement
 
     server = convert(given(settings, ServerConfig), ServerConfig)
     engine_settings = {name: value for name, value in settings.items() if name not in ServerConfig.__struct_fields__}
     config = Config.build(model=model or UNKNOWN, **given(engine_settings))
     checks = []
-    for check in itertools.chain(all_checks(model, server), placement(config, config.model.model)):
+    unread = [flag(name) for name in _READ_BY_SERVE_ALONE if name in given(settings)]
+    for check in itertools.chain(
+        without_effect(unread), all_checks(model, server), placement(config, config.model.model)
+    ):
         checks.append(check)
         if not as_json:
             _print(check)

@@ -58,10 +58,10 @@ def _mixture(settings: dict[str, Any]) -> Mixture:
 def _upcycle(source: str, target: str, mixture: Mixture, *, revision: str | None, overwrite: bool) -> str:
     """Says what was made."""
     from phalanx.models.checkpoint import resolve
-    from phalanx.models.whole_directory import check_target
+    from phalanx.models.whole_directory import prepare_target
 
     directory = Path(target).expanduser()
-    check_target(directory, overwrite=overwrite)  # before the model is fetched or converted
+    prepare_target(directory, overwrite=overwrite)  # before the model is fetched or converted
     with _bar() as progress:
         checkpoint = resolve(source, revision=revision, progress=progress)
         from phalanx.models.upcycle import upcycle

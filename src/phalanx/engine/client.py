@@ -158,35 +158,20 @@ class EngineClient:
         Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
         request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as the engine dies.
         """
+        return self.generate_checked(prompt_token_ids, self.check(prompt_token_ids, sampling))
+
+    def check(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+        """The sampling parameters with the types that their fields state. Raises what `generate` raises at once."""
         sampling = typed(sampling)
         check_request(prompt_token_ids, sampling, max_model_len=self.info.max_model_len, vocab_size=self._vocab_size)
         if self.dead is not None or self._is_closing:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
-        return self._deltas(prompt_token_ids, sampling)
+        return sampling
 
-    async def close(self, grace_s: float = 0.0) -> None:
-        """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
-
-        By force if it does not end by itself: takes seconds beyond `grace_s` at most. May be called more than once.
-        """
-        self._is_closing = True
-        try:
-            if self.dead is None:
-                await self._end_running(grace_s)
-                self._outbox.put_nowait(Shutdown())
-            # An engine that failed ends by itself too, when it has ended its workers.
-            await self._child.wait(SHUTDOWN_TIMEOUT_S)
-        finally:
-            self._child.kill()
-            self._die(f"{NAME} was shut down")
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks)
-            await self._stream.close()
-
-    async def _deltas(
+    async def generate_checked(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
+        """As `generate`, of what this engine or one of the same model has checked."""
         request_id = next(self._request_ids)
         stream = RequestStream(self.tokenizer, prompt_token_ids, sampling)
         self._streams.add(request_id, stream)
@@ -209,6 +194,26 @@ class EngineClient:
             if self._streams.drop(request_id) and self.dead is None:
                 self._outbox.put_nowait(Cancel((request_id,)))
             self._note_idle()
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
+
+        By force if it does not end by itself: takes seconds beyond `grace_s` at most. May be called more than once.
+        """
+        self._is_closing = True
+        try:
+            if self.dead is None:
+                await self._end_running(grace_s)
+                self._outbox.put_nowait(Shutdown())
+            # An engine that failed ends by itself too, when it has ended its workers.
+            await self._child.wait(SHUTDOWN_TIMEOUT_S)
+        finally:
+            self._child.kill()
+            self._die(f"{NAME} was shut down")
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+            await self._stream.close()
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 
 import msgspec
 
@@ -45,7 +46,7 @@ class Fleet:
         self.tokenizer = first.tokenizer
         self.default_sampling = first.default_sampling
         self._engines = tuple(engines)
-        self._router = Router(first.info.block_size)
+        self._router = Router(first.info.block_size, len(engines))
         self._deaths = asyncio.create_task(self._tell_deaths())
 
     @classmethod
@@ -91,17 +92,31 @@ class Fleet:
         return sum(engine.num_running for engine in self._engines)
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
-        """As EngineClient.generate, by the replica that suits the request best."""
-        if self.dead is not None:
-            raise EngineDeadError(self.dead)
-        num_requests = [engine.num_running if engine.dead is None else None for engine in self._engines]
-        replica = self._router.pick(prompt_token_ids, num_requests)
-        return self._engines[replica].generate(prompt_token_ids, sampling)
+        """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
+        return self._deltas(prompt_token_ids, self._living()[0].check(prompt_token_ids, sampling))
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
         self._deaths.cancel()
         await asyncio.gather(*(engine.close(grace_s) for engine in self._engines))
+
+    async def _deltas(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams
+    ) -> AsyncGenerator[OutputDelta, None]:
+        self._living()
+        num_requests = [engine.num_running if engine.dead is None else None for engine in self._engines]
+        # Nothing comes between this and the request's beginning, from which on it counts as one of that replica.
+        engine = self._engines[self._router.pick(prompt_token_ids, num_requests)]
+        async with aclosing(engine.generate_checked(prompt_token_ids, sampling)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def _living(self) -> list[EngineClient]:
+        """At least one. Raises EngineDeadError if none is left."""
+        living = [engine for engine in self._engines if engine.dead is None]
+        if not living:
+            raise EngineDeadError(str(self.dead))
+        return living
 
     async def _tell_deaths(self) -> None:
         """Say which engine has died: as long as others go on, only its own requests end with an error."""

@@ -13,7 +13,7 @@ from phalanx.engine.prefix_cache import extend_digests
 SLACK = 4
 """A replica may have so many more requests than the one with the fewest, and still get one whose beginning it has."""
 MAX_DIGESTS = 1 << 17
-"""Of blocks that a router remembers: some 20 MB."""
+"""Of blocks that a router remembers, of all replicas together: some 25 MB."""
 
 
 def choose(num_cached: Sequence[int], num_requests: Sequence[int]) -> int:
@@ -30,17 +30,17 @@ def choose(num_cached: Sequence[int], num_requests: Sequence[int]) -> int:
 class Router:
     """For replicas in other processes: takes what each was given lately for what its cache holds."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_replicas: int) -> None:
         self._block_size = block_size
-        self._replica_of: OrderedDict[bytes, int] = OrderedDict()
+        self._given = [_Recent(MAX_DIGESTS // num_replicas) for _ in range(num_replicas)]
 
     def pick(self, token_ids: Sequence[int], num_requests: Sequence[int | None]) -> int:
         """The replica for a request. `num_requests` are those that each has now; None for one that takes no more."""
         digests = self._digests(np.array(token_ids, dtype=np.int32))
         alive = [replica for replica, count in enumerate(num_requests) if count is not None]
-        cached = [self._num_cached(digests, replica) for replica in alive]
+        cached = [self._given[replica].num_leading(digests) * self._block_size for replica in alive]
         replica = alive[choose(cached, [count for count in num_requests if count is not None])]
-        self._note(digests, replica)
+        self._given[replica].note(digests)
         return replica
 
     def _digests(self, token_ids: NDArray[np.int32]) -> list[bytes]:
@@ -48,15 +48,25 @@ class Router:
         extend_digests(digests, token_ids, self._block_size, len(token_ids) // self._block_size)
         return digests
 
-    def _num_cached(self, digests: Sequence[bytes], replica: int) -> int:
-        for i, digest in enumerate(digests):
-            if self._replica_of.get(digest) != replica:
-                return i * self._block_size
-        return len(digests) * self._block_size
 
-    def _note(self, digests: Sequence[bytes], replica: int) -> None:
-        for digest in digests:
-            self._replica_of[digest] = replica
-            self._replica_of.move_to_end(digest)
-        while len(self._replica_of) > MAX_DIGESTS:
-            self._replica_of.popitem(last=False)
+class _Recent:
+    """Digests of the blocks that one replica was given, the latest first to stay."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def num_leading(self, digests: Sequence[bytes]) -> int:
+        """Of a request's first blocks, how many are here."""
+        return next((i for i, digest in enumerate(digests) if digest not in self._digests), len(digests))
+
+    def note(self, digests: Sequence[bytes]) -> None:
+        # The last block first: without its beginning the rest of a request is of no use.
+        for digest in reversed(digests):
+            self._digests[digest] = None
+            self._digests.move_to_end(digest)
+        while len(self._digests) > self._most:
+            self._digests.popitem(last=False)

@@ -51,13 +51,16 @@ def require_ray() -> None:
 
 def pick_device(config: Config) -> str:
     """`cpu` or `cuda` for this run. Raises ConfigError when CUDA is asked for and cannot be had."""
-    wanted, ranks = config.executor.device, config.parallel.world_size
+    wanted, parallel, ranks = config.executor.device, config.parallel, config.parallel.world_size
     gpus = len(visible_gpus()) if torch_has_cuda() else 0
     if wanted == "cuda" and gpus < ranks:
         reason = f"{ranks} GPUs are needed and {gpus} can be used" + (
             "" if torch_has_cuda() else " (torch has no CUDA)"
         )
-        raise ConfigError("device", "cuda", f"{reason}; use cpu, or lower tensor_parallel_size")
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        factors = [f"{size} ({getattr(parallel, size)})" for size in sizes if getattr(parallel, size) > 1]
+        advice = f"use cpu, or lower {' or '.join(factors)}" if factors else "use cpu"
+        raise ConfigError("device", "cuda", f"{reason}; {advice}")
     if wanted == "auto":
         return "cuda" if gpus >= ranks and gpus > 0 else "cpu"
     return wanted

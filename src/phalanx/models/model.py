@@ -30,7 +30,6 @@ from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
 from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
 from phalanx.moe.dispatcher import Dispatcher
-from phalanx.moe.experts import Load
 from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
@@ -90,11 +89,6 @@ class CausalLM:
             self._attention.append(module.paged_attention)
             cache_layers.append(_layer_cache(module))
         self.cache_layers = tuple(cache_layers)
-
-    @property
-    def expert_loads(self) -> dict[str, Load]:
-        """Of each of the layers in `experts`."""
-        return {name: experts.load for name, experts in self.experts.items()}
 
     def named_parameters(self) -> dict[str, Tensor]:
         """This rank's part of each of its parameters, by transformers' names; what is tied comes under each name.

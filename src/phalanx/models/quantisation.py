@@ -130,6 +130,8 @@ def _odd_in_awq(config: _Config) -> str | None:
 
 def _odd_in_compressed_tensors(config: _Config) -> str | None:
     method = "compressed-tensors"
+    if not config.config_groups and config.format not in (None, "dense", PACK_QUANTIZED):
+        return f"{method}, {config.format}"
     for group in config.config_groups.values():
         layout, weights = group.format or config.format, group.weights
         if layout != PACK_QUANTIZED:

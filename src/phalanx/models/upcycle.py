@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phalanx.errors import CheckpointError
 from phalanx.models.checkpoint import Checkpoint
+from phalanx.models.checkpoint_files import BESIDE_THE_MODEL
 from phalanx.models.definition import definition_class
 from phalanx.models.mixture import Mixture
 from phalanx.models.mixture_architecture import MLP_WEIGHT, Architecture, on_meta, pick
@@ -29,13 +30,7 @@ from phalanx.models.sharded_files import MAX_FILE_BYTES, PlannedTensor, write_fi
 from phalanx.models.shards import Shard
 from phalanx.models.weight_files import DTYPES
 from phalanx.models.weights import Source, WeightReader, find_sources
-from phalanx.models.whole_directory import check_target, whole_directory
-
-_CARRIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "*.jinja", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-"""Files of the dense checkpoint that hold for the mixture too."""
+from phalanx.models.whole_directory import prepare_target, whole_directory
 
 
 def upcycle(
@@ -56,7 +51,7 @@ def upcycle(
     the model the architecture cannot express.
     """
     target = target.expanduser().resolve()
-    check_target(target, overwrite=overwrite)
+    prepare_target(target, overwrite=overwrite)
     if overwrite and any(path.is_relative_to(target) for path in _places(checkpoint)):
         raise CheckpointError(f"{target} cannot be replaced: the model that is read is in it")
     architecture, config = pick(checkpoint, mixture)
@@ -179,7 +174,7 @@ def _check_room(target: Path, num_bytes: int) -> None:
 
 
 def _carry(source: Path, directory: Path) -> None:
-    for pattern in _CARRIED:
+    for pattern in BESIDE_THE_MODEL:
         for file in source.glob(pattern):
             if file.is_file():
                 copied = directory / file.relative_to(source)

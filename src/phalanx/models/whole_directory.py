@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,36 +11,44 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phalanx.errors import CheckpointError
+from phalanx.models.checkpoint_files import BESIDE_THE_MODEL, MODEL
 
-_OF_A_CHECKPOINT = ("additional_chat_templates",)
-"""Directories that a checkpoint may have."""
+_CONFIG = "config.json"
+_NUM_SHOWN = 3
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+def prepare_target(target: Path, *, overwrite: bool) -> None:
     """Raises CheckpointError if a checkpoint may not be written to `target`.
 
-    With `overwrite` it may be a directory that holds a checkpoint and nothing that only looks beside it.
+    With `overwrite` it may be a directory that holds a checkpoint and nothing else. What a killed run has left of an
+    earlier checkpoint is put back, if there is no other one, or removed.
     """
+    try:
+        _clear_up(target)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be cleared away: {error.strerror}") from error
     if not target.is_dir():
         if target.exists() or target.is_symlink():
             raise CheckpointError(f"{target} is not a directory")
         return
-    entries = sorted(target.iterdir())
-    if not entries:
+    if _is_empty(target):
         return
     if not overwrite:
         raise CheckpointError(f"{target} is not empty; --overwrite replaces the checkpoint in it")
-    kept = [entry.name for entry in entries if entry.is_dir() and entry.name not in _OF_A_CHECKPOINT]
-    if kept or not (target / "config.json").exists():
-        why = f"it holds the directory {kept[0]}" if kept else "it has no config.json"
-        raise CheckpointError(f"{target} is not replaced, as it is not only a checkpoint: {why}")
+    reasons = [] if _is_checkpoint(target) else ["it has no config.json"]
+    if unrelated := _unrelated(target):
+        more = f" and {len(unrelated) - _NUM_SHOWN} more" if len(unrelated) > _NUM_SHOWN else ""
+        reasons.append(f"it holds {', '.join(unrelated[:_NUM_SHOWN])}{more}")
+    if reasons:
+        raise CheckpointError(f"{target} is not replaced, as it is not only a checkpoint: {', and '.join(reasons)}")
 
 
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """Gives a new directory beside `target`, which takes its place at the end; after an error it is gone.
 
-    What was in `target` until then goes. A process that is killed leaves a directory `.NAME.partial-...`.
+    What was in `target` until then goes. A process that is killed leaves a directory `.NAME.partial-...` behind; killed
+    between the two renames it leaves the old one as `.NAME.old-...`, which `prepare_target` puts back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(target, "partial")
@@ -56,7 +65,7 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _replace(target: Path, new: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
+    if not target.exists() or _is_empty(target):
         os.rename(new, target)
         return
     old = _beside(target, "old")
@@ -66,4 +75,35 @@ def _replace(target: Path, new: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
+    _remove(old)
+
+
+def _remove(old: Path) -> None:
+    (old / _CONFIG).unlink(missing_ok=True)  # first: what is left of a checkpoint must not look like one
     shutil.rmtree(old)
+
+
+def _clear_up(target: Path) -> None:
+    """After a run that was killed while it put a new checkpoint in the place of an old one."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.old-[0-9a-f]{{8}}")
+    for old in [path for path in target.parent.glob(".*.old-*") if name.fullmatch(path.name)]:
+        if _is_checkpoint(old) and (not target.exists() or _is_empty(target)):
+            os.rename(old, target)
+        elif _is_checkpoint(target) or not _is_checkpoint(old):
+            _remove(old)
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return (directory / _CONFIG).exists()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _unrelated(directory: Path) -> list[str]:
+    """What no checkpoint has, by name. Directories end in a slash."""
+    files = {path for pattern in (*MODEL, *BESIDE_THE_MODEL) for path in directory.glob(pattern) if path.is_file()}
+    folders = {path.parent for path in files} - {directory}
+    found = {entry for folder in (directory, *folders) for entry in folder.iterdir()}
+    return sorted(f"{path.relative_to(directory)}{'/' if path.is_dir() else ''}" for path in found - files - folders)

@@ -57,7 +57,10 @@ def _replicate(loads: Sequence[int], num_physical: int) -> list[int]:
 
 
 def _pack(loads: Sequence[int], copies: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Packs of as many physical experts each, as evenly loaded as taking the heaviest first makes them."""
+    """Packs of as many physical experts each, as evenly loaded as taking the heaviest first makes them.
+
+    A pack may get two copies of an expert: to keep them apart makes the heaviest pack no lighter.
+    """
     physical = [expert for expert, num_copies in enumerate(copies) for _ in range(num_copies)]
     physical.sort(key=lambda expert: -loads[expert] / copies[expert])
     share = len(physical) // num_ranks

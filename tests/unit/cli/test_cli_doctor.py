@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 from pathlib import Path
 
 import pytest
 
-from phalanx.cli import checks, main
+from phalanx.cli import checks, doctor, main
 from phalanx.cli.checks import Check
 from phalanx.cli.commands import phalanx
 from phalanx.config import Config, ServerConfig
@@ -89,6 +90,20 @@ def test_the_flags_of_serve_are_taken_and_looked_at(
 def test_doctor_takes_every_flag_of_serve() -> None:
     serve, doctor = (phalanx.commands[name].params for name in ("serve", "doctor"))
     assert {flag for param in serve for flag in param.opts} <= {flag for param in doctor for flag in param.opts}
+
+
+@pytest.mark.parametrize("flag", ["--shutdown-timeout-s", "--served-model-name"])
+def test_what_serve_alone_reads_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    monkeypatch.setattr(checks, "all_checks", lambda model, server: iter(()))
+    assert main.run(["doctor", flag, "3"]) == 0
+    assert re.match(rf"warn +settings +{flag} has no effect here\n", capsys.readouterr().out)
+
+
+def test_every_flag_of_the_server_has_an_effect_or_is_told() -> None:
+    looked_at = {"host", "port", "api_key_file"}
+    assert set(ServerConfig.__struct_fields__) - looked_at <= set(doctor._READ_BY_SERVE_ALONE)
 
 
 def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import Fleet, settings_of_replicas, start_engine
-from phalanx.errors import EngineDeadError, StartError
+from phalanx.errors import EngineDeadError, RequestError, StartError
 from phalanx.executor import platform
 from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.server.generation import Generation
+from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running
 
 
@@ -36,9 +38,9 @@ def config_of(checkpoint: Path, **settings: Any) -> Config:
 
 
 @asynccontextmanager
-async def fleet_of(checkpoint: Path, behaviour: str = "healthy") -> AsyncIterator[Fleet]:
+async def fleet_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any) -> AsyncIterator[Fleet]:
     async with asyncio.timeout(TIMEOUT_S):
-        fleet = await Fleet.start(config_of(checkpoint), command=command(behaviour))
+        fleet = await Fleet.start(config_of(checkpoint, **settings), command=command(behaviour))
         try:
             yield fleet
         finally:
@@ -70,6 +72,37 @@ async def test_requests_are_shared_out_and_counted_by_replica(checkpoint: Path) 
         await until(lambda: fleet.stats is not None and sum(one.num_steps for one in fleet.stats.replicas) > 0)
         assert fleet.stats is not None
         assert len(fleet.stats.replicas) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_choices"), [([[1, 2, 3], [11, 12, 13], [21, 22, 23], [31, 32, 33]], 1), ([[1, 2, 3]], 4)]
+)
+def test_all_outputs_of_one_http_request_are_shared_out(
+    checkpoint: Path, prompts: list[list[int]], num_choices: int
+) -> None:
+    async def run() -> None:
+        async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+            generation = Generation(Service(fleet, "tiny"), prompts, ENDLESS, num_choices)
+            assert fleet.num_running == 0
+            async with aclosing(generation.deltas()) as deltas:
+                async for _ in deltas:
+                    assert [engine.num_running for engine in fleet._engines] == [2, 2]
+                    break
+
+    asyncio.run(run())
+
+
+@in_loop
+async def test_a_wrong_request_is_refused_before_it_is_picked_for(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        with pytest.raises(RequestError, match="at least one token"):
+            fleet.generate([], ENDLESS)
+        deltas = fleet.generate([1], ENDLESS)
+        for pid in pids(fleet):
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: fleet.dead is not None)
+        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+            await anext(deltas)
 
 
 @in_loop

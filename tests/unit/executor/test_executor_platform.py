@@ -33,11 +33,28 @@ def test_device(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int, wanted: 
     assert platform.pick_device(config(tensor_parallel_size=ranks, device=wanted)) == device
 
 
-def test_too_few_gpus_is_the_users_to_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "visible_gpus", lambda: ["0"])
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "complaint"),
+    [
+        (1, {"tensor": 2}, "2 GPUs are needed and 1 can be used; use cpu, or lower tensor_parallel_size (2)"),
+        (1, {"data": 3}, "3 GPUs are needed and 1 can be used; use cpu, or lower data_parallel_size (3)"),
+        (
+            5,
+            {"tensor": 4, "pipeline": 3, "data": 2},
+            "24 GPUs are needed and 5 can be used; use cpu, or lower tensor_parallel_size (4) or "
+            "pipeline_parallel_size (3) or data_parallel_size (2)",
+        ),
+        (0, {}, "1 GPUs are needed and 0 can be used; use cpu"),
+    ],
+)
+def test_too_few_gpus_is_the_users_to_solve(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, sizes: dict[str, int], complaint: str
+) -> None:
+    monkeypatch.setattr(platform, "visible_gpus", lambda: [str(gpu) for gpu in range(gpus)])
     monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
-    with pytest.raises(ConfigError, match="2 GPUs are needed and 1 can be used"):
-        platform.pick_device(config(tensor_parallel_size=2, device="cuda"))
+    with pytest.raises(ConfigError) as failed:
+        platform.pick_device(config(**{f"{kind}_parallel_size": n for kind, n in sizes.items()}, device="cuda"))
+    assert failed.value.allowed == complaint
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("0", 1), ("0,3", 2), ("-1", 0), ("GPU-1a,GPU-2b", 2)])

@@ -1,14 +1,13 @@
-"""What the tests of models share: checkpoints, written once, and one thread for tiny matrices."""
+"""What the tests of models share: checkpoints, written once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from models_variants import VARIANTS
 
 from phalanx.testing.checkpoints import write_checkpoint
@@ -24,11 +23,3 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return write_checkpoint(tmp_path_factory.mktemp("model"), family, **{**shape, **more})
 
     return write
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -31,22 +31,21 @@ def plain_attention(
     window: int | None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """One row, in float64, position by position."""
+    """One row, in float64, with all scores at once."""
     group_size = query_THD.shape[1] // key_CKD.shape[1]
-    num_earlier = key_CKD.shape[0] - query_THD.shape[0]
-    out = []
-    for i, query_HD in enumerate(query_THD.double()):
-        end = num_earlier + i + 1
-        seen = slice(max(0, end - window) if window else 0, end)
-        key_CHD = key_CKD[seen].double().repeat_interleave(group_size, dim=1)
-        value_CHV = value_CKV[seen].double().repeat_interleave(group_size, dim=1)
-        score_HC = torch.einsum("hd,chd->hc", query_HD, key_CHD) * scale
-        if sinks_H is None:
-            weight_HC = score_HC.softmax(-1)
-        else:
-            weight_HC = torch.cat((score_HC, sinks_H.double()[:, None]), -1).softmax(-1)[:, :-1]
-        out.append(torch.einsum("hc,chv->hv", weight_HC, value_CHV))
-    return torch.stack(out).float()
+    num_new, num_tokens = len(query_THD), len(key_CKD)
+    position_T1 = torch.arange(num_tokens - num_new, num_tokens)[:, None]
+    is_seen_TC = (torch.arange(num_tokens) <= position_T1) & (
+        torch.arange(num_tokens) > position_T1 - (window or num_tokens)
+    )
+    key_CHD, value_CHV = (cache.double().repeat_interleave(group_size, dim=1) for cache in (key_CKD, value_CKV))
+    score_HTC = torch.einsum("thd,chd->htc", query_THD.double(), key_CHD) * scale
+    score_HTC = score_HTC.masked_fill(~is_seen_TC, -math.inf)
+    if sinks_H is not None:
+        sink_HT1 = sinks_H.double()[:, None, None].expand(-1, num_new, 1)
+        score_HTC = torch.cat((score_HTC, sink_HT1), -1)
+    weight_HTC = score_HTC.softmax(-1)[..., :num_tokens]
+    return torch.einsum("htc,chv->thv", weight_HTC, value_CHV).float()
 
 
 def make_case(

@@ -23,8 +23,6 @@ from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.sharding import Span
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKEN_IDS = list(range(50))
 SHAPE = {
     "hidden_size": 64,
@@ -260,6 +258,7 @@ def test_parts_that_do_not_fit_each_other_are_named(tmp_path: Path, suffix: str)
         (compressed_config(weights={"type": "float"}), "compressed-tensors, 4 bits of float"),
         (compressed_config(weights={"strategy": "block"}), "compressed-tensors, by block"),
         (compressed_config(format="nvfp4-pack-quantized"), "compressed-tensors, nvfp4-pack-quantized"),
+        (compressed_config(format="float-quantized", config_groups={}), "compressed-tensors, float-quantized"),
         (compressed_config(kv_cache_scheme={"num_bits": 8}), "compressed-tensors, with a quantised KV cache"),
         (compressed_config(transform_config={"a": 1}), "compressed-tensors, with transforms"),
         (compressed_config(sparsity_config={"format": "sparse-24"}), "compressed-tensors, sparse: sparse-24"),

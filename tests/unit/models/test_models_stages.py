@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import models_paged as paged
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
 from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.grid import Grid
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_LAYERS = 3
 VARIED_LAYERS = ("tied", "windows on some layers", "experts on some layers")
@@ -28,12 +28,18 @@ def load_stages(path: Path, group: Group, num_stages: int) -> paged.Stages:
     return paged.Stages([paged.load(path, group, layers=span) for span in spans])
 
 
+@cache
+def logits_of_whole(path: Path, tp_size: int) -> list[list[Tensor]]:
+    """By rank and sequence, computed once for all numbers of stages."""
+    return run_ranks(tp_size, lambda group: paged.run_in_random_pieces(paged.load(path, group), seed=5))
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *VARIED_LAYERS])
 def test_stages_compute_what_the_whole_model_does(written: Any, name: str, num_stages: int, tp_size: int) -> None:
     path = written(name, num_hidden_layers=NUM_LAYERS)
-    wholes = run_ranks(tp_size, lambda group: paged.run_in_random_pieces(paged.load(path, group), seed=5))
+    wholes = logits_of_whole(path, tp_size)
     staged = run_ranks(tp_size, lambda group: paged.run_in_random_pieces(load_stages(path, group, num_stages), seed=5))
     for whole, stages in zip(wholes, staged, strict=True):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stages, whole, strict=True)), "bit for bit"

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from phalanx.models.mixture import Mixture
 from phalanx.models.upcycle import upcycle
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOUR = Mixture(num_experts=4, num_experts_per_tok=2)
 DENSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -256,38 +253,6 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path: Path, dense: Path)
         make(dense, tmp_path / "mixture")
 
 
-def put_file(target: Path) -> None:
-    target.write_text("mine")
-
-
-def put_other_files(target: Path) -> None:
-    target.mkdir()
-    (target / "notes.txt").write_text("mine")
-
-
-def put_a_repository(target: Path) -> None:
-    shutil.copytree(target.parent / "dense", target)
-    (target / ".git").mkdir()
-
-
-@pytest.mark.parametrize(
-    ("put", "complaint"),
-    [
-        (put_file, "is not a directory"),
-        (put_other_files, "it has no config.json"),
-        (put_a_repository, "it holds the directory .git"),
-    ],
-)
-def test_nothing_but_a_checkpoint_is_ever_replaced(
-    tmp_path: Path, dense: Path, put: Callable[[Path], None], complaint: str
-) -> None:
-    put(tmp_path / "target")
-    for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match=complaint if overwrite else "not empty|not a directory"):
-            make(dense, tmp_path / "target", overwrite=overwrite)
-    assert (tmp_path / "target").is_file() or len(list((tmp_path / "target").iterdir())) >= 1
-
-
 def test_a_model_is_not_replaced_by_its_mixture(tmp_path: Path, dense: Path) -> None:
     with pytest.raises(CheckpointError, match="the model that is read is in it"):
         make(dense, dense, overwrite=True)
@@ -297,6 +262,12 @@ def test_a_model_is_not_replaced_by_its_mixture(tmp_path: Path, dense: Path) -> 
 def test_a_checkpoint_is_replaced_when_asked_for(tmp_path: Path, dense: Path) -> None:
     (tmp_path / "target").mkdir()
     first = make(dense, tmp_path / "target", max_file_bytes=100_000)
+    with pytest.raises(CheckpointError, match="target is not empty"):
+        make(dense, tmp_path / "target")
+    (tmp_path / "target" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"target is not replaced.* it holds notes\.txt"):
+        make(dense, tmp_path / "target", overwrite=True)
+    (tmp_path / "target" / "notes.txt").unlink()
     make(dense, tmp_path / "target", Mixture(num_experts=2, num_experts_per_tok=1), overwrite=True)
     assert resolve(str(first.path)).hf_config.num_local_experts == 2
     assert (first.path / "model.safetensors").exists()

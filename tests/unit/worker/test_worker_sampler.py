@@ -25,8 +25,8 @@ EOS = 1
 class Batch:
     """Requests in slots 0, 1, ... of one sampler."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self.table = SlotTable(max_num_seqs=64, max_model_len=100_000, block_size=16, num_blocks=1)
+    def __init__(self, vocab_size: int, max_model_len: int = 200) -> None:
+        self.table = SlotTable(max_num_seqs=64, max_model_len=max_model_len, block_size=16, num_blocks=1)
         self.sampler = Sampler(self.table, vocab_size, DEVICE)
         self.slots: list[int] = []
         self.positions: list[int] = []
@@ -71,7 +71,7 @@ class Batch:
 
 def draws(logits: list[float], num: int, **sampling: Any) -> Counter[int]:
     """Tokens of one seed at many positions."""
-    batch = Batch(len(logits)).add(seed=1234, **sampling)
+    batch = Batch(len(logits), max_model_len=num).add(seed=1234, **sampling)
     tokens = batch.sampler.sample(
         torch.tensor(logits, dtype=torch.float32, device=DEVICE).expand(num, -1).clone(),
         np.zeros(num, dtype=np.int64),
