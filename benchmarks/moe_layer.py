@@ -1,15 +1,17 @@
 """The experts of one layer: as our rank computes them, against transformers' own module and, on a CPU, vLLM's kernel.
 
     python benchmarks/moe_layer.py [--peer-python PATH] [--tokens 1 --tokens 512] [--threads 2] [--short]
-    python benchmarks/moe_layer.py --device cuda
+    python benchmarks/moe_layer.py --device cuda [--tokens 1 --tokens 64 --tokens 4096]
 
 Qwen3-MoE's experts with random weights and routes, the same for all: on a CPU hidden size 1024, 32 experts, 4 for each
 token, inner size 384; on a GPU, in bfloat16 alone, Qwen3-30B-A3B's 2048, 128, 8 and 768. A GPU is given ten calls, then
-waited for. *Ours* is a world of one rank with whole experts (`share_out`); *EP 2* is one of two ranks with half of the
-experts, and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
-all_reduce.py. *transformers* is its module as its models call it, *vLLM* the kernel that its CPU build would choose.
-All have the same threads, take turns in rounds, and go through several inputs, so that the next call finds other
-experts in the caches. Medians in microseconds; ratios are ours to theirs, the median over the rounds.
+waited for. *Ours* is what a rank that is alone computes; *EP 2* is one of two ranks with half of the experts
+(`share_out`), and *TP 2* one of two with half of each expert, both without what the ranks exchange: that is measured by
+all_reduce.py. On a CPU all three have packed weights, as our models. *4-bit*, on a GPU, is *ours* with weights that
+stay in 4 bits, in groups of 128 inputs with zero points; its ratio is to *ours* in bfloat16. *transformers* is its
+module as its models call it, *vLLM* the kernel that its CPU build would choose. All have the same threads, take turns
+in rounds, and go through several inputs, so that the next call finds other experts in the caches. Medians in
+microseconds; ratios are ours to theirs, the median over the rounds.
 """
 
 from __future__ import annotations
@@ -37,13 +39,19 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
+from phalanx.models.packed import can_pack
 from phalanx.moe.dispatcher import AllGatherReduceScatter
+from phalanx.moe.expert_groups import install_groups
+from phalanx.moe.expert_products import install_products
 from phalanx.moe.experts import share_out
+from phalanx.moe.four_bits import FourBitWeight, pack
 from phalanx.topology.sharding import Span
 
 NUM_INPUTS = 8
 NUM_CALLS = {1: 200, 8: 100, 64: 40}
 LEAST_CALLS = 10
+GROUP = 128
+"""Inputs that have a scale in common, of weights in 4 bits."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 """Of the largest output."""
 
@@ -83,6 +91,7 @@ class Row(NamedTuple):
     ours: float
     ep: float
     tp: float
+    four_bits: float | None
     transformers: float
     vllm: float | None
 
@@ -108,10 +117,21 @@ def make_input(shape: Shape, num_tokens: int, dtype: torch.dtype, device: str) -
     return Input(hidden_TD.to(device, dtype), experts_TK.to(device), weights_TK.to(device, dtype))
 
 
-def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
-    """The module with the experts `mine`, as a rank that has no peers calls it."""
+def install(module: Any) -> None:
+    """Have it compute as a model of ours does."""
+    if module.down_proj.device.type == "cuda":
+        install_groups(module)
+        return
+    for linear in install_products("experts", module).linears.values():
+        if can_pack(module.down_proj.dtype, module.down_proj.device):
+            linear.pack()
+
+
+def on_one_of_two(module: Any, mine: Span) -> Callable[[Input], Tensor]:
+    """The module with the experts `mine`, as a rank that shares the experts out calls it, without its peers."""
     alone = SingleGroup(GroupSpec("alone", "single", (0,), epoch=1, timeout_s=1.0, join_timeout_s=1.0))
     dispatcher = AllGatherReduceScatter(alone, alone)
+    install(module)
     share_out(module, mine, dispatcher)
 
     def compute(x: Input) -> Tensor:
@@ -120,6 +140,20 @@ def on_one_rank(module: Any, mine: Span) -> Callable[[Input], Tensor]:
         return out_TD
 
     return compute
+
+
+def in_four_bits(weight_EOI: Tensor) -> tuple[FourBitWeight, Tensor]:
+    """Each group's range in 16 steps; and the weight that this stands for."""
+    group_EOGN = weight_EOI.float().view(*weight_EOI.shape[:2], -1, GROUP)
+    low_EOG, high_EOG = group_EOGN.amin(3).clamp(max=0), group_EOGN.amax(3).clamp(min=0)
+    scale_EOG = ((high_EOG - low_EOG) / 15).to(weight_EOI.dtype)
+    zero_EOG = (-low_EOG / scale_EOG.float()).round().clamp(0, 15)
+    scale_EOG1, zero_EOG1 = scale_EOG.float()[..., None], zero_EOG[..., None]
+    number_EOGN = (group_EOGN / scale_EOG1 + zero_EOG1).round().clamp(0, 15)
+    stands_for_EOI = ((number_EOGN - zero_EOG1) * scale_EOG1).flatten(2).to(weight_EOI.dtype)
+    numbers_EOB = torch.stack([pack(number_OI) for number_OI in number_EOGN.flatten(2).to(torch.uint8)])
+    scales_EGO, zeros_EGO = (part.transpose(1, 2).contiguous() for part in (scale_EOG, zero_EOG.to(torch.int8)))
+    return FourBitWeight(numbers_EOB, scales_EGO, zeros_EGO), stands_for_EOI
 
 
 class Layer:
@@ -144,12 +178,16 @@ class Layer:
             },
             inner=inner,
         )
+        install(whole)
+        install(parts)
         self.contestants: dict[str, Callable[[Input], Tensor]] = {
-            "ours": on_one_rank(whole, Span(0, shape.experts)),
-            "ep": on_one_rank(some, Span(0, half)),
+            "ours": lambda x: whole(*x),
+            "ep": on_one_of_two(some, Span(0, half)),
             "tp": lambda x: parts(*x),
             "transformers": lambda x: theirs(*x),
         }
+        if bench.device == "cuda":
+            self._add_four_bits()
 
     @property
     def name(self) -> str:
@@ -171,6 +209,22 @@ class Layer:
             self._compare("ours", self.contestants["ours"](x), expected_TD)
             if str(size) in found:
                 self._compare("vLLM", found[str(size)], expected_TD)
+            if "four_bits" in self.contestants:
+                stands_for_TD = self._stands_for(*x)
+                self._compare("4-bit", self.contestants["four_bits"](x), stands_for_TD)
+
+    def _add_four_bits(self) -> None:
+        packed = self._module(self.weights)
+        stands_for = {}
+        weights = {}
+        for name, weight in self.weights.items():
+            weights[name], stands_for[name] = in_four_bits(weight)
+        install(packed)
+        for name, four_bits in weights.items():
+            delattr(packed, name)
+            setattr(packed, name, four_bits)
+        self.contestants["four_bits"] = lambda x: packed(*x)
+        self._stands_for = self._module(stands_for)
 
     def _compare(self, name: str, out_TD: Tensor, expected_TD: Tensor) -> None:
         error = (out_TD.float() - expected_TD.float()).abs().max() / expected_TD.float().abs().max()
@@ -203,15 +257,22 @@ def measure(layer: Layer, size: int, peer: Contestant | None, num_calls: int, ro
     for _ in range(rounds):
         times = {name: median_us(run, inputs[name], num_calls, layer.bench) for name, run in layer.contestants.items()}
         theirs = peer.measure(Case(f"{layer.name} {size}", 0.0, num_calls)).median_us if peer else None
-        rows.append(Row(times["ours"], times["ep"], times["tp"], times["transformers"], theirs))
+        ours = (times["ours"], times["ep"], times["tp"], times.get("four_bits"))
+        rows.append(Row(*ours, times["transformers"], theirs))
     return rows
 
 
 def report(layer: Layer, size: int, rows: Sequence[Row]) -> None:
     """One line of the table."""
-    ours, ep, tp, transformers = (statistics.median(column) for column in list(zip(*rows, strict=True))[:4])
+    ours, ep, tp = (statistics.median(column) for column in list(zip(*rows, strict=True))[:3])
+    transformers = statistics.median(row.transformers for row in rows)
     ratio = statistics.median(row.ours / row.transformers for row in rows)
     line = f"{layer.name:8} {size:6} | {ours:8.0f} {ep:8.0f} {tp:8.0f} | {transformers:12.0f} {ratio:6.2f}"
+    if all(row.four_bits for row in rows):
+        four_bits = statistics.median(row.four_bits for row in rows if row.four_bits)
+        line += (
+            f" | {four_bits:8.0f} {statistics.median(row.four_bits / row.ours for row in rows if row.four_bits):6.2f}"
+        )
     if all(row.vllm for row in rows):
         vllm = statistics.median(row.vllm for row in rows if row.vllm)
         line += f" | {vllm:8.0f} {statistics.median(row.ours / row.vllm for row in rows if row.vllm):6.2f}"
@@ -263,6 +324,7 @@ def main(peer_python: Path | None, sizes: tuple[int, ...], device: str, threads:
             click.echo(f"{where}, load {os.getloadavg()[0]:.2f}")
             click.echo(
                 "dtype    tokens |     ours     EP 2     TP 2 | transformers  ratio"
+                + (" |    4-bit  ratio" if device == "cuda" else "")
                 + (" |     vLLM  ratio" if peer else "")
             )
             for layer, size in itertools.product(layers, sizes):

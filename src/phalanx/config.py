@@ -62,6 +62,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """On a CPU, hold the weights of linear layers as its matrix kernels read them. Faster, and no larger, but that an
     embedding which is also the model's head is then held twice."""
 
+    dequantise_weights: bool = False
+    """On a GPU, dequantise the experts of a mixture that are stored in 4 bits (AWQ, compressed-tensors) while they are
+    read, as all other weights are. They take four times the memory, and worker extensions can read and write them."""
+
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
     tensor_parallel_size: Ranks = 1
@@ -269,9 +273,12 @@ class Config(Section, frozen=True, kw_only=True):
         """
         self.refuse_contradictions()
         for field, reason in self._without_effect():
-            _warn_once(
-                f"{field} = {getattr(getattr(self, settings_by_name()[field]), field)!r} has no effect: {reason}"
-            )
+            self.warn_without_effect(field, reason)
+
+    def warn_without_effect(self, field: str, reason: str) -> None:
+        """Say once that nothing reads a setting that the user has changed."""
+        value = getattr(getattr(self, settings_by_name()[field]), field)
+        _warn_once(f"{field} = {value!r} has no effect: {reason}")
 
     def refuse_contradictions(self) -> None:
         """Raises ConfigError, whatever is still `auto`."""
@@ -331,6 +338,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":
             yield "pack_weights", "float16 weights are never packed"
+        if self.model.dequantise_weights and device == "cpu":
+            yield "dequantise_weights", "on a CPU all weights are dequantised"
         has_other_way = self.parallel.all2all_backend != ParallelConfig().all2all_backend
         if has_other_way and not self.parallel.enable_expert_parallel:
             yield "all2all_backend", "without enable_expert_parallel every rank has a part of each expert"

@@ -19,7 +19,7 @@ HOMES = {
     "cloudpickle": (),
     "marshal": (),
     "ray": ("executor/ray/",),
-    "triton": ("models/attention_triton.py",),
+    "triton": ("models/attention_triton.py", "moe/four_bits_triton.py"),
     "fastapi": ("server",),
     "uvicorn": ("server",),
     "click": ("cli",),

@@ -86,6 +86,8 @@ def test_a_wrong_key_at_the_top_is_the_fault_of_the_whole() -> None:
         ({"device": "cpu", "pack_weights": False}, []),
         ({"device": "cuda", "pack_weights": False}, ["pack_weights = False has no effect: .* on a CPU only"]),
         ({"device": "cpu", "dtype": "float16", "pack_weights": False}, ["pack_weights = False .* float16"]),
+        ({"device": "cuda", "dequantise_weights": True}, []),
+        ({"device": "cpu", "dequantise_weights": True}, ["dequantise_weights = True has no effect: on a CPU all"]),
         (
             {"device": "cpu", "launcher": "ray", "pipeline_parallel_size": 2, "allow_split_tensor_parallel": True},
             ["allow_split_tensor_parallel = True has no effect: there is one rank"],
@@ -115,6 +117,21 @@ def test_a_start_warns(caplog: pytest.LogCaptureFixture) -> None:
     checkpoint: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float16")
     _settle(Config.build(model="m", device="cpu", pack_weights=False, collective_backend="gloo"), checkpoint)
     assert [message.split()[0] for message in caplog.messages] == ["collective_backend", "pack_weights"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_dequantising_without_experts_in_four_bits(
+    device: str, has_experts: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _warn_once.cache_clear()
+    monkeypatch.setattr("phalanx.executor.start.pick_device", lambda config: device)
+    checkpoint: Any = SimpleNamespace(
+        name="m", max_model_len=512, num_layers=3, dtype="float16", has_experts_in_four_bits=has_experts
+    )
+    _settle(Config.build(model="m", dequantise_weights=True), checkpoint)
+    expected = "on a CPU all weights" if device == "cpu" else "m has no experts in AWQ or compressed-tensors"
+    assert [expected in message for message in caplog.messages] == [True] * (device == "cpu" or not has_experts)
 
 
 def test_a_placement_group_may_be_given_as_an_object() -> None:

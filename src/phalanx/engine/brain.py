@@ -11,7 +11,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
-from phalanx.engine.lockstep import Lockstep
+from phalanx.engine.replica import Replica
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.errors import RequestError
@@ -38,7 +38,7 @@ class StepExecutor(Protocol):
 class _InFlight(NamedTuple):
     """A step that was sent."""
 
-    planned: tuple[PlannedStep, ...]
+    planned: PlannedStep
     moving: Pending[object] | None
     """An exchange of experts before it, whose answers come first."""
     pending: Pending[tuple[StepResult, ...]]
@@ -71,21 +71,17 @@ class Brain:
         self._eos_token_ids = eos_token_ids
         num_stages = config.parallel.pipeline_parallel_size
         self._depth = max(num_stages, 2) if config.scheduler.async_scheduling else 1
-        self._replicas = Lockstep(
-            [
-                Scheduler(
-                    max_num_seqs=config.scheduler.max_num_seqs,
-                    max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-                    max_model_len=max_model_len,
-                    block_size=config.cache.block_size,
-                    num_blocks=num_blocks,
-                    is_prefix_caching=config.cache.enable_prefix_caching,
-                    eos_token_ids=eos_token_ids,
-                    is_pipelined=num_stages > 1,
-                    num_micro_batches=self._depth if num_stages > 1 else 1,
-                )
-                for _ in range(config.parallel.data_parallel_size)
-            ]
+        self._scheduler = Scheduler(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+            num_blocks=num_blocks,
+            is_prefix_caching=config.cache.enable_prefix_caching,
+            eos_token_ids=eos_token_ids,
+            is_pipelined=num_stages > 1,
+            num_micro_batches=self._depth if num_stages > 1 else 1,
+            num_replicas=config.parallel.data_parallel_size,
         )
         self._in_flight: deque[_InFlight] = deque()
         self._cancelled: list[int] = []
@@ -95,7 +91,7 @@ class Brain:
         """Queue a request. Raises RequestError if it could never run."""
         token_ids, sampling = as_ints(request.prompt_token_ids), request.sampling
         max_len = self._max_len(request)
-        self._replicas.add(
+        self._scheduler.add(
             Request(
                 request_id=request.request_id,
                 arrival=self._num_submitted,
@@ -114,18 +110,18 @@ class Brain:
 
         The next `step` tells that they have ended.
         """
-        self._cancelled += self._replicas.cancel(request_ids)
+        self._cancelled += self._scheduler.cancel(request_ids)
 
     def reset_prefix_cache(self) -> None:
         """Call it when the weights change: requests that come in from now on compute their prompts anew.
 
         Those that run keep the keys and values that they have, and find themselves in the cache no more.
         """
-        self._replicas.reset_prefix_cache()
+        self._scheduler.reset_prefix_cache()
 
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(len(self._replicas) or self._in_flight or self._cancelled)
+        return bool(len(self._scheduler) or self._in_flight or self._cancelled)
 
     def step(self) -> TokenBatch | None:
         """One turn: send plans as far as they may run ahead, then wait for the oldest step and commit it.
@@ -133,18 +129,17 @@ class Brain:
         Gives what left the brain in this turn, if anything did. Blocks for as long as that step takes; raises what the
         executor raises (WorkerError, PeerDiedError, DeadlineError), after which the brain is of no use any more.
         """
-        while len(self._in_flight) < self._depth and (planned := self._replicas.plan()) is not None:
-            step = Step(tuple(replica.plan for replica in planned))
+        while len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
             moving = None if self._balancing is None else self._balancing.before_step()
-            self._in_flight.append(_InFlight(planned, moving, self._executor.step(step)))
+            self._in_flight.append(_InFlight(planned, moving, self._executor.step(planned.step)))
         batch = TokenBatch(b"", b"")
         if self._in_flight:
             oldest = self._in_flight.popleft()
             if oldest.moving is not None:
                 oldest.moving.result()
-            batch = self._replicas.commit(oldest.planned, oldest.pending.result())
+            batch = self._scheduler.commit(oldest.planned, oldest.pending.result())
         else:
-            assert not len(self._replicas), "requests are left that can never run"
+            assert not len(self._scheduler), "requests are left that can never run"
         if self._cancelled:
             ended = tuple((request_id, FinishReason.CANCELLED) for request_id in self._cancelled)
             batch = msgspec.structs.replace(batch, finished=batch.finished + ended)
@@ -154,26 +149,26 @@ class Brain:
     def stats(self) -> EngineStats:
         """What there is now, and counts since the start."""
         balance = None if self._balancing is None else self._balancing.stats
-        return EngineStats(tuple(map(self._stats_of, self._replicas.replicas)), balance)
+        return EngineStats(tuple(map(self._stats_of, self._scheduler.replicas)), balance)
 
-    def _stats_of(self, replica: Scheduler) -> ReplicaStats:
-        totals = replica.totals
+    def _stats_of(self, replica: Replica) -> ReplicaStats:
+        totals, p = self._scheduler.totals, replica.index
         return ReplicaStats(
-            num_running=len(replica.running),
+            num_running=self._scheduler.running.num_in(p),
             num_waiting=len(replica.waiting),
             num_blocks_used=self._num_blocks - replica.pool.num_free,
             num_blocks=self._num_blocks,
             num_steps=totals.num_steps,
-            num_preemptions=totals.num_preemptions,
-            num_prompt_tokens=totals.num_prompt_tokens,
-            num_cached_tokens=totals.num_cached_tokens,
-            num_generated_tokens=totals.num_generated_tokens,
+            num_preemptions=int(totals.num_preemptions_P[p]),
+            num_prompt_tokens=int(totals.num_prompt_tokens_P[p]),
+            num_cached_tokens=int(totals.num_cached_tokens_P[p]),
+            num_generated_tokens=int(totals.num_generated_tokens_P[p]),
         )
 
     def _max_len(self, request: Submit) -> int:
         """The longest that the request can get. Raises RequestError if it is wrong or there is no room for that."""
         num_prompt, max_tokens = len(as_ints(request.prompt_token_ids)), request.sampling.max_tokens
-        if request.request_id in self._replicas:
+        if request.request_id in self._scheduler:
             raise RequestError("request_id", request.request_id, "a request with this id is running")
         if num_prompt == 0:
             raise RequestError("prompt", [], "it must have at least one token")

@@ -1,7 +1,7 @@
 """A request in the brain: an object all its life, and while it runs also a row in columns by slot.
 
-Shape suffixes: S all slots, R some slots, L tokens of the longest sequence, B blocks of the longest sequence, O offsets
-in a block, E token ids that end a sequence.
+Shape suffixes: P replicas, S all slots, R some slots, L tokens of the longest sequence, B blocks of the longest
+sequence, O offsets in a block, E token ids that end a sequence.
 """
 
 from __future__ import annotations
@@ -44,56 +44,70 @@ class Request:
     """Of the sequence's full blocks, as far as they were needed."""
     num_cached: int | None = None
     """Prompt tokens that came from the prefix cache; None until it has run."""
+    replica: int = 0
+    """Chosen when it is queued."""
     slot: int | None = None
     """None while it waits."""
 
 
 class Running:
-    """The running requests as columns by slot, so that a step over all of them is a few array operations.
+    """The running requests of all replicas as columns by slot, so that a step over all is a few array operations.
+
+    Slots count through: those of a replica come after those of the replica before it. Wherever several are given, those
+    of one replica stand together, in the order of the replicas. Workers know of their own replica's slots alone, and
+    count them from 0.
 
     Of a sequence's tokens, `num_committed_S` are known here, and `num_known_S` to the workers once they have done what
     was planned: it is ahead by the samples under way. The first `num_computed_S` are then in the KV cache.
     """
 
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_replicas: int = 1) -> None:
+        """`max_num_seqs` are the slots of each replica."""
         self.block_size = block_size
-        self.requests: list[Request | None] = [None] * max_num_seqs
-        self.ticket_S = np.full(max_num_seqs, FREE, dtype=np.int64)
+        self._num_replicas = num_replicas
+        num_slots = num_replicas * max_num_seqs
+        self._slots_P = [slice(first, first + max_num_seqs) for first in range(0, num_slots, max_num_seqs)]
+        self._free_slots_P = [list(range(slots.start, slots.stop))[::-1] for slots in self._slots_P]
+        self._slot_edges = np.arange(num_replicas + 1) * max_num_seqs
+        self.replica_S = np.repeat(np.arange(num_replicas), max_num_seqs)
+        self.worker_slot_S = np.tile(np.arange(max_num_seqs, dtype=np.int32), num_replicas)
+        """The number that the workers know the slot by."""
+        self.requests: list[Request | None] = [None] * num_slots
+        self.ticket_S = np.full(num_slots, FREE, dtype=np.int64)
         """A number for each stay in a slot: tells whether a row is still the one that a step was planned for."""
-        self.request_id_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.arrival_S = np.full(max_num_seqs, FREE, dtype=np.int64)
-        self.num_prompt_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_given_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.request_id_S = np.zeros(num_slots, dtype=np.int64)
+        self.arrival_S = np.full(num_slots, FREE, dtype=np.int64)
+        self.num_prompt_S = np.zeros(num_slots, dtype=np.int64)
+        self.num_given_S = np.zeros(num_slots, dtype=np.int64)
         """Tokens that the workers were given when the request got its slot; they sampled the others."""
-        self.min_len_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.max_len_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_computed_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_known_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_committed_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_blocks_S = np.zeros(max_num_seqs, dtype=np.int64)
-        self.planned_at_S = np.zeros(max_num_seqs, dtype=np.int64)
+        self.min_len_S = np.zeros(num_slots, dtype=np.int64)
+        self.max_len_S = np.zeros(num_slots, dtype=np.int64)
+        self.num_computed_S = np.zeros(num_slots, dtype=np.int64)
+        self.num_known_S = np.zeros(num_slots, dtype=np.int64)
+        self.num_committed_S = np.zeros(num_slots, dtype=np.int64)
+        self.num_blocks_S = np.zeros(num_slots, dtype=np.int64)
+        self.planned_at_S = np.zeros(num_slots, dtype=np.int64)
         """The last step that the slot was in."""
-        self.end_token_ids_SE = np.full((max_num_seqs, 1), NO_END_TOKEN, dtype=np.int32)
+        self.end_token_ids_SE = np.full((num_slots, 1), NO_END_TOKEN, dtype=np.int32)
         # Zeros are mapped, not written: memory is taken as sequences grow into it.
         max_blocks = -(-max_model_len // block_size)
-        self.block_ids_SB = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self.token_ids_SL = np.zeros((max_num_seqs, max_blocks * block_size), dtype=np.int32)
-        self.token_ids_SBO = self.token_ids_SL.reshape(max_num_seqs, max_blocks, block_size)
+        self.block_ids_SB = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self.token_ids_SL = np.zeros((num_slots, max_blocks * block_size), dtype=np.int32)
+        self.token_ids_SBO = self.token_ids_SL.reshape(num_slots, max_blocks, block_size)
         """The same tokens, by block."""
-        self._free_slots = list(range(max_num_seqs))[::-1]
         self.next_ticket = 0
         """The ticket of who comes in next; those of all who are here are lower."""
 
-    def __len__(self) -> int:
-        return len(self.requests) - len(self._free_slots)
+    def num_in(self, replica: int) -> int:
+        """Requests that run there."""
+        return len(self.requests) // self._num_replicas - len(self._free_slots_P[replica])
 
-    @property
-    def has_free_slot(self) -> bool:
-        return bool(self._free_slots)
+    def has_free_slot(self, replica: int) -> bool:
+        return bool(self._free_slots_P[replica])
 
     def add(self, request: Request, blocks: Blocks, num_computed: int) -> int:
-        """Give the request a slot. `blocks` has room for all its tokens, `num_computed` of which are in there."""
-        slot = self._free_slots.pop()
+        """Give the request a slot of its replica. `blocks` has room for all its tokens and holds `num_computed`."""
+        slot = self._free_slots_P[request.replica].pop()
         num_tokens = len(request.token_ids)
         assert num_computed < num_tokens <= len(blocks) * self.block_size
         assert num_tokens < request.max_len
@@ -121,7 +135,7 @@ class Running:
         self.requests[slot] = None
         self.ticket_S[slot] = self.arrival_S[slot] = FREE
         self.num_known_S[slot] = self.num_computed_S[slot] = self.max_len_S[slot] = 0
-        self._free_slots.append(slot)
+        self._free_slots_P[request.replica].append(slot)
         return request, self.block_ids_SB[slot, : self.num_blocks_S[slot]].copy()
 
     def request(self, slot: int) -> Request:
@@ -133,7 +147,7 @@ class Running:
         """What the workers must know of a request that was just added."""
         request = self.request(slot)
         return NewRequest(
-            slot=slot,
+            slot=int(self.worker_slot_S[slot]),
             token_ids=ints(request.token_ids),
             num_prompt=request.num_prompt,
             num_computed=int(self.num_computed_S[slot]),
@@ -143,33 +157,65 @@ class Running:
             eos_token_ids=eos_token_ids,
         )
 
+    def segments(self, slots_R: Slots) -> list[slice]:
+        """Where those of each replica stand among these slots."""
+        if self._num_replicas == 1:
+            return [slice(0, len(slots_R))]
+        # They are not in order, but no replica's is below one of the replica before it.
+        edges: list[int] = slots_R.searchsorted(self._slot_edges).tolist()
+        return list(map(slice, edges, edges[1:]))
+
+    def sums(self, slots_R: Slots, values_R: Counts) -> list[int]:
+        """The sum of the values of each replica's slots."""
+        if self._num_replicas == 1:
+            return [int(values_R.sum())]
+        sums_P = np.bincount(self.replica_S[slots_R], values_R, self._num_replicas)
+        sums: list[int] = sums_P.astype(np.int64).tolist()
+        return sums
+
+    def counts(self, slots_R: Slots) -> Counts:
+        """How many of these slots each replica has."""
+        return np.bincount(self.replica_S[slots_R], minlength=self._num_replicas)
+
     def decoding(self) -> Slots:
         """Those that have one token to compute, and may sample one more after it."""
         is_decoding_S = (self.num_known_S - self.num_computed_S == 1) & (self.num_known_S < self.max_len_S)
-        return np.flatnonzero(is_decoding_S)
+        slots_R: Slots = is_decoding_S.nonzero()[0]
+        return slots_R
 
-    def longest_idle(self, slots_R: Slots, limit: int) -> Slots:
-        """Of the slots without a token under way those that were planned the longest ago, at most `limit`."""
+    def longest_idle(self, slots_R: Slots, num_shares: int) -> Slots:
+        """Of the slots without a token under way those that were planned the longest ago.
+
+        Of each replica no more than a share of its slots, if they are shared out evenly.
+        """
         idle_R: Slots = slots_R[self.num_known_S[slots_R] == self.num_committed_S[slots_R]]
-        if len(idle_R) <= limit:
+        limits_P, num_idle_P = -(-self.counts(slots_R) // num_shares), self.counts(idle_R)
+        if (num_idle_P <= limits_P).all():
             return idle_R
-        return np.sort(idle_R[self.planned_at_S[idle_R].argsort(kind="stable")[:limit]])
+        replica_R = self.replica_S[idle_R]
+        longest_first = np.lexsort((self.planned_at_S[idle_R], replica_R))
+        places_R = np.arange(len(idle_R)) - (num_idle_P.cumsum() - num_idle_P)[replica_R]
+        return np.sort(idle_R[longest_first[places_R < limits_P[replica_R]]])
 
     def prefilling(self) -> Slots:
-        """Those that have several tokens to compute, in order of arrival."""
-        slots_R = np.flatnonzero(self.num_known_S - self.num_computed_S > 1)
-        return slots_R[self.arrival_S[slots_R].argsort()]
+        """Those that have several tokens to compute, each replica's in order of arrival."""
+        slots_R: Slots = (self.num_known_S - self.num_computed_S > 1).nonzero()[0]
+        if not len(slots_R):
+            return slots_R
+        return slots_R[np.lexsort((self.arrival_S[slots_R], self.replica_S[slots_R]))]
 
     def num_missing(self, slot: int) -> int:
         """Known tokens that are still to be computed."""
         return int(self.num_known_S[slot] - self.num_computed_S[slot])
 
-    def any_ending(self) -> bool:
+    def any_ending(self, replica: int) -> bool:
         """Whether the last token of a request is under way."""
-        return bool(((self.num_known_S == self.max_len_S) & (self.ticket_S != FREE)).any())
+        own = self._slots_P[replica]
+        return bool(((self.num_known_S[own] == self.max_len_S[own]) & (self.ticket_S[own] != FREE)).any())
 
-    def last_arrived(self) -> int:
-        return int(self.arrival_S.argmax())
+    def last_arrived(self, replica: int) -> int:
+        own = self._slots_P[replica]
+        return int(own.start + self.arrival_S[own].argmax())
 
     def without_room(self, slots_R: Slots) -> Slots:
         """Those whose next token needs another block."""

@@ -3,34 +3,38 @@
 A pure core: no processes, no clock. Continuous batching (Orca, OSDI 2022) over a paged KV cache (vLLM, SOSP 2023) with
 chunked prefill (Sarathi-Serve, OSDI 2024). Plans may run ahead of outcomes: a row in flight counts as one token longer.
 
-Shape suffixes: R rows of a step, S rows of it that sample, B blocks of a
-request, E entries of log-probabilities.
+The ranks of all replicas meet in the collectives of their experts, so that a step is one for all of them: a replica
+without work takes part with nothing to compute. Each has its own queue and blocks, and what it does is what it would do
+alone; but what happens to the requests that run happens to those of all replicas at once, and single replicas are
+looked at only where something is given out or changes.
+
+Shape suffixes: P replicas; R rows of a step; S rows of it that sample; B blocks of a request.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.engine.block_pool import BlockPool, Blocks
-from phalanx.engine.prefix_cache import ROOT, PrefixCache, block_digest, extend_digests
+from phalanx.engine.block_pool import Blocks
+from phalanx.engine.logprobs import keep, merge
+from phalanx.engine.prefix_cache import ROOT, block_digest
+from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Request, Running, Slots
+from phalanx.engine.router import choose
 from phalanx.protocol import (
     FIRST_EPOCH,
     NO_TOKEN,
     FinishReason,
-    Ints,
     LogprobColumns,
-    NewRequest,
+    Step,
     StepPlan,
     StepResult,
     StepShape,
     TokenBatch,
-    as_floats,
     as_ints,
     ints,
 )
@@ -38,9 +42,9 @@ from phalanx.protocol import (
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """A plan and what its commit needs to know of it."""
+    """A step and what its commit needs to know of it."""
 
-    plan: StepPlan
+    step: Step
     slots_R: Slots
     tickets_R: Counts
     num_tokens_R: Counts
@@ -49,15 +53,15 @@ class PlannedStep:
     samples_R: NDArray[np.bool_]
 
 
-@dataclass(slots=True)
 class Totals:
-    """Counts since the start."""
+    """Counts since the start, of each replica."""
 
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
+    def __init__(self, num_replicas: int) -> None:
+        self.num_steps = 0
+        self.num_preemptions_P = np.zeros(num_replicas, dtype=np.int64)
+        self.num_prompt_tokens_P = np.zeros(num_replicas, dtype=np.int64)
+        self.num_cached_tokens_P = np.zeros(num_replicas, dtype=np.int64)
+        self.num_generated_tokens_P = np.zeros(num_replicas, dtype=np.int64)
 
 
 class Scheduler:
@@ -80,14 +84,19 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         is_pipelined: bool = False,
         num_micro_batches: int = 1,
+        num_replicas: int = 1,
     ) -> None:
+        """The limits and `num_blocks` are those of each replica."""
         assert is_pipelined or num_micro_batches == 1, num_micro_batches
         assert max_num_batched_tokens >= max_num_seqs, "every running request must find room in a step"
-        self.totals = Totals()
-        self.cache = PrefixCache(num_blocks)
-        self.pool = BlockPool(num_blocks, self.cache)
-        self.running = Running(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size)
-        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        self.totals = Totals(num_replicas)
+        self.replicas = tuple(
+            Replica(index, num_blocks=num_blocks, block_size=block_size, is_prefix_caching=is_prefix_caching)
+            for index in range(num_replicas)
+        )
+        self.running = Running(
+            max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size, num_replicas=num_replicas
+        )
         self._requests: dict[int, Request] = {}
         self._max_num_batched_tokens = max_num_batched_tokens
         self._block_size = block_size
@@ -97,7 +106,6 @@ class Scheduler:
         self._num_micro_batches = num_micro_batches
         self._first_cached_ticket = 0
         """Who came in before does not fill the prefix cache: some of its keys and values are from before a reset."""
-        self._dropped: list[int] = []
         self._next_step = 0
 
     def __len__(self) -> int:
@@ -108,11 +116,18 @@ class Scheduler:
         return request_id in self._requests
 
     def add(self, request: Request) -> None:
-        """Queue a request. The pool must be able to hold it when it is alone, or it would wait for ever."""
+        """Queue a request with the replica that suits it best.
+
+        Its pool must be able to hold the request when it is alone, or it would wait for ever.
+        """
         assert request.request_id not in self._requests
-        assert self._num_blocks(request.max_len - 1) <= self.pool.num_blocks
+        cached = [len(replica.find_cached(request)) * self._block_size for replica in self.replicas]
+        loads = [len(replica.waiting) + self.running.num_in(replica.index) for replica in self.replicas]
+        request.replica = choose(cached, loads)
+        replica = self.replicas[request.replica]
+        assert self._num_blocks(request.max_len - 1) <= replica.pool.num_blocks
         self._requests[request.request_id] = request
-        self.waiting[request.request_id] = request
+        replica.waiting[request.request_id] = request
 
     def cancel(self, request_ids: Iterable[int]) -> list[int]:
         """Forget requests, whatever they are doing; gives the ids of those that had not ended."""
@@ -122,7 +137,7 @@ class Scheduler:
             if request is None:
                 continue
             if request.slot is None:
-                del self.waiting[request_id]
+                del self.replicas[request.replica].waiting[request_id]
             else:
                 self._vacate(request.slot)
             cancelled.append(request_id)
@@ -133,55 +148,36 @@ class Scheduler:
 
         Those that run go on with what they have. One that gives way computes all its tokens anew.
         """
-        self.pool.reset_cache()
+        for replica in self.replicas:
+            replica.pool.reset_cache()
         self._first_cached_ticket = self.running.next_ticket
 
     def plan(self) -> PlannedStep | None:
         """The next step, or None if there is nothing to compute before an earlier step is committed.
 
-        First one token of every sequence that decodes, then the prompts that are under way, then requests that wait, in
-        order of arrival, each with as much of its prompt as fits. When blocks run out, the last to arrive gives way.
+        In each replica first one token of every sequence that decodes, then the prompts that are under way, then
+        requests that wait, in order of arrival, each with as much of its prompt as fits. When blocks run out, the last
+        to arrive gives way.
         """
-        running = self.running
-        decoding_R, growing_R = self._find_room_for_decoding()
-        new_blocks_R = self.pool.take(len(growing_R))
-        running.append_blocks(growing_R, new_blocks_R)
-        budget = self._max_num_batched_tokens - len(decoding_R)
+        decoding_R, growing_R, new_blocks_R = self._find_room_for_decoding()
 
-        prefilling: list[int] = running.prefilling().tolist()
         chunks: list[tuple[int, int]] = []
-        new: list[NewRequest] = []
-        while budget:
-            if len(chunks) < len(prefilling):
-                slot = prefilling[len(chunks)]
-            elif self.waiting and (admitted := self._admit_next()) is not None:
-                slot = admitted
-                new.append(running.describe(slot, self._eos_token_ids))
-            else:
-                break
-            num_tokens = min(running.num_missing(slot), budget)
-            chunks.append((slot, num_tokens))
-            budget -= num_tokens
+        prefilling_R = self.running.prefilling()
+        for replica, decoding, prefilling in zip(
+            self.replicas, self.running.segments(decoding_R), self.running.segments(prefilling_R), strict=True
+        ):
+            if replica.waiting or prefilling.start < prefilling.stop:
+                budget = self._max_num_batched_tokens - (decoding.stop - decoding.start)
+                chunks += self._plan_prompts(replica, prefilling_R[prefilling].tolist(), budget)
 
-        slots_R, num_tokens_R = _rows(decoding_R, chunks)
+        slots_R, num_tokens_R = self._rows(decoding_R, chunks)
         if not len(slots_R):
             return None
-        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R, new)
+        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R)
 
-    def plan_nothing(self) -> PlannedStep:
-        """The next step without a token to compute: for a replica whose peers have some."""
-        none = np.empty(0, dtype=np.intp)
-        return self._planned(none, np.empty(0, dtype=np.int64), none, np.empty(0, dtype=np.int32), [])
-
-    def num_cached(self, request: Request) -> int:
-        """Tokens of the request that the prefix cache holds now."""
-        return len(self._find_cached(request)) * self._block_size
-
-    def commit(self, step: PlannedStep, result: StepResult) -> TokenBatch:
+    def commit(self, step: PlannedStep, results: Sequence[StepResult]) -> TokenBatch:
         """Take in what a step made; gives the tokens that may leave now and the requests that they end."""
-        assert result.step == step.plan.step, f"step {step.plan.step} was answered as step {result.step}"
-        tokens_S = as_ints(result.tokens)
-        assert len(tokens_S) == step.plan.shape.num_samples
+        tokens_S, logprobs = _outcome(step.step, results)
         failed = self._fail_without_token(step, tokens_S)
         # Rows whose request ended, was cancelled or gave way after the step was planned have no effect.
         is_live_R = self.running.ticket_S[step.slots_R] == step.tickets_R
@@ -192,148 +188,192 @@ class Scheduler:
         lengths_S = self.running.append_tokens(slots_S, tokens_S)
         request_ids_S = self.running.request_id_S[slots_S]
         self.totals.num_steps += 1
-        self.totals.num_generated_tokens += len(slots_S)
+        self.totals.num_generated_tokens_P += self.running.counts(slots_S)
         cached = self._note_first_tokens(slots_S, lengths_S)
         return TokenBatch(
             request_ids=request_ids_S.tobytes(),
             tokens=ints(tokens_S),
             finished=self._finish(slots_S, tokens_S, lengths_S) + tuple((i, FinishReason.ERROR) for i in failed),
-            logprobs=_keep_entries(result.logprobs, is_live_S),
+            logprobs=keep(logprobs, is_live_S),
             errors=tuple((i, "the model gave logits that no token can be chosen from") for i in failed),
             cached=cached,
         )
 
     # ---------------------------------------------------------------------------- room
 
-    def _find_room_for_decoding(self) -> tuple[Slots, Slots]:
-        """Who decodes in this step, and who of them needs one more block. When this returns, the pool has these."""
-        decoding_R = self._decoding()
-        growing_R = self.running.without_room(decoding_R)
-        while len(growing_R) > self.pool.num_free:
-            if self.running.any_ending():  # its blocks come back with a step that is under way: pausing is cheaper
-                decoding_R = np.setdiff1d(decoding_R, growing_R[self.pool.num_free :], assume_unique=True)
-            else:
-                self._preempt(self.running.last_arrived())
-                decoding_R = self._decoding()
-            growing_R = self.running.without_room(decoding_R)
-        return decoding_R, growing_R
+    def _find_room_for_decoding(self) -> tuple[Slots, Slots, Blocks]:
+        """Who decodes in this step, and who of them is given one more block, and which."""
+        running = self.running
+        while True:
+            decoding_R = self._decoding()
+            growing_R = running.without_room(decoding_R)
+            growing = self._by_replica(growing_R)
+            short = [(replica, own_R) for replica, own_R in growing if len(own_R) > replica.pool.num_free]
+            giving_way = [replica for replica, _ in short if not running.any_ending(replica.index)]
+            if not giving_way:
+                break
+            for replica in giving_way:
+                self._preempt(running.last_arrived(replica.index))
+        if short:  # blocks come back with a step that is under way: pausing is cheaper
+            paused_R = np.concatenate([own_R[replica.pool.num_free :] for replica, own_R in short])
+            decoding_R = np.setdiff1d(decoding_R, paused_R, assume_unique=True)
+            growing_R = np.setdiff1d(growing_R, paused_R, assume_unique=True)
+            growing = self._by_replica(growing_R)
+        if not growing:
+            return decoding_R, growing_R, np.empty(0, dtype=np.int32)
+        blocks_R = np.concatenate([replica.pool.take(len(own_R)) for replica, own_R in growing])
+        running.append_blocks(growing_R, blocks_R)
+        return decoding_R, growing_R, blocks_R
 
     def _decoding(self) -> Slots:
         """Who may decode in this step."""
         decoding_R = self.running.decoding()
         if not self._is_pipelined:
             return decoding_R
-        return self.running.longest_idle(decoding_R, limit=-(-len(decoding_R) // self._num_micro_batches))
+        return self.running.longest_idle(decoding_R, self._num_micro_batches)
 
-    def _admit_next(self) -> int | None:
+    def _plan_prompts(self, replica: Replica, prefilling: list[int], budget: int) -> list[tuple[int, int]]:
+        """Slots and numbers of tokens, `budget` in all: of prompts that are under way, then of requests that wait."""
+        chunks: list[tuple[int, int]] = []
+        while budget:
+            if len(chunks) < len(prefilling):
+                slot = prefilling[len(chunks)]
+            elif replica.waiting and (admitted := self._admit_next(replica)) is not None:
+                slot = admitted
+            else:
+                break
+            num_tokens = min(self.running.num_missing(slot), budget)
+            chunks.append((slot, num_tokens))
+            budget -= num_tokens
+        return chunks
+
+    def _admit_next(self, replica: Replica) -> int | None:
         """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room."""
-        if not self.running.has_free_slot:
+        running, pool = self.running, replica.pool
+        if not running.has_free_slot(replica.index):
             return None
-        request = next(iter(self.waiting.values()))
-        found_B = self._find_cached(request)
+        request = next(iter(replica.waiting.values()))
+        found_B = replica.find_cached(request)
         num_missing = self._num_blocks(len(request.token_ids)) - len(found_B)
         # Everyone that runs soon needs its next block: without these to spare, who comes in now would give way at once.
-        num_spare = len(self.running)
-        if num_missing + self.pool.num_idle(found_B) + num_spare > self.pool.num_free:
+        num_spare = running.num_in(replica.index)
+        if num_missing + pool.num_idle(found_B) + num_spare > pool.num_free:
             return None
-        self.pool.share(found_B)
-        blocks_B = np.concatenate([found_B, self.pool.take(num_missing)])
+        pool.share(found_B)
+        blocks_B = np.concatenate([found_B, pool.take(num_missing)])
         num_computed = len(found_B) * self._block_size
         if request.num_cached is None:
             request.num_cached = num_computed
-        del self.waiting[request.request_id]
-        return self.running.add(request, blocks_B, num_computed)
+        del replica.waiting[request.request_id]
+        slot = running.add(request, blocks_B, num_computed)
+        replica.tell_new(running.describe(slot, self._eos_token_ids))
+        return slot
 
     def _preempt(self, slot: int) -> None:
         """Back to the front of the queue. What is under way for it is lost: it is computed again with the rest."""
         request = self._vacate(slot)
-        self.waiting[request.request_id] = request
-        self.waiting.move_to_end(request.request_id, last=False)
-        self.totals.num_preemptions += 1
+        replica = self.replicas[request.replica]
+        replica.waiting[request.request_id] = request
+        replica.waiting.move_to_end(request.request_id, last=False)
+        self.totals.num_preemptions_P[request.replica] += 1
 
     def _vacate(self, slot: int) -> Request:
         request, blocks_B = self.running.remove(slot)
-        self.pool.release(blocks_B)
-        self._dropped.append(slot)
+        replica = self.replicas[request.replica]
+        replica.pool.release(blocks_B)
+        replica.tell_dropped(int(self.running.worker_slot_S[slot]))
         return request
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    # ---------------------------------------------------------------------------- prefix cache
+    def _by_replica(self, slots_R: Slots) -> list[tuple[Replica, Slots]]:
+        """The replicas that have some of these slots, each with its own."""
+        segments = zip(self.replicas, self.running.segments(slots_R), strict=True)
+        return [(replica, slots_R[own]) for replica, own in segments if own.start < own.stop]
 
-    def _find_cached(self, request: Request) -> Blocks:
-        """Blocks that hold the beginning of the request's tokens. Never all: the last token's logits are wanted."""
-        if not self._is_prefix_caching:
-            return np.empty(0, dtype=np.int32)
-        num_full = (len(request.token_ids) - 1) // self._block_size
-        extend_digests(request.digests, request.token_ids, self._block_size, num_full)
-        return np.array(self.cache.find(request.digests[:num_full]), dtype=np.int32)
+    # ---------------------------------------------------------------------------- plan and outcome
+
+    def _rows(self, decoding_R: Slots, chunks: list[tuple[int, int]]) -> tuple[Slots, Counts]:
+        """Slots and numbers of tokens; in each replica rows with one token first."""
+        num_tokens_R = np.ones(len(decoding_R), dtype=np.int64)
+        if not chunks:
+            return decoding_R, num_tokens_R
+        chunk_slots, chunk_tokens = np.array(chunks, dtype=np.int64).T
+        slots_R = np.concatenate([decoding_R, chunk_slots])
+        num_tokens_R = np.concatenate([num_tokens_R, chunk_tokens])
+        order = np.lexsort((num_tokens_R > 1, self.running.replica_S[slots_R]))
+        return slots_R[order], num_tokens_R[order]
+
+    def _planned(self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, blocks_R: Blocks) -> PlannedStep:
+        running = self.running
+        # A pipeline's first stage is told the tokens that were sampled.
+        told_R, tokens_R = running.next_sampled(slots_R) if self._is_pipelined else (slots_R[:0], blocks_R[:0])
+        ends_R, samples_R = running.advance(slots_R, num_tokens_R, self._next_step)
+        worker_slot_S = running.worker_slot_S
+        counts_R = num_tokens_R.astype(np.int32)
+        plans = tuple(
+            StepPlan(
+                epoch=FIRST_EPOCH,
+                step=self._next_step,
+                shape=StepShape(num_tokens, rows.stop - rows.start, int(np.count_nonzero(samples_R[rows]))),
+                slots=worker_slot_S[slots_R[rows]].tobytes(),
+                num_tokens=counts_R[rows].tobytes(),
+                block_slots=worker_slot_S[growing_R[growing]].tobytes(),
+                block_ids=blocks_R[growing].tobytes(),
+                dropped=replica.take_dropped(),
+                new=replica.take_new(),
+                token_slots=worker_slot_S[told_R[told]].tobytes(),
+                tokens=tokens_R[told].tobytes(),
+            )
+            for replica, num_tokens, rows, growing, told in zip(
+                self.replicas,
+                running.sums(slots_R, num_tokens_R),
+                running.segments(slots_R),
+                running.segments(growing_R),
+                running.segments(told_R),
+                strict=True,
+            )
+        )
+        self._next_step += 1
+        return PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+
+    def _fail_without_token(self, step: PlannedStep, tokens_S: NDArray[np.int32]) -> list[int]:
+        """End the requests that no token could be chosen for; gives their ids. The others go on."""
+        samples = (tokens_S == NO_TOKEN).nonzero()[0]
+        if not len(samples):
+            return []
+        slots_S, tickets_S = step.slots_R[step.samples_R][samples], step.tickets_R[step.samples_R][samples]
+        is_live_S = self.running.ticket_S[slots_S] == tickets_S
+        failed = [self._vacate(slot).request_id for slot in slots_S[is_live_S].tolist()]
+        for request_id in failed:
+            del self._requests[request_id]
+        return failed
 
     def _cache_filled_blocks(self, step: PlannedStep, is_live_R: NDArray[np.bool_]) -> None:
         """Let blocks be found that the step has filled."""
         running = self.running
         firsts_R, ends_R = (step.ends_R - step.num_tokens_R) // self._block_size, step.ends_R // self._block_size
-        rows = np.flatnonzero(is_live_R & (firsts_R < ends_R) & (step.tickets_R >= self._first_cached_ticket))
+        rows = (is_live_R & (firsts_R < ends_R) & (step.tickets_R >= self._first_cached_ticket)).nonzero()[0]
         for slot, first, end in zip(
             step.slots_R[rows].tolist(), firsts_R[rows].tolist(), ends_R[rows].tolist(), strict=True
         ):
-            digests = running.request(slot).digests
+            request = running.request(slot)
+            digests, cache = request.digests, self.replicas[request.replica].cache
             for place in range(first, end):
                 if place == len(digests):
                     content = running.token_ids_SBO[slot, place].tobytes()
                     digests.append(block_digest(digests[-1] if digests else ROOT, content))
-                self.cache.insert(digests[place], int(running.block_ids_SB[slot, place]))
-
-    # ---------------------------------------------------------------------------- plan and outcome
-
-    def _planned(
-        self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, new_blocks_R: Blocks, new: list[NewRequest]
-    ) -> PlannedStep:
-        token_slots, tokens = self._sampled_tokens(slots_R)
-        ends_R, samples_R = self.running.advance(slots_R, num_tokens_R, self._next_step)
-        shape = StepShape(int(num_tokens_R.sum()), len(slots_R), int(np.count_nonzero(samples_R)))
-        plan = StepPlan(
-            epoch=FIRST_EPOCH,
-            step=self._next_step,
-            shape=shape,
-            slots=slots_R.astype(np.int32).tobytes(),
-            num_tokens=num_tokens_R.astype(np.int32).tobytes(),
-            block_slots=growing_R.astype(np.int32).tobytes(),
-            block_ids=new_blocks_R.tobytes(),
-            dropped=ints(self._dropped),
-            new=tuple(new),
-            token_slots=token_slots,
-            tokens=tokens,
-        )
-        self._dropped = []
-        self._next_step += 1
-        return PlannedStep(plan, slots_R, self.running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
-
-    def _sampled_tokens(self, slots_R: Slots) -> tuple[Ints, Ints]:
-        """What a plan tells a pipeline's first stage: slots whose next token was sampled, and these tokens."""
-        if not self._is_pipelined:
-            return b"", b""
-        sampled_R, tokens_R = self.running.next_sampled(slots_R)
-        return sampled_R.astype(np.int32).tobytes(), tokens_R.tobytes()
-
-    def _fail_without_token(self, step: PlannedStep, tokens_S: NDArray[np.int32]) -> list[int]:
-        """End the requests that no token could be chosen for; gives their ids. The others go on."""
-        slots_S, tickets_S = step.slots_R[step.samples_R], step.tickets_R[step.samples_R]
-        is_failed_S = (tokens_S == NO_TOKEN) & (self.running.ticket_S[slots_S] == tickets_S)
-        failed = [self._vacate(slot).request_id for slot in slots_S[is_failed_S].tolist()]
-        for request_id in failed:
-            del self._requests[request_id]
-        return failed
+                cache.insert(digests[place], int(running.block_ids_SB[slot, place]))
 
     def _note_first_tokens(self, slots_S: Slots, lengths_S: Counts) -> tuple[tuple[int, int], ...]:
         """Id and number of cached tokens of each request that has its first token now."""
         is_first_S = lengths_S == self.running.num_prompt_S[slots_S] + 1
         requests = [self.running.request(slot) for slot in slots_S[is_first_S].tolist()]
-        cached = tuple((request.request_id, request.num_cached or 0) for request in requests)
-        self.totals.num_prompt_tokens += sum(request.num_prompt for request in requests)
-        self.totals.num_cached_tokens += sum(num_cached for _, num_cached in cached)
-        return cached
+        for request in requests:
+            self.totals.num_prompt_tokens_P[request.replica] += request.num_prompt
+            self.totals.num_cached_tokens_P[request.replica] += request.num_cached or 0
+        return tuple((request.request_id, request.num_cached or 0) for request in requests)
 
     def _finish(
         self, slots_S: Slots, tokens_S: NDArray[np.int32], lengths_S: Counts
@@ -344,39 +384,17 @@ class Scheduler:
         is_stop_S = is_end_S & (lengths_S > running.min_len_S[slots_S])
         is_full_S = lengths_S >= running.max_len_S[slots_S]
         finished = []
-        for sample in np.flatnonzero(is_stop_S | is_full_S).tolist():
+        for sample in (is_stop_S | is_full_S).nonzero()[0].tolist():
             request = self._vacate(int(slots_S[sample]))
             del self._requests[request.request_id]
             finished.append((request.request_id, FinishReason.STOP if is_stop_S[sample] else FinishReason.LENGTH))
         return tuple(finished)
 
 
-def _rows(decoding_R: Slots, chunks: list[tuple[int, int]]) -> tuple[Slots, Counts]:
-    """Slots and numbers of tokens, rows with one token first."""
-    num_tokens_R = np.ones(len(decoding_R), dtype=np.int64)
-    if not chunks:
-        return decoding_R, num_tokens_R
-    chunk_slots, chunk_tokens = np.array(chunks, dtype=np.int64).T
-    slots_R = np.concatenate([decoding_R, chunk_slots])
-    num_tokens_R = np.concatenate([num_tokens_R, chunk_tokens])
-    order = np.argsort(num_tokens_R > 1, kind="stable")
-    return slots_R[order], num_tokens_R[order]
-
-
-def _keep_entries(columns: LogprobColumns | None, is_kept_S: NDArray[np.bool_]) -> LogprobColumns | None:
-    """Log-probabilities of the samples that are kept, by their new places."""
-    if columns is None or is_kept_S.all():
-        return columns
-    entries = as_ints(columns.entries)
-    is_kept_E = is_kept_S[entries]
-    if not is_kept_E.any():
-        return None
-    places_S = np.cumsum(is_kept_S) - 1
-    shape = (len(entries), columns.width)
-    return LogprobColumns(
-        entries=ints(places_S[entries[is_kept_E]]),
-        chosen=as_floats(columns.chosen)[is_kept_E].tobytes(),
-        width=columns.width,
-        top_ids=as_ints(columns.top_ids).reshape(shape)[is_kept_E].tobytes(),
-        top_logprobs=as_floats(columns.top_logprobs).reshape(shape)[is_kept_E].tobytes(),
-    )
+def _outcome(step: Step, results: Sequence[StepResult]) -> tuple[NDArray[np.int32], LogprobColumns | None]:
+    """What all replicas sampled, one after the other."""
+    tokens = [as_ints(result.tokens) for result in results]
+    for plan, result, sampled in zip(step.plans, results, tokens, strict=True):
+        assert result.step == plan.step, f"step {plan.step} was answered as step {result.step}"
+        assert len(sampled) == plan.shape.num_samples
+    return np.concatenate(tokens), merge([result.logprobs for result in results], list(map(len, tokens)))

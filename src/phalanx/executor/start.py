@@ -86,6 +86,9 @@ def _settle(config: Config, checkpoint: Checkpoint) -> Config:
         executor=msgspec.structs.replace(config.executor, device=device, launcher=launcher),
     )
     settled.check()
+    if config.model.dequantise_weights and device != "cpu" and not checkpoint.has_experts_in_four_bits:
+        reason = f"{checkpoint.name} has no experts in AWQ or compressed-tensors"
+        settled.warn_without_effect("dequantise_weights", reason)
     return settled
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from phalanx.errors import CheckpointError, ConfigError, UnsupportedModelError
 from phalanx.models.fingerprint import fingerprint
 from phalanx.models.hub import fetch
 from phalanx.models.progress import Progress
-from phalanx.models.quantisation import StoredTensor, join_parts, layout_of
+from phalanx.models.quantisation import INT4, QuantisedInfo, StoredTensor, join_parts, layout_of
 from phalanx.models.weight_files import DTYPES, TensorInfo, read_headers
 
 SUPPORTED_ARCHITECTURES = (
@@ -184,6 +185,14 @@ class Checkpoint:
         names = ("num_experts", "num_local_experts", "n_routed_experts")
         found = (getattr(self.hf_config, name, None) for name in names)
         return int(next((number for number in found if number), 0))
+
+    @property
+    def has_experts_in_four_bits(self) -> bool:
+        """Whether single experts' matrices are stored in AWQ or compressed-tensors."""
+        return any(
+            isinstance(tensor, QuantisedInfo) and tensor.layout in INT4 and re.search(r"\.experts\.\d+\.", name)
+            for name, tensor in self.tensors.items()
+        )
 
     @property
     def dtype(self) -> str:

@@ -22,14 +22,20 @@ from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import build, definition_class, keep_stage
+from phalanx.models.four_bit_experts import Form, Part, install_four_bits, log_dequantised, plan_four_bits
 from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
-from phalanx.models.packed import Packing, Product, Release, can_pack
+from phalanx.models.packed import Packable, Packing, Product, Release, can_pack
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
+from phalanx.models.parameters import Parameters
 from phalanx.models.precision import kept_dtype
 from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
 from phalanx.models.short_paths import install_short_paths
 from phalanx.models.weights import Source, WeightReader, find_sources
+from phalanx.moe import four_bits
 from phalanx.moe.dispatcher import Dispatcher
+from phalanx.moe.expert_groups import install_groups
+from phalanx.moe.expert_products import ExpertProducts, install_products
+from phalanx.moe.four_bits import FourBitWeight
 from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
@@ -63,6 +69,7 @@ class CausalLM:
         packing: Packing | None,
         dispatcher: Dispatcher | None,
         experts: Mapping[str, SharedExperts],
+        in_four_bits: Mapping[str, Form],
     ) -> None:
         self.vocab_size: int = definition.config.vocab_size
         self.hidden_size: int = definition.config.hidden_size
@@ -79,6 +86,8 @@ class CausalLM:
         self._decoder = definition.base_model
         self._head = head
         self._packing = packing
+        self._in_four_bits = frozenset(in_four_bits)
+        self._four_bit_parts = {part.name for name, form in in_four_bits.items() for part in form.parts(name)}
         self._dispatcher = dispatcher
         self._step = Step()
         backend = pick_backend(device)
@@ -90,18 +99,23 @@ class CausalLM:
             cache_layers.append(_layer_cache(module))
         self.cache_layers = tuple(cache_layers)
 
-    def named_parameters(self) -> dict[str, Tensor]:
+    def named_parameters(self) -> Parameters:
         """This rank's part of each of its parameters, by transformers' names; what is tied comes under each name.
 
-        Routers' correction biases are among them. Of whole experts it has those that `experts` tells.
+        Routers' correction biases are among them. Of whole experts it has those that `experts` tells. To ask for one
+        that is held in 4 bits is a UserError.
 
         They may be written to until the next step. Where weights are packed, that step packs what they then hold, and
         those tensors are empty afterwards; the step after which one is written to raises UserError.
         """
-        parameters = {name: tensor.data for name, tensor in _parameters(self._definition).items()}
+        parameters = {
+            name: tensor.data
+            for name, tensor in _parameters(self._definition).items()
+            if name not in self._four_bit_parts
+        }
         if self._packing is not None:
             self._packing.lend(parameters)
-        return parameters
+        return Parameters(parameters, self._in_four_bits)
 
     def bind_cache(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Use these key and value caches, one pair for each of `cache_layers`; an empty sequence lets go of them.
@@ -159,12 +173,14 @@ def load_model(
     layers: Span | None = None,
     release: Release | None = None,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
+    dequantise: bool = True,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
-    `experts` this rank has whole ones, and tokens get to those of other ranks through the dispatcher.
+    `experts` this rank has whole ones, and tokens get to those of other ranks through the dispatcher. Without
+    `dequantise` experts that the checkpoint has in 4 bits stay so where they can: on a GPU, with Triton.
 
     Blocks for as long as reading takes; `on_progress(bytes_done, bytes_total)` counts this rank's bytes. Issues no
     collective.
@@ -188,8 +204,12 @@ def load_model(
         dtypes = {
             name: kept_dtype(definition, name, checkpoint.tensors[sources[name][0].key].dtype, dtype) for name in shards
         }
-        weights = _read(reader, shards, sources, dtypes, allocate, on_progress)
-    shared_experts = _install(definition, weights, sharding, group, device, dispatcher)
+        in_four_bits = {} if dequantise else plan_four_bits(shards, sources, checkpoint.tensors)
+        if in_four_bits and not four_bits.can_multiply(device):
+            log_dequantised("there is no Triton here, which computes them")
+            in_four_bits = {}
+        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress)
+    shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
     if device.type == "cpu":
@@ -210,6 +230,7 @@ def load_model(
         packing=packing,
         dispatcher=dispatcher,
         experts=shared_experts,
+        in_four_bits=in_four_bits,
     )
 
 
@@ -242,16 +263,26 @@ def _read(
     shards: dict[str, Shard],
     sources: dict[str, list[Source]],
     dtypes: dict[str, torch.dtype],
+    in_four_bits: dict[str, Form],
     allocate: Allocate,
     on_progress: OnProgress,
 ) -> dict[str, Tensor]:
-    total_bytes = sum(math.prod(shard.shape) * dtypes[name].itemsize for name, shard in shards.items())
+    """This rank's parameters by name; of those in 4 bits the parts."""
+    parts = {
+        name: in_four_bits[name].parts(name) if name in in_four_bits else (Part(name, shard.shape, dtypes[name]),)
+        for name, shard in shards.items()
+    }
+    total_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for some in parts.values() for part in some)
     done_bytes = 0
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, shard in shards.items():
-        weights[name] = allocate(name, shard.shape, dtypes[name])
-        reader.fill(weights[name], shard, sources[name])
-        done_bytes += weights[name].nbytes
+        targets = [allocate(*part) for part in parts[name]]
+        if name in in_four_bits:
+            reader.fill_four_bits(FourBitWeight(*targets), shard, sources[name])
+        else:
+            reader.fill(targets[0], shard, sources[name])
+        weights |= {part.name: target for part, target in zip(parts[name], targets, strict=True)}
+        done_bytes += sum(target.nbytes for target in targets)
         on_progress(done_bytes, total_bytes)
     return weights
 
@@ -259,6 +290,7 @@ def _read(
 def _install(
     definition: Any,
     weights: dict[str, Tensor],
+    in_four_bits: dict[str, Form],
     sharding: Sharding,
     group: Group,
     device: torch.device,
@@ -276,15 +308,22 @@ def _install(
             module.register_buffer(leaf, tensor)
         else:
             module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    in_groups = _install_four_bits(definition, weights, in_four_bits)
     for name, module in list(definition.named_modules()):
         style = sharding.style(name)
         if style in ROWS:
             definition.set_submodule(name, RowParallelLinear(name, module.weight, module.bias, group))
-        elif style in EXPERTS and dispatcher is not None:
-            mine, num_redundant = sharding.experts(module.num_experts), sharding.num_redundant_experts
-            shared[name] = SharedExperts(module, mine, dispatcher, num_redundant=num_redundant)
         elif style in EXPERTS:
-            sum_output(module, group)
+            products = None
+            if device.type == "cpu" and name not in in_groups:
+                products = install_products(name, module)
+            else:
+                install_groups(module)
+            if dispatcher is None:
+                sum_output(module, group)
+            else:
+                mine, num_redundant = sharding.experts(module.num_experts), sharding.num_redundant_experts
+                shared[name] = SharedExperts(module, products, mine, dispatcher, num_redundant=num_redundant)
         for buffer_name, buffer in module.named_buffers(recurse=False):
             if f"{name}.{buffer_name}" not in weights:
                 module.register_buffer(buffer_name, buffer.to(device), persistent=False)
@@ -296,9 +335,24 @@ def _install(
     return shared
 
 
+def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits: dict[str, Form]) -> set[str]:
+    """Returns the modules that have such weights."""
+    kinds: dict[Form, FourBitWeight] = {}
+    for name, form in in_four_bits.items():
+        weight = install_four_bits(definition, name, [weights[part.name] for part in form.parts(name)])
+        kinds[form] = weight
+    for weight in kinds.values():
+        four_bits.warm_up(weight, definition.dtype)
+    return {name.rpartition(".")[0] for name in in_four_bits}
+
+
 def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
-    candidates = [getattr(module, "product", None) for module in definition.modules()]
-    products = [candidate for candidate in candidates if isinstance(candidate, Product)]
+    products: list[Packable] = []
+    for module in definition.modules():
+        if isinstance(product := getattr(module, "product", None), Product):
+            products.append(product)
+        if isinstance(experts := getattr(module, "products", None), ExpertProducts):
+            products.extend(experts.linears.values())
     if head is not None:
         products.append(head.product)
     packing = Packing(products, release, kept=kept)

@@ -10,7 +10,7 @@ Shape suffixes: T tokens, I inputs, O outputs of all layers of a product.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
+class Packable(Protocol):
+    """Weights that can be packed. They begin plain."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The plain weights, by parameter names: not read while they are packed."""
+
+    @property
+    def biases(self) -> Sequence[Tensor]:
+        """What is copied with them, and stays."""
+
+    def pack(self) -> None:
+        """Copy the weights into packed ones."""
+
+    def unpack(self) -> None:
+        """Write the weights back where they were, bit for bit."""
+
+
 class Linear(NamedTuple):
     """A linear layer's name and parameters. The weight is [outputs, I]."""
 
@@ -45,6 +63,16 @@ class Product:
         self._packed: Tensor | None = None
         self._bias_O: Tensor | None = None
         self._splits = [layer.weight.shape[0] for layer in layers]
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """By the names of their parameters."""
+        return {f"{layer.name}.weight": layer.weight for layer in self.layers}
+
+    @property
+    def biases(self) -> Sequence[Tensor]:
+        """Those of the layers that have one."""
+        return [layer.bias for layer in self.layers if layer.bias is not None]
 
     def pack(self) -> None:
         """Copy the weights into a packed one. The plain ones are not read any more, and may be lost."""
@@ -76,9 +104,9 @@ class Product:
 
 
 class Packing:
-    """The products of a model: packed while it computes, plain while somebody reads or writes its weights."""
+    """The weights of a model: packed while it computes, plain while somebody reads or writes them."""
 
-    def __init__(self, products: Sequence[Product], release: Release, *, kept: str) -> None:
+    def __init__(self, products: Sequence[Packable], release: Release, *, kept: str) -> None:
         """The parameter `kept` is read by others too, and never released."""
         self._products = tuple(products)
         self._release = release
@@ -92,7 +120,10 @@ class Packing:
     def duplicate_bytes(self) -> int:
         """What packed weights take beside plain ones that are kept."""
         return sum(
-            layer.weight.nbytes for product in self._products for layer in product.layers if self._is_kept(layer)
+            weight.nbytes
+            for product in self._products
+            for name, weight in product.weights.items()
+            if name == self._kept
         )
 
     def pack(self) -> None:
@@ -107,7 +138,7 @@ class Packing:
             return
         for product in self._products:
             product.pack()
-            self._release([f"{layer.name}.weight" for layer in product.layers if not self._is_kept(layer)])
+            self._release([name for name in product.weights if name != self._kept])
         self._is_packed = True
         for _, tensor in self._lent:
             tensor.set_(torch.empty(0, dtype=tensor.dtype))  # type: ignore[call-overload]
@@ -120,9 +151,7 @@ class Packing:
             for product in self._products:
                 product.unpack()
             self._is_packed = False
-        layers = [layer for product in self._products for layer in product.layers]
-        packed = {part.data_ptr() for layer in layers for part in (layer.weight, layer.bias) if part is not None}
+        packed = {
+            part.data_ptr() for product in self._products for part in (*product.weights.values(), *product.biases)
+        }
         self._lent += [(name, tensor) for name, tensor in parameters.items() if tensor.data_ptr() in packed]
-
-    def _is_kept(self, layer: Linear) -> bool:
-        return f"{layer.name}.weight" == self._kept

@@ -1,6 +1,7 @@
 """What a quantised checkpoint's config.json says, and which tensors make up each of its matrices. No torch here.
 
-Three layouts of 4-bit numbers are known, which are dequantised while they are read:
+Three layouts of 4-bit numbers are known. They are dequantised while they are read, but for experts on a GPU
+(four_bit_experts.py):
 
 - `awq` (AutoAWQ's "gemm"): for a layer, `qweight` [inputs, outputs / 8], `qzeros` [groups, outputs / 8] and `scales`
   [groups, outputs]. Source: github.com/casper-hansen/AutoAWQ, awq/utils/packing_utils.py.
@@ -29,6 +30,9 @@ SUPPORTED = "AWQ in 4 bits (version gemm), compressed-tensors in 4 bits (pack-qu
 AWQ = "awq"
 PACK_QUANTIZED = "pack-quantized"
 MXFP4 = "mxfp4"
+
+INT4 = (AWQ, PACK_QUANTIZED)
+"""Those of whole numbers with a zero point and a scale for each group."""
 
 PER_WORD = 8
 """Numbers of 4 bits in an int32."""

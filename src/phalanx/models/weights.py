@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phalanx.errors import CheckpointError, UnsupportedModelError
-from phalanx.models.dequantise import read_quantised
+from phalanx.models.dequantise import Slices, read_numbers, read_quantised
 from phalanx.models.quantisation import QuantisedInfo, StoredTensor
 from phalanx.models.shards import Shard
+from phalanx.moe.four_bits import FourBitWeight, pack
 from phalanx.topology.sharding import Span
 
 _STACK_AND_CONCATENATE = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
@@ -80,6 +81,18 @@ def _place(key: str, info: StoredTensor, transforms: Sequence[Any]) -> tuple[str
     return name, source
 
 
+class _ExpertPart(NamedTuple):
+    """What a shard takes of one expert's matrix."""
+
+    slot: int
+    """The expert's place in the shard."""
+    row: int
+    """Where its rows begin there."""
+    rows: Span
+    columns: Span
+    """Of the matrix."""
+
+
 class WeightReader:
     """Reads parts of tensors, and dequantises them. A context manager: the files stay mapped until it ends."""
 
@@ -112,6 +125,20 @@ class WeightReader:
             else:
                 self._copy(target[source.expert], shard, source, shard.dim - 1)
 
+    def fill_four_bits(self, target: FourBitWeight, shard: Shard, sources: Sequence[Source]) -> None:
+        """As `fill`, without dequantising: every expert's matrices are quantised, with groups that `target`'s divide.
+
+        Padding stands for zeros.
+        """
+        self._check(shard, sources)
+        if shard.is_padded:
+            for tensor in target:
+                if tensor is not None:
+                    tensor.zero_()
+        for source in sources:
+            for part in self._expert_parts(shard, source):
+                self._repack(target, part, source.key)
+
     def are_equal(self, key: str, other_key: str) -> bool:
         """Whether two tensors of the checkpoint hold the same values."""
         return torch.equal(self._part(key), self._part(other_key))
@@ -133,6 +160,36 @@ class WeightReader:
         info = self._tensors[source.key]
         target.narrow(0, source.row, info.shape[0]).copy_(self._part(source.key))
 
+    def _expert_parts(self, shard: Shard, source: Source) -> Iterator[_ExpertPart]:
+        outputs, inputs = (Span(0, size) for size in self._tensors[source.key].shape)
+        assert source.expert is not None
+        if shard.dim == 0:  # whole experts
+            for i, (first, last) in enumerate(shard.spans):
+                if first <= source.expert < last:
+                    yield _ExpertPart(i * shard.span_size + source.expert - first, source.row, outputs, inputs)
+        elif shard.dim == 1:
+            for i, span in enumerate(shard.spans):
+                taken = span.intersection(outputs.shifted(source.row))
+                row = i * shard.span_size + taken.start - span.start
+                if taken.size:
+                    yield _ExpertPart(source.expert, row, taken.shifted(-source.row), inputs)
+        else:
+            (columns,) = shard.spans
+            yield _ExpertPart(source.expert, source.row, outputs, columns)
+
+    def _repack(self, target: FourBitWeight, part: _ExpertPart, key: str) -> None:
+        info = self._tensors[key]
+        assert isinstance(info, QuantisedInfo)
+        found = read_numbers(info, self._slices(info), part.rows, part.columns)
+        begins_G = torch.arange(*part.columns, target.group_size)
+        group_G = begins_G // info.group_size - part.columns.start // info.group_size
+        rows = slice(part.row, part.row + part.rows.size)
+        target.numbers_EOB[part.slot, rows].copy_(pack(found.number_OI))
+        target.scales_EGO[part.slot, :, rows].copy_(found.scale_OG[:, group_G].T)
+        if target.zeros_EGO is not None:
+            assert found.zero_OG is not None
+            target.zeros_EGO[part.slot, :, rows].copy_(found.zero_OG[:, group_G].T)
+
     def _part(self, key: str, dim: int = 0, span: Span | None = None) -> Tensor:
         """Some indices of one dimension of a tensor, by default all, and all of the others."""
         info = self._tensors[key]
@@ -142,9 +199,10 @@ class WeightReader:
             return part
         spans = [Span(0, size) for size in info.shape]
         spans[dim] = spans[dim] if span is None else span
-        return read_quantised(
-            info, lambda suffix: self._file(info.parts[suffix].file).get_slice(info.stem + suffix), *spans
-        )
+        return read_quantised(info, self._slices(info), *spans)
+
+    def _slices(self, info: QuantisedInfo) -> Slices:
+        return lambda suffix: self._file(info.parts[suffix].file).get_slice(info.stem + suffix)
 
     def _check(self, shard: Shard, sources: Sequence[Source]) -> None:
         shapes = [self._tensors[source.key].shape for source in sources]

@@ -7,7 +7,7 @@ of this rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,34 @@ class Copies:
         self._num_copies_E = torch.tensor(list(map(len, copies_of)), device=self._device)
 
 
+class ExpertWeights(Protocol):
+    """One parameter of all of a rank's experts, however it is laid out."""
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """That of these experts: [slots, ...], of the same form on every rank."""
+
+    def write(self, slots: Sequence[int], rows: Tensor) -> None:
+        """Have that of these experts become `rows`."""
+
+
+class PlainWeights:
+    """A tensor [S, ...]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """A copy."""
+        return self._weight[self._index(slots)]
+
+    def write(self, slots: Sequence[int], rows: Tensor) -> None:
+        """In place."""
+        self._weight.index_copy_(0, self._index(slots), rows)
+
+    def _index(self, slots: Sequence[int]) -> Tensor:
+        return torch.tensor(slots, dtype=torch.int64, device=self._weight.device)
+
+
 class _Move(NamedTuple):
     """One physical expert that is to become another, and where that is taken from."""
 
@@ -65,10 +93,10 @@ class _Move(NamedTuple):
     target_slot: int
 
 
-def exchange(weights: Sequence[Tensor], old: Sequence[int], new: Sequence[int], group: Group) -> None:
+def exchange(weights: Sequence[ExpertWeights], old: Sequence[int], new: Sequence[int], group: Group) -> None:
     """Have every rank's physical experts become those of the new placement, in place.
 
-    `weights` are all the parameters [S, ...] of one layer's experts on this rank. Each takes one `all_to_all` of
+    `weights` are all the parameters of one layer's experts on this rank. Each takes one `all_to_all` of
     `group`, the ranks that share the experts out, and memory for what this rank sends and receives of it: at most S
     experts and the redundant ones, and S more. All ranks call it with the same placements. Raises what the group
     raises.
@@ -80,13 +108,8 @@ def exchange(weights: Sequence[Tensor], old: Sequence[int], new: Sequence[int], 
     send_counts = [sum(move.target_rank == rank for move in sent) for rank in range(group.size)]
     receive_counts = [sum(move.source_rank == rank for move in received) for rank in range(group.size)]
     for weight in weights:
-        rows = weight[_index([move.source_slot for move in sent], weight.device)]
-        places = _index([move.target_slot for move in received], weight.device)
-        weight.index_copy_(0, places, group.all_to_all(rows, send_counts, receive_counts))
-
-
-def _index(slots: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(slots, dtype=torch.int64, device=device)
+        rows = weight.read([move.source_slot for move in sent])
+        weight.write([move.target_slot for move in received], group.all_to_all(rows, send_counts, receive_counts))
 
 
 def _moves(old: Sequence[int], new: Sequence[int], num_ranks: int) -> list[_Move]:

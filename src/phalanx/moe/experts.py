@@ -1,7 +1,7 @@
 """The experts of one layer on one rank: some of them whole, in the module of transformers that computes them.
 
-Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, P pairs of a token and
-one of this rank's experts, L this rank's experts and one place for all others, D hidden size.
+Shape suffixes: T this replica's tokens, K experts of a token, N tokens that came to this rank, L this rank's experts
+and one place for all others, D hidden size.
 """
 
 from __future__ import annotations
@@ -53,77 +53,19 @@ def share_out(
     chose for them; it gives [T, D]. `choose` gives the physical experts for those: by default they are the same.
     """
     experts.num_experts = mine.size
-    load = Load(mine, next(experts.parameters()).device)
+    compute = experts.forward
+    device = next(experts.parameters()).device
+    load = Load(mine, device)
+    # One look-up instead of comparisons. NOWHERE is the last entry too, as what is not below `mine.stop` is.
+    local_E = torch.full((mine.stop + 1,), mine.size, device=device)
+    local_E[mine.start : mine.stop] = torch.arange(mine.size, device=device)
 
     def forward(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         dispatched = dispatcher.dispatch(hidden_TD, choose(experts_TK), weights_TK)
-        is_mine_NK = (dispatched.experts_NK >= mine.start) & (dispatched.experts_NK < mine.stop)
-        local_NK = torch.where(is_mine_NK, dispatched.experts_NK - mine.start, mine.size).long()
-        weights_NK = dispatched.weights_NK.to(weights_TK.dtype)
+        local_NK = local_E[dispatched.experts_NK.clamp(max=mine.stop)]
         load.note(local_NK)
-        if hidden_TD.device.type == "cpu":
-            out_ND = _of_pairs(experts, dispatched.hidden_ND, local_NK, weights_NK, is_mine_NK)
-        else:
-            out_ND = _of_all(experts, dispatched.hidden_ND, local_NK, weights_NK)
+        out_ND = compute(dispatched.hidden_ND, local_NK, dispatched.weights_NK.to(weights_TK.dtype))
         return dispatcher.combine(dispatched, out_ND)
 
     experts.forward = forward
     return load
-
-
-def _of_pairs(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor, is_mine_NK: Tensor) -> Tensor:
-    """Computes nothing but what is this rank's. How much that is must be known first: a GPU would have to wait.
-
-    Pairs are gathered once, in the order of their experts: the module's forward would sort and copy them once more.
-    """
-    out_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-    local_P, order_P = local_NK[is_mine_NK].sort(stable=True)
-    if len(order_P):
-        tokens_P = is_mine_NK.nonzero()[:, 0].index_select(0, order_P)
-        weights_P1 = weights_NK[is_mine_NK].index_select(0, order_P)[:, None]
-        ends_L = torch.bincount(local_P, minlength=experts.num_experts).cumsum(0).int()
-        out_PD = _in_groups(experts, hidden_ND.index_select(0, tokens_P), local_P, ends_L)
-        out_ND.index_add_(0, tokens_P, (out_PD * weights_P1).float())
-    return out_ND.to(hidden_ND.dtype)
-
-
-def _of_all(experts: Any, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """As `_of_pairs`, without waiting for the device to say how many are this rank's: the others are sorted behind.
-
-    Grouped products leave those rows out, so that they hold whatever was there.
-    """
-    num_tokens, top_k = local_NK.shape
-    if num_tokens == 0:
-        return hidden_ND
-    local_P, order_P = local_NK.flatten().sort(stable=True)
-    ends_L = torch.searchsorted(local_P, torch.arange(experts.num_experts, device=local_P.device), right=True).int()
-    of_others_P1 = (local_P == experts.num_experts)[:, None]
-    out_PD = _in_groups(experts, hidden_ND.index_select(0, order_P // top_k), local_P, ends_L)
-    out_PD = out_PD.masked_fill(of_others_P1, 0.0)
-    # Back into the tokens' order, so that each one's sum has one order too; `index_add_` on a GPU has none.
-    place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
-    out_NKD = out_PD.index_select(0, place_P).view(num_tokens, top_k, -1)
-    return torch.bmm(weights_NK.to(out_NKD.dtype)[:, None], out_NKD)[:, 0]
-
-
-def _in_groups(experts: Any, hidden_PD: Tensor, local_P: Tensor, ends_L: Tensor) -> Tensor:
-    """What each row's expert makes of it, as in transformers' `grouped_mm_experts_forward`.
-
-    Rows are in the order of their experts; `ends_L` is where each expert's end. What comes after the last is undefined.
-    """
-    from transformers.integrations.moe import _grouped_linear  # not before a rank can say what goes wrong with it
-
-    num_experts = experts.num_experts
-
-    def linear(name: str, x_PI: Tensor) -> Tensor:
-        bias_PO = getattr(experts, f"{name}_bias")[local_P.clamp(max=num_experts - 1)] if experts.has_bias else None
-        out_PO: Tensor = _grouped_linear(x_PI, getattr(experts, name), ends_L, bias_PO, experts.is_transposed)
-        return out_PO
-
-    if experts.has_gate:
-        inner_PI = experts._apply_gate(linear("gate_up_proj", hidden_PD))
-    else:
-        inner_PI = experts.act_fn(linear("up_proj", hidden_PD))
-    out_PD = linear("down_proj", inner_PI)
-    # Of transformers 5.17 no module has one, nor says so.
-    return experts.post_expert_norm(out_PD) if getattr(experts, "has_post_expert_norm", False) else out_PD

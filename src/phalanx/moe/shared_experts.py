@@ -9,8 +9,9 @@ from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.moe.balance import first_placement
-from phalanx.moe.copies import Copies, exchange
+from phalanx.moe.copies import Copies, ExpertWeights, PlainWeights, exchange
 from phalanx.moe.dispatcher import Dispatcher
+from phalanx.moe.expert_products import ExpertProducts
 from phalanx.moe.experts import share_out
 from phalanx.topology.sharding import Span
 
@@ -18,11 +19,25 @@ from phalanx.topology.sharding import Span
 class SharedExperts:
     """One layer's experts on one rank: which they are, what comes to them, and how they change."""
 
-    def __init__(self, module: Any, mine: Span, dispatcher: Dispatcher, *, num_redundant: int) -> None:
-        """`module` is made for all of the model's experts, and has the weights of the physical experts `mine`."""
+    def __init__(
+        self,
+        module: Any,
+        products: ExpertProducts | None,
+        mine: Span,
+        dispatcher: Dispatcher,
+        *,
+        num_redundant: int,
+    ) -> None:
+        """`module` is made for all of the model's experts, and has the weights of the physical experts `mine`.
+
+        `products` are what it computes by, on a CPU.
+        """
         num_experts: int = module.num_experts
         device = next(module.parameters()).device
-        self._module = module
+        linears = products.linears if products is not None else {}
+        self._weights: list[ExpertWeights] = [  # in the same order on every rank
+            linears.get(name) or PlainWeights(parameter.data) for name, parameter in module.named_parameters()
+        ]
         self._mine = mine
         self._copies = Copies(first_placement(num_experts, num_redundant), num_experts, device)
         self._before_move = [0] * num_experts
@@ -48,7 +63,7 @@ class SharedExperts:
         Takes memory for what is sent and received of one parameter of the layer. Raises what the group raises.
         """
         self._before_move = self.num_tokens()
-        exchange([weight.data for weight in self._module.parameters()], self._copies.placement, placement, group)
+        exchange(self._weights, self._copies.placement, placement, group)
         self._copies = self._copies.moved(placement)
         self.load.reset()
         self.num_moves += 1

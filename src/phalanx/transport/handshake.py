@@ -16,10 +16,12 @@ from phalanx.errors import FrameError
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Answer, Hello, Passed, Refused, Welcome
 from phalanx.transport.noise import KEY_BYTES, TAG_BYTES, CipherState, Initiator, Responder
-from phalanx.transport.wire import LENGTH_BYTES, decode_note, encode_note
+from phalanx.transport.wire import decode_note, encode_note
 from phalanx.version import __version__
 
-PROLOGUE = b"phalanx relay 1"
+PROLOGUE = b"phalanx relay 2"
+"""The number is that of the format of all that follows on the connection."""
+LENGTH_BYTES = 2
 MAX_MESSAGE_BYTES = 16 * 1024
 """Of a handshake's messages: before the other end is known, it cannot make us take more."""
 VERSION = __version__

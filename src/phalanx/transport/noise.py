@@ -5,7 +5,8 @@
 
 Both ends prove that they have the pre-shared key, and agree on keys that nobody learns who gets hold of it later. The
 first message can be replayed; its sender is only known to be there when the first transport message arrives. Names of
-classes and methods are the specification's (section 5); no message is longer than its 65,535 bytes (section 3).
+classes and methods are the specification's (section 5). Its limit of 65,535 bytes for a message (section 3) is not kept
+here: the handshake's are far below, and those after it are longer (see docs/decisions/0007-noise-between-nodes.md).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from phalanx.errors import FrameError
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 PROTOCOL_NAME = b"Noise_NNpsk0_25519_AESGCM_SHA256"
-MAX_MESSAGE_BYTES = 65_535
 TAG_BYTES = 16
 KEY_BYTES = 32
 _MAX_NONCE = 2**64 - 1

@@ -1,6 +1,7 @@
 """Frames over an authenticated, encrypted stream.
 
-The stream is a sequence of Noise transport messages, each after its length (u16, big-endian). A plaintext is one of
+The stream is a sequence of Noise transport messages, each after its length (u32, big-endian), and longer than Noise has
+them: of up to 128 KiB. A plaintext is one of
 
     a note      u8 1, then a message of link_messages
     frames      each the head below and then its parts; those that are smaller than _INLINE_BYTES
@@ -26,16 +27,16 @@ import msgspec
 from phalanx.errors import FrameError
 from phalanx.transport.frame import Part
 from phalanx.transport.link_messages import Note
-from phalanx.transport.noise import MAX_MESSAGE_BYTES, TAG_BYTES, CipherState
+from phalanx.transport.noise import TAG_BYTES, CipherState
 
-LENGTH_BYTES = 2
-_MAX_PLAINTEXT_BYTES = MAX_MESSAGE_BYTES - TAG_BYTES
-_CHUNK_BYTES = 65_472  # of 65,519, so that most chunks begin at a multiple of 64
+_LENGTH = struct.Struct(">I")
+_CHUNK_BYTES = _MAX_PLAINTEXT_BYTES = 128 * 1024
+_MAX_MESSAGE_BYTES = _MAX_PLAINTEXT_BYTES + TAG_BYTES
 _INLINE_BYTES = 16 * 1024
-_BATCH = 8
-"""Messages of a large frame that go to the kernel in one call. Each is 64 KiB; to four ranks on another host, two at a
-time took a frame of 1 MB 1.3 times as long, and one at a time 1.5 times. All of them at once would not overlap."""
-_BUFFER_BYTES = _BATCH * (LENGTH_BYTES + MAX_MESSAGE_BYTES)
+_BATCH = 4
+"""Messages of a large frame that go to the kernel in one call. To four ranks on another host, a frame of 1 MB took 1.3
+times as long with 128 KiB at a time, and 1.5 times with 64. All of it at once would not overlap."""
+_BUFFER_BYTES = _BATCH * (_LENGTH.size + _MAX_MESSAGE_BYTES)
 _MAX_FRAME_BYTES = 1 << 36
 _NOTE_BYTE = b"\1"
 _INLINE, _CHUNKED = 2, 3
@@ -131,7 +132,7 @@ class WireWriter:
                 view = memoryview(part)
                 for start in range(0, len(view), _CHUNK_BYTES):
                     self._encrypt(view[start : start + _CHUNK_BYTES])
-                    if self._filled > _BUFFER_BYTES - (LENGTH_BYTES + MAX_MESSAGE_BYTES):
+                    if self._filled > _BUFFER_BYTES - (_LENGTH.size + _MAX_MESSAGE_BYTES):
                         self._flush(wait)
             self._flush(wait)
 
@@ -159,10 +160,9 @@ class WireWriter:
     def _encrypt(self, plaintext: bytes | memoryview) -> None:
         """Append a message to what is to be sent, for which there is space."""
         length = len(plaintext) + TAG_BYTES
-        start = self._filled + LENGTH_BYTES
-        out = self._out
-        out[start - 2], out[start - 1] = length >> 8, length & 0xFF
-        self._cipher.encrypt_into(plaintext, out[start : start + length])
+        start = self._filled + _LENGTH.size
+        _LENGTH.pack_into(self._out, self._filled, length)
+        self._cipher.encrypt_into(plaintext, self._out[start : start + length])
         self._filled = start + length
 
     def _flush(self, wait: Callable[[], None] | None) -> None:
@@ -215,9 +215,12 @@ class WireReader:
         num_bytes = self._connection.recv_into(self._buffer[self._end :])
         self._end += num_bytes
         buffer, start, end = self._buffer, self._start, self._end
-        while end - start > LENGTH_BYTES:
-            message_at = start + LENGTH_BYTES
-            message_end = message_at + (buffer[start] << 8 | buffer[start + 1])
+        while end - start > _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > _MAX_MESSAGE_BYTES:
+                raise FrameError(f"a message of {length} bytes between nodes")
+            message_at = start + _LENGTH.size
+            message_end = message_at + length
             if message_end > end:
                 break
             self._take(buffer[message_at:message_end])
@@ -231,7 +234,7 @@ class WireReader:
         """For at least one whole message."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif len(self._buffer) - self._start < LENGTH_BYTES + MAX_MESSAGE_BYTES:
+        elif len(self._buffer) - self._start < _LENGTH.size + _MAX_MESSAGE_BYTES:
             num_left = self._end - self._start
             self._buffer[:num_left] = self._buffer[self._start : self._end]
             self._start, self._end = 0, num_left

@@ -138,6 +138,7 @@ class Worker:
             layers=grid.stage_layers(self._checkpoint.num_layers, grid.coordinates(self.spec.rank).stage),
             release=self._arena.release if config.model.pack_weights else None,
             experts=self._experts(grid),
+            dequantise=config.model.dequantise_weights or self._device.type == "cpu",
         )
         extension = config.executor.worker_extension_cls
         if extension is not None:

@@ -137,7 +137,7 @@ class Rig:
             hashes = token_hashes(tokens)[self.block_size - 1 :: self.block_size]
             claims.update(zip(digests, hashes, strict=True))
         for replica, worker in enumerate(self.workers):
-            for digest, block in self.brain._replicas.replicas[replica].cache.entries().items():
+            for digest, block in self.brain._scheduler.replicas[replica].cache.entries().items():
                 assert worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
                 is_clean = (replica, block) in self._clean_blocks
                 assert is_clean, f"block {block} of replica {replica} holds what is from before the reset"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 from engine_brain_rig import Rig
-
-from phalanx.engine.lockstep import merge
-from phalanx.protocol import LogprobColumns, TokenBatch, as_ints, ints
 
 
 def prompt(first: int, length: int = 9) -> list[int]:
@@ -64,25 +60,3 @@ def test_a_cancelled_request_is_found_wherever_it_is() -> None:
     rig.brain.cancel(ids)
     rig.finish()
     assert all(len(client.output) <= 2 for client in rig.clients.values())
-
-
-def test_log_probabilities_of_two_replicas_keep_their_tokens() -> None:
-    def batch(first_id: int, num_tokens: int, entries: list[int], width: int) -> TokenBatch:
-        numbers = np.arange(len(entries) * width, dtype=np.float32) + first_id
-        columns = LogprobColumns(
-            entries=ints(entries),
-            chosen=np.array([-first_id - entry for entry in entries], dtype=np.float32).tobytes(),
-            width=width,
-            top_ids=ints(numbers.astype(np.int32)),
-            top_logprobs=numbers.tobytes(),
-        )
-        ids = np.arange(first_id, first_id + num_tokens, dtype=np.int64)
-        return TokenBatch(ids.tobytes(), ints(ids.astype(np.int32)), logprobs=columns if entries else None)
-
-    merged = merge([batch(10, 2, [1], 1), batch(20, 1, [], 1), batch(30, 3, [0, 2], 3)])
-    assert as_ints(merged.tokens).tolist() == [10, 11, 20, 30, 31, 32]
-    columns = merged.logprobs
-    assert columns is not None
-    assert as_ints(columns.entries).tolist() == [1, 3, 5]
-    assert np.frombuffer(columns.chosen, np.float32).tolist() == [-11, -30, -32]
-    assert as_ints(columns.top_ids).reshape(3, 3).tolist() == [[10, 0, 0], [30, 31, 32], [33, 34, 35]]

@@ -10,6 +10,7 @@ from phalanx.protocol import (
     FinishReason,
     LogprobColumns,
     SamplingParams,
+    StepPlan,
     StepResult,
     TokenBatch,
     as_floats,
@@ -56,15 +57,21 @@ def plan(scheduler: Scheduler) -> PlannedStep:
     return step
 
 
+def sent(step: PlannedStep) -> StepPlan:
+    """What the workers of the one replica are told."""
+    (plan,) = step.step.plans
+    return plan
+
+
 def rows(step: PlannedStep) -> list[tuple[int, int]]:
     """Slot and number of tokens of each row."""
-    return list(zip(as_ints(step.plan.slots).tolist(), as_ints(step.plan.num_tokens).tolist(), strict=True))
+    return list(zip(as_ints(sent(step).slots).tolist(), as_ints(sent(step).num_tokens).tolist(), strict=True))
 
 
 def commit(scheduler: Scheduler, step: PlannedStep, tokens: list[int] | None = None) -> TokenBatch:
     """With TOKEN for every sample by default."""
-    found = [TOKEN] * step.plan.shape.num_samples if tokens is None else tokens
-    return scheduler.commit(step, StepResult(step.plan.step, ints(found)))
+    found = [TOKEN] * sent(step).shape.num_samples if tokens is None else tokens
+    return scheduler.commit(step, [StepResult(step.step.number, ints(found))])
 
 
 def tokens_by_id(batch: TokenBatch) -> dict[int, int]:
@@ -84,8 +91,8 @@ def test_decodes_come_first_then_prompts_under_way_then_new_requests() -> None:
     assert rows(plan(brain)) == [(0, 1), (1, 15)], "a prompt under way comes before one that waits"
     third = plan(brain)
     assert rows(third) == [(0, 1), (1, 10), (2, 3)]
-    assert [new.slot for new in third.plan.new] == [2]
-    assert (third.plan.shape.num_tokens, third.plan.shape.num_rows, third.plan.shape.num_samples) == (14, 3, 3)
+    assert [new.slot for new in sent(third).new] == [2]
+    assert (sent(third).shape.num_tokens, sent(third).shape.num_rows, sent(third).shape.num_samples) == (14, 3, 3)
 
 
 def test_rows_with_one_token_come_first_also_when_a_chunk_has_one() -> None:
@@ -102,7 +109,7 @@ def test_admission_keeps_the_order_of_arrival() -> None:
     brain.add(request(2, 2, max_tokens=4))  # there would be room for this one
     step = plan(brain)
     assert rows(step) == [(0, 24)]
-    assert list(brain.waiting) == [1, 2]
+    assert list(brain.replicas[0].waiting) == [1, 2]
 
 
 def test_no_more_run_than_there_are_slots() -> None:
@@ -114,7 +121,7 @@ def test_no_more_run_than_there_are_slots() -> None:
     commit(brain, step)
     step = plan(brain)
     assert len(rows(step)) == 1
-    assert sorted(as_ints(step.plan.dropped).tolist()) == [0, 1], "workers hear of free slots with the next plan"
+    assert sorted(as_ints(sent(step).dropped).tolist()) == [0, 1], "workers hear of free slots with the next plan"
 
 
 def test_a_plan_runs_ahead_of_the_outcome_of_the_one_before() -> None:
@@ -122,7 +129,7 @@ def test_a_plan_runs_ahead_of_the_outcome_of_the_one_before() -> None:
     brain.add(request(0, 4))
     first, second = plan(brain), plan(brain)
     assert rows(second) == [(0, 1)]
-    assert as_ints(second.plan.block_slots).tolist() == [0], "the token of the first step needs a second block"
+    assert as_ints(sent(second).block_slots).tolist() == [0], "the token of the first step needs a second block"
     assert tokens_by_id(commit(brain, first, [20])) == {0: 20}
     assert tokens_by_id(commit(brain, second, [21])) == {0: 21}
 
@@ -134,7 +141,7 @@ def test_what_comes_after_the_end_is_dropped() -> None:
     batch = commit(brain, first, [EOS])
     assert tokens_by_id(batch) == {0: EOS}, "the token that ended the output counts"
     assert batch.finished == ((0, FinishReason.STOP),)
-    assert brain.pool.num_free == brain.pool.num_blocks
+    assert brain.replicas[0].pool.num_free == brain.replicas[0].pool.num_blocks
     batch = commit(brain, second, [21])
     assert (batch.tokens, batch.finished) == (b"", ())
     assert brain.plan() is None
@@ -169,7 +176,7 @@ def test_a_prompt_that_is_cached_in_full_is_computed_from_its_last_block_on() ->
     commit(brain, plan(brain))
     brain.add(request(1, prompt))
     step = plan(brain)
-    (new,) = step.plan.new
+    (new,) = sent(step).new
     assert new.num_computed == 4
     assert rows(step) == [(0, 1), (1, 4)]
     held = brain.running.block_ids_SB
@@ -184,7 +191,7 @@ def test_blocks_are_found_only_after_the_commit_that_filled_them() -> None:
     brain.add(request(0, prompt))
     plan(brain)
     brain.add(request(1, prompt))
-    assert plan(brain).plan.new[0].num_computed == 0
+    assert sent(plan(brain)).new[0].num_computed == 0
 
 
 def test_what_decoding_filled_is_found_too() -> None:
@@ -195,7 +202,7 @@ def test_what_decoding_filled_is_found_too() -> None:
         commit(brain, plan(brain), [token])
     assert len(brain) == 0
     brain.add(request(1, [1, 2, 3, *output, 99]))
-    assert plan(brain).plan.new[0].num_computed == 8
+    assert sent(plan(brain)).new[0].num_computed == 8
 
 
 def test_after_a_reset_nothing_is_found_of_requests_that_have_ended() -> None:
@@ -204,13 +211,13 @@ def test_after_a_reset_nothing_is_found_of_requests_that_have_ended() -> None:
     brain.add(request(0, prompt, max_tokens=1))
     commit(brain, plan(brain))
     brain.reset_prefix_cache()
-    assert brain.pool.num_free == brain.pool.num_blocks
+    assert brain.replicas[0].pool.num_free == brain.replicas[0].pool.num_blocks
     brain.add(request(1, prompt, max_tokens=1))
     step = plan(brain)
-    assert step.plan.new[0].num_computed == 0
+    assert sent(step).new[0].num_computed == 0
     commit(brain, step)
     brain.add(request(2, prompt))
-    assert plan(brain).plan.new[0].num_computed == 8, "what was computed since then is found"
+    assert sent(plan(brain)).new[0].num_computed == 8, "what was computed since then is found"
 
 
 def test_after_a_reset_nothing_is_ever_found_of_requests_that_run() -> None:
@@ -220,17 +227,17 @@ def test_after_a_reset_nothing_is_ever_found_of_requests_that_run() -> None:
     brain.add(request(0, prompt))
     first, under_way = plan(brain), plan(brain)
     commit(brain, first)
-    assert len(brain.cache.entries()) == 2
+    assert len(brain.replicas[0].cache.entries()) == 2
     brain.reset_prefix_cache()
     commit(brain, under_way)
     commit(brain, plan(brain))
     for _ in range(8):
         commit(brain, plan(brain))
     assert int(brain.running.num_computed_S[0]) == 28
-    assert brain.cache.entries() == {}
+    assert brain.replicas[0].cache.entries() == {}
     brain.cancel([0])
-    assert brain.cache.entries() == {}
-    assert brain.pool.num_free == brain.pool.num_blocks
+    assert brain.replicas[0].cache.entries() == {}
+    assert brain.replicas[0].pool.num_free == brain.replicas[0].pool.num_blocks
 
 
 def test_who_gives_way_after_a_reset_computes_all_anew_and_is_found_again() -> None:
@@ -239,15 +246,15 @@ def test_who_gives_way_after_a_reset_computes_all_anew_and_is_found_again() -> N
         brain.add(request(request_id, 8, max_tokens=12))
     commit(brain, plan(brain))
     brain.reset_prefix_cache()
-    while brain.totals.num_preemptions == 0:
+    while brain.totals.num_preemptions_P[0] == 0:
         commit(brain, plan(brain))
     brain.cancel([0])
     step = plan(brain)
-    (back,) = step.plan.new
+    (back,) = sent(step).new
     assert as_ints(back.token_ids)[:8].tolist() == list(range(2000, 2008))
     assert back.num_computed == 0
     commit(brain, step)
-    assert len(brain.cache.entries()) == len(as_ints(back.token_ids)) // 4
+    assert len(brain.replicas[0].cache.entries()) == len(as_ints(back.token_ids)) // 4
 
 
 def test_idle_blocks_that_are_found_are_no_longer_free() -> None:
@@ -257,21 +264,21 @@ def test_idle_blocks_that_are_found_are_no_longer_free() -> None:
     brain.add(request(1, 4, max_tokens=8))
     first = plan(brain)
     brain.add(request(2, list(range(13)), max_tokens=1))  # finds what is left of three blocks, and needs one more
-    assert len(first.plan.new) == 1
+    assert len(sent(first).new) == 1
     assert rows(plan(brain)) == [(0, 1)]
-    assert list(brain.waiting) == [2]
+    assert list(brain.replicas[0].waiting) == [2]
 
 
 def test_what_a_request_finds_of_its_own_after_giving_way_does_not_count_as_cached() -> None:
     brain = scheduler(num_blocks=8, max_num_seqs=2, max_num_batched_tokens=3)
     brain.add(request(0, 4, max_tokens=12))
     brain.add(request(1, 20, max_tokens=4))
-    while brain.totals.num_preemptions == 0:
+    while brain.totals.num_preemptions_P[0] == 0:
         commit(brain, plan(brain))
-    while 1 in brain.waiting:
+    while 1 in brain.replicas[0].waiting:
         step = plan(brain)
         batch = commit(brain, step)
-    (back,) = step.plan.new
+    (back,) = sent(step).new
     assert back.num_computed > 0
     while not batch.cached:
         batch = commit(brain, plan(brain))
@@ -283,9 +290,9 @@ def test_without_prefix_caching_nothing_is_found() -> None:
     for request_id in range(2):
         brain.add(request(request_id, list(range(10)), max_tokens=1))
         step = plan(brain)
-        assert step.plan.new[0].num_computed == 0
+        assert sent(step).new[0].num_computed == 0
         commit(brain, step)
-    assert brain.cache.entries() == {}
+    assert brain.replicas[0].cache.entries() == {}
 
 
 def test_the_last_to_arrive_gives_way_and_comes_back_first() -> None:
@@ -293,19 +300,19 @@ def test_the_last_to_arrive_gives_way_and_comes_back_first() -> None:
     for request_id in range(3):
         brain.add(request(request_id, 4, max_tokens=16))
     step = plan(brain)
-    assert len(step.plan.new) == 3
+    assert len(sent(step).new) == 3
     commit(brain, step)
     for _ in range(4):  # each fills its second block; a third one for each there is not
         commit(brain, plan(brain))
     brain.add(request(3, 2, max_tokens=8))
     step = plan(brain)
     assert rows(step) == [(0, 1), (1, 1)]
-    assert as_ints(step.plan.dropped).tolist() == [2]
-    assert list(brain.waiting) == [2, 3], "at the front of the queue"
-    assert brain.totals.num_preemptions == 1
+    assert as_ints(sent(step).dropped).tolist() == [2]
+    assert list(brain.replicas[0].waiting) == [2, 3], "at the front of the queue"
+    assert brain.totals.num_preemptions_P[0] == 1
     commit(brain, step)
     brain.cancel([0, 1])
-    (back, _) = plan(brain).plan.new
+    (back, _) = sent(plan(brain)).new
     assert as_ints(back.token_ids).tolist() == [*range(3000, 3004), *[TOKEN] * 5], "with all that is known of it"
     assert (back.num_prompt, back.seed) == (4, 2)
 
@@ -316,11 +323,11 @@ def test_a_sample_under_way_for_who_gave_way_is_dropped() -> None:
         brain.add(request(request_id, 7, max_tokens=8))
     first, second, third = plan(brain), plan(brain), plan(brain)
     assert [rows(step) for step in (second, third)] == [[(0, 1), (1, 1)], [(0, 1)]]
-    assert list(brain.waiting) == [1]
+    assert list(brain.replicas[0].waiting) == [1]
     assert tokens_by_id(commit(brain, first)) == {0: TOKEN}
     assert tokens_by_id(commit(brain, second)) == {0: TOKEN}
     brain.cancel([0])
-    (back,) = plan(brain).plan.new
+    (back,) = sent(plan(brain)).new
     assert as_ints(back.token_ids).tolist() == list(range(2000, 2007))
 
 
@@ -333,7 +340,7 @@ def test_nobody_gives_way_while_a_request_is_about_to_end() -> None:
     last = plan(brain)
     assert rows(last) == [(0, 1), (1, 1)]
     assert brain.plan() is None, "it pauses for want of a block"
-    assert brain.totals.num_preemptions == 0
+    assert brain.totals.num_preemptions_P[0] == 0
     assert commit(brain, last).finished == ((1, FinishReason.LENGTH),)
     assert rows(plan(brain)) == [(0, 1)]
 
@@ -357,11 +364,11 @@ def test_a_request_can_be_cancelled_at_any_moment() -> None:
     assert brain.cancel([2, 0, 0, 99]) == [2, 0]
     assert tokens_by_id(commit(brain, first, [20, 21])) == {1: 21}
     third = plan(brain)
-    assert as_ints(third.plan.dropped).tolist() == [0]
+    assert as_ints(sent(third).dropped).tolist() == [0]
     assert tokens_by_id(commit(brain, second, [22, 23])) == {1: 23}
     assert tokens_by_id(commit(brain, third)) == {1: TOKEN}
     assert brain.cancel([1]) == [1]
-    assert brain.pool.num_free == brain.pool.num_blocks
+    assert brain.replicas[0].pool.num_free == brain.replicas[0].pool.num_blocks
 
 
 def test_a_row_of_a_slot_with_a_new_tenant_is_dropped() -> None:
@@ -390,7 +397,7 @@ def test_logprobs_follow_their_tokens() -> None:
         top_ids=ints([1, 2, 3, 4]),
         top_logprobs=np.array([-1, -2, -3, -4], dtype=np.float32).tobytes(),
     )
-    batch = brain.commit(step, StepResult(step.plan.step, ints([20, 21, 22]), columns))
+    batch = brain.commit(step, [StepResult(step.step.number, ints([20, 21, 22]), columns)])
     assert list(tokens_by_id(batch)) == [1, 2]
     assert batch.logprobs is not None
     assert as_ints(batch.logprobs.entries).tolist() == [1]
@@ -405,7 +412,7 @@ def test_logprobs_of_dropped_rows_alone_are_none() -> None:
     step = plan(brain)
     brain.cancel([0])
     columns = LogprobColumns(ints([0]), np.float32([-1]).tobytes(), 0, b"", b"")
-    assert brain.commit(step, StepResult(step.plan.step, ints([20]), columns)).logprobs is None
+    assert brain.commit(step, [StepResult(step.step.number, ints([20]), columns)]).logprobs is None
 
 
 def test_many_end_tokens() -> None:

@@ -15,7 +15,8 @@ from phalanx.collectives.group import Group
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import resolve
 from phalanx.models.model import CausalLM, load_model
-from phalanx.topology.sharding import Span
+from phalanx.moe.dispatcher import Dispatcher
+from phalanx.topology.sharding import ExpertShare, Span
 
 CPU = torch.device("cpu")
 NOWHERE = 1 << 20
@@ -36,11 +37,18 @@ class Sequence:
 
 
 def nan_like(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype)
 
 
 def load(
-    path: Path, group: Group, dtype: torch.dtype = torch.float32, layers: Span | None = None, *, pack: bool = True
+    path: Path,
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    layers: Span | None = None,
+    *,
+    pack: bool = True,
+    experts: tuple[ExpertShare, Dispatcher] | None = None,
+    dequantise: bool = True,
 ) -> CausalLM:
     """Memory that is given back holds NaN again."""
     tensors: dict[str, Tensor] = {}
@@ -62,6 +70,8 @@ def load(
         on_progress=lambda done, total: None,
         layers=layers,
         release=release if pack else None,
+        experts=experts,
+        dequantise=dequantise,
     )
 
 

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from phalanx.collectives.group import Group
 from phalanx.errors import UserError
-from phalanx.models.model import CausalLM
+from phalanx.models.checkpoint import resolve
+from phalanx.models.model import CausalLM, load_model
 from phalanx.models.packed import Linear, Packing, Product, can_pack
+from phalanx.moe.dispatcher import AllGatherReduceScatter
 from phalanx.testing.checkpoints import FAMILIES, MIXTURES
 from phalanx.testing.thread_group import ThreadGroup, run_ranks
+from phalanx.topology.sharding import ExpertShare
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype, paged.CPU)]
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -98,7 +101,7 @@ def one_rank(path: Path, **options: Any) -> CausalLM:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
 def test_plain_weights_come_back(written: Any, family: str, tied: bool) -> None:
     path = written(family, tie_word_embeddings=tied)
     packed, plain = one_rank(path), one_rank(path, pack=False)
@@ -112,8 +115,9 @@ def test_plain_weights_come_back(written: Any, family: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_weights_have_effect_in_the_next_step(written: Any, tied: bool, pack: bool) -> None:
-    path = written("qwen2", tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_new_weights_have_effect_in_the_next_step(written: Any, family: str, tied: bool, pack: bool) -> None:
+    path = written(family, tie_word_embeddings=tied)
     model, expected = one_rank(path, pack=pack), one_rank(path, pack=False)
     before = last_logits(model)
     for changed in (model, expected):
@@ -123,6 +127,46 @@ def test_new_weights_have_effect_in_the_next_step(written: Any, tied: bool, pack
     after = last_logits(model)
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(after, last_logits(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_move_packed_or_plain(written: Any, family: str) -> None:
+    """Whether their weights are packed at the time, or lent."""
+    path = written(family)
+    (group,) = ThreadGroup.make(1, timeout_s=1.0)
+    dispatcher = AllGatherReduceScatter(group, group)
+    model = paged.load(path, group, experts=(ExpertShare(0, 1, is_even=True), dispatcher))
+    original = {name: tensor.clone() for name, tensor in model.named_parameters().items() if ".experts." in name}
+    expected = last_logits(model)
+
+    def move(placement: list[int]) -> None:
+        for experts in model.experts.values():
+            experts.move(placement, group)
+
+    move([2, 3, 1, 0])
+    torch.testing.assert_close(last_logits(model), expected, rtol=0, atol=1e-5)
+    for name, tensor in original.items():
+        assert torch.equal(model.named_parameters()[name], tensor[[2, 3, 1, 0]]), name
+    move([0, 1, 2, 3])
+    torch.testing.assert_close(last_logits(model), expected, rtol=0, atol=1e-5)
+    for name, tensor in original.items():
+        assert torch.equal(model.named_parameters()[name], tensor), name
+
+
+def test_packed_experts_are_released(written: Any) -> None:
+    names: list[str] = []
+    (group,) = ThreadGroup.make(1, timeout_s=1.0)
+    load_model(
+        resolve(str(written("mixtral"))),
+        dtype=torch.float32,
+        device=paged.CPU,
+        group=group,
+        allocate=paged.nan_like,
+        on_progress=lambda done, total: None,
+        release=names.extend,
+    )
+    for leaf in ("gate_up_proj", "down_proj"):
+        assert f"model.layers.0.mlp.experts.{leaf}" in names
 
 
 def test_weights_written_too_late_are_an_error(written: Any) -> None:

@@ -18,8 +18,10 @@ from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.errors import ConfigError
 from phalanx.executor.pending import Pending
+from phalanx.models.packed import can_pack
 from phalanx.moe.balance import MIN_GAIN, first_placement, rank_loads, rebalance
-from phalanx.moe.copies import Copies, exchange
+from phalanx.moe.copies import Copies, ExpertWeights, PlainWeights, exchange
+from phalanx.moe.expert_products import ExpertLinear
 from phalanx.protocol import (
     BalanceStats,
     CommandBody,
@@ -117,11 +119,15 @@ def test_weights_follow_their_experts(layer: tuple[list[int], int, int], data: s
         return [mine[:, None, None].expand(-1, 3, 2).to(torch.bfloat16).contiguous(), mine[:, None].float()]
 
     def body(group: Group) -> None:
-        weights = held(old, group.rank)
+        matrices, vectors = held(old, group.rank)
+        linear = ExpertLinear("linear", matrices, None, is_transposed=True)
+        if group.rank % 2 and can_pack(matrices.dtype, CPU):  # both forms send the same
+            linear.pack()
+        weights: list[ExpertWeights] = [linear, PlainWeights(vectors)]
         for before, after in pairwise(placements):
             exchange(weights, before, after, group)
             for weight, expected in zip(weights, held(after, group.rank), strict=True):
-                assert torch.equal(weight, expected)
+                assert torch.equal(weight.read(range(share)), expected)
 
     run_ranks(num_ranks, body)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from phalanx.collectives.group import Group
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
+from phalanx.moe.expert_products import install_products
 from phalanx.moe.experts import share_out
 from phalanx.testing.thread_group import ThreadGroup
 from phalanx.topology.grid import Grid
@@ -117,6 +118,7 @@ def run(grid: Grid, weights_EDD: Tensor, steps: list[list[Batch]]) -> tuple[list
         share = ExpertShare(grid.expert_rank(rank), grid.expert_parallel_size).span(NUM_EXPERTS)
         dispatcher = dispatcher_of(grid, world, rank)
         experts = Experts(weights_EDD[share.start : share.stop])
+        install_products("experts", experts)
         share_out(experts, share, dispatcher)
         outputs = []
         for batches in steps:

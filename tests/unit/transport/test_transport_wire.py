@@ -12,7 +12,7 @@ import pytest
 
 from phalanx.errors import FrameError
 from phalanx.transport.link_messages import Alive, Note, Passed
-from phalanx.transport.noise import CipherState
+from phalanx.transport.noise import TAG_BYTES, CipherState
 from phalanx.transport.wire import WireReader, WireWriter, encode_note
 
 KEY = bytes(32)
@@ -82,7 +82,7 @@ def ends() -> Iterator[tuple[WireWriter, WireReader, Sink]]:
 
 def _parts(seed: int) -> list[bytes]:
     source = random.Random(seed)
-    sizes = [source.choice([0, 1, 100, 16_000, 65_472, 65_473, 400_000]) for _ in range(source.randrange(1, 5))]
+    sizes = [source.choice([0, 1, 100, 16_000, 131_072, 131_073, 800_000]) for _ in range(source.randrange(1, 5))]
     return [source.randbytes(size) for size in sizes]
 
 
@@ -135,7 +135,7 @@ def test_several_frames_at_once(wire: Wire) -> None:
     assert [parts for parts, *_ in wire.sink.frames] == [[b"1"], [b"2"]]
 
 
-@pytest.mark.parametrize("place", [2, 10, -1])
+@pytest.mark.parametrize("place", [4, 10, -1])
 def test_a_flipped_bit_is_noticed(wire: Wire, place: int) -> None:
     message = wire.recorded([b"frame"])
     message[place] ^= 1
@@ -160,14 +160,19 @@ def test_a_frame_that_was_left_out_is_noticed(wire: Wire) -> None:
 
 def test_a_length_that_was_cut_is_noticed(wire: Wire) -> None:
     message = wire.recorded([b"frame"])
-    message[1] -= 1
+    message[3] -= 1
     with pytest.raises(FrameError, match="did not encrypt"):
         wire.feed(message)
 
 
 def test_a_length_that_cannot_be_is_noticed(wire: Wire) -> None:
     with pytest.raises(FrameError, match="3 bytes"):
-        wire.feed(b"\0\3abc")
+        wire.feed(b"\0\0\0\3abc")
+
+
+def test_a_length_that_is_too_great_is_noticed_before_as_much_has_come(wire: Wire) -> None:
+    with pytest.raises(FrameError, match="131089 bytes"):
+        wire.feed((128 * 1024 + TAG_BYTES + 1).to_bytes(4, "big") + b"x")
 
 
 @pytest.mark.parametrize(
@@ -186,21 +191,21 @@ def test_a_length_that_cannot_be_is_noticed(wire: Wire) -> None:
 def test_nonsense_of_the_other_end_is_no_frame(wire: Wire, plaintext: bytes) -> None:
     message = CipherState(KEY).encrypt(plaintext)
     with pytest.raises(FrameError):
-        wire.feed(len(message).to_bytes(2, "big") + message)
+        wire.feed(len(message).to_bytes(4, "big") + message)
 
 
 def test_a_note_in_the_middle_of_a_large_frame_is_none_of_its_chunks(wire: Wire) -> None:
     cipher = CipherState(KEY)
     for plaintext in (struct.pack("<B3xIQQQ", 3, 1, 0, 0, 100_000), encode_note(Alive())):
         message = cipher.encrypt(plaintext)
-        wire.input.sendall(len(message).to_bytes(2, "big") + message)
+        wire.input.sendall(len(message).to_bytes(4, "big") + message)
     with pytest.raises(FrameError, match="chunk"):
         wire.reader.read()
 
 
 def test_more_parts_than_a_head_can_tell_are_refused_before_anything_is_sent(wire: Wire) -> None:
-    with pytest.raises(FrameError, match="9000 parts"):
-        wire.writer.send_frame([b"x"] * 9000)
+    with pytest.raises(FrameError, match="20000 parts"):
+        wire.writer.send_frame([b"x"] * 20_000)
     wire.feed(wire.recorded([b"next"]))
     assert [parts for parts, *_ in wire.sink.frames] == [[b"next"]]
 

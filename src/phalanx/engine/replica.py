@@ -1,0 +1,52 @@
+"""What a replica has for itself: a queue, blocks and what they hold, and what its workers have not been told yet."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+
+from phalanx.engine.block_pool import BlockPool, Blocks
+from phalanx.engine.prefix_cache import PrefixCache, extend_digests
+from phalanx.engine.request import Request
+from phalanx.protocol import Ints, NewRequest, ints
+
+
+class Replica:
+    """Its running requests are rows of the table that all replicas share."""
+
+    def __init__(self, index: int, *, num_blocks: int, block_size: int, is_prefix_caching: bool) -> None:
+        self.index = index
+        self.cache = PrefixCache(num_blocks)
+        self.pool = BlockPool(num_blocks, self.cache)
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        self._block_size = block_size
+        self._is_prefix_caching = is_prefix_caching
+        self._dropped: list[int] = []
+        self._new: list[NewRequest] = []
+
+    def find_cached(self, request: Request) -> Blocks:
+        """Blocks that hold the beginning of the request's tokens. Never all: the last token's logits are wanted."""
+        if not self._is_prefix_caching:
+            return np.empty(0, dtype=np.int32)
+        num_full = (len(request.token_ids) - 1) // self._block_size
+        extend_digests(request.digests, request.token_ids, self._block_size, num_full)
+        return np.array(self.cache.find(request.digests[:num_full]), dtype=np.int32)
+
+    def tell_dropped(self, slot: int) -> None:
+        """The next plan is to say that the slot is free."""
+        self._dropped.append(slot)
+
+    def tell_new(self, request: NewRequest) -> None:
+        """The next plan is to say who has the slot now."""
+        self._new.append(request)
+
+    def take_dropped(self) -> Ints:
+        """Slots that the next plan is to call free."""
+        dropped, self._dropped = ints(self._dropped), []
+        return dropped
+
+    def take_new(self) -> tuple[NewRequest, ...]:
+        """Requests that the next plan is to bring."""
+        new, self._new = tuple(self._new), []
+        return new

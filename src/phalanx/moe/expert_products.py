@@ -1,0 +1,176 @@
+"""The experts of one layer on a CPU: a product for each that a token came to.
+
+Their weights can be packed, as those of linear layers (docs/decisions/0011): each expert's by itself, so that a step
+reads the experts that it needs, and one that moves to another rank is packed anew alone.
+
+Shape suffixes: N tokens, K experts of a token, P pairs of a token and one of this rank's experts, R those pairs of one
+expert, S this rank's experts, I inputs, O outputs, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MIN_ROWS, FAST_ROWS = 3, 4
+"""oneDNN reads a packed weight faster for four rows than for one or two. An expert with so few has its neighbours' rows
+multiplied as well, and what comes of those is left out: a tenth less time in bfloat16, a fifth less in float32."""
+
+
+class ExpertLinear:
+    """A linear layer of each of a rank's experts. It begins with the plain weights."""
+
+    def __init__(self, name: str, weight: Tensor, bias_SO: Tensor | None, *, is_transposed: bool) -> None:
+        """`weight` is [S, O, I], or [S, I, O] if it is transposed."""
+        self._name = name
+        self._weight = weight
+        self._weight_SOI = weight.transpose(1, 2) if is_transposed else weight
+        self._bias_SO = bias_SO
+        self._is_transposed = is_transposed
+        self._packed: list[Tensor] | None = None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What is not read while it is packed, by parameter names."""
+        return {self._name: self._weight}
+
+    @property
+    def biases(self) -> Sequence[Tensor]:
+        """None is packed."""
+        return ()
+
+    def pack(self) -> None:
+        """Copy the weights into packed ones. The plain ones are not read any more, and may be lost."""
+        assert self._packed is None
+        self._packed = [_pack(weight_OI) for weight_OI in self._weight_SOI]
+
+    def unpack(self) -> None:
+        """Write the weights back where they were, bit for bit, and use those."""
+        assert self._packed is not None
+        packed, self._packed = self._packed[::-1], None
+        for weight_OI in self._weight_SOI:
+            weight_OI.copy_(packed.pop().to_dense())
+
+    def read(self, slots: Sequence[int]) -> Tensor:
+        """These experts' weights as the parameter has them, packed or not: [slots, ...]."""
+        rows = self._weight.new_empty(len(slots), *self._weight.shape[1:])
+        rows_OI = rows.transpose(1, 2) if self._is_transposed else rows
+        for row_OI, slot in zip(rows_OI, slots, strict=True):
+            row_OI.copy_(self._weight_SOI[slot] if self._packed is None else self._packed[slot].to_dense())
+        return rows
+
+    def write(self, slots: Sequence[int], rows: Tensor) -> None:
+        """Have these experts' weights become `rows`, in the form that `read` gives. Packed ones stay packed."""
+        rows_OI = rows.transpose(1, 2) if self._is_transposed else rows
+        for row_OI, slot in zip(rows_OI, slots, strict=True):
+            if self._packed is None:
+                self._weight_SOI[slot].copy_(row_OI)
+            else:
+                self._packed[slot] = _pack(row_OI)
+
+    def __call__(self, slots: Sequence[int], counts: Sequence[int], x_PI: Tensor) -> Tensor:
+        """What these experts' layers make of the rows of each, so many, that stand one below the other: [P, O]."""
+        if self._packed is not None and len(x_PI) < FAST_ROWS:
+            x_PI = functional.pad(x_PI, (0, 0, 0, FAST_ROWS - len(x_PI)))
+        start, parts = 0, []
+        for slot, count in zip(slots, counts, strict=True):
+            if self._packed is None or count >= MIN_ROWS:
+                parts.append(self._product(slot, x_PI[start : start + count]))
+            else:
+                first = min(start, len(x_PI) - FAST_ROWS)
+                out_RO = self._product(slot, x_PI[first : first + FAST_ROWS])
+                parts.append(out_RO[start - first : start - first + count])
+            start += count
+        return torch.cat(parts)
+
+    def _product(self, slot: int, x_RI: Tensor) -> Tensor:
+        bias_O = None if self._bias_SO is None else self._bias_SO[slot]
+        if self._packed is None:
+            return functional.linear(x_RI, self._weight_SOI[slot], bias_O)
+        out_RO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_RI, self._packed[slot], bias_O, "none", [], "")
+        return out_RO
+
+
+def _pack(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous())
+    return packed
+
+
+class ExpertProducts:
+    """What the module of a layer's experts computes, whose weights and activation it uses."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        def linear(leaf: str) -> ExpertLinear:
+            bias_SO = getattr(module, f"{leaf}_bias").data if module.has_bias else None
+            weight = getattr(module, leaf).data
+            return ExpertLinear(f"{name}.{leaf}", weight, bias_SO, is_transposed=module.is_transposed)
+
+        self.linears = {leaf: linear(leaf) for leaf in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")}
+        """By the names of their parameters in the module."""
+        self._up, self._down = self.linears.values()
+        self._module = module
+        self._num_experts = len(module.down_proj)
+
+    def __call__(self, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """What these experts add to each token: [N, D].
+
+        `local_NK` are the experts' places on this rank; what is numbered as many as there are is another rank's, and
+        costs nothing.
+        """
+        if len(hidden_ND) == 1:
+            return self._of_one(hidden_ND, local_NK[0], weights_NK[0])
+        top_k, local = local_NK.shape[1], local_NK.reshape(-1)
+        counts = torch.bincount(local, minlength=self._num_experts + 1).tolist()[: self._num_experts]
+        num_pairs, order = sum(counts), local.argsort(stable=True)
+        if not num_pairs:
+            return torch.zeros_like(hidden_ND)
+        slots = [slot for slot, count in enumerate(counts) if count]
+        hidden_PD = hidden_ND.index_select(0, order[:num_pairs] // top_k)
+        out_PD = self._of_rows(slots, [counts[slot] for slot in slots], hidden_PD)
+        row_NK = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(local_NK)
+        return _weighted_sums(out_PD, row_NK, weights_NK).to(hidden_ND.dtype)
+
+    def _of_one(self, hidden_1D: Tensor, local_K: Tensor, weights_K: Tensor) -> Tensor:
+        """Of a single token: there is nothing to put in order."""
+        local = local_K.tolist()
+        mine = [k for k, slot in enumerate(local) if slot < self._num_experts]
+        if not mine:
+            return torch.zeros_like(hidden_1D)
+        hidden_PD = hidden_1D.expand(len(mine), -1).contiguous()
+        out_PD = self._of_rows([local[k] for k in mine], [1] * len(mine), hidden_PD)
+        weights_P = weights_K if len(mine) == len(local) else weights_K[mine]
+        return (weights_P.float() @ out_PD.float())[None].to(hidden_1D.dtype)
+
+    def _of_rows(self, slots: Sequence[int], counts: Sequence[int], hidden_PD: Tensor) -> Tensor:
+        """[P, D]: what each of the experts makes of its rows."""
+        module = self._module
+        up_PO = self._up(slots, counts, hidden_PD)
+        inner_PI = module._apply_gate(up_PO) if module.has_gate else module.act_fn(up_PO)
+        out_PD = self._down(slots, counts, inner_PI)
+        # Of transformers 5.17 no module has one, nor says so.
+        return module.post_expert_norm(out_PD) if getattr(module, "has_post_expert_norm", False) else out_PD
+
+
+def _weighted_sums(out_PD: Tensor, row_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Of each token's rows, by their weights; what is beyond the rows is no row. Sums are in float32."""
+    is_row_NK = row_NK < len(out_PD)
+    num_rows_N = is_row_NK.sum(dim=1)
+    dtype = torch.promote_types(out_PD.dtype, weights_NK.dtype)
+    return functional.embedding_bag(
+        row_NK[is_row_NK],
+        out_PD.to(dtype),
+        num_rows_N.cumsum(0) - num_rows_N,
+        mode="sum",
+        per_sample_weights=weights_NK[is_row_NK].to(dtype),
+    )
+
+
+def install_products(name: str, module: Any) -> ExpertProducts:
+    """Have a module of transformers, whose weights are in place, compute its experts by products."""
+    products = ExpertProducts(name, module)
+    module.products = module.forward = products
+    return products
