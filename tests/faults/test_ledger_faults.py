@@ -119,6 +119,17 @@ def test_another_shape(checkpoint: Path) -> None:
     assert took_s < TOLD_WITHIN_S, error
 
 
+def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits = {"max_model_len": 128, "kv_cache_memory": 1 << 20, "max_num_seqs": 4}
+    with Rig(checkpoint, tensor_parallel_size=2, **limits) as rig:
+        watching = rig.executor._watching
+        assert watching is not None
+        watching._process.kill()
+        watching._thread.join(5.0)
+        assert "the watcher has ended, killed by SIGKILL" in caplog.text
+        rig.run(TRAFFIC)
+
+
 def test_no_alarm(checkpoint: Path) -> None:
     settings = {"max_model_len": 128, "kv_cache_memory": 1 << 20, "max_num_seqs": 4}
     with Rig(checkpoint, tensor_parallel_size=2, pipeline_parallel_size=2, **settings) as rig:

@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 
 from phalanx.errors import DeadlineError, StartError
-from phalanx.executor.shared_fate import die_with_parent
+from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
@@ -91,7 +91,9 @@ class Watching:
                     self._changed.notify_all()
                 if verdict.is_hopeless:
                     self._on_hopeless()
-        process.wait()
+        code = process.wait()
+        if self._stop_write >= 0 and self._found is None:  # nobody has asked it to end
+            log.warning("the watcher has ended, %s: nobody says any more who is to blame", describe_exit(code))
 
 
 def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:

@@ -38,6 +38,9 @@ GLANCE_RECORDS = 16
 GLANCE_WAIT_S = 0.2
 """A rank that has waited for less is not suspicious."""
 
+MAY_END = ("not begun", "starting", "leaving")
+"""Phases in which a rank that ends has said so, or says why by another way."""
+
 LASTING = ("gone", "diverged")
 """What cannot change any more, however long one looks."""
 
@@ -116,9 +119,8 @@ def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
 
 def _process_of(entries: Entries) -> Literal["running", "stopped", "gone"]:
     state = state_of(entries.pid, entries.start_time)
-    # One that has said that it leaves may be gone.
     if state is None:
-        return "gone" if entries.phase != "leaving" else "running"
+        return "gone" if entries.phase not in MAY_END else "running"
     return "stopped" if state in "Tt" else "running"
 
 
