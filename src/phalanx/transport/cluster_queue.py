@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from phalanx.errors import DeadlineError, PhalanxError
 from phalanx.transport.codec import Codec
-from phalanx.transport.futex import LINK_SPIN_S, long_spin_s_for, spin_s_for
+from phalanx.transport.futex import long_spin_s_for, spin_s_for
 from phalanx.transport.heartbeat import Heartbeat
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import BEATS_PER_TIMEOUT, Welcome
@@ -257,4 +257,4 @@ class ClusterQueue(Generic[C, R]):
 
 def _spin_time(num_local: int) -> SpinTime:
     num_parties = num_local + 1
-    return SpinTime(spin_s_for(num_parties) if num_local else 0.0, long_spin_s_for(num_parties, LINK_SPIN_S))
+    return SpinTime(spin_s_for(num_parties) if num_local else 0.0, long_spin_s_for(num_parties))

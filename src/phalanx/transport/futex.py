@@ -19,10 +19,6 @@ _ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP(FUTEX_OP_ADD, 1, FUTEX_OP_CMP_EQ, 0)
 _EVERYBODY = 2**31 - 1
 
 MAX_SPINNERS_PER_CORE = 4
-LINK_SPIN_S = 1e-3
-RANK_SPIN_S = 350e-6
-"""For `long_spin_s_for`: of who carries frames to another host or back, and of the ranks there. The former waits for a
-large frame to be carried. A rank had better sleep meanwhile: it might share its core with who carries the frame."""
 
 
 class _Timespec(ctypes.Structure):
@@ -76,9 +72,9 @@ def spin_s_for(num_parties: int) -> float:
     return 25e-6 if num_parties <= MAX_SPINNERS_PER_CORE * cores else 0.0
 
 
-def long_spin_s_for(num_parties: int, limit_s: float) -> float:
+def long_spin_s_for(num_parties: int) -> float:
     """How long a party may spin that waits for another host, while calls follow each other at once: see SpinTime."""
-    return limit_s if num_parties <= MAX_SPINNERS_PER_CORE * len(os.sched_getaffinity(0)) else 0.0
+    return 500e-6 if num_parties <= MAX_SPINNERS_PER_CORE * len(os.sched_getaffinity(0)) else 0.0
 
 
 class Doorbell:

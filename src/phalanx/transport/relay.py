@@ -20,7 +20,7 @@ import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError
 from phalanx.transport.address import close_at_once, connect_to, is_unreachable, tune
-from phalanx.transport.futex import LINK_SPIN_S, RANK_SPIN_S, long_spin_s_for, new_fence
+from phalanx.transport.futex import long_spin_s_for, new_fence
 from phalanx.transport.handshake import VERSION, Ciphers, RefusedError, node_conversation
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import (
@@ -60,7 +60,7 @@ class NodeRelay:
             reply_type=msgspec.Raw,
             shape=shape,
             name=f"the relay of node {node}",
-            long_spin_s=long_spin_s_for(len(ranks) + 1, RANK_SPIN_S),
+            long_spin_s=long_spin_s_for(len(ranks) + 1),
         )
         self._link: _Link | None = None
         self._running = threading.RLock()
@@ -160,7 +160,7 @@ class _Link:
         self._brain = ciphers.peer
         self._fence = new_fence()
         self._turn = threading.Lock()
-        self._spin = SpinTime(0.0, long_spin_s_for(len(hello.ranks) + 1, LINK_SPIN_S))
+        self._spin = SpinTime(0.0, long_spin_s_for(len(hello.ranks) + 1))
         self._rung = 0
         self._active_at = 0.0
         self._arrivals = select.epoll()
