@@ -37,38 +37,45 @@ class JournaledGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._issue("all_reduce", x.dtype, x.shape, 0)
-        self._group.all_reduce(x)
-        self._journal.done()
-        return x
+        try:
+            return self._group.all_reduce(x)
+        finally:
+            self._journal.done()
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         self._issue("all_gather", x.dtype, x.shape, dim % x.dim())
-        gathered = self._group.all_gather(x, dim)
-        self._journal.done()
-        return gathered
+        try:
+            return self._group.all_gather(x, dim)
+        finally:
+            self._journal.done()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         self._issue("reduce_scatter", x.dtype, x.shape, 0)
-        summed = self._group.reduce_scatter(x)
-        self._journal.done()
-        return summed
+        try:
+            return self._group.reduce_scatter(x)
+        finally:
+            self._journal.done()
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         self._issue("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
-        received = self._group.all_to_all(x, send_counts, receive_counts)
-        self._journal.done()
-        return received
+        try:
+            return self._group.all_to_all(x, send_counts, receive_counts)
+        finally:
+            self._journal.done()
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         self._issue("broadcast", x.dtype, x.shape, src)
-        self._group.broadcast(x, src)
-        self._journal.done()
-        return x
+        try:
+            return self._group.broadcast(x, src)
+        finally:
+            self._journal.done()
 
     def barrier(self) -> None:
         self._note(self._barrier)
-        self._group.barrier()
-        self._journal.done()
+        try:
+            self._group.barrier()
+        finally:
+            self._journal.done()
 
     def close(self) -> None:
         self._group.close()

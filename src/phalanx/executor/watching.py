@@ -30,7 +30,7 @@ log = logging.getLogger("phalanx.ledger")
 
 
 class Watching:
-    """A watcher in a process of its own, from its start to `close`. Logs its verdict, of which there is one at most."""
+    """A watcher in a process of its own, from its start to `close`. Logs its verdicts."""
 
     def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
         """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
@@ -50,7 +50,7 @@ class Watching:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What was found so far."""
+        """What was found last."""
         return self._found
 
     def await_verdict(self, timeout_s: float) -> Verdict | None:
@@ -85,7 +85,7 @@ class Watching:
         with verdicts:
             for line in verdicts:
                 verdict = msgspec.json.decode(line, type=Verdict)
-                log.error("verdict: %s", verdict)
+                log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
                 with self._changed:
                     self._found = verdict
                     self._changed.notify_all()

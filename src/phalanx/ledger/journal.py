@@ -102,8 +102,9 @@ class Journal:
 
     def done(self, number: int) -> None:
         """What was begun is over."""
-        at = _RECORDS + number % NUM_RECORDS * RECORD_BYTES
-        self._words[at // _WORD_BYTES + _DONE] = _now_ns()
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:  # else another record is there by now
+            self._words[word + _DONE] = _now_ns()
 
     def explain(self, digest: int, describe: Callable[[], str]) -> None:
         """Have readers know what a digest stands for. Costs nothing when they know it, or there is no more room."""
@@ -175,9 +176,11 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
 def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
     """The newest `most` records, and all else. Never blocks; `memory` may be written to meanwhile."""
     words, fence = memory[:JOURNAL_BYTES].cast("Q"), new_fence()
-    last = words[_LAST]
+    last, step = words[_LAST], words[_STEP]
     fence()
     first = max(1, last - min(most, NUM_RECORDS) + 1)
+    records = tuple(_records(memory, words, range(first, last + 1), fence))
+    fence()  # what a rank has issued is never older than its records: nobody seems to have left something out
     phase = words[_PHASE]
     return Entries(
         pid=words[_PID],
@@ -185,9 +188,9 @@ def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
         stacks=words[_STACKS],
         phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
         phase_since_ns=words[_PHASE_SINCE],
-        step=words[_STEP],
+        step=step,
         sequences=tuple(words[_SEQUENCES : _SEQUENCES + MAX_GROUPS].tolist()),
-        records=tuple(_records(memory, words, range(first, last + 1), fence)),
+        records=records,
         texts=dict(_texts(memory, words)),
     )
 

@@ -17,7 +17,6 @@ _SIGNAL = signal.SIGUSR2
 _ANSWER_S = 0.5
 _LOOK_S = 0.005
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
-_CURRENT = "Current thread "
 
 
 def offer_stacks() -> int:
@@ -26,12 +25,12 @@ def offer_stacks() -> int:
     To be called in the main thread.
     """
     descriptor = os.memfd_create("phalanx:stacks", os.MFD_CLOEXEC)
-    faulthandler.register(_SIGNAL, file=descriptor, all_threads=True, chain=False)
+    faulthandler.register(_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
 
 
 def stack_of(pid: int, descriptor: int, timeout_s: float = _ANSWER_S) -> tuple[str, ...]:
-    """The lines, innermost first, of the main thread of a process that offers its stacks at `descriptor`.
+    """Where a process is that offers its stacks at `descriptor`: the main thread's lines, innermost first.
 
     Blocks for `timeout_s` at most. Empty if it does not answer, or is gone.
     """
@@ -57,6 +56,4 @@ def _await(descriptor: int, told: int, timeout_s: float) -> str:
 
 
 def _frames(text: str) -> tuple[str, ...]:
-    # The thread that got the signal, which is the main one: the others come before it.
-    _, _, current = text.rpartition(_CURRENT)
-    return tuple(f"{found['file']}:{found['line']} in {found['function']}" for found in _FRAME.finditer(current))
+    return tuple(f"{found['file']}:{found['line']} in {found['function']}" for found in _FRAME.finditer(text))

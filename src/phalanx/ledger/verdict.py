@@ -109,6 +109,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return self.cause in HOPELESS
 
     @property
+    def is_final(self) -> bool:
+        """Whether the run is over, so that no other verdict can follow. Who is late or stopped may still come."""
+        return self.is_hopeless or self.cause == "gone"
+
+    @property
     def is_ambiguous(self) -> bool:
         return len(self.culprits) > 1
 
@@ -184,6 +189,8 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
     issued = {rank: look.ranks[rank].collectives(group) for rank in look.groups[group] if rank in look.ranks}
     for sequence in sorted(set().union(*issued.values())):
         records = {rank: of_rank[sequence] for rank, of_rank in issued.items() if sequence in of_rank}
+        if not all(record.step for record in records.values()):  # a method's: its caller hears of it, and goes on
+            continue
         if len({record.digest for record in records.values()}) > 1:
             yield _Divergence(group, sequence, records)
             return
@@ -235,16 +242,22 @@ def _waiting(look: Look) -> tuple[list[int], float]:
 
 
 def _awaited(look: Look) -> Verdict | None:
-    """Follow who waits for whom, from the rank that has waited longest to one that waits for nobody."""
+    """Follow who waits for whom, first from the rank that has waited longest, to one that waits for nobody."""
     waits = {one.rank: one.awaits for one in look.ranks.values() if one.awaits is not None}
-    if not waits:
-        return None
-    rank = min(waits, key=lambda rank: waits[rank][1].issued_ns)
+    for rank in sorted(waits, key=lambda rank: waits[rank][1].issued_ns):
+        verdict = _awaited_by(look, rank, waits)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _awaited_by(look: Look, rank: int, waits: Mapping[int, tuple[str, Record]]) -> Verdict | None:
+    """Nobody, if all have come to where the last of those who wait is: the data is on its way."""
     path: list[int] = []
     while rank in waits and rank not in path:
         path.append(rank)
         behind = _behind(look, *waits[rank])
-        if not behind:  # all have come: the data is on its way
+        if not behind:
             return None
         rank = min(behind, key=lambda other: other in waits)
     group, record = waits[path[-1]]
@@ -259,13 +272,13 @@ def _behind(look: Look, group: str, record: Record) -> list[int]:
     return [rank for rank in members if not look.ranks[rank].has_issued(group, record.sequence)]
 
 
-def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) -> Verdict:
+def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) -> Verdict | None:
     culprit = look.ranks[rank]
     entries, decision = culprit.entries, culprit.decision(record.step)
     cause: Cause
-    if record.step == 0:
-        cause, what = "late", f"does not come to {text}, which is of no step: it is {entries.phase}"
-    elif entries.step < record.step:
+    if record.step == 0:  # a method's own collective, or one of the start: these have deadlines of their own
+        return None
+    if entries.step < record.step:
         cause, what = "behind", f"has not begun step {record.step}: it is {entries.phase}"
     elif entries.step > record.step or (decision is not None and decision.is_done):
         cause, what = "skipped", f"has left step {record.step} without {text}, and is {entries.phase}"

@@ -41,6 +41,10 @@ GLANCE_WAIT_S = 0.2
 MAY_END = ("not begun", "starting", "leaving")
 """Phases in which a rank that ends has said so, or says why by another way."""
 
+CONFIRMED_AFTER_S = 0.2
+LONGEST_LOOK_S = 0.5
+"""From one look to the next. After a longer pause a verdict has to stand anew."""
+
 LASTING = ("gone", "diverged")
 """What cannot change any more, however long one looks."""
 
@@ -100,11 +104,39 @@ class Watcher:
             return None
         look = self.look(now_ns)
         verdict = judge(look)
-        if verdict is None:
-            return None
-        if verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
-            return msgspec.structs.replace(verdict, stacks=_stacks(verdict, look))
+        if verdict is None or verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
+            return verdict
         return None
+
+    def with_stacks(self, verdict: Verdict) -> Verdict:
+        """The verdict, and where the ranks are that it is about. Blocks for a second at most."""
+        return msgspec.structs.replace(verdict, stacks=_stacks(verdict, self.look(time.monotonic_ns(), 1)))
+
+
+class Confirmation:
+    """Lets a verdict through once, when it has stood for a while: one look may have caught ranks on their way."""
+
+    def __init__(self) -> None:
+        self._told: set[object] = set()
+        self._pending: object = None
+        self._since_ns = self._looked_ns = 0
+
+    def take(self, verdict: Verdict | None, now_ns: int) -> Verdict | None:
+        """What was found at a look, None if nothing. Returns it if it is to be told now."""
+        was_away = now_ns - self._looked_ns > LONGEST_LOOK_S * 1e9  # then all may have been stopped, this process too
+        self._looked_ns = now_ns
+        if verdict is None:
+            self._pending = None
+            return None
+        identity = (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
+        if identity in self._told:
+            return None
+        if identity != self._pending or was_away:
+            self._pending, self._since_ns = identity, now_ns
+        if verdict.cause not in LASTING and now_ns - self._since_ns < CONFIRMED_AFTER_S * 1e9:
+            return None
+        self._told.add(identity)
+        return verdict
 
 
 def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
@@ -135,10 +167,16 @@ def _patience_s(ranks: Mapping[int, RankLook]) -> float:
 
 
 def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
-    """Write the first verdict, as a line of JSON, to the descriptor `verdicts`. Returns then, or when `stop` closes."""
+    """Write verdicts, a line of JSON each, to the descriptor `verdicts`.
+
+    Returns after one that no other can follow, or when `stop` closes.
+    """
+    confirmation = Confirmation()
     with Watcher(order) as watcher:
         while not select.select([stop], [], [], LOOK_S)[0]:
-            verdict = watcher.verdict(time.monotonic_ns())
+            now_ns = time.monotonic_ns()
+            verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
             if verdict is not None:
-                os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
-                return
+                os.write(verdicts, msgspec.json.encode(watcher.with_stacks(verdict)) + b"\n")
+                if verdict.is_final:
+                    return

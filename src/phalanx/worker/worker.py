@@ -284,7 +284,8 @@ class Worker:
         if self._journal is None:
             return 0
         num_tokens = sum(plan.shape.num_tokens for plan in step.plans)
-        return self._journal.begin_step(step.plans[0].step, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens)
+        number = step.plans[0].step + 1  # 0 is no step
+        return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens)
 
     def _answer(self, call: Call, body: ReplyBody) -> None:
         if self.spec.rank in call.reply_ranks:

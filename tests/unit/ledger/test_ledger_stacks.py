@@ -27,8 +27,8 @@ def process(way: str) -> Iterator[tuple[int, int]]:
 import re, time
 from phalanx.ledger.stacks import offer_stacks
 def busy():
+    print(offer_stacks(), flush=True)
     {WAYS[way]}
-print(offer_stacks(), flush=True)
 busy()
 """
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
