@@ -12,6 +12,7 @@
     ├── PeerDiedError                   a process that was needed is gone: says which, with its pid
     ├── WorkerError                     an exception in a worker: its type, message, traceback, rank and node
     ├── CollectiveMismatchError         two ranks met in different collectives: says which, in which
+    ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
     ├── FrameError                      bytes that are not a message of ours
     └── EngineDeadError                 the engine has stopped: says why
 
@@ -109,6 +110,10 @@ class WorkerError(PhalanxError):
 
 class CollectiveMismatchError(PhalanxError):
     """Ranks of one group met at one sequence number with different operations, dtypes or shapes."""
+
+
+class HungError(PhalanxError):
+    """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
 
 
 class FrameError(PhalanxError):

@@ -14,6 +14,7 @@ from phalanx.errors import (
     DeadlineError,
     EngineDeadError,
     FrameError,
+    HungError,
     PeerDiedError,
     PhalanxError,
     StartError,
@@ -23,6 +24,7 @@ from phalanx.errors import (
 from phalanx.executor.channel import Channel
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
+from phalanx.executor.watching import Watching
 from phalanx.protocol import (
     Call,
     CallMethod,
@@ -84,6 +86,7 @@ class Executor:
         *,
         output_ranks: Sequence[int],
         resources: ExitStack,
+        watching: Watching | None = None,
     ) -> None:
         """`output_ranks` answer for a step, one for each replica.
 
@@ -102,6 +105,7 @@ class Executor:
         self._on_progress: OnProgress = lambda progress: None
         self._on_failure: list[OnFailure] = []
         self._resources = resources
+        self._watching = watching
 
     def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
         """Send one step to every rank. Returns at once; the Pending awaits the outcome of each replica."""
@@ -195,6 +199,8 @@ class Executor:
     def close(self) -> None:
         """Stop the workers and let everything go. None is left when this returns. Takes seconds at most."""
         with self._resources:
+            if self._watching is not None:  # before ranks end that shall end
+                self._watching.close()
             if self._error is None:
                 self._stop_workers()
             patience_s = STOP_TIMEOUT_S if self._error is None else 0.0
@@ -290,7 +296,11 @@ class Executor:
                 later.began_at = now
 
     def _fail(self, error: PhalanxError) -> NoReturn:
-        self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
+        verdict = self._watching.verdict if self._watching is not None else None
+        if verdict is not None and verdict.is_hopeless:  # then the ranks were killed for it
+            self._error = HungError(str(verdict))
+        else:
+            self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
         for tell in self._on_failure:
             tell(self._error)
         raise self._error

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from phalanx.executor.channel import Channel
 from phalanx.executor.launcher import Launcher
+from phalanx.executor.watching import Watching
 from phalanx.worker.spec import WorkerSpec
 
 
@@ -16,3 +17,4 @@ class Placed(NamedTuple):
     launcher: Launcher
     channel: Channel
     specs: Sequence[WorkerSpec]
+    watching: Watching | None = None

@@ -18,6 +18,7 @@ from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
+from phalanx.executor.watching import Watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -120,6 +121,7 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, dea
             config.executor.step_timeout_s,
             output_ranks=grid.output_ranks,
             resources=stack.pop_all(),
+            watching=placed.watching,
         )
 
 
@@ -143,7 +145,13 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     )
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
-    return Placed(launcher, queue, _specs(config, checkpoint, groups, handles))
+    specs = _specs(config, checkpoint, groups, handles)
+    if not config.executor.ledger:
+        return Placed(launcher, queue, specs)
+    specs = with_journals(specs, resources)
+    watching = Watching(watch_order(specs), on_hopeless=launcher.kill)
+    resources.callback(watching.close)
+    return Placed(launcher, queue, specs, watching)
 
 
 def _place_on_ray(

@@ -98,7 +98,18 @@ def is_running(pid: int) -> bool:
     return _start_time_of_running(pid) is not None
 
 
+def state_of(pid: int, start_time: int) -> str | None:
+    """The kernel's letter for what a process does, such as "R", "S" or "T" (stopped); None if it is gone."""
+    found = _state_and_start_time(pid)
+    return None if found is None or found[0] in "ZX" or found[1] != start_time else found[0]
+
+
 def _start_time_of_running(pid: int) -> int | None:
+    found = _state_and_start_time(pid)
+    return None if found is None or found[0] in "ZX" else found[1]
+
+
+def _state_and_start_time(pid: int) -> tuple[str, int] | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
@@ -106,5 +117,4 @@ def _start_time_of_running(pid: int) -> int | None:
         return None
     # The second field is the command's name in parentheses, and may itself hold spaces and parentheses.
     fields = stat[stat.rindex(b")") + 2 :].split()
-    state, start_time = fields[0], int(fields[19])
-    return None if state in (b"Z", b"X") else start_time
+    return fields[0].decode(), int(fields[19])

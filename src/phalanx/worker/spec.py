@@ -7,6 +7,7 @@ import msgspec
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.transport.queue import QueueHandle
+from phalanx.transport.shared_memory import SegmentHandle
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,5 +27,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Those that the rank is a member of; any two ranks have the groups that they share in the same order."""
     queue: QueueHandle | None
     """How to reach the brain; None when the worker lives in the brain's own process."""
+    journal: SegmentHandle | None = None
+    """Where the rank notes what it does; None if nobody reads it."""
     node_address: str = "127.0.0.1"
     """An IP address of this host that the other ranks' hosts reach; loopback will do when all are on one host."""

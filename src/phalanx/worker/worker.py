@@ -6,7 +6,9 @@ The same object serves a process of its own (process.py) and the brain's process
 from __future__ import annotations
 
 import os
+import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +19,9 @@ import numpy as np
 import torch
 
 from phalanx.collectives.join import join
+from phalanx.collectives.journaled import JournaledGroup
+from phalanx.ledger.journal import GroupJournal, Journal
+from phalanx.ledger.stacks import offer_stacks
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.model import CausalLM, load_model
@@ -43,6 +48,7 @@ from phalanx.protocol import (
 )
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
+from phalanx.transport.shared_memory import SharedSegment
 from phalanx.worker.checkpoint import check_same_checkpoint, find_checkpoint
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.methods import Methods, load_extension, remote_method
@@ -86,6 +92,10 @@ class Worker:
     def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None], exchange: Exchange | None = None) -> None:
         """`exchange` is None in a world of one."""
         self.spec = spec
+        self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
+        self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
+        if self._journal is not None and threading.current_thread() is threading.main_thread():
+            self._journal.offer_stacks(offer_stacks())
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
@@ -104,7 +114,7 @@ class Worker:
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
-        self._flights: deque[tuple[Call, InFlight]] = deque()
+        self._flights: deque[tuple[Call, InFlight, int]] = deque()
         self._replies: deque[Reply] = deque()
 
     def load(self) -> Loaded:
@@ -113,7 +123,7 @@ class Worker:
         check_same_checkpoint(self._checkpoint, self.spec, self._exchange)
         # First those that need no exchange: nobody takes in meanwhile what comes over it.
         for group in sorted(self.spec.groups, key=lambda group: group.spans_hosts):
-            self._groups[group.name] = join(group, self.spec.rank, self._device, self._exchange)
+            self._groups[group.name] = self._journaled(join(group, self.spec.rank, self._device, self._exchange))
         config = self.spec.config
         grid = Grid.of(config.parallel)
         self._stage = Stage.of(grid, self.spec.rank, self._groups)
@@ -139,6 +149,13 @@ class Worker:
             dtype=str(self._model.dtype).removeprefix("torch."),
         )
 
+    def _journaled(self, group: Group) -> Group:
+        """The group, whose collectives are then in the journal."""
+        if self._journal is None or group.size == 1:
+            return group
+        index = 1 + [spec.name for spec in self.spec.groups].index(group.name)
+        return JournaledGroup(group, GroupJournal(self._journal, index))
+
     def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
         """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""
         if grid.all2all_backend is None:
@@ -151,6 +168,17 @@ class Worker:
             num_physical = self._checkpoint.num_experts + num_redundant
             return share, AllToAll(self._groups[grid.experts(stage)], self._stage.shared, num_physical)
         return share, AllGatherReduceScatter(self._groups[grid.peers(stage, tp_rank)], self._stage.shared)
+
+    @property
+    def phase(self) -> str:
+        """What the rank does."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        if self._journal is not None:
+            self._journal.enter(phase)
 
     @property
     def model(self) -> CausalLM:
@@ -196,7 +224,10 @@ class Worker:
         if isinstance(call.body, Step):
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
-            self._flights.append((call, self._runner.launch(call.body)))
+            noted = self._note_step(call.body)
+            self._flights.append((call, self._runner.launch(call.body), noted))
+            if self._journal is not None:
+                self._journal.leave_step()
             return
         while self._flights:  # replies keep the order of the calls
             self._finish_oldest()
@@ -224,7 +255,10 @@ class Worker:
         return len(self._flights) >= self._most_in_flight
 
     def close(self) -> None:
+        self.phase = "leaving"
         with ExitStack() as leaving:
+            if self._segment is not None:
+                leaving.callback(self._segment.close)
             for group in self._groups.values():
                 leaving.callback(group.close)
         self._groups.clear()
@@ -238,10 +272,20 @@ class Worker:
 
     def _finish_oldest(self) -> None:
         assert self._runner is not None
-        call, flight = self._flights.popleft()
+        call, flight, noted = self._flights.popleft()
         self._answer(call, self._runner.finish(flight))
+        if self._journal is not None:
+            self._journal.done(noted)
         if not self._flights:
             self.phase = "idle"
+
+    def _note_step(self, step: Step) -> int:
+        """The decision that this rank follows from now on; returns the number of its record."""
+        if self._journal is None:
+            return 0
+        num_tokens = sum(plan.shape.num_tokens for plan in step.plans)
+        number = step.plans[0].step + 1  # 0 is no step
+        return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens)
 
     def _answer(self, call: Call, body: ReplyBody) -> None:
         if self.spec.rank in call.reply_ranks:

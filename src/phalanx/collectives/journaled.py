@@ -1,0 +1,94 @@
+"""A group whose every collective is in its rank's journal: when it was issued, and when it was over.
+
+Over means that the call has returned: with NCCL, that the work was given to the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.group import Group
+from phalanx.ledger.journal import GroupJournal
+
+_MAX_KNOWN = 4096
+# Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
+
+
+class JournaledGroup:
+    """A `Group` around another one."""
+
+    def __init__(self, group: Group, journal: GroupJournal) -> None:
+        self.name = group.name
+        self.rank = group.rank
+        self.size = group.size
+        self._group = group
+        self._journal = journal
+        self._sequence = 0
+        self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
+        self._barrier = Descriptor("barrier")
+
+    @property
+    def last(self) -> CollectiveRecord | None:
+        return self._group.last
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._issue("all_reduce", x.dtype, x.shape, 0)
+        try:
+            return self._group.all_reduce(x)
+        finally:
+            self._journal.done()
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        self._issue("all_gather", x.dtype, x.shape, dim % x.dim())
+        try:
+            return self._group.all_gather(x, dim)
+        finally:
+            self._journal.done()
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        self._issue("reduce_scatter", x.dtype, x.shape, 0)
+        try:
+            return self._group.reduce_scatter(x)
+        finally:
+            self._journal.done()
+
+    def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        self._issue("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
+        try:
+            return self._group.all_to_all(x, send_counts, receive_counts)
+        finally:
+            self._journal.done()
+
+    def broadcast(self, x: Tensor, src: int) -> Tensor:
+        self._issue("broadcast", x.dtype, x.shape, src)
+        try:
+            return self._group.broadcast(x, src)
+        finally:
+            self._journal.done()
+
+    def barrier(self) -> None:
+        self._note(self._barrier)
+        try:
+            self._group.barrier()
+        finally:
+            self._journal.done()
+
+    def close(self) -> None:
+        self._group.close()
+
+    def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
+        key = (operation, dtype, shape, argument)
+        descriptor = self._known.get(key)
+        if descriptor is None:
+            if len(self._known) == _MAX_KNOWN:
+                self._known.clear()
+            descriptor = self._known[key] = Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
+        self._note(descriptor)
+
+    def _note(self, descriptor: Descriptor) -> None:
+        self._sequence += 1
+        self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)

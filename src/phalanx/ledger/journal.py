@@ -1,0 +1,214 @@
+"""A rank's journal: a ring of records in memory that another process holds too, so that it outlives the rank.
+
+The rank writes and waits for nobody. Whoever reads does so without its help: while it computes, is stopped, holds the
+GIL, or is dead.
+
+    header     HEADER_BYTES: words, named below
+    texts      NUM_TEXTS entries of TEXT_BYTES: a digest, a length, what the digest stands for
+    records    NUM_RECORDS of RECORD_BYTES: record n is at n modulo NUM_RECORDS
+
+Ordering: a record's number is zeroed before the rest is written and written after it, with a fence after each; a reader
+takes what it copied only if the number was right before and after. No torch here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from phalanx.ledger.record import DONE_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
+from phalanx.transport.futex import new_fence
+from phalanx.transport.liveness import Party
+
+HEADER_BYTES = 512
+MAX_GROUPS = 32
+"""Of one rank, and none."""
+
+NUM_TEXTS = 512
+TEXT_BYTES = 128
+NUM_RECORDS = 1024
+JOURNAL_BYTES = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES + NUM_RECORDS * RECORD_BYTES
+
+PHASES = (
+    *("not begun", "starting", "joining", "loading", "sizing", "allocating", "idle", "stepping"),
+    *("moving experts", "leaving", "another phase"),
+)
+"""What a worker says that it does; the order is part of the layout."""
+
+_TEXTS = HEADER_BYTES
+_RECORDS = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES
+_WORD_BYTES = 8
+_MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
+_DONE = DONE_AT // _WORD_BYTES
+_COLLECTIVE, _BEGUN_STEP = int(Kind.COLLECTIVE), int(Kind.STEP)
+_pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
+
+
+# Of the header: places in 64-bit words. Plain numbers: an enum's member takes as long to look up as a word to write.
+_LAST = 0  # the number of the newest record
+_PHASE = 1
+_PHASE_SINCE = 2
+_PID = 3
+_START_TIME = 4
+_NUM_TEXTS = 5
+_STEP = 6  # that the rank is in, or was in last
+_STACKS = 7  # the descriptor that the process's stacks are read from; 0 if there is none
+_SEQUENCES = 32  # of each group's newest collective, which may be older than all records
+
+
+class Journal:
+    """The end that writes. For the use of one thread."""
+
+    def __init__(self, memory: memoryview, epoch: int) -> None:
+        """`memory`: JOURNAL_BYTES, zeroed."""
+        self._memory = memory[:JOURNAL_BYTES]
+        self._words = self._memory.cast("Q")
+        self._epoch = epoch
+        self._fence = new_fence()
+        self._last = 0
+        self._step = 0
+        self.known: set[int] = set()
+        """Digests that readers can look up."""
+        me = Party.me("this rank")
+        self._words[_PID], self._words[_START_TIME] = me.pid, me.start_time
+
+    def offer_stacks(self, descriptor: int) -> None:
+        """Say where readers find what this process is doing (stacks.py)."""
+        self._words[_STACKS] = descriptor
+
+    def enter(self, phase: str) -> None:
+        """Say what the rank does from now on."""
+        self._words[_PHASE_SINCE] = time.monotonic_ns()
+        self._words[_PHASE] = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
+
+    def begin_step(self, step: int, digest: int, num_tokens: int) -> int:
+        """A decision: the plan that the rank is about to follow. Returns the record's number, for `done`.
+
+        What is issued from now on, until `leave_step`, is of that step.
+        """
+        self._step = self._words[_STEP] = step
+        return self._write(_BEGUN_STEP, 0, num_tokens, digest, digest)
+
+    def leave_step(self) -> None:
+        """All collectives of the step have been issued."""
+        self._step = 0
+
+    def issue(self, group: int, sequence: int, digest: int, rolling: int) -> int:
+        """A collective that the rank is about to take part in. Returns the record's number, for `done`."""
+        self._words[_SEQUENCES + group] = sequence
+        return self._write(_COLLECTIVE, group, sequence, digest, rolling)
+
+    def done(self, number: int) -> None:
+        """What was begun is over."""
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:  # else another record is there by now
+            self._words[word + _DONE] = _now_ns()
+
+    def explain(self, digest: int, describe: Callable[[], str]) -> None:
+        """Have readers know what a digest stands for. Costs nothing when they know it, or there is no more room."""
+        if digest in self.known or len(self.known) == NUM_TEXTS:
+            return
+        at = _TEXTS + len(self.known) * TEXT_BYTES
+        text = describe().encode()[:_MOST_TEXT]
+        self.known.add(digest)
+        self._words[at // _WORD_BYTES] = digest
+        self._memory[at + _WORD_BYTES] = len(text)
+        self._memory[at + _WORD_BYTES + 1 :][: len(text)] = text
+        self._fence()
+        self._words[_NUM_TEXTS] = len(self.known)
+
+    def _write(self, kind: int, group: int, sequence: int, digest: int, rolling: int) -> int:
+        number = self._last = self._last + 1
+        at = _RECORDS + number % NUM_RECORDS * RECORD_BYTES
+        words, word, fence = self._words, at // _WORD_BYTES, self._fence
+        words[word] = 0
+        fence()
+        _pack(self._memory, at, 0, self._epoch, group, kind, self._step, sequence, digest, rolling, _now_ns(), 0)
+        fence()
+        words[word] = words[_LAST] = number
+        return number
+
+
+class GroupJournal:
+    """One group's part of a rank's journal."""
+
+    def __init__(self, journal: Journal, group: int) -> None:
+        assert 0 < group < MAX_GROUPS, group
+        self._journal = journal
+        self._group = group
+        self._known = journal.known
+        self._rolling = 0
+        self._newest = 0
+
+    def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
+        """The group's next collective begins."""
+        self._rolling = rolling = rolled(self._rolling, digest)
+        if digest not in self._known:
+            self._journal.explain(digest, describe)
+        self._newest = self._journal.issue(self._group, sequence, digest, rolling)
+
+    def done(self) -> None:
+        """It is over."""
+        self._journal.done(self._newest)
+
+
+class Entries(msgspec.Struct, frozen=True, kw_only=True):
+    """What a journal said at one moment."""
+
+    pid: int
+    """0 if the rank has not begun."""
+    start_time: int
+    stacks: int
+    """The descriptor that the process's stacks are read from; 0 if there is none."""
+    phase: str
+    phase_since_ns: int
+    step: int
+    sequences: tuple[int, ...]
+    """Of the newest collective of each group, by the group's index; 0 before the first."""
+    records: tuple[Record, ...]
+    """The newest ones, in their order."""
+    texts: dict[int, str]
+    """What digests stand for."""
+
+
+def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
+    """The newest `most` records, and all else. Never blocks; `memory` may be written to meanwhile."""
+    words, fence = memory[:JOURNAL_BYTES].cast("Q"), new_fence()
+    last, step = words[_LAST], words[_STEP]
+    fence()
+    first = max(1, last - min(most, NUM_RECORDS) + 1)
+    records = tuple(_records(memory, words, range(first, last + 1), fence))
+    fence()  # what a rank has issued is never older than its records: nobody seems to have left something out
+    phase = words[_PHASE]
+    return Entries(
+        pid=words[_PID],
+        start_time=words[_START_TIME],
+        stacks=words[_STACKS],
+        phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
+        phase_since_ns=words[_PHASE_SINCE],
+        step=step,
+        sequences=tuple(words[_SEQUENCES : _SEQUENCES + MAX_GROUPS].tolist()),
+        records=records,
+        texts=dict(_texts(memory, words)),
+    )
+
+
+def _records(memory: memoryview, words: memoryview, numbers: range, fence: Callable[[], None]) -> Iterable[Record]:
+    for number in numbers:
+        at = _RECORDS + number % NUM_RECORDS * RECORD_BYTES
+        found = bytes(memory[at : at + RECORD_BYTES])
+        fence()
+        if words[at // _WORD_BYTES] == number:
+            fields = LAYOUT.unpack(found)
+            if fields[0] == number:
+                yield Record(*fields)
+
+
+def _texts(memory: memoryview, words: memoryview) -> Iterable[tuple[int, str]]:
+    for i in range(words[_NUM_TEXTS]):
+        at = _TEXTS + i * TEXT_BYTES
+        size = memory[at + _WORD_BYTES]
+        text = bytes(memory[at + _WORD_BYTES + 1 :][:size]).decode(errors="replace")
+        yield words[at // _WORD_BYTES], text

@@ -1,0 +1,54 @@
+"""What a rank notes, in 64 bytes: the layout of a record. No torch here."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+RECORD_BYTES = 64
+LAYOUT = struct.Struct("<QIHBxQQQQQQ")
+DONE_AT = 56
+"""Where the last field begins, which is written by itself when what was begun is done."""
+
+assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
+
+
+class Kind(enum.IntEnum):
+    """What is noted."""
+
+    COLLECTIVE = 1
+    """A collective that was issued."""
+    STEP = 2
+    """A step that was begun, as its plan says it: a decision."""
+
+
+class Record(NamedTuple):
+    """One note of one rank. Times are nanoseconds of the host's monotonic clock."""
+
+    number: int
+    """From 1 on, over the whole life of the rank."""
+    epoch: int
+    group: int
+    """Index of the group among the rank's; 0 for a step."""
+    kind: int
+    step: int
+    """0 outside of steps."""
+    sequence: int
+    """Of a collective: its place among the group's, from 1. Of a step: the tokens of all replicas."""
+    digest: int
+    """Differs where what is done differs: operation, dtype and shape, or the plan."""
+    rolling: int
+    """The digest of all that came before in the group, this one included."""
+    issued_ns: int
+    done_ns: int
+    """0 as long as it is not done."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.done_ns > 0
+
+
+def rolled(rolling: int, digest: int) -> int:
+    """The rolling digest after one more (FNV's way of mixing, over 64-bit words instead of bytes)."""
+    return ((rolling ^ digest) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF

@@ -1,0 +1,62 @@
+"""Ranks that write journals and do nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.verdict import Look, RankLook
+
+
+class WritingRank:
+    """A rank with a journal in plain memory."""
+
+    def __init__(self, rank: int, groups: Sequence[str]) -> None:
+        self.rank = rank
+        self.memory = memoryview(bytearray(JOURNAL_BYTES))
+        self.journal = Journal(self.memory, epoch=1)
+        self.process: Literal["running", "stopped", "gone"] = "running"
+        self._groups = ("", *groups)
+        self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(groups, start=1)}
+        self._sequences = dict.fromkeys(groups, 0)
+        self._step = 0
+
+    def begin(self, step: int, plan: str = "plan") -> None:
+        self.journal.enter("stepping")
+        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens=1)
+
+    def end(self) -> None:
+        self.journal.done(self._step)
+        self.journal.enter("idle")
+
+    def issue(self, group: str, what: str) -> None:
+        self._sequences[group] += 1
+        self._journals[group].issue(self._sequences[group], hash_of(what), lambda: what)
+
+    def done(self, group: str) -> None:
+        self._journals[group].done()
+
+    def collective(self, group: str, what: str) -> None:
+        self.issue(group, what)
+        self.done(group)
+
+    def look(self) -> RankLook:
+        how = "was killed by SIGKILL" if self.process == "gone" else ""
+        return RankLook(
+            rank=self.rank,
+            node="here",
+            groups=self._groups,
+            process=self.process,
+            how=how,
+            entries=read(self.memory),
+        )
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode()[:8].ljust(8, b"\0"), "little")
+
+
+def look_at(ranks: Sequence[WritingRank], groups: dict[str, Sequence[int]]) -> Look:
+    return Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups)

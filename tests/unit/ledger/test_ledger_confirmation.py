@@ -1,0 +1,33 @@
+"""A verdict is told when it has stood, and once."""
+
+from __future__ import annotations
+
+from phalanx.ledger.verdict import Cause, Verdict
+from phalanx.ledger.watcher import Confirmation
+
+LOOK_NS = 30_000_000
+
+
+def verdict(cause: Cause, culprit: int = 1) -> Verdict:
+    return Verdict(cause=cause, culprits=(culprit,), nodes=("here",), what="does", group="tp@0", sequence=7)
+
+
+def told(confirmation: Confirmation, found: list[Verdict | None], start: int = 10**12) -> list[int]:
+    """The looks at which something is told."""
+    return [i for i, one in enumerate(found) if confirmation.take(one, start + i * LOOK_NS) is not None]
+
+
+def test_what_lasts_is_told_at_once_and_once() -> None:
+    assert told(Confirmation(), [None, verdict("gone"), verdict("gone")]) == [1]
+
+
+def test_what_may_change_must_stand() -> None:
+    late = verdict("late")
+    assert told(Confirmation(), [late] * 5 + [None] + [late] * 20) == [13]
+    assert told(Confirmation(), [verdict("late", i % 2) for i in range(20)]) == []
+
+
+def test_after_a_pause_it_must_stand_anew() -> None:
+    confirmation, late = Confirmation(), verdict("skipped")
+    assert told(confirmation, [late] * 5) == []
+    assert told(confirmation, [late] * 20, start=2 * 10**12) == [7]

@@ -1,0 +1,106 @@
+"""What is written is read, whatever the reader catches the writer at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from phalanx.ledger.journal import (
+    JOURNAL_BYTES,
+    NUM_RECORDS,
+    NUM_TEXTS,
+    GroupJournal,
+    Journal,
+    read,
+)
+from phalanx.ledger.record import Kind, rolled
+from phalanx.transport.liveness import state_of
+from phalanx.transport.shared_memory import SharedSegment
+
+
+def fresh() -> tuple[memoryview, Journal]:
+    memory = memoryview(bytearray(JOURNAL_BYTES))
+    return memory, Journal(memory, epoch=7)
+
+
+def test_what_was_noted_is_read() -> None:
+    memory, journal = fresh()
+    journal.enter("stepping")
+    step = journal.begin_step(41, 0xABC, num_tokens=9)
+    group = GroupJournal(journal, 2)
+    group.issue(1, 0x11, lambda: "all_reduce float32 [3, 72]")
+    group.done()
+    group.issue(2, 0x22, lambda: "all_gather float32 [3, 130]")
+    entries = read(memory)
+    assert (entries.pid, entries.phase, entries.step) == (os.getpid(), "stepping", 41)
+    assert state_of(entries.pid, entries.start_time) in ("R", "S")
+    assert entries.texts == {0x11: "all_reduce float32 [3, 72]", 0x22: "all_gather float32 [3, 130]"}
+    decision, first, second = entries.records
+    assert (decision.number, decision.kind, decision.step, decision.sequence) == (step, Kind.STEP, 41, 9)
+    assert (first.epoch, first.group, first.kind, first.step, first.sequence) == (7, 2, Kind.COLLECTIVE, 41, 1)
+    assert first.is_done and first.done_ns >= first.issued_ns > decision.issued_ns
+    assert not second.is_done and second.rolling == rolled(first.rolling, 0x22)
+    journal.done(step)
+    assert read(memory).records[0].is_done
+
+
+def test_a_phase_that_has_no_name_here_is_another() -> None:
+    memory, journal = fresh()
+    journal.enter("knitting")
+    assert read(memory).phase == "another phase"
+
+
+def test_a_long_life_leaves_the_newest() -> None:
+    memory, journal = fresh()
+    group = GroupJournal(journal, 1)
+    for sequence in range(1, 3 * NUM_RECORDS):
+        group.issue(sequence, sequence % (2 * NUM_TEXTS), lambda: "x" * 300)
+        group.done()
+    entries = read(memory)
+    assert [record.sequence for record in entries.records] == list(range(2 * NUM_RECORDS, 3 * NUM_RECORDS))
+    assert len(entries.texts) == NUM_TEXTS and max(map(len, entries.texts.values())) < 128
+    assert [record.sequence for record in read(memory, most=3).records] == [3 * NUM_RECORDS - i for i in (3, 2, 1)]
+
+
+def test_a_reader_never_sees_half_a_record() -> None:
+    memory, journal = fresh()
+    group, is_over = GroupJournal(journal, 1), threading.Event()
+
+    def write() -> None:
+        sequence = 0
+        while not is_over.is_set():
+            sequence += 1
+            group.issue(sequence, sequence * 3, lambda: "")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        ends_at = time.monotonic() + 0.5
+        while time.monotonic() < ends_at:
+            for record in read(memory, most=40).records:
+                assert record.digest == 3 * record.sequence
+    finally:
+        is_over.set()
+        writer.join()
+
+
+def test_a_journal_outlives_a_rank_that_is_killed() -> None:
+    with SharedSegment.create(JOURNAL_BYTES, "journal") as segment:
+        ready, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            journal = Journal(segment.buf, epoch=1)
+            journal.enter("loading")
+            GroupJournal(journal, 1).issue(5, 9, lambda: "barrier")
+            os.write(told, b"!")
+            time.sleep(60)
+        os.read(ready, 1)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(told)
+        entries = read(segment.buf)
+    assert (entries.pid, entries.phase, entries.records[0].sequence) == (pid, "loading", 5)
+    assert state_of(entries.pid, entries.start_time) is None
