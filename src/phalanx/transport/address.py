@@ -7,7 +7,7 @@ import ipaddress
 import socket
 import struct
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from phalanx.errors import ConfigError, DeadlineError, StartError
 
@@ -91,21 +91,10 @@ def tune(connection: socket.socket) -> None:
 
     Otherwise it doubles its pauses, and after a stall it would be silent for as long again. Kernels before Linux 6.15
     do not know that: there the stalls that are survived are those of up to half the node's time-out.
-
-    On a host whose connections have BBR's congestion control, which is for long ways, this one gets Reno's.
     """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    _avoid_bbr(connection)
     try:
         connection.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, _RTO_MAX_MS)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
-
-
-def _avoid_bbr(connection: socket.socket) -> None:
-    # BBR has no more on the way than twice what the way holds, going by the shortest round trip it ever saw. Within a
-    # cluster that is microseconds, and so a large frame would leave in small pieces, each sent by an acknowledgement.
-    if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"bbr":
-        with suppress(PermissionError):  # this host's administrator wants no other
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

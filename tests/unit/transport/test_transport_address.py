@@ -68,14 +68,3 @@ def test_a_kernel_without_the_limit_of_pauses_will_do(monkeypatch: pytest.Monkey
         assert raised.value.errno == errno.ENOPROTOOPT
         tune(connection)
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-@pytest.mark.parametrize(("of_host", "of_link"), [(b"bbr", b"reno"), (b"cubic", b"cubic"), (b"reno", b"reno")])
-def test_a_link_does_not_have_bbr(of_host: bytes, of_link: bytes) -> None:
-    with listen_on("127.0.0.1") as listener, connect_to(*address_of(listener), deadline_s=5) as connection:
-        try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, of_host)
-        except OSError as error:
-            pytest.skip(f"this host has no {of_host!r} for us: {error}")
-        tune(connection)
-        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == of_link
