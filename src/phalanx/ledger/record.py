@@ -11,6 +11,9 @@ LAYOUT = struct.Struct("<QIHBxQQQQQQ")
 DONE_AT = 56
 """Where the last field begins, which is written by itself when what was begun is done."""
 
+ISSUED_AT = 48
+"""Where the time stands at which it began."""
+
 assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
 
 
