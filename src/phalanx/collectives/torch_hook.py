@@ -28,11 +28,15 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+from phalanx.collectives import torch_calls, torch_notes
 from phalanx.collectives.torch_calls import METHODS, OPERATORS, Operator
 from phalanx.collectives.torch_notes import TorchNotes
+from phalanx.ledger import journal, record
 from phalanx.ledger.after_import import after_import
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
+_TRACE_RULES = "torch._dynamo.trace_rules"
+_NOT_TRACED = (__name__, torch_calls.__name__, torch_notes.__name__, journal.__name__, record.__name__)
 _EXIT_PRIORITY = 0
 
 log = logging.getLogger("phalanx.ledger")
@@ -67,6 +71,7 @@ class Hook:
         parallel: Any = torch.nn.parallel.DistributedDataParallel
         parallel.__init__ = self._noted_parallel(parallel.__init__)
         after_import(_FUNCTIONAL, self._catch_operators)
+        after_import(_TRACE_RULES, _keep_from_being_traced)
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._end)
         if parent_process() is not None:  # such a process ends without what is registered at exit
@@ -206,6 +211,13 @@ class Hook:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             self._error = _in_words(error)
         self._end()
+
+
+def _keep_from_being_traced() -> None:
+    """What runs between the parts of a compiled program would be compiled as well."""
+    trace_rules: Any = sys.modules[_TRACE_RULES]
+    for name in _NOT_TRACED:
+        trace_rules.add(name)
 
 
 def _in_words(error: BaseException) -> str:
