@@ -254,6 +254,11 @@ class Reader:
         """Differs from before if the rank has noted something since: a record, or a phase."""
         return self._words[_LAST], self._words[_PHASE_SINCE]
 
+    @property
+    def pid(self) -> int:
+        """0 if the rank has not begun."""
+        return self._words[_PID]
+
     def read(self, most: int = NUM_RECORDS) -> Entries:
         """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile."""
         words, fence = self._words, self._fence

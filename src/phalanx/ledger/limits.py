@@ -19,8 +19,8 @@ BUDGETS_S: Mapping[str, float] = {
     "leaving": 60.0,
     "another phase": 300.0,
 }
-"""Without a sign of progress. `idle` may last for ever, `stepping` is judged by its step, and `calling a method` has the
-deadline of its caller."""
+"""Without a sign of progress. `idle` may last for ever, `stepping` is judged by its step, and `calling a method` has
+the deadline of its caller."""
 
 _OF_START = 0.8
 _OF_STEP = 0.5

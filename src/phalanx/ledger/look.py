@@ -18,7 +18,7 @@ STARVED_S = 0.3
 """Who has waited for a core for so long is told to have."""
 
 _COMPUTES = 0.5
-"""Of a core, over the time since the rank noted something: who uses more computes, who uses less waits for something."""
+"""Of a core, over the time since the rank noted something: who uses more computes, who uses less waits."""
 
 _STILL_S = 0.1
 _NOT_JOINED = ("starting", "joining", "another phase")
@@ -32,7 +32,8 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     groups: tuple[str, ...]
     """Names of its groups, by their index in its records; the first is of no group."""
-    process: Literal["running", "stopped", "gone"]
+    process: Literal["running", "stopped", "gone", "ended"]
+    """ended: it has, as it said that it would. gone: it has otherwise."""
     how: str = ""
     """How it ended, if it did."""
     entries: Entries
@@ -189,8 +190,8 @@ def _standing(look: Look, one: RankLook) -> Standing:
     phase_s = (look.now_ns - entries.phase_since_ns) / _NS if entries.phase_since_ns else 0.0
     state: State
     waits_for: tuple[int, ...] = ()
-    if one.process == "gone":
-        state, what, since_s = "gone", one.how or "is gone", 0.0
+    if one.process in ("gone", "ended"):
+        state, what, since_s = "gone", one.how or ("is gone" if one.process == "gone" else "has left"), 0.0
     elif one.node in look.silent:
         state, what, since_s = "unheard of", f"is on {one.node}, which is not heard of", look.silent[one.node]
     elif one.process == "stopped":

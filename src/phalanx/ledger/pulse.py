@@ -1,7 +1,7 @@
 """Whether a rank's interpreter runs: somebody outside asks, a thread of the rank answers.
 
-The answer needs the GIL, so it comes as soon as the rank runs any Python, and also while it is in a call into C that has
-let go of the GIL: computing, waiting for a peer or for the GPU. It does not come while a call keeps the GIL. Nobody
+The answer needs the GIL, so it comes as soon as the rank runs any Python, and also while it is in a call into C that
+has let go of the GIL: computing, waiting for a peer or for the GPU. It does not come while a call keeps the GIL. Nobody
 asks a rank that writes records, for it has shown that it runs; the thread costs nothing as long as nobody asks.
 
 No answer alone says little: perhaps there was no core for the rank. So the time counts in which the thread that should

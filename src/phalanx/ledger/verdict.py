@@ -1,10 +1,10 @@
 """Who is to blame: drawn from what all ranks' journals say at one moment. Pure; no process is looked at here.
 
 In this order, since the one explains the other: a rank that is gone, or a node that is not heard of; ranks that follow
-different plans, or are in different collectives, of which the earliest counts; a rank that is stopped; one whose GIL is
-held; a rank that others wait for, found by following who waits for whom; a store that does not answer; a phase that
-takes too long. Who differs from the majority of a group is odd; where there is no majority the decisions tell, the plans
-that ranks followed; and if these do not either, the verdict names all of them and says so.
+different plans, or are in different collectives, of which the earliest counts; a rank that is stopped; one whose GIL
+is held; a rank that others wait for, found by following who waits for whom; a store that does not answer; a phase that
+takes too long. Who differs from the majority of a group is odd; where there is no majority the decisions tell, the
+plans that ranks followed; and if these do not either, the verdict names all of them and says so.
 """
 
 from __future__ import annotations
@@ -315,6 +315,8 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
     entries = culprit.entries
     if wait.record is None or wait.step == 0:  # of the start, or a method's own: these have deadlines of their own
         return None
+    if culprit.process == "ended":  # it has said why
+        return None
     decision, text = culprit.decision(wait.step), wait.what
     cause: Cause
     if entries.step < wait.step:
@@ -342,27 +344,23 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
     )
 
 
-def _is_in(one: RankLook, group: str | None) -> bool:
-    return (awaits := one.awaits) is not None and awaits[0] == group
+def _is_in(one: RankLook, group: str | None, sequence: int | None = None) -> bool:
+    awaits = one.awaits
+    return awaits is not None and awaits[0] == group and sequence in (None, awaits[1].sequence)
 
 
 def _hung(look: Look, wait: Wait) -> Verdict:
     """All have come to a collective. Who is still in it is to blame if others have left it, else nobody."""
     assert wait.group is not None and wait.record is not None
-    sequence = wait.record.sequence
-    members = look.members(wait.group)
-    inside = [rank for rank in members if (found := look.ranks[rank].awaits) is not None and found[0] == wait.group]
-    inside = [
-        rank for rank in inside if (found := look.ranks[rank].awaits) is not None and found[1].sequence == sequence
-    ]
+    sequence, members = wait.record.sequence, look.members(wait.group)
+    inside = [look.ranks[rank] for rank in members if _is_in(look.ranks[rank], wait.group, sequence)]
+    ranks = ", ".join(str(one.rank) for one in inside)
+    what = f"ranks {ranks} have all come to {wait.what}, which does not end: to blame is no rank, but what carries it"
     some_left = len(inside) < len(members)
-    ranks = ", ".join(map(str, inside))
     return _verdict(
         "hung",
-        [look.ranks[rank] for rank in inside] if some_left else [],
-        f"does not come out of {wait.what}, which its peers have left"
-        if some_left
-        else f"ranks {ranks} have all come to {wait.what} and it does not end: no rank is to blame, but what carries it",
+        inside if some_left else [],
+        f"does not come out of {wait.what}, which its peers have left" if some_left else what,
         step=wait.step,
         group=wait.group,
         sequence=sequence,
@@ -403,7 +401,12 @@ def _store(look: Look) -> Verdict | None:
 
 
 def _overdue(look: Look) -> Verdict | None:
-    """A rank that takes too long for what it says that it does, and is not kept by another one from ending it."""
+    """A rank that takes too long for what it says that it does, and is not kept by another one from ending it.
+
+    Where a rank has left, the run is over, and what the others still do is of no interest.
+    """
+    if any(one.process == "ended" for one in look.ranks.values()):
+        return None
     for rank, one in look.ranks.items():
         path = follow(look, rank)
         last = look.ranks[path[-1]]
