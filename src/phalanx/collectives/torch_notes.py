@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import weakref
 from collections import Counter
@@ -134,8 +133,7 @@ class TorchNotes:
         segment = SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")
         self._segment = segment  # for as long as the process lives
         journal = Journal(segment.buf, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) + 1)
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if is_main_thread and signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL:  # else the program has a use for it
+        if threading.current_thread() is threading.main_thread():
             journal.offer_stacks(offer_stacks())
         step = WHOLE_PROGRAM if self._user_step is None else step_of(self._user_step)
         journal.begin_step(step, step, 0)

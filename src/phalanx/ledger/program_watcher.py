@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from phalanx.errors import FrameError, PeerDiedError
-from phalanx.ledger.journal import NUM_RECORDS, Entries, read
+from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.program_verdict import ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.roster import LaneNotice, RankNotice, Roster
 from phalanx.ledger.stacks import stack_of
@@ -37,11 +37,12 @@ class _Rank:
         """Raises PeerDiedError or FrameError if its process has ended already."""
         self.notice = notice
         self.segment = SharedSegment.attach(notice.journal)
+        self.reader = Reader(self.segment.buf)
         self.lanes: dict[int, str] = {}
         self._gone_since_ns = 0
 
     def look(self, now_ns: int, most_records: int) -> ProgramRank:
-        entries = read(self.segment.buf, most_records)
+        entries = self.reader.read(most_records)
         process = _process_of(entries)
         if process == "gone" and not self._gone_since_ns:
             self._gone_since_ns = now_ns
@@ -57,7 +58,7 @@ class _Rank:
 
     def end(self) -> None:
         """Kill its process, if that lives."""
-        entries = read(self.segment.buf, 0)
+        entries = self.reader.read(0)
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(entries.pid)
             try:

@@ -14,6 +14,9 @@ DONE_AT = 56
 ISSUED_AT = 48
 """Where the time stands at which it began."""
 
+KIND_AT = 14
+"""Where the kind of what is noted stands, a byte."""
+
 assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
 
 
