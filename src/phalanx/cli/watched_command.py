@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ GRACE_S = 10.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _FROM_KERNEL = 0x80
 _KILLED = 128
+
+log = logging.getLogger("phalanx.ledger")
 
 
 def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] | None, kill: bool) -> int:
@@ -55,6 +58,7 @@ class _Watch:
         self._events = events
         self._kill = kill
         self._is_ended_by_user = False
+        self._is_blind = False
         self._killed_at: float | None = None
 
     def run(self) -> int:
@@ -81,7 +85,15 @@ class _Watch:
             self._process.send_signal(info.si_signo)
 
     def _look(self, *, is_last: bool = False) -> None:
-        for verdict in self._watcher.look(time.monotonic_ns(), is_last=is_last):
+        if self._is_blind:
+            return
+        try:
+            verdicts = self._watcher.look(time.monotonic_ns(), is_last=is_last)
+        except Exception:  # a fault of ours must not end the command
+            log.exception("the command is not watched any more")
+            self._is_blind = True
+            return
+        for verdict in verdicts:
             if not self._is_ended_by_user and self._killed_at is None:
                 self._tell(verdict)
 

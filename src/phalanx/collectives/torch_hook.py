@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from multiprocessing import parent_process
-from multiprocessing.util import Finalize
+from multiprocessing.util import Finalize, register_after_fork
 from types import TracebackType
 from typing import Any
 
@@ -74,11 +74,17 @@ class Hook:
         after_import(_TRACE_RULES, _keep_from_being_traced)
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._end)
-        if parent_process() is not None:  # such a process ends without what is registered at exit
-            Finalize(None, self._end_of_child, exitpriority=_EXIT_PRIORITY)
+        if parent_process() is not None:
+            self._await_end_of_child()
+        register_after_fork(self, Hook._await_end_of_child)
         sys.excepthook = self._noted_error(sys.excepthook)
         if dist.is_initialized():
-            self._notes.begin(dist.get_rank())
+            self._begin(dist.get_rank())
+
+    @property
+    def memory(self) -> memoryview:
+        """See `journal_memory`."""
+        return self._notes.memory
 
     def step(self, number: int) -> None:
         """See the function of this name."""
@@ -140,7 +146,7 @@ class Hook:
         def name(group: Any, description: str) -> None:
             original(group, description)
             if description == "default_pg" and group.size() > 1:  # before the first collective, which may never come
-                self._notes.begin(group.rank())
+                self._begin(group.rank())
 
         return name
 
@@ -194,6 +200,12 @@ class Hook:
 
         return kernel
 
+    def _begin(self, rank: int) -> None:
+        try:
+            self._notes.begin(rank)
+        except Exception:
+            self._give_up()
+
     def _give_up(self) -> None:
         """A fault of ours must not become one of the program."""
         self._is_sick = True
@@ -205,6 +217,10 @@ class Hook:
 
     def _end(self) -> None:
         self._notes.end(self._error)
+
+    def _await_end_of_child(self) -> None:
+        """A process of `multiprocessing` ends without what is registered at exit."""
+        Finalize(None, self._end_of_child, exitpriority=_EXIT_PRIORITY)
 
     def _end_of_child(self) -> None:
         error = sys.exc_info()[1]  # what ends the process, if it does not end in order
@@ -242,6 +258,11 @@ def install() -> None:
     thread, before the process group is made.
     """
     _hook()
+
+
+def journal_memory() -> memoryview:
+    """The journal of this process, which is a rank, as `ledger.journal.read` takes it."""
+    return _hook().memory
 
 
 def step(number: int) -> None:

@@ -65,12 +65,19 @@ class TorchNotes:
         """Begin anew, as is right for a process that was forked: what there was is its parent's."""
         self._lock = threading.Lock()
         self._journal: Journal | None = None
+        self._segment: SharedSegment | None = None
         self._roster: RosterEntry | None = None
         self._groups: dict[int, tuple[weakref.ref[object], _Group | None]] = {}
         self._num_lanes = 0
         self._names: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._failed: list[int] = []
         self._user_step: int | None = None
+
+    @property
+    def memory(self) -> memoryview:
+        """The journal, once this process is a rank."""
+        assert self._segment is not None
+        return self._segment.buf
 
     def begin(self, rank: int) -> None:
         """This process is a rank from now on, and says so to whoever watches. A second time does nothing."""
@@ -131,7 +138,7 @@ class TorchNotes:
 
     def _begin(self, rank: int) -> None:
         segment = SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")
-        self._segment = segment  # for as long as the process lives
+        self._segment = segment
         journal = Journal(segment.buf, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) + 1)
         if threading.current_thread() is threading.main_thread():
             journal.offer_stacks(offer_stacks())

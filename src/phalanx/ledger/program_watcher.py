@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from phalanx.errors import FrameError, PeerDiedError
-from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
+from phalanx.ledger.journal import NUM_RECORDS, Reader
 from phalanx.ledger.program_verdict import ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.roster import LaneNotice, RankNotice, Roster
 from phalanx.ledger.stacks import stack_of
@@ -37,13 +37,15 @@ class _Rank:
         """Raises PeerDiedError or FrameError if its process has ended already."""
         self.notice = notice
         self.segment = SharedSegment.attach(notice.journal)
-        self.reader = Reader(self.segment.buf)
+        self._reader = Reader(self.segment.buf)
+        entries = self._reader.read(0)
+        self._pid, self._start_time = entries.pid, entries.start_time
         self.lanes: dict[int, str] = {}
         self._gone_since_ns = 0
 
     def look(self, now_ns: int, most_records: int) -> ProgramRank:
-        entries = self.reader.read(most_records)
-        process = _process_of(entries)
+        process = self._process()  # before what it noted: that is all if it is gone
+        entries = self._reader.read(most_records)
         if process == "gone" and not self._gone_since_ns:
             self._gone_since_ns = now_ns
         gone_s = (now_ns - self._gone_since_ns) / 1e9 if self._gone_since_ns else 0.0
@@ -58,14 +60,19 @@ class _Rank:
 
     def end(self) -> None:
         """Kill its process, if that lives."""
-        entries = self.reader.read(0)
         with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(entries.pid)
+            pidfd = os.pidfd_open(self._pid)
             try:
-                if state_of(entries.pid, entries.start_time) is not None:  # the pid means this process, still
+                if state_of(self._pid, self._start_time) is not None:  # the pid means this process, still
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             finally:
                 os.close(pidfd)
+
+    def _process(self) -> Literal["running", "stopped", "gone"]:
+        state = state_of(self._pid, self._start_time)
+        if state is None:
+            return "gone"
+        return "stopped" if state in "Tt" else "running"
 
 
 class _World:
@@ -176,10 +183,3 @@ class ProgramWatcher:
         world, rank = self._by_pid[notice.pid]
         rank.lanes[notice.index] = notice.name
         world.lanes.setdefault(notice.name, notice.ranks)
-
-
-def _process_of(entries: Entries) -> Literal["running", "stopped", "gone"]:
-    state = state_of(entries.pid, entries.start_time)
-    if state is None:
-        return "gone"
-    return "stopped" if state in "Tt" else "running"
