@@ -316,7 +316,6 @@ class _Link:
 
     def _send_replies(self) -> bool:
         """All that are there, together; False if there are none."""
-        self._num_told, _ = self._queue.passed(tell=False)
         if not self._collect():
             return False
         self._await_replies()
@@ -325,12 +324,15 @@ class _Link:
 
     def _collect(self) -> bool:
         """Hand what is there to the writer, which sends it at the next flush; False if there is nothing."""
-        num_replies = self._num_replies
+        has_found = False
         for reader, parts in self._queue.frames():
+            if not has_found:  # only what is sent is told
+                self._num_told, _ = self._queue.passed(tell=False)
+                has_found = True
             rank, num_passed = self._ranks[reader], self._num_told
             self._writer.send_frame(parts, self._await_network, rank=rank, num_passed=num_passed, more=True)
             self._num_replies += 1
-        return self._num_replies > num_replies
+        return has_found
 
     def _await_replies(self) -> None:
         """As many as there were to the command before, if they come at once. To send one more message takes longer."""
