@@ -12,6 +12,7 @@ import msgspec
 
 from phalanx.errors import (
     DeadlineError,
+    DivergedError,
     EngineDeadError,
     FrameError,
     HungError,
@@ -22,6 +23,7 @@ from phalanx.errors import (
     WorkerError,
 )
 from phalanx.executor.channel import Channel
+from phalanx.executor.guarding import Guarding
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
 from phalanx.executor.watching import Watching
@@ -87,8 +89,9 @@ class Executor:
         output_ranks: Sequence[int],
         resources: ExitStack,
         watching: Watching | None = None,
+        guarding: Guarding | None = None,
     ) -> None:
-        """`output_ranks` answer for a step, one for each replica.
+        """`output_ranks` answer for a step, one for each replica. `guarding` compares what ranks have issued.
 
         `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
         """
@@ -106,6 +109,7 @@ class Executor:
         self._on_failure: list[OnFailure] = []
         self._resources = resources
         self._watching = watching
+        self._guarding = guarding
 
     def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
         """Send one step to every rank. Returns at once; the Pending awaits the outcome of each replica."""
@@ -277,11 +281,22 @@ class Executor:
         elif isinstance(message, Publish):
             self._published.append(message)
         else:
-            self._resolve(rank, message)
+            self._compare(rank, message.issued)
+            if isinstance(message, Reply):
+                self._resolve(rank, message)
         # Not before all ranks take it in: it would fill the queue, and one may start much later than another.
         if self._published and not self._unheard:
             entries, self._published = tuple(self._published), []
             self.submit(Published(entries), ranks=(), deadline_s=PUT_DEADLINE_S)
+
+    def _compare(self, rank: int, issued: bytes) -> None:
+        """End the run if ranks have diverged: before what they have computed is handed on."""
+        if self._guarding is None:
+            return
+        try:
+            self._guarding.take(rank, issued)
+        except DivergedError as error:
+            self._fail(error)
 
     def _resolve(self, rank: int, reply: Reply) -> None:
         pending = self._calls[reply.call_id]
@@ -296,7 +311,7 @@ class Executor:
                 later.began_at = now
 
     def _fail(self, error: PhalanxError) -> NoReturn:
-        verdict = self._watching.verdict if self._watching is not None else None
+        verdict = self._watching.verdict if self._watching is not None and self._watching.ends_ranks else None
         if verdict is not None and verdict.is_hopeless:  # then the ranks were killed for it
             self._error = HungError(str(verdict))
         else:

@@ -32,8 +32,12 @@ log = logging.getLogger("phalanx.ledger")
 class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdicts."""
 
-    def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
-        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
+    def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None] | None) -> None:
+        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
+
+        None where the ranks themselves say it, in the call that is wrong.
+        """
+        self.ends_ranks = on_hopeless is not None
         self._on_hopeless = on_hopeless
         self._found: Verdict | None = None
         self._changed = threading.Condition()
@@ -89,7 +93,7 @@ class Watching:
                 with self._changed:
                     self._found = verdict
                     self._changed.notify_all()
-                if verdict.is_hopeless:
+                if verdict.is_hopeless and self._on_hopeless is not None:
                     self._on_hopeless()
         code = process.wait()
         if self._stop_write >= 0 and self._found is None:  # nobody has asked it to end
