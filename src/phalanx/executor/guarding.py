@@ -29,16 +29,15 @@ class Guarding:
         self._boards: dict[int, StepDigestReader] = {}
         self._journals: dict[int, memoryview] = {}
         self._open: dict[int, dict[int, Issued]] = {}
-        self._ranks: set[int] = set()
         for spec in specs:
             for index, group in enumerate(spec.groups, start=1):
                 if group.size > 1:
                     self._groups.setdefault(group.name, []).append(Member(spec.rank, index))
-                    self._ranks.add(spec.rank)
             if spec.board is not None:
                 self._boards[spec.rank] = StepDigestReader(_mapped(spec.board, resources), len(spec.groups))
                 if spec.journal is not None:
                     self._journals[spec.rank] = _mapped(spec.journal, resources)
+        self._num_ranks = len({member.rank for members in self._groups.values() for member in members})
 
     def take(self, rank: int, column: bytes) -> None:
         """What a rank says of a step; nothing, if `column` is empty. Compares all that is known by now.
@@ -53,19 +52,20 @@ class Guarding:
 
     def _compare(self, step: int) -> None:
         heard = self._open[step]
-        issued = dict(heard)
-        for rank in self._ranks - heard.keys():
-            seen = self._boards[rank].read(step) if rank in self._boards else None
-            if seen is not None:
+        issued = heard.copy()
+        for rank, board in self._boards.items():
+            if rank not in heard and (seen := board.read(step)) is not None:
                 issued[rank] = seen
                 if seen.has_left:
                     heard[rank] = seen
-        for group, members in self._groups.items():
-            found = disagreement(step, group, members, issued)
-            if found is not None:
-                raise self._explained(step, issued)
-        if heard.keys() >= self._ranks:
+        if len(heard) == self._num_ranks:
             del self._open[step]
+        for group, members in self._groups.items():
+            # It is the same in nearly every step: that is for the quick to find.
+            if len({issued[rank].words[index] for rank, index in members if rank in issued}) > 1:
+                found = disagreement(step, group, members, issued)
+                if found is not None:
+                    raise self._explained(step, issued)
 
     def _explained(self, step: int, issued: Mapping[int, Issued]) -> DivergedError:
         """Of several groups, the one in which ranks diverged first."""

@@ -21,7 +21,7 @@ from phalanx.ledger.step_digests import Issued, count_of
 _UNKNOWN_NS = 2**63
 
 
-class Member(msgspec.Struct, frozen=True):
+class Member(NamedTuple):
     """A rank in a group."""
 
     rank: int

@@ -100,11 +100,10 @@ class StepDigestReader:
     def read(self, step: int) -> Issued | None:
         """What the rank has issued in a step; None if it has not begun it. Never blocks."""
         at, words = step % NUM_SLOTS * SLOT_WORDS, self._words
-        if words[at] != step:
+        has_left = words[at + 1] == step
+        if not has_left and words[at] != step:
             return None
-        self._fence()
-        has_left = words[at + 1] == step  # before the rest, which may grow until it is said
-        self._fence()
+        self._fence()  # what it has issued grows until it is said that it has left
         return Issued(step, has_left, tuple(words[at + _WORDS : at + _WORDS + self._num_words].tolist()))
 
 
