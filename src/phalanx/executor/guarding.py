@@ -30,9 +30,9 @@ class Guarding:
         self._journals: dict[int, memoryview] = {}
         self._open: dict[int, dict[int, Issued]] = {}
         for spec in specs:
-            for index, group in enumerate(spec.groups, start=1):
+            for place, group in enumerate(spec.groups, start=1):
                 if group.size > 1:
-                    self._groups.setdefault(group.name, []).append(Member(spec.rank, index))
+                    self._groups.setdefault(group.name, []).append(Member(spec.rank, place))
             if spec.board is not None:
                 self._boards[spec.rank] = StepDigestReader(_mapped(spec.board, resources), len(spec.groups))
                 if spec.journal is not None:
@@ -62,7 +62,7 @@ class Guarding:
             del self._open[step]
         for group, members in self._groups.items():
             # It is the same in nearly every step: that is for the quick to find.
-            if len({issued[rank].words[index] for rank, index in members if rank in issued}) > 1:
+            if len({issued[rank].words[place] for rank, place in members if rank in issued}) > 1:
                 found = disagreement(step, group, members, issued)
                 if found is not None:
                     raise self._explained(step, issued)

@@ -25,8 +25,8 @@ class Member(NamedTuple):
     """A rank in a group."""
 
     rank: int
-    index: int
-    """Of the group, in the rank's records."""
+    place: int
+    """Of the group, among the rank's."""
 
 
 class Disagreement(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class Explained(NamedTuple):
 def disagreement(step: int, group: str, members: Sequence[Member], issued: Mapping[int, Issued]) -> Disagreement | None:
     """None if all members that can be compared have issued the same, as far as it is known."""
     found = {
-        member.rank: (issued[member.rank].words[member.index], issued[member.rank].has_left)
+        member.rank: (issued[member.rank].words[member.place], issued[member.rank].has_left)
         for member in members
         if member.rank in issued
     }
@@ -64,7 +64,7 @@ def disagreement(step: int, group: str, members: Sequence[Member], issued: Mappi
 def explain(found: Disagreement, journals: Mapping[int, Entries]) -> Explained:
     """Who did what, by the journals if they still know all that the ranks have issued in the step."""
     lists = {
-        member.rank: _records(journals[member.rank], member.index, found.step)
+        member.rank: _records(journals[member.rank], member.place, found.step)
         for member in found.members
         if member.rank in found.words and member.rank in journals
     }
@@ -88,8 +88,8 @@ def _by_records(
     found: Disagreement, lists: Mapping[int, Sequence[Record]], journals: Mapping[int, Entries]
 ) -> Explained:
     """They differ at one place at least, or their words would not."""
-    for place in count():
-        at = {rank: records[place] for rank, records in lists.items() if place < len(records)}
+    for i in count():
+        at = {rank: records[i] for rank, records in lists.items() if i < len(records)}
         if len(at) < len(lists) or len({record.digest for record in at.values()}) > 1:
             break
     said = {
