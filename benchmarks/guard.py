@@ -5,8 +5,9 @@
 *A collective* is one call of a group of which nothing is left but what is noted around it. *The brain* is what it does
 with the words of one step's ranks. *A step* is one token of one request, by ranks that share a small model over shared
 memory: the least that a step can be. Engines with `off` (twice, to see what a difference is worth), `digest` and
-`strict` take turns after each step, without async scheduling, so that those whose turn it is not sleep. Microseconds; medians (and the middle half) of rounds or
-steps, differences and ratios of those that came after each other.
+`strict` take turns after each step, without async scheduling, so that those whose turn it is not sleep. All without
+the ledger, but where it is named. Microseconds; medians (and the middle half) of rounds or steps, differences and
+ratios of those that came after each other.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class Engine:
             async_scheduling=False,
             threads_per_rank=1,
             collective_guard=level,
+            ledger=False,
         )
         executor, capacity = start_executor(config, resolve(str(model)), lambda *_: None)
         stack.push(executor)

@@ -19,7 +19,7 @@ from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
-from phalanx.executor.watching import Watching, watch_order, with_journals
+from phalanx.executor.watching import start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -155,9 +155,11 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
-    ranks_say_it = config.executor.collective_guard == "strict"
-    watching = Watching(watch_order(specs), on_hopeless=None if ranks_say_it else launcher.kill)
-    resources.callback(watching.close)
+    order = watch_order(specs)
+    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
+    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    if watching is not None:
+        resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
 
 

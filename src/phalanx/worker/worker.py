@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,8 +21,10 @@ import torch
 from phalanx.collectives.agreement import agreement
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
+from phalanx.collectives.journaled_exchange import JournaledExchange
 from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
-from phalanx.ledger.stacks import offer_stacks
+from phalanx.ledger.pulse import Pulse
+from phalanx.ledger.stacks import may_offer, offer_stacks
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
@@ -100,8 +102,7 @@ class Worker:
         self._digests = self._step_digests()
         self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
         self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
-        if self._journal is not None and threading.current_thread() is threading.main_thread():
-            self._journal.offer_stacks(offer_stacks())
+        self._pulse = self._offer_journal() if self._journal is not None else None
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
@@ -109,6 +110,8 @@ class Worker:
         """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
         self._exchange = exchange
+        if exchange is not None and self._journal is not None:
+            self._exchange = JournaledExchange(exchange, self._journal)
         self._reported_at = 0.0
         self._device = _device(spec)
         self._checkpoint = find_checkpoint(spec, self._enter)
@@ -156,15 +159,16 @@ class Worker:
         )
 
     def _join(self, spec: GroupSpec) -> Group:
-        """The group, whose collectives are then noted if there is where, and agreed upon if that is asked for."""
+        """Join a group. Its collectives are then noted if there is where, and agreed upon if that is asked for."""
+        index = 1 + self.spec.groups.index(spec)
         with ExitStack() as undo:
-            group = join(spec, self.spec.rank, self._device, self._exchange)
-            undo.callback(group.close)
-            agreed = agreement(spec, self.spec.rank, self._exchange)
+            with self._journal.joining(index) if self._journal is not None and spec.size > 1 else nullcontext():
+                group = join(spec, self.spec.rank, self._device, self._exchange)
+                undo.callback(group.close)
+                agreed = agreement(spec, self.spec.rank, self._exchange)
             undo.pop_all()
         if spec.size == 1 or (self._journal is None and self._digests is None):
             return group
-        index = 1 + [other.name for other in self.spec.groups].index(spec.name)
         journal = GroupJournal(self._journal, index) if self._journal is not None else NoJournal()
         return JournaledGroup(group, journal, index, self._digests, agreed)
 
@@ -175,6 +179,15 @@ class Worker:
             return None
         memory = self._board.buf if self._board is not None else memoryview(bytearray(BOARD_BYTES))
         return StepDigests(memory, len(groups))
+
+    def _offer_journal(self) -> Pulse:
+        """Let those who read the journal ask whether this rank's interpreter runs, and where it is."""
+        assert self._journal is not None and self._segment is not None
+        if threading.current_thread() is not threading.main_thread():
+            return Pulse(self._segment.buf)
+        journal = self._journal
+        journal.offer_stacks(offer_stacks())
+        return Pulse(self._segment.buf, lambda: None if may_offer() else journal.offer_stacks(0))
 
     def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
         """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""
@@ -279,6 +292,8 @@ class Worker:
             for segment in (self._segment, self._board):
                 if segment is not None:
                     leaving.callback(segment.close)
+            if self._pulse is not None:
+                leaving.callback(self._pulse.close)
             for group in self._groups.values():
                 leaving.callback(group.close)
         self._groups.clear()
@@ -330,7 +345,7 @@ class Worker:
         if isinstance(body, AllocateCache):
             self._allocate_cache(body.num_blocks, body.max_model_len)
         elif isinstance(body, CallMethod):
-            return self._methods.call(body)
+            return self._call_method(body)
         elif isinstance(body, MeasureExperts):
             return self._measure_experts()
         elif isinstance(body, MoveExperts):
@@ -338,6 +353,16 @@ class Worker:
         elif isinstance(body, Stop):
             self.stopped = True
         return Done()
+
+    def _call_method(self, call: CallMethod) -> ReplyBody:
+        """What a user's code does is judged by its deadline alone."""
+        if self._journal is None:
+            return self._methods.call(call)
+        self._journal.enter("calling a method")
+        try:
+            return self._methods.call(call)
+        finally:
+            self._journal.enter(self.phase)
 
     def _measure(self) -> Measured:
         assert self._model is not None
