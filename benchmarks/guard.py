@@ -217,7 +217,7 @@ def report_steps(num_ranks: int, rounds: int) -> None:
 def main(num_ranks: int, short: bool) -> None:
     """See the top of this file."""
     report_calls(rounds=3 if short else 15, num_calls=2_000 if short else 20_000)
-    report_steps(num_ranks, rounds=1 if short else 20)
+    report_steps(num_ranks, rounds=1 if short else 6)
 
 
 if __name__ == "__main__":
