@@ -168,6 +168,9 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
+    ledger_events: Name | None = None
+    """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
+
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """For `launcher` ray alone."""
@@ -334,6 +337,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "collective_backend", "one rank has nobody to exchange tensors with"
         if self.executor.ledger and self.executor.launcher != "local":
             yield "ledger", "only ranks that are processes of one host (launcher local) have one"
+        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+            yield "ledger_events", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

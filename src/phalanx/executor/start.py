@@ -18,6 +18,7 @@ from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
+from phalanx.executor.presence import open_outlets, show_instance
 from phalanx.executor.watching import Watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
@@ -113,6 +114,7 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, dea
             placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
             placed = _place_local(config, checkpoint, grid, stack)
+        show_instance(config, placed.watching.order if placed.watching is not None else None, stack)
         placed.launcher.start(placed.specs)
         return Executor(
             placed.launcher,
@@ -149,7 +151,8 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
-    watching = Watching(watch_order(specs), on_hopeless=launcher.kill)
+    order = msgspec.structs.replace(watch_order(specs), outlets=open_outlets(config, resources))
+    watching = Watching(order, on_hopeless=launcher.kill)
     resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
 

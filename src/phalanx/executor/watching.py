@@ -34,6 +34,7 @@ class Watching:
 
     def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
         """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
+        self.order = order
         self._on_hopeless = on_hopeless
         self._found: Verdict | None = None
         self._changed = threading.Condition()

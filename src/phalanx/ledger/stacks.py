@@ -8,10 +8,14 @@ endless loop, and while it waits for a peer. One that is stopped cannot answer.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import re
 import signal
 import time
+
+STACKS = "stacks"
+"""The name of the memory, as descriptors show it."""
 
 _SIGNAL = signal.SIGUSR2
 _ANSWER_S = 0.5
@@ -19,12 +23,13 @@ _LOOK_S = 0.005
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
 
+@functools.cache
 def offer_stacks() -> int:
     """Let whoever asks have this process's stacks, from now on; returns the descriptor that they are read from.
 
-    To be called in the main thread.
+    To be called in the main thread, by as many as like.
     """
-    descriptor = os.memfd_create("phalanx:stacks", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create(f"phalanx:{STACKS}", os.MFD_CLOEXEC)
     faulthandler.register(_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
 

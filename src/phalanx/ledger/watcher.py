@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from phalanx.ledger.journal import NUM_RECORDS, Entries, read
+from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.record import Kind
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
@@ -65,6 +66,7 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[WatchedRank, ...]
     groups: dict[str, tuple[int, ...]]
     """The members of each group."""
+    outlets: Outlets | None = None
 
 
 class Watcher:
@@ -172,11 +174,20 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
     Returns after one that no other can follow, or when `stop` closes.
     """
     confirmation = Confirmation()
-    with Watcher(order) as watcher:
+    with ExitStack() as stack:
+        watcher = stack.enter_context(Watcher(order))
+        outlets = stack.enter_context(OpenOutlets(order.outlets, len(order.ranks))) if order.outlets else None
         while not select.select([stop], [], [], LOOK_S)[0]:
             now_ns = time.monotonic_ns()
-            verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
-            if verdict is not None:
-                os.write(verdicts, msgspec.json.encode(watcher.with_stacks(verdict)) + b"\n")
-                if verdict.is_final:
+            found = watcher.verdict(now_ns)
+            stands = outlets is not None and outlets.looked(found, now_ns)
+            is_told = confirmation.take(found, now_ns) is not None
+            if found is None or not (stands or is_told):
+                continue
+            found = watcher.with_stacks(found)
+            if outlets is not None and stands:
+                outlets.tell(found, now_ns)
+            if is_told:
+                os.write(verdicts, msgspec.json.encode(found) + b"\n")
+                if found.is_final:
                     return
