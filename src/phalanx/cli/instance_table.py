@@ -46,9 +46,10 @@ def _facts(status: InstanceStatus) -> Iterator[str]:
 
 
 def _ranks(ranks: Sequence[RankStatus]) -> Table:
-    table = _table("rank", "node", "pid", "process", "phase", "for", "step", "for", "waits for")
+    table = _table("", "rank", "node", "pid", "process", "phase", "for", "step", "for", "waits for")
     for one in ranks:
         table.add_row(
+            _MARKS["culprit" if one.is_culprit else ""],
             str(one.rank),
             one.node,
             "" if one.pid is None else str(one.pid),
@@ -63,13 +64,13 @@ def _ranks(ranks: Sequence[RankStatus]) -> Table:
 
 
 def _collectives(ranks: Sequence[RankStatus]) -> Table:
-    table = _table("rank", "group", "", "sequence", "newest collective", "", "for")
+    table = _table("", "rank", "group", "sequence", "newest collective", "", "for")
     for one in ranks:
         for group in one.groups:
             table.add_row(
+                _MARKS[group.mark],
                 str(one.rank),
                 group.group,
-                _MARKS[group.mark],
                 str(group.sequence) if group.sequence else "",
                 group.operation or "",
                 _is_in(group),
@@ -83,12 +84,12 @@ def _is_in(group: GroupStatus) -> str:
 
 
 def _stacks(status: InstanceStatus) -> Iterator[str]:
-    asked = [("the engine", status.stack), *((f"rank {rank.rank}", rank.stack) for rank in status.ranks)]
-    for name, stack in asked:
+    ranks = ((f"rank {rank.rank}", rank.process, rank.stack) for rank in status.ranks)
+    for name, process, stack in (("the engine", status.process, status.stack), *ranks):
         if stack is None:
             continue
         yield ""
-        yield f"{name} is at" if stack else f"{name} does not say where it is"
+        yield f"{name} is at" if stack else f"{name} ({process}) does not say where it is"
         yield from (f"  {line}" for line in stack)
 
 

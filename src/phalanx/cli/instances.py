@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from phalanx.cli.checks import Check
 from phalanx.cli.instance_table import instance_table
 from phalanx.errors import FrameError, PeerDiedError, UserError
 from phalanx.ledger.attach import Attached
-from phalanx.ledger.instance import Found, running
+from phalanx.ledger.instance import Found, running, server_of
 from phalanx.ledger.status import InstanceStatus
 
 
 def instances(pid: int | None, *, with_stacks: bool) -> Iterator[Check]:
     """Each that runs, or the one that process `pid` belongs to. Raises UserError if it belongs to none."""
     found = list(running())
-    seen = False
+    if pid is not None:
+        found = [one for one in found if pid in _pids_of(one)]
+        if not found:
+            raise UserError(
+                f"process {pid} is of no instance of this user: phalanx doctor --running shows those there are"
+            )
     for one in found:
-        check, pids = _look_at(one, with_stacks=with_stacks and pid is None)
-        if pid is None:
-            yield check
-        elif pid in pids:
-            seen = True
-            yield _look_at(one, with_stacks=with_stacks)[0] if with_stacks else check
-    if pid is not None and not seen:
-        others = f"; there are {', '.join(str(one.pid) for one in found)}" if found else "; none is running"
-        raise UserError(f"process {pid} is of no instance of this user{others}")
+        yield _look_at(one, with_stacks=with_stacks)
 
 
-def _look_at(found: Found, *, with_stacks: bool) -> tuple[Check, set[int]]:
-    """How it is, and its processes."""
+def _pids_of(found: Found) -> set[int]:
+    """Of the engine, the server and the ranks."""
+    if found.instance is None:
+        return {found.pid}
+    pids = {found.pid} | ({found.instance.parent_pid} if server_of(found.instance) is not None else set())
+    with suppress(PeerDiedError, FrameError), Attached(found.instance) as attached:
+        pids |= {rank.pid for rank in attached.status(None).ranks if rank.pid is not None}
+    return pids
+
+
+def _look_at(found: Found, *, with_stacks: bool) -> Check:
     name = f"instance {found.pid}"
     if found.instance is None:
-        return Check(name, "warn", "it is of another version", "use the phalanx doctor of that version"), {found.pid}
+        return Check(name, "warn", "it is of another version", "use the phalanx doctor of that version")
     try:
         with Attached(found.instance) as attached:
-            status = attached.status(attached.judge() or attached.standing())
+            status = attached.status(attached.verdict())
             if with_stacks:
                 status = attached.with_stacks(status)
     except (PeerDiedError, FrameError) as error:
-        return Check(name, "warn", f"it has just ended: {error}", "run phalanx doctor again"), {found.pid}
-    pids = {status.pid, found.instance.parent_pid, *(rank.pid for rank in status.ranks if rank.pid is not None)}
-    return check_of(status), pids
+        return Check(name, "warn", f"it cannot be looked at: {error}", "if it has not ended, try again")
+    return check_of(status)
 
 
 def check_of(status: InstanceStatus) -> Check:

@@ -6,15 +6,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Literal
 
 from phalanx.ledger.board import Notice, read_board
 from phalanx.ledger.instance import Instance, server_of
+from phalanx.ledger.journal import NUM_RECORDS, read
 from phalanx.ledger.report import VerdictReport, report, utc_now
 from phalanx.ledger.stacks import STACKS, stack_of
 from phalanx.ledger.standing import Standing
-from phalanx.ledger.status import InstanceStatus, Process, instance_status, with_stacks
-from phalanx.ledger.verdict import Look
-from phalanx.ledger.watcher import Watcher
+from phalanx.ledger.status import InstanceStatus, instance_status, with_stacks
+from phalanx.ledger.verdict import Look, RankLook
+from phalanx.ledger.watcher import WatchedRank, Watcher, WatchOrder
 from phalanx.transport.beacon import descriptors_of
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SharedSegment
@@ -33,10 +35,12 @@ class Attached:
         self.instance = instance
         self._lock = threading.Lock()
         self._board: memoryview | None = None
-        self._watcher: Watcher | None = None
+        self._journals: list[tuple[WatchedRank, memoryview]] = []
         with ExitStack() as undo:
             if instance.order is not None:
-                self._watcher = undo.enter_context(Watcher(instance.order))
+                self._journals = [
+                    (one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in instance.order.ranks
+                ]
                 if instance.order.outlets is not None:
                     board = instance.order.outlets.board
                     self._board = undo.enter_context(SharedSegment.attach(board)).buf
@@ -52,31 +56,23 @@ class Attached:
         """The verdict that stands, as the instance's own watcher says."""
         return standing_of(self.notice(), time.monotonic_ns())
 
-    def judge(self) -> VerdictReport | None:
-        """The verdict, by our own looks. Blocks for half a second."""
-        standing = Standing()
-        for _ in range(LOOKS_OF_A_JUDGE):
-            now_ns = time.monotonic_ns()
-            with self._lock:
-                standing.take(self._watcher.verdict(now_ns) if self._watcher is not None else None, now_ns)
-            time.sleep(LOOK_S)
-        if standing.verdict is None:
-            return None
-        return report(standing.verdict, standing.since_ns, time.monotonic_ns(), utc_now())
+    def verdict(self) -> VerdictReport | None:
+        """The same; by our own looks, for half a second, if that watcher does not look any more."""
+        silence_s = silent_s(self.notice(), time.monotonic_ns())
+        if self.instance.order is None or (silence_s is not None and silence_s < SILENT_WATCHER_S):
+            return self.standing()
+        return self.standing() or _judged(self.instance.order)
 
-    def process(self) -> Process:
+    def process(self) -> Literal["running", "stopped", "gone"]:
         """How the engine's process is."""
-        state = state_of(self.instance.pid, self.instance.start_time)
-        return "gone" if state is None else "stopped" if state in "Tt" else "running"
+        return _process_of(self.instance.pid, self.instance.start_time)
 
     def status(self, verdict: VerdictReport | None) -> InstanceStatus:
         """How all is now. Takes a millisecond or two for each rank."""
         now_ns = time.monotonic_ns()
-        with self._lock:
-            look = self._watcher.look(now_ns) if self._watcher is not None else Look(now_ns, {}, {})
         return instance_status(
             self.instance,
-            look,
+            self._look(now_ns, NUM_RECORDS),
             process=self.process(),
             now=time.time(),
             server=server_of(self.instance),
@@ -86,11 +82,10 @@ class Attached:
 
     def with_stacks(self, status: InstanceStatus) -> InstanceStatus:
         """The status, and where all processes are that can answer. Blocks for a second at most."""
-        with self._lock:
-            look = self._watcher.look(time.monotonic_ns(), 1) if self._watcher is not None else Look(0, {}, {})
+        ranks = self._look(time.monotonic_ns(), 1).ranks
         asked = {
             rank: (one.entries.pid, one.entries.stacks)
-            for rank, one in look.ranks.items()
+            for rank, one in ranks.items()
             if one.process == "running" and one.entries.stacks
         }
         descriptors = descriptors_of(self.instance.pid, STACKS) if self.process() == "running" else []
@@ -102,8 +97,21 @@ class Attached:
     def close(self) -> None:
         """May be called more than once."""
         with self._lock:
-            self._board = self._watcher = None
+            self._board, self._journals = None, []
             self._stack.close()
+
+    def _look(self, now_ns: int, most_records: int) -> Look:
+        """All ranks that have begun. Only reads: the instance's own watcher notices nothing."""
+        ranks = {}
+        with self._lock:
+            for one, journal in self._journals:
+                entries = read(journal, most_records)
+                if entries.pid:
+                    process = _process_of(entries.pid, entries.start_time)
+                    ranks[one.rank] = RankLook(
+                        rank=one.rank, node=one.node, groups=one.groups, process=process, entries=entries
+                    )
+        return Look(now_ns, ranks, self.instance.order.groups if self.instance.order is not None else {})
 
     def __enter__(self) -> Attached:
         return self
@@ -124,3 +132,20 @@ def standing_of(notice: Notice, now_ns: int) -> VerdictReport | None:
 def silent_s(notice: Notice, now_ns: int) -> float | None:
     """Since the watcher has looked last; None if it never did."""
     return round(max(now_ns - notice.looked_ns, 0) / 1e9, 3) if notice.looked_ns else None
+
+
+def _judged(order: WatchOrder) -> VerdictReport | None:
+    standing = Standing()
+    with Watcher(order) as watcher:
+        for _ in range(LOOKS_OF_A_JUDGE):
+            now_ns = time.monotonic_ns()
+            standing.take(watcher.verdict(now_ns), now_ns)
+            time.sleep(LOOK_S)
+    if standing.verdict is None:
+        return None
+    return report(standing.verdict, standing.since_ns, time.monotonic_ns(), utc_now())
+
+
+def _process_of(pid: int, start_time: int) -> Literal["running", "stopped", "gone"]:
+    state = state_of(pid, start_time)
+    return "gone" if state is None else "stopped" if state in "Tt" else "running"

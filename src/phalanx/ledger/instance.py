@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import msgspec
 
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.transport.beacon import Beacon, beacons, beacons_of
 from phalanx.version import __version__
+
+T = TypeVar("T")
 
 BEACON = "instance"
 SERVER_BEACON = "server"
@@ -45,7 +48,7 @@ class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that shows an instance; None if it is of another version of Phalanx, and cannot be read."""
+    """A process that shows an instance; None if another version of Phalanx runs there, whose layout is another."""
 
     pid: int
     instance: Instance | None
@@ -78,13 +81,18 @@ def shown_by(pid: int) -> list[Found]:
 
 def server_of(instance: Instance) -> ServerFacts | None:
     """The server in front of an instance, if there is one that can be read."""
-    for content in beacons_of(instance.parent_pid, SERVER_BEACON):
-        if msgspec.msgpack.decode(content, type=_Version).version == __version__:
-            return msgspec.msgpack.decode(content, type=ServerFacts)
-    return None
+    found = (_read(content, ServerFacts) for content in beacons_of(instance.parent_pid, SERVER_BEACON))
+    return next((server for server in found if server is not None), None)
 
 
 def _found(pid: int, content: bytes) -> Found:
-    if msgspec.msgpack.decode(content, type=_Version).version != __version__:
-        return Found(pid=pid, instance=None)
-    return Found(pid=pid, instance=msgspec.msgpack.decode(content, type=Instance))
+    return Found(pid=pid, instance=_read(content, Instance))
+
+
+def _read(content: bytes, kind: type[T]) -> T | None:
+    try:
+        if msgspec.msgpack.decode(content, type=_Version).version == __version__:
+            return msgspec.msgpack.decode(content, type=kind)
+    except msgspec.DecodeError:  # one of the same number, under development
+        pass
+    return None

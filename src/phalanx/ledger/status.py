@@ -39,6 +39,8 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     node: str
     process: Process
+    is_culprit: bool = False
+    """As the verdict has it."""
     pid: int | None = None
     phase: str = "not begun"
     phase_s: float | None = None
@@ -107,7 +109,7 @@ def with_stacks(
     status: InstanceStatus, of_ranks: Mapping[int, tuple[str, ...]], of_engine: tuple[str, ...]
 ) -> InstanceStatus:
     """The status, and where the processes are that were asked."""
-    ranks = tuple(msgspec.structs.replace(one, stack=of_ranks.get(one.rank)) for one in status.ranks)
+    ranks = tuple(msgspec.structs.replace(one, stack=of_ranks.get(one.rank, ())) for one in status.ranks)
     return msgspec.structs.replace(status, ranks=ranks, stack=of_engine)
 
 
@@ -122,6 +124,7 @@ def _rank_status(watched: WatchedRank, look: Look, verdict: VerdictReport | None
         rank=one.rank,
         node=one.node,
         process=one.process,
+        is_culprit=_is_culprit(one, verdict),
         pid=entries.pid,
         phase=entries.phase,
         phase_s=_since(entries.phase_since_ns, look) if entries.phase_since_ns else None,
@@ -156,29 +159,30 @@ def _newest(one: RankLook, group: str) -> Record | None:
 
 
 def _mark(one: RankLook, group: str, look: Look, verdict: VerdictReport | None) -> Mark:
-    if verdict is not None and one.rank in verdict.culprits and verdict.group in (group, None):
+    is_culprit, is_awaited = _is_culprit(one, verdict), _is_awaited(one, group, look)
+    if is_culprit and verdict is not None and (verdict.group == group or is_awaited):
         return "culprit"
-    awaits = one.awaits
-    if awaits is not None and awaits[0] == group:
-        return "waits" if _missing(look, group, awaits[1].sequence) else ""
-    awaited = (
-        other.awaits[1].sequence
-        for rank in look.groups.get(group, ())
-        if (other := look.ranks.get(rank)) is not None and other.awaits is not None and other.awaits[0] == group
-    )
-    return "awaited" if any(not one.has_issued(group, sequence) for sequence in awaited) else ""
+    if one.awaits is not None and one.awaits[0] == group and _waits_for(one, look):
+        return "waits"
+    return "awaited" if is_awaited else ""
+
+
+def _is_culprit(one: RankLook, verdict: VerdictReport | None) -> bool:
+    return verdict is not None and one.rank in verdict.culprits
+
+
+def _is_awaited(one: RankLook, group: str, look: Look) -> bool:
+    """Whether a member of the group is in a collective of it that this one has not come to."""
+    others = (look.ranks[rank].awaits for rank in look.groups.get(group, ()) if rank in look.ranks)
+    return any(at is not None and at[0] == group and not one.has_issued(group, at[1].sequence) for at in others)
 
 
 def _waits_for(one: RankLook, look: Look) -> tuple[int, ...]:
     if one.awaits is None:
         return ()
     group, record = one.awaits
-    return _missing(look, group, record.sequence)
-
-
-def _missing(look: Look, group: str, sequence: int) -> tuple[int, ...]:
     members = [look.ranks[rank] for rank in look.groups.get(group, ()) if rank in look.ranks]
-    return tuple(other.rank for other in members if not other.has_issued(group, sequence))
+    return tuple(other.rank for other in members if not other.has_issued(group, record.sequence))
 
 
 def _since(then_ns: int, look: Look) -> float:

@@ -9,7 +9,7 @@ import msgspec
 
 from phalanx.engine.condition import Condition
 from phalanx.ledger.report import VerdictReport
-from phalanx.server.api_error import ApiError, ErrorBody
+from phalanx.server.api_error import ApiError, ErrorBody, engine_dead
 
 
 class HealthBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,18 +30,24 @@ class Health(NamedTuple):
 
 def health(conditions: Sequence[Condition], refusal: ApiError | None) -> Health:
     """`refusal` says why no requests are taken, if none are."""
-    verdict = next((one.trouble for one in conditions if one.trouble is not None and one.dead is None), None)
+    verdict = next((one.trouble for one in conditions if one.trouble is not None), None)
     if refusal is not None:
         status: Literal["dead", "stopping"] = "dead" if refusal.code == "engine_dead" else "stopping"
-        ended_by = next((one.trouble for one in conditions if one.trouble is not None), None)
-        return Health(refusal.status, HealthBody(status=status, error=refusal.body().error, verdict=ended_by))
-    if all(one.is_healthy for one in conditions):
+        return Health(refusal.status, HealthBody(status=status, error=refusal.body().error, verdict=verdict))
+    sick = [one for one in conditions if not one.is_healthy]
+    if not sick:
         return Health(200, HealthBody(status="ok"))
-    if any(one.is_healthy for one in conditions):
-        return Health(200, HealthBody(status="degraded", verdict=verdict))
-    assert verdict is not None, "an engine that lives and is not healthy is in trouble"
-    error = ApiError(503, f"steps do not progress: {verdict.paragraph}", code="stuck")
-    return Health(error.status, HealthBody(status="stuck", error=error.body().error, verdict=verdict))
+    errors = [_error_of(one).body().error for one in sorted(sick, key=lambda one: one.dead is not None)]
+    if len(sick) < len(conditions):
+        return Health(200, HealthBody(status="degraded", error=errors[0], verdict=verdict))
+    return Health(503, HealthBody(status="stuck", error=errors[0], verdict=verdict))
+
+
+def _error_of(condition: Condition) -> ApiError:
+    if condition.dead is not None:
+        return engine_dead(condition.dead)
+    assert condition.trouble is not None, "an engine that lives and is not healthy is in trouble"
+    return ApiError(503, f"steps do not progress: {condition.trouble.paragraph}", code="stuck")
 
 
 def while_starting(error: ApiError, phase: str) -> HealthBody:

@@ -109,7 +109,8 @@ def _rank(rank: RankStatus, groups: Sequence[str]) -> str:
     step = f"{rank.step}" + (f" <small>{duration(rank.step_s)}</small>" if rank.step_s is not None else "")
     phase = escape(rank.phase) + (f" <small>{duration(rank.phase_s)}</small>" if rank.phase_s is not None else "")
     process = escape(rank.process) + (f" <small>pid {rank.pid}</small>" if rank.pid is not None else "")
-    cells = (str(rank.rank), escape(rank.node), process, phase, step, ", ".join(map(str, rank.waits_for)))
+    name = f"{_MARKS['culprit' if rank.is_culprit else '']}{rank.rank}"
+    cells = (name, escape(rank.node), process, phase, step, ", ".join(map(str, rank.waits_for)))
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}{''.join(_group(of.get(name)) for name in groups)}</tr>"
 
 

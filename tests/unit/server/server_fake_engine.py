@@ -62,7 +62,10 @@ class FakeEngine:
         self.is_closed = False
 
     def conditions(self) -> tuple[Condition, ...]:
-        return (Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2),)
+        told = {"late": 3}
+        return (
+            Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2, verdicts=told),
+        )
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         return self.instances
