@@ -46,7 +46,7 @@ class Served:
         self.events = folder / "events.jsonl"
         self.log = folder / "log"
         command = [sys.executable, "-m", "phalanx", "serve", str(write_checkpoint(folder / "llama"))]
-        command += ["--port", str(port), "-tp", "2", "--ledger", "--ledger-events", str(self.events), "--device", "cpu"]
+        command += ["--port", str(port), "-tp", "2", "--ledger-events", str(self.events), "--device", "cpu"]
         command += ["--max-num-seqs", "4", "--kv-cache-memory", "16MiB", "--step-timeout-s", "200"]
         with self.log.open("wb") as sink:
             self.process = subprocess.Popen(command, stdout=sink, stderr=sink)

@@ -19,7 +19,7 @@ from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.executor.presence import open_outlets, show_instance
-from phalanx.executor.watching import Watching, watch_order, with_journals
+from phalanx.executor.watching import start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -152,8 +152,9 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
     order = msgspec.structs.replace(watch_order(specs), outlets=open_outlets(config, resources))
-    watching = Watching(order, on_hopeless=launcher.kill)
-    resources.callback(watching.close)
+    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    if watching is not None:
+        resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
 
 

@@ -11,17 +11,16 @@ from typing import Literal
 from phalanx.ledger.board import Notice, read_board
 from phalanx.ledger.instance import Instance, server_of
 from phalanx.ledger.journal import NUM_RECORDS, read
+from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.report import VerdictReport, report, utc_now
 from phalanx.ledger.stacks import STACKS, stack_of
-from phalanx.ledger.standing import Standing
 from phalanx.ledger.status import InstanceStatus, instance_status, with_stacks
-from phalanx.ledger.verdict import Look, RankLook
-from phalanx.ledger.watcher import WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import Confirmation, WatchedRank, Watcher, WatchOrder
 from phalanx.transport.beacon import descriptors_of
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SharedSegment
 
-LOOKS_OF_A_JUDGE = 8
+LOOKS_OF_A_JUDGE = 20
 LOOK_S = 0.05
 SILENT_WATCHER_S = 5.0
 """What a watcher found that has not looked for so long is not believed any more, unless it was final."""
@@ -57,7 +56,7 @@ class Attached:
         return standing_of(self.notice(), time.monotonic_ns())
 
     def verdict(self) -> VerdictReport | None:
-        """The same; by our own looks, for half a second, if that watcher does not look any more."""
+        """The same; by our own looks, for a second, if that watcher does not look any more."""
         silence_s = silent_s(self.notice(), time.monotonic_ns())
         if self.instance.order is None or (silence_s is not None and silence_s < SILENT_WATCHER_S):
             return self.standing()
@@ -135,15 +134,14 @@ def silent_s(notice: Notice, now_ns: int) -> float | None:
 
 
 def _judged(order: WatchOrder) -> VerdictReport | None:
-    standing = Standing()
+    confirmation = Confirmation()
     with Watcher(order) as watcher:
         for _ in range(LOOKS_OF_A_JUDGE):
             now_ns = time.monotonic_ns()
-            standing.take(watcher.verdict(now_ns), now_ns)
+            confirmation.take(watcher.verdict(now_ns), now_ns)
             time.sleep(LOOK_S)
-    if standing.verdict is None:
-        return None
-    return report(standing.verdict, standing.since_ns, time.monotonic_ns(), utc_now())
+    found = confirmation.told
+    return None if found is None else report(found, now_ns - int(found.waited_s * 1e9), now_ns, utc_now())
 
 
 def _process_of(pid: int, start_time: int) -> Literal["running", "stopped", "gone"]:

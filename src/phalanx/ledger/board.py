@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import msgspec
 
-from phalanx.ledger.standing import Standing
 from phalanx.ledger.verdict import Verdict
 from phalanx.transport.futex import new_fence
 
@@ -53,12 +52,10 @@ class BoardWriter:
         """All ranks were looked at."""
         self._words[_LOOKED] = now_ns
 
-    def post(self, standing: Standing) -> None:
-        """Another verdict stands, or none any more."""
-        verdict = standing.verdict
+    def post(self, verdict: Verdict | None, since_ns: int) -> None:
+        """Another verdict stands, since then, or none any more."""
         if verdict is not None:
             self._counts[verdict.cause] = self._counts.get(verdict.cause, 0) + 1
-        since_ns = 0 if verdict is None else standing.since_ns
         self._post(Notice(num_ranks=self._num_ranks, verdict=verdict, since_ns=since_ns, counts=self._counts))
 
     def _post(self, notice: Notice) -> None:

@@ -10,7 +10,6 @@ import msgspec
 from phalanx.ledger.board import BoardWriter
 from phalanx.ledger.events import EventsFile, event_of
 from phalanx.ledger.report import utc_now
-from phalanx.ledger.standing import Standing
 from phalanx.ledger.verdict import Verdict
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -32,35 +31,35 @@ class OpenOutlets:
     def __init__(self, outlets: Outlets, num_ranks: int) -> None:
         """Raises PeerDiedError or FrameError if the board's owner is gone, OSError if events cannot be written."""
         self._outlets = outlets
-        self._standing = Standing()
+        self._standing: Verdict | None = None
+        self._since_ns = 0
         with ExitStack() as undo:
             self._board = BoardWriter(undo.enter_context(SharedSegment.attach(outlets.board)).buf, num_ranks)
             path = outlets.events
             self._events = undo.enter_context(EventsFile(path)) if path is not None else None
             self._stack = undo.pop_all()
 
-    def looked(self, found: Verdict | None, now_ns: int) -> bool:
-        """Make known what a look has found. Returns whether a verdict stands now that did not before: see `tell`."""
-        before, since_ns = self._standing.verdict, self._standing.since_ns
-        has_changed = self._standing.take(found, now_ns)
-        if has_changed:
-            self._board.post(self._standing)
-            if before is not None:
-                self._write(before, since_ns, now_ns, is_over=True)
+    def stands(self, verdict: Verdict | None, now_ns: int) -> None:
+        """All ranks were looked at, and this stands; None if nothing is wrong. Called after each look."""
+        if verdict is not self._standing:
+            if self._standing is not None:
+                self._write(self._standing, now_ns, is_over=True)
+            self._standing = verdict
+            self._since_ns = now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0
+            self._board.post(verdict, self._since_ns)
         self._board.looked(now_ns)
-        return has_changed and self._standing.verdict is not None
 
     def tell(self, verdict: Verdict, now_ns: int) -> None:
-        """Write the event of the verdict that stands since `looked`, with stacks by now."""
-        self._write(verdict, self._standing.since_ns, now_ns, is_over=False)
+        """Write the event of what stands since the last look, with stacks by now."""
+        self._write(verdict, now_ns, is_over=False)
 
-    def _write(self, verdict: Verdict, since_ns: int, now_ns: int, *, is_over: bool) -> None:
+    def _write(self, verdict: Verdict, now_ns: int, *, is_over: bool) -> None:
         if self._events is None:
             return
         event = event_of(
             verdict,
             is_over=is_over,
-            since_ns=since_ns,
+            since_ns=self._since_ns,
             now_ns=now_ns,
             now=utc_now(),
             model=self._outlets.model,

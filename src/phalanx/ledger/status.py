@@ -8,12 +8,12 @@ from typing import Literal
 import msgspec
 
 from phalanx.ledger.instance import Instance, ServerFacts
+from phalanx.ledger.look import Look, RankLook, wait_of
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.report import VerdictReport
-from phalanx.ledger.verdict import Look, RankLook
 from phalanx.ledger.watcher import WatchedRank
 
-Process = Literal["not begun", "running", "stopped", "gone"]
+Process = Literal["not begun", "running", "stopped", "gone", "ended"]
 Mark = Literal["", "culprit", "waits", "awaited"]
 """culprit: as the verdict has it. waits: in this collective, which others have not come to. awaited: others are in one
 that it has not come to."""
@@ -49,8 +49,10 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float | None = None
     """How long it has been in that step; None if it is in none."""
     groups: tuple[GroupStatus, ...] = ()
+    waits_in: str | None = None
+    """What it is in that others have to come to: a collective, or the joining of a group. None if it is in neither."""
     waits_for: tuple[int, ...] = ()
-    """Ranks that have not come to the collective that it is in."""
+    """Ranks that have not come there."""
     stack: tuple[str, ...] | None = None
     """Lines of Python, innermost first; empty if it did not answer, None if it was not asked."""
 
@@ -117,7 +119,7 @@ def _rank_status(watched: WatchedRank, look: Look, verdict: VerdictReport | None
     one = look.ranks.get(watched.rank)
     if one is None:
         return RankStatus(rank=watched.rank, node=watched.node, process="not begun")
-    entries = one.entries
+    entries, wait = one.entries, wait_of(look, one.rank)
     decision = one.decision(entries.step)
     is_stepping = decision is not None and not decision.is_done
     return RankStatus(
@@ -131,7 +133,8 @@ def _rank_status(watched: WatchedRank, look: Look, verdict: VerdictReport | None
         step=entries.step,
         step_s=_since(decision.issued_ns, look) if decision is not None and is_stepping else None,
         groups=tuple(_group_status(one, name, look, verdict) for name in one.groups[1:]),
-        waits_for=_waits_for(one, look),
+        waits_in=wait.what if wait is not None else None,
+        waits_for=wait.others if wait is not None else (),
     )
 
 
@@ -162,7 +165,8 @@ def _mark(one: RankLook, group: str, look: Look, verdict: VerdictReport | None) 
     is_culprit, is_awaited = _is_culprit(one, verdict), _is_awaited(one, group, look)
     if is_culprit and verdict is not None and (verdict.group == group or is_awaited):
         return "culprit"
-    if one.awaits is not None and one.awaits[0] == group and _waits_for(one, look):
+    wait = wait_of(look, one.rank)
+    if wait is not None and wait.record is not None and wait.group == group and wait.others:
         return "waits"
     return "awaited" if is_awaited else ""
 
@@ -175,14 +179,6 @@ def _is_awaited(one: RankLook, group: str, look: Look) -> bool:
     """Whether a member of the group is in a collective of it that this one has not come to."""
     others = (look.ranks[rank].awaits for rank in look.groups.get(group, ()) if rank in look.ranks)
     return any(at is not None and at[0] == group and not one.has_issued(group, at[1].sequence) for at in others)
-
-
-def _waits_for(one: RankLook, look: Look) -> tuple[int, ...]:
-    if one.awaits is None:
-        return ()
-    group, record = one.awaits
-    members = [look.ranks[rank] for rank in look.groups.get(group, ()) if rank in look.ranks]
-    return tuple(other.rank for other in members if not other.has_issued(group, record.sequence))
 
 
 def _since(then_ns: int, look: Look) -> float:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import pytest
-from ledger_instances import hung, instance_of, reported
+from ledger_instances import hung, instance_of, reported, verdict_of
 
 from phalanx.cli import instances, main
 from phalanx.cli.instance_table import instance_table
 from phalanx.cli.instances import check_of
+from phalanx.ledger.board import BOARD_BYTES, BoardWriter
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.outlets import Outlets
 from phalanx.ledger.status import with_stacks
+from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
@@ -60,40 +66,71 @@ def test_whether_it_is_well() -> None:
     assert stopped.status == "fail" and stopped.advice == "kill -CONT 100, or end it"
 
 
-def test_an_instance_is_found_and_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its ranks are this process, twice: one waits for the other."""
-    me = Party.me("it")
-    monkeypatch.setattr("phalanx.ledger.attach.STACKS", "no stacks")  # else this very process would be asked
-    with SharedSegment.create(JOURNAL_BYTES, "a") as first, SharedSegment.create(JOURNAL_BYTES, "b") as second:
-        journals = [Journal(segment.buf, epoch=1) for segment in (first, second)]
-        for journal in journals:
+class Shown:
+    """An instance whose engine and two ranks are this process: rank 0 waits for rank 1. Told as it is at `doctor`."""
+
+    def __init__(self, stack: ExitStack, second: str) -> None:
+        segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal {rank}")) for rank in range(2)]
+        self._board = stack.enter_context(SharedSegment.create(BOARD_BYTES, "board"))
+        for segment, what in zip(segments, ("all_reduce", second), strict=True):
+            journal = Journal(segment.buf, epoch=1)
             journal.enter("stepping")
-            step = journal.begin_step(1, 1, num_tokens=1)
-            if journal is journals[1]:
-                journal.done(step)
-                journal.enter("idle")
-        GroupJournal(journals[0], 1).issue(1, 1, lambda: "all_reduce")
-        ranks = tuple(
-            WatchedRank(rank=rank, node="here", groups=("", "tp"), journal=segment.handle)
-            for rank, segment in enumerate((first, second))
+            journal.begin_step(1, 1, num_tokens=1)
+            if what:
+                GroupJournal(journal, 1).issue(1, len(what), lambda what=what: what)
+        me = Party.me("it")
+        order = WatchOrder(
+            ranks=tuple(
+                WatchedRank(rank=rank, node="here", groups=("", "tp"), journal=segment.handle)
+                for rank, segment in enumerate(segments)
+            ),
+            groups={"tp": (0, 1)},
+            outlets=Outlets(board=self._board.handle, events=None, model="m"),
         )
-        told = msgspec.structs.replace(
-            instance_of(2, {"tp": [0, 1]}),
-            pid=me.pid,
-            start_time=me.start_time,
-            version=__version__,
-            order=WatchOrder(ranks=ranks, groups={"tp": (0, 1)}),
-        )
-        time.sleep(1.1)  # for so long somebody has to wait before another one is late
-        beacon = show(told)
-        try:
-            assert main.run(["doctor", "--json", "--pid", str(me.pid), "--stacks"]) == 1
-        finally:
-            beacon.close()
-    (check,) = json.loads(capsys.readouterr().out)
-    assert check["facts"]["verdict"]["cause"] == "skipped" and check["facts"]["verdict"]["culprits"] == [1]
-    assert [rank["waits_for"] for rank in check["facts"]["ranks"]] == [[1], []]
-    assert not list(instances.running()) or all(one.pid != me.pid for one in instances.running())
+        told = instance_of(2, {"tp": [0, 1]})
+        told = msgspec.structs.replace(told, pid=me.pid, start_time=me.start_time, version=__version__, order=order)
+        stack.callback(show(told).close)
+
+    def post(self, verdict: Verdict | None) -> None:
+        writer = BoardWriter(self._board.buf, num_ranks=2)
+        writer.post(verdict, time.monotonic_ns())
+        writer.looked(time.monotonic_ns())
+
+    def doctor(self, code: int, capsys: pytest.CaptureFixture[str]) -> Any:
+        assert main.run(["doctor", "--json", "--pid", str(os.getpid()), "--stacks"]) == code
+        (check,) = json.loads(capsys.readouterr().out)
+        return check["facts"]
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    monkeypatch.setattr("phalanx.ledger.attach.STACKS", "no stacks")  # else this very process would be asked
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_what_its_watcher_says_is_believed(stack: ExitStack, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown(stack, second="")
+    shown.post(None)
+    facts = shown.doctor(0, capsys)
+    assert facts["verdict"] is None and [rank["waits_for"] for rank in facts["ranks"]] == [[1], []]
+    assert facts["ranks"][0]["waits_in"] == "all_reduce"
+    shown.post(verdict_of("late", 1))
+    verdict = shown.doctor(1, capsys)["verdict"]
+    assert (verdict["cause"], verdict["culprits"]) == ("late", [1])
+
+
+def test_without_its_watcher_doctor_judges(stack: ExitStack, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = Shown(stack, second="broadcast").doctor(1, capsys)
+    assert facts["watcher_s"] is None
+    assert (facts["verdict"]["cause"], facts["verdict"]["culprits"]) == ("diverged", [0, 1])
+    assert facts["verdict"]["is_ambiguous"]
+
+
+def test_what_is_over_is_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with ExitStack() as stack:
+        Shown(stack, second="")
+    assert main.run(["doctor", "--json", "--pid", str(os.getpid())]) == 2
 
 
 def test_one_of_another_build_is_told_and_not_read() -> None:

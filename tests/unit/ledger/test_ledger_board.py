@@ -16,73 +16,34 @@ from phalanx.ledger.board import BOARD_BYTES, BoardWriter, Notice, read_board
 from phalanx.ledger.events import event_of
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.report import paragraph, report
-from phalanx.ledger.standing import Standing
-from phalanx.ledger.verdict import Verdict
 from phalanx.transport.shared_memory import SharedSegment
 
-LOOK_NS = 30_000_000
 NS = 10**9
-
-
-def changes(standing: Standing, found: list[Verdict | None], start: int = 10**12) -> list[int]:
-    """The looks at which something changes."""
-    return [i for i, one in enumerate(found) if standing.take(one, start + i * LOOK_NS)]
-
-
-def test_a_verdict_stands_after_a_while_and_until_it_is_missed_for_a_while() -> None:
-    late, other = verdict_of("late", 1), verdict_of("late", 2)
-    assert changes(Standing(), [late] * 5 + [None] + [late] * 20) == [13]
-    assert changes(Standing(), [late] * 20 + [None] * 10 + [late] * 5 + [None] * 30) == [7, 52]
-    assert changes(Standing(), [late] * 10 + [other] * 10) == [7, 17]
-    assert changes(Standing(), [late, other] * 20) == []
-
-
-def test_what_is_final_stands_at_once() -> None:
-    standing = Standing()
-    assert changes(standing, [None, verdict_of("gone", 1), verdict_of("gone", 1)]) == [1]
-    assert standing.verdict == verdict_of("gone", 1)
-
-
-def test_since_when() -> None:
-    standing = Standing()
-    for i in range(8):
-        standing.take(verdict_of("late", 1, waited_s=1.0 + i * LOOK_NS / NS), 10 * NS + i * LOOK_NS)
-    assert abs(standing.since_ns - 9 * NS) < 1000
-
-
-def test_after_a_pause_it_is_looked_for_anew() -> None:
-    standing, late = Standing(), verdict_of("late", 1)
-    assert changes(standing, [late] * 5) == []
-    assert changes(standing, [late] * 20, start=2 * 10**12) == [7]
 
 
 def test_the_board() -> None:
     memory = memoryview(bytearray(BOARD_BYTES))
     assert read_board(memory) is None
-    writer, standing = BoardWriter(memory, num_ranks=4), Standing()
+    writer = BoardWriter(memory, num_ranks=4)
     assert read_board(memory) == Notice(num_ranks=4)
     for culprit in (1, 2, 1):
-        standing.verdict, standing.since_ns = verdict_of("late", culprit), 5
-        writer.post(standing)
+        writer.post(verdict_of("late", culprit), 5)
         writer.looked(77)
         found = read_board(memory)
         assert found is not None and (found.verdict, found.since_ns) == (verdict_of("late", culprit), 5)
         assert found.looked_ns == 77
-    standing.verdict = None
-    writer.post(standing)
+    writer.post(None, 0)
     assert read_board(memory) == Notice(num_ranks=4, counts={"late": 3}, looked_ns=77)
 
 
 def test_a_reader_in_the_middle_of_writing_sees_what_was_there() -> None:
     """The place that is written to is never the one that readers are sent to."""
     memory = memoryview(bytearray(BOARD_BYTES))
-    writer, standing = BoardWriter(memory, num_ranks=2), Standing()
-    standing.verdict = verdict_of("late", 1)
-    writer.post(standing)
+    writer = BoardWriter(memory, num_ranks=2)
+    writer.post(verdict_of("late", 1), 5)
     seen: list[Notice | None] = []
     writer._fence = lambda: seen.append(read_board(memory))  # all is written then but the number
-    standing.verdict = None
-    writer.post(standing)
+    writer.post(None, 0)
     assert seen[0] is not None and seen[0].verdict == verdict_of("late", 1)
     now = read_board(memory)
     assert now is not None and now.verdict is None
@@ -118,23 +79,25 @@ def test_events() -> None:
 
 
 def test_outlets(tmp_path: Path) -> None:
-    path, late = tmp_path / "events", verdict_of("late", 1)
+    path, late = tmp_path / "events", verdict_of("late", 1, waited_s=1.0)
     path.write_text("what was there\n")
     with SharedSegment.create(BOARD_BYTES, "board") as board:
         outlets = Outlets(board=board.handle, events=str(path), model="m")
         with OpenOutlets(outlets, num_ranks=2) as opened:
-            for i in range(40):
-                if opened.looked(late if i < 10 else None, 10**12 + i * LOOK_NS):
-                    opened.tell(msgspec.structs.replace(late, stacks={1: ("a.py:1 in f",)}), 10**12 + i * LOOK_NS)
-                if i == 9:
-                    notice = read_board(board.buf)
-                    assert notice is not None and notice.verdict == late
+            opened.stands(None, 9 * NS)
+            opened.stands(late, 10 * NS)
+            opened.tell(msgspec.structs.replace(late, stacks={1: ("a.py:1 in f",)}), 10 * NS)
+            opened.stands(late, 11 * NS)
+            notice = read_board(board.buf)
+            assert notice is not None and (notice.verdict, notice.since_ns) == (late, 9 * NS)
+            assert notice.looked_ns == 11 * NS
+            opened.stands(None, 12 * NS)
         notice = read_board(board.buf)
         assert notice is not None and notice.verdict is None and notice.counts == {"late": 1}
     before, *lines = path.read_text().splitlines()
     assert before == "what was there"
     begun, over = map(json.loads, lines)
-    assert (begun["event"], over["event"]) == ("verdict", "verdict_over")
+    assert [(event["event"], event["for_s"]) for event in (begun, over)] == [("verdict", 1.0), ("verdict_over", 3.0)]
     assert begun["engine_pid"] == os.getpid() and begun["verdict"]["stacks"]
 
 
@@ -143,6 +106,6 @@ def test_a_disk_that_is_full_is_a_warning(caplog: pytest.LogCaptureFixture) -> N
         board = stack.enter_context(SharedSegment.create(BOARD_BYTES, "board"))
         outlets = Outlets(board=board.handle, events="/dev/full", model="m")
         opened = stack.enter_context(OpenOutlets(outlets, num_ranks=2))
-        assert opened.looked(verdict_of("gone", 1), 10**12)
+        opened.stands(verdict_of("gone", 1), 10**12)
         opened.tell(verdict_of("gone", 1), 10**12)
     assert "/dev/full: an event was not written: " in caplog.text
