@@ -108,7 +108,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
             said += f"; rank{'s' if len(self.waiting) > 1 else ''} {ranks} waited for {self.waited_s:.2f} s"
             said += f" in {self.peers}" if self.peers else ""
         if self.sequence is not None:
-            said += f" (step {self.step}, sequence {self.sequence} of group {self.group})"
+            step = f"step {self.step}, " if self.step is not None else ""  # a program of others need not have steps
+            said += f" ({step}sequence {self.sequence} of group {self.group})"
         for rank, lines in self.stacks.items():
             said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said
