@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import IO
@@ -18,9 +18,10 @@ import msgspec
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.journal import JOURNAL_BYTES
+from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
-from phalanx.transport.shared_memory import SharedSegment
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
 SPAWN_DEADLINE_S = 30.0
@@ -32,8 +33,11 @@ log = logging.getLogger("phalanx.ledger")
 class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdicts."""
 
-    def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
-        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
+    def __init__(self, order: WatchOrder | ReportOrder, on_hopeless: Callable[[], None]) -> None:
+        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
+
+        One that reports to another node's has no verdicts of its own.
+        """
         self._on_hopeless = on_hopeless
         self._found: Verdict | None = None
         self._changed = threading.Condition()
@@ -73,7 +77,7 @@ class Watching:
                 watcher = f"the watcher (pid {self._process.pid})"
                 raise DeadlineError("the end after SIGKILL", watcher, END_DEADLINE_S)
 
-    def _run(self, order: WatchOrder, spawned: Future[subprocess.Popen[bytes]]) -> None:
+    def _run(self, order: WatchOrder | ReportOrder, spawned: Future[subprocess.Popen[bytes]]) -> None:
         try:
             process, verdicts = _spawn(order, self._stop_read)
         except OSError as error:
@@ -96,14 +100,18 @@ class Watching:
             log.warning("the watcher has ended, %s: nobody says any more who is to blame", describe_exit(code))
 
 
+def make_journals(ranks: Iterable[int], resources: ExitStack) -> dict[int, SegmentHandle]:
+    """A journal for each rank that is on this host; this process holds them, too, until `resources` are let go."""
+    return {
+        rank: resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")).handle
+        for rank in ranks
+    }
+
+
 def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
-    """The same workers, each with a journal that this process holds, too, until `resources` are let go."""
-    journals = [
-        resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {spec.rank}")) for spec in specs
-    ]
-    return [
-        msgspec.structs.replace(spec, journal=journal.handle) for spec, journal in zip(specs, journals, strict=True)
-    ]
+    """The same workers, each with a journal that this process holds."""
+    journals = make_journals([spec.rank for spec in specs], resources)
+    return [msgspec.structs.replace(spec, journal=journals[spec.rank]) for spec in specs]
 
 
 def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
@@ -124,10 +132,12 @@ def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
     )
 
 
-def _spawn(order: WatchOrder, stop: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def _spawn(order: WatchOrder | ReportOrder, stop: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     """Start the watcher; returns it and the end at which verdicts come out. Raises OSError."""
     command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(stop,))
+    others = order.other_nodes if isinstance(order, WatchOrder) else None
+    passed = (stop,) if others is None else (stop, others.listener)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed)
     assert process.stdin is not None and process.stdout is not None
     with process.stdin as stdin:
         stdin.write(msgspec.msgpack.encode(order))
@@ -139,8 +149,11 @@ def main() -> None:
     parent_pid, stop = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
-    order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder)
-    watch(order, stop, sys.stdout.fileno())
+    order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
+    if isinstance(order, WatchOrder):
+        watch(order, stop, sys.stdout.fileno())
+    else:
+        report(order, stop)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import msgspec
 from phalanx.ledger.journal import Entries
 from phalanx.ledger.record import Kind, Record
 
-Cause = Literal["gone", "diverged", "stopped", "skipped", "late", "behind", "circle"]
+Cause = Literal["gone", "diverged", "stopped", "skipped", "late", "behind", "circle", "unreachable"]
 """gone: its process has ended. diverged: it is in another collective than its peers. stopped: by a signal. skipped: it
 has left a step without a collective that its peers are in. late: it is in the step that its peers are in, and does not
 come to the collective that they wait in: it computes, or is stuck. behind: it has not begun that step. circle: ranks
-wait for each other in different groups."""
+wait for each other in different groups. unreachable: nothing is heard of a whole node, whose ranks the culprits are."""
 
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""
@@ -115,12 +115,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_ambiguous(self) -> bool:
-        return len(self.culprits) > 1
+        return len(self.culprits) > 1 and self.cause != "unreachable"
 
     def __str__(self) -> str:
         """One paragraph, the culprit first; then where the ranks are."""
-        names = " or ".join(f"rank {rank} on {node}" for rank, node in zip(self.culprits, self.nodes, strict=True))
-        said = f"{names} {self.what}"
+        said = f"{self._names()} {self.what}"
         if self.is_ambiguous:
             said += "; which of them is wrong cannot be told"
         if self.waiting:
@@ -132,6 +131,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         for rank, lines in self.stacks.items():
             said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said
+
+    def _names(self) -> str:
+        ranks = [f"rank {rank}" for rank in self.culprits]
+        if self.cause == "unreachable":
+            return f"node {self.nodes[0]} ({', '.join(ranks)})"
+        return " or ".join(f"{rank} on {node}" for rank, node in zip(ranks, self.nodes, strict=True))
 
 
 def judge(look: Look) -> Verdict | None:

@@ -1,6 +1,7 @@
 """Looks at the journals of a node's ranks some tens of times a second, and says what is wrong.
 
-It takes part in nothing that it judges: it maps the journals, reads /proc, and writes to one pipe.
+It takes part in nothing that it judges: it maps the journals, reads /proc, and writes to one pipe. What there is to see
+on other nodes their watchers tell it (other_nodes.py).
 
 A verdict must have stood for a while before it is told, unless what it says cannot change any more. Of ranks that wait
 that is PATIENCE_S or STEPS_OF_PATIENCE times the time that steps usually take, whichever is longer.
@@ -12,13 +13,14 @@ import os
 import select
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
 import msgspec
 
 from phalanx.ledger.journal import NUM_RECORDS, Entries, read
+from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.record import Kind
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
@@ -59,12 +61,14 @@ class WatchedRank(msgspec.Struct, frozen=True, kw_only=True):
     journal: SegmentHandle
 
 
-class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
+class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a watcher is to watch."""
 
     ranks: tuple[WatchedRank, ...]
     groups: dict[str, tuple[int, ...]]
     """The members of each group."""
+    other_nodes: OtherNodesOrder | None = None
+    """None if all ranks are on this node."""
 
 
 class Watcher:
@@ -75,6 +79,8 @@ class Watcher:
         self._order = order
         self._stack = ExitStack()
         with ExitStack() as undo:
+            nodes = order.other_nodes
+            self._others = undo.enter_context(OtherNodes(nodes)) if nodes is not None else None
             self._journals = {
                 one.rank: undo.enter_context(SharedSegment.attach(one.journal)).buf for one in order.ranks
             }
@@ -87,7 +93,7 @@ class Watcher:
         self._stack.close()
 
     def look(self, now_ns: int, most_records: int = NUM_RECORDS) -> Look:
-        """All ranks that have begun, now."""
+        """All ranks that have begun, now; and those of other nodes as it was a moment ago, which then is its time."""
         ranks = {}
         for one in self._order.ranks:
             entries = read(self._journals[one.rank], most_records)
@@ -95,6 +101,10 @@ class Watcher:
                 ranks[one.rank] = RankLook(
                     rank=one.rank, node=one.node, groups=one.groups, process=_process_of(entries), entries=entries
                 )
+        if self._others is not None:
+            self._others.take(now_ns)
+            ranks.update(self._others.looks(most_records))
+            now_ns = self._others.seen_ns(now_ns)
         return Look(now_ns, ranks, self._order.groups)
 
     def verdict(self, now_ns: int) -> Verdict | None:
@@ -102,15 +112,38 @@ class Watcher:
         glance = judge(self.look(now_ns, GLANCE_RECORDS))
         if glance is None or (glance.cause not in LASTING and glance.waited_s < GLANCE_WAIT_S):
             return None
+        if self._others is not None and not self._others.have_told_all():
+            return None
         look = self.look(now_ns)
         verdict = judge(look)
         if verdict is None or verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
             return verdict
         return None
 
+    def findings(self, now_ns: int) -> list[Verdict]:
+        """What is wrong with other nodes, and was not told yet."""
+        return [] if self._others is None else self._others.findings(lambda: self.look(now_ns, GLANCE_RECORDS))
+
     def with_stacks(self, verdict: Verdict) -> Verdict:
-        """The verdict, and where the ranks are that it is about. Blocks for a second at most."""
-        return msgspec.structs.replace(verdict, stacks=_stacks(verdict, self.look(time.monotonic_ns(), 1)))
+        """The verdict, and where the culprits are, and one of those that wait for them. Blocks for a second at most."""
+        waiting = [rank for rank in verdict.waiting if rank not in verdict.culprits]
+        return msgspec.structs.replace(verdict, stacks=self.stacks((*verdict.culprits, *waiting[:1])))
+
+    def stacks(self, ranks: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Where these ranks are, as far as they answer."""
+        found: dict[int, tuple[str, ...]] = {}
+        if self._others is None:
+            self._ask_own(ranks, found)
+        else:
+            found.update(self._others.stacks(ranks, meanwhile=lambda: self._ask_own(ranks, found)))
+        return {rank: found[rank] for rank in ranks if rank in found}
+
+    def _ask_own(self, ranks: Sequence[int], found: dict[int, tuple[str, ...]]) -> None:
+        for rank in self._journals.keys() & set(ranks):
+            entries = read(self._journals[rank], 0)
+            is_there = entries.stacks and _process_of(entries) == "running"
+            if is_there and (lines := stack_of(entries.pid, entries.stacks)):
+                found[rank] = lines
 
 
 class Confirmation:
@@ -137,16 +170,6 @@ class Confirmation:
             return None
         self._told.add(identity)
         return verdict
-
-
-def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
-    """Where the culprits are, and one of those that wait for them."""
-    found = {}
-    for rank in (*verdict.culprits, *[rank for rank in verdict.waiting if rank not in verdict.culprits][:1]):
-        one = look.ranks[rank]
-        if one.process == "running" and one.entries.stacks and (lines := stack_of(one.entries.pid, one.entries.stacks)):
-            found[rank] = lines
-    return found
 
 
 def _process_of(entries: Entries) -> Literal["running", "stopped", "gone"]:
@@ -176,7 +199,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         while not select.select([stop], [], [], LOOK_S)[0]:
             now_ns = time.monotonic_ns()
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
-            if verdict is not None:
-                os.write(verdicts, msgspec.json.encode(watcher.with_stacks(verdict)) + b"\n")
-                if verdict.is_final:
-                    return
+            for found in [*watcher.findings(now_ns), *([verdict] if verdict is not None else [])]:
+                os.write(verdicts, msgspec.json.encode(watcher.with_stacks(found)) + b"\n")
+            if verdict is not None and verdict.is_final:
+                return

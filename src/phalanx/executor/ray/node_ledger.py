@@ -1,0 +1,33 @@
+"""The ledger on a node beside the brain's: its ranks' journals, and a watcher that tells the judge (ledger.py)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from phalanx.executor.ray.messages import NodeOrder, NodeReport
+from phalanx.executor.watching import Watching, make_journals
+from phalanx.ledger.reporting import ReportOrder
+from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.transport.shared_memory import SegmentHandle
+
+
+def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> dict[int, SegmentHandle]:
+    """A node's journals, by rank, and its watcher. All of it ends with `resources`.
+
+    Raises StartError.
+    """
+    journals = make_journals(told.ranks, resources)
+    ranks = [
+        WatchedRank(rank=rank, node=told.name, groups=report.groups[rank], journal=journals[rank])
+        for rank in told.ranks
+    ]
+    order = ReportOrder(
+        node=told.name,
+        watch=WatchOrder(ranks=tuple(ranks), groups={}),
+        judge=report.judge,
+        own_address=told.own_address,
+        deadline_s=told.deadline_s,
+    )
+    watching = Watching(order, on_hopeless=lambda: None)
+    resources.callback(watching.close)
+    return journals
