@@ -1,7 +1,7 @@
 """Ranks on the nodes of a Ray cluster, one of which does harm when it is told to; driven line by line.
 
-Usage: python sabotaged_cluster.py CHECKPOINT RAY_ADDRESS FLAGS, on a node of the cluster. Commands come on stdin and are
-answered on stdout, each a line of JSON.
+Usage: python sabotaged_cluster.py CHECKPOINT RAY_ADDRESS FLAGS, on a node of the cluster. Commands come on stdin, and
+are answered on stdout, each a line of JSON.
 """
 
 from __future__ import annotations

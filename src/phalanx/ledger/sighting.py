@@ -77,7 +77,7 @@ class Telling:
         if not new and not new_texts and self._told.get(one.rank) == bare:
             return None
         self._told[one.rank] = bare
-        texts |= new_texts.keys()
+        texts.update(new_texts)
         _take(records, new)
         return _with(one, new, new_texts)
 
