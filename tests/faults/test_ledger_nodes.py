@@ -101,8 +101,8 @@ def test_a_run_with_troubles(ray_cluster: RayCluster, run: SabotagedRun) -> None
     assert run.tell("end") == {}
     with cable.cut():
         silent = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
-    assert (silent["cause"], silent["nodes"]) == ("unreachable", [run.nodes[1]]), silent
-    assert silent["text"].startswith(f"node {run.nodes[1]} (rank 1) is gone or unreachable: nothing has come"), silent
+    assert (silent["cause"], silent["nodes"]) == ("lost", [run.nodes[1]]), silent
+    assert silent["text"].startswith(f"node {run.nodes[1]} (rank 1) is gone or cannot be reached: nothing"), silent
 
     run.tell("sabotage", 1, "stop", 11)
     run.tell("begin", 60)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Self
 
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
+from phalanx.ledger.look import RankLook, Unheard
+from phalanx.ledger.record import Record
 from phalanx.ledger.sighting import AskStacks, FromJudge, FromNode, NodeView, Sighting, TellAll
-from phalanx.ledger.verdict import Look, RankLook, Verdict
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Hello, Welcome
@@ -87,14 +88,15 @@ class OtherNodes:
             node.take(now_ns)
 
     def looks(self, most_records: int) -> dict[int, RankLook]:
-        """The ranks of all nodes that are heard."""
-        found: dict[int, RankLook] = {}
-        for node in self._heard():
-            found.update(node.view.looks(most_records))
-        return found
+        """All ranks of the other nodes that have begun, as they were when their nodes were heard last."""
+        return {rank: one for node in self._nodes.values() for rank, one in node.view.looks(most_records).items()}
+
+    def steps(self) -> dict[int, tuple[Record, ...]]:
+        """The records of steps that these ranks have."""
+        return {rank: steps for node in self._nodes.values() for rank, steps in node.view.steps().items()}
 
     def seen_ns(self, now_ns: int) -> int:
-        """When all that `looks` tells was so: for a rank that has not come by then nobody has waited any longer."""
+        """When all that `looks` tells of nodes that are heard was so: no rank has been waited for for longer."""
         return min([now_ns, *(node.view.seen_ns for node in self._heard())])
 
     def have_told_all(self) -> bool:
@@ -106,9 +108,9 @@ class OtherNodes:
                 node.send(TellAll())
         return all(node.view.is_whole for node in heard)
 
-    def findings(self, look: Callable[[], Look]) -> list[Verdict]:
-        """Nodes that cannot be heard, and of which that was not said yet. `look` is asked for only if there are any."""
-        return [verdict for node in self._nodes.values() if (verdict := node.finding(look)) is not None]
+    def unheard(self) -> dict[str, Unheard]:
+        """Nodes of which nothing has come for too long."""
+        return {name: why for name, node in self._nodes.items() if (why := node.unheard()) is not None}
 
     def stacks(self, ranks: Sequence[int], meanwhile: Callable[[], None]) -> dict[int, tuple[str, ...]]:
         """Where these ranks are, as far as they are on other nodes and their nodes answer.
@@ -169,11 +171,11 @@ class _Node:
         self._link: MessageLink[FromJudge, FromNode] | None = None
         self._end = ""
         """Why there is no link any more."""
-        self._has_seen = self._is_told = False
+        self._has_seen = False
 
     @property
     def is_heard(self) -> bool:
-        """Whether what it has told is of any use."""
+        """Whether what it has told is of now."""
         return self._has_seen and not self._end and self._silence.seconds < self._silent_s
 
     def join(self, joined: JoinedNode, timeout_s: float) -> None:
@@ -201,8 +203,6 @@ class _Node:
             else:
                 self.stacks, self.owes_stacks = message.of, False
         self._silence.look(now_ns, has_come=bool(messages))
-        if messages:
-            self._is_told = False
 
     def send(self, message: FromJudge) -> bool:
         """Unless the network takes nothing now."""
@@ -221,20 +221,19 @@ class _Node:
         self.owes_stacks = bool(here) and self.send(AskStacks(here))
         return self.owes_stacks
 
-    def finding(self, look: Callable[[], Look]) -> Verdict | None:
-        """That it cannot be heard, if it has just become so."""
+    def unheard(self) -> Unheard | None:
+        """None as long as it is heard, or may still come."""
         silent_s = self._silence.seconds
-        if self._is_told or not (self._end or silent_s >= (self._silent_s if self.has_joined else JOIN_S)):
+        if not self._end and silent_s < (self._silent_s if self.has_joined else JOIN_S):
             return None
-        self._is_told = True
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - silent_s))
-        if self._end:
-            what = f"is gone or unreachable, since {since}: {self._end}"
-        elif self.has_joined:
-            what = f"is gone or unreachable: nothing has come from its watcher since {since}, for {silent_s:.1f} s"
+        if not self.has_joined:
+            why = f"its watcher has not come, since {since}"
+        elif self._end:
+            why = f"nothing comes from its watcher since {since}: {self._end}"
         else:
-            what = f"has no watcher: none has come since {since}, for {silent_s:.0f} s"
-        return _unreachable(self._name, self.ranks, what, look())
+            why = f"nothing has come from its watcher since {since}, for {silent_s:.1f} s"
+        return Unheard(self.ranks, silent_s, why)
 
     def close(self) -> None:
         if self._link is not None:
@@ -254,30 +253,3 @@ class _Node:
         self._end = error.detail if isinstance(error, PeerDiedError) else str(error)
         self.owes_stacks = False
         self.close()
-
-
-def _unreachable(node: str, ranks: Sequence[int], what: str, look: Look) -> Verdict:
-    """Of a node, and who waits in a collective that its ranks take part in."""
-    waits = {rank: awaits for rank, one in look.ranks.items() if (awaits := one.awaits) is not None}
-    waiting = _waiting_for(ranks, waits, look)
-    group, record = waits[waiting[0]] if waiting else (None, None)
-    return Verdict(
-        cause="unreachable",
-        culprits=tuple(ranks),
-        nodes=(node,) * len(ranks),
-        what=what,
-        step=None if record is None else record.step,
-        group=group,
-        sequence=None if record is None else record.sequence,
-        peers=None if record is None else look.ranks[waiting[0]].text(record),
-        waiting=tuple(waiting),
-        waited_s=0.0 if record is None else (look.now_ns - record.issued_ns) / 1e9,
-    )
-
-
-def _waiting_for(ranks: Sequence[int], waits: Mapping[int, tuple[str, object]], look: Look) -> list[int]:
-    return sorted(
-        rank
-        for rank, (group, _) in waits.items()
-        if rank not in ranks and any(other in look.groups[group] for other in ranks)
-    )

@@ -13,7 +13,7 @@ from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.ledger.journal import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
 from phalanx.ledger.sighting import FromJudge, FromNode, Stacks, TellAll, Telling
-from phalanx.ledger.watcher import GLANCE_RECORDS, LOOK_S, Watcher, WatchOrder
+from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
 from phalanx.transport.dialling import dial
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
@@ -53,9 +53,9 @@ def report(order: ReportOrder, stop: int) -> None:
     with ExitStack() as stack:
         link = _link(order)
         stack.callback(link.close)
-        watcher = stack.enter_context(Watcher(order.watch))
+        watcher, endings = stack.enter_context(Watcher(order.watch)), stack.enter_context(Endings())
         try:
-            _Reporter(link, watcher, stop).run()
+            _Reporter(link, watcher, endings, stop).run()
         except (PeerDiedError, DeadlineError, FrameError):
             link.close()
             select.select([stop], [], [])
@@ -88,20 +88,19 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
 class _Reporter:
     """Looks, tells and answers, in turns."""
 
-    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, stop: int) -> None:
+    def __init__(
+        self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, endings: Endings, stop: int
+    ) -> None:
         self._link = link
         self._watcher = watcher
+        self._endings = endings
         self._stop = stop
         self._telling = Telling()
-        self._tell_all_until = float("-inf")
-        self._beat_at = 0.0
+        self._tell_all_until = self._beat_at = self._steps_at = float("-inf")
 
     def run(self) -> None:
         """Returns when `stop` closes. Raises what the link raises."""
-        while True:
-            ready, _, _ = select.select([self._stop, self._link.fileno()], [], [], LOOK_S)
-            if self._stop in ready:
-                return
+        while not self._endings.wait(self._stop, self._watcher.pids()):
             for message in self._link.receive():
                 self._answer(message)
             if self._link.can_send():  # what is not told now is told with the next sighting
@@ -114,12 +113,16 @@ class _Reporter:
             self._send(Stacks(self._watcher.stacks(message.ranks)))
 
     def _tell(self) -> None:
-        is_whole = time.monotonic() < self._tell_all_until
+        now = time.monotonic()
+        is_whole = now < self._tell_all_until
         look = self._watcher.look(time.monotonic_ns(), NUM_RECORDS if is_whole else GLANCE_RECORDS)
-        sighting = self._telling.sighting(look.now_ns, look.ranks, is_whole=is_whole)
-        if sighting.ranks or time.monotonic() >= self._beat_at:
+        steps = None
+        if now >= self._steps_at:  # from which the judge learns how long steps take
+            self._steps_at, steps = now + LEARN_S, self._watcher.steps()
+        sighting = self._telling.sighting(look.now_ns, look.ranks, is_whole=is_whole, also=steps)
+        if sighting.ranks or now >= self._beat_at:
             self._send(sighting)
-            self._beat_at = time.monotonic() + BEAT_S
+            self._beat_at = now + BEAT_S
 
     def _send(self, message: FromNode) -> None:
         self._link.send(message, deadline_s=self._link.timeout_s, stop=self._stop)

@@ -9,16 +9,19 @@ of them upon the judge's before anybody compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from phalanx.ledger.journal import NUM_RECORDS, Entries
-from phalanx.ledger.record import Record
-from phalanx.ledger.verdict import RankLook
+from phalanx.ledger.look import RankLook
+from phalanx.ledger.record import Kind, Record
 
 OFFSET_WINDOW_NS = 60 * 10**9
 """Two clocks drift apart by some milliseconds a minute at the very most; a minute has a message without delay in it."""
+
+
+_NS = 1e9
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -63,17 +66,24 @@ class Telling:
         self._records: dict[int, dict[int, Record]] = {}
         self._texts: dict[int, set[int]] = {}
 
-    def sighting(self, now_ns: int, ranks: Mapping[int, RankLook], *, is_whole: bool) -> Sighting:
-        """Counts as told from now on. `is_whole`: `ranks` have all records that there are."""
-        news = [self._news(one) for one in ranks.values()]
+    def sighting(
+        self,
+        now_ns: int,
+        ranks: Mapping[int, RankLook],
+        *,
+        is_whole: bool,
+        also: Mapping[int, Sequence[Record]] | None = None,
+    ) -> Sighting:
+        """Counts as told from now on. `is_whole`: `ranks` have all records that there are. `also`: more of each."""
+        news = [self._news(one, () if also is None else also.get(one.rank, ())) for one in ranks.values()]
         return Sighting(now_ns, is_whole, tuple(one for one in news if one is not None))
 
-    def _news(self, one: RankLook) -> RankLook | None:
+    def _news(self, one: RankLook, also: Sequence[Record]) -> RankLook | None:
         records = self._records.setdefault(one.rank, {})
         texts = self._texts.setdefault(one.rank, set())
-        new = tuple(record for record in one.entries.records if records.get(record.number) != record)
+        new = tuple(record for record in (*also, *one.entries.records) if records.get(record.number) != record)
         new_texts = {digest: text for digest, text in one.entries.texts.items() if digest not in texts}
-        bare = _with(one, (), {})
+        bare = _with(msgspec.structs.replace(one, still_s=0.0), (), {})  # the judge counts on by itself
         if not new and not new_texts and self._told.get(one.rank) == bare:
             return None
         self._told[one.rank] = bare
@@ -87,6 +97,7 @@ class NodeView:
 
     def __init__(self) -> None:
         self._ranks: dict[int, RankLook] = {}
+        self._told_ns: dict[int, int] = {}
         self._records: dict[int, dict[int, Record]] = {}
         self._texts: dict[int, dict[int, str]] = {}
         self._moved: dict[int, tuple[int, int, RankLook]] = {}
@@ -103,6 +114,7 @@ class NodeView:
         self.is_whole = sighting.is_whole
         for one in sighting.ranks:
             self._ranks[one.rank] = one
+            self._told_ns[one.rank] = sighting.now_ns
             self._moved.pop(one.rank, None)
             _take(self._records.setdefault(one.rank, {}), one.entries.records)
             self._texts.setdefault(one.rank, {}).update(one.entries.texts)
@@ -114,7 +126,18 @@ class NodeView:
 
     def looks(self, most_records: int) -> dict[int, RankLook]:
         """The node's ranks, with the newest records of each."""
-        return {rank: self._look(one, most_records) for rank, one in self._ranks.items()}
+        found = {}
+        for rank, one in self._ranks.items():
+            still_s = one.still_s + (self._now_ns - self._told_ns[rank]) / _NS
+            found[rank] = msgspec.structs.replace(self._look(one, most_records), still_s=still_s)
+        return found
+
+    def steps(self) -> dict[int, tuple[Record, ...]]:
+        """The records of steps alone. How long one took is the same upon any clock."""
+        return {
+            rank: tuple(record for record in records.values() if record.kind == Kind.STEP)
+            for rank, records in self._records.items()
+        }
 
     def _look(self, one: RankLook, most_records: int) -> RankLook:
         offset_ns = self._offset.value_ns
@@ -152,7 +175,8 @@ class _ClockOffset:
 
 
 def _with(one: RankLook, records: tuple[Record, ...], texts: dict[int, str]) -> RankLook:
-    return msgspec.structs.replace(one, entries=msgspec.structs.replace(one.entries, records=records, texts=texts))
+    entries = msgspec.structs.replace(one.entries, records=records, texts=texts)
+    return msgspec.structs.replace(one, entries=entries)
 
 
 def _take(records: dict[int, Record], new: Iterable[Record]) -> None:

@@ -6,16 +6,20 @@ the agent holds it, and a watcher of its own tells the judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Self
+
+import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
-from phalanx.executor.watching import Watching, make_journals
+from phalanx.executor.watching import Watching, make_journals, start_watching
+from phalanx.ledger.limits import Limits
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
@@ -40,21 +44,25 @@ class Ledger(NamedTuple):
 
 
 def keep_ledger(
-    config: Config, crew: Crew, groups: Sequence[GroupSpec], on_hopeless: Callable[[], None], resources: ExitStack
+    config: Config, crew: Crew, groups: Sequence[GroupSpec], launcher: RayLauncher, resources: ExitStack
 ) -> Ledger:
     """Start the judge, which listens when this returns. All of it ends with `resources`.
 
-    Raises StartError, ConfigError.
+    None, with a warning, if it cannot be started: the ranks do without.
     """
     journals = make_journals([rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
     order = WatchOrder(
         ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
+        limits=Limits(
+            step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s
+        ),
     )
     remote = crew.ranks_of_agents()
     if not remote:
-        return Ledger(_start(order, on_hopeless, resources), journals, {})
+        watching = _start(order, launcher, resources)
+        return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
     key = RunKey.new()
     with listen_on(crew.brain_address) as listener:
         address, port = address_of(listener)
@@ -64,8 +72,9 @@ def keep_ledger(
             ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
             node_timeout_s=config.cluster.node_timeout_s,
         )
-        order = WatchOrder(ranks=order.ranks, groups=order.groups, other_nodes=others)
-        watching = _start(order, on_hopeless, resources)
+        watching = _start(msgspec.structs.replace(order, other_nodes=others), launcher, resources)
+    if watching is None:
+        return Ledger.none()
     judge = Judge(address=address, port=port, key=key)
     reports = {
         node_id: NodeReport(judge=judge, groups={rank: names[rank] for rank in ranks})
@@ -74,9 +83,10 @@ def keep_ledger(
     return Ledger(watching, journals, reports)
 
 
-def _start(order: WatchOrder, on_hopeless: Callable[[], None], resources: ExitStack) -> Watching:
-    watching = Watching(order, on_hopeless)
-    resources.callback(watching.close)
+def _start(order: WatchOrder, launcher: RayLauncher, resources: ExitStack) -> Watching | None:
+    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank))
+    if watching is not None:
+        resources.callback(watching.close)
     return watching
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from phalanx.executor.ray.messages import NodeOrder, NodeReport
-from phalanx.executor.watching import Watching, make_journals
+from phalanx.executor.watching import make_journals, start_watching
 from phalanx.ledger.reporting import ReportOrder
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SegmentHandle
@@ -14,9 +14,11 @@ from phalanx.transport.shared_memory import SegmentHandle
 def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> dict[int, SegmentHandle]:
     """A node's journals, by rank, and its watcher. All of it ends with `resources`.
 
-    Raises StartError.
+    None, with a warning, if there is no memory for them.
     """
     journals = make_journals(told.ranks, resources)
+    if not journals:
+        return journals
     ranks = [
         WatchedRank(rank=rank, node=told.name, groups=report.groups[rank], journal=journals[rank])
         for rank in told.ranks
@@ -28,6 +30,7 @@ def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> di
         own_address=told.own_address,
         deadline_s=told.deadline_s,
     )
-    watching = Watching(order, on_hopeless=lambda: None)
-    resources.callback(watching.close)
+    watching = start_watching(order)
+    if watching is not None:
+        resources.callback(watching.close)
     return journals

@@ -51,7 +51,7 @@ def place_on_ray(
     launcher = RayLauncher(crew)
     ledger = Ledger.none()
     if config.executor.ledger:
-        ledger = keep_ledger(config, crew, groups, launcher.kill, resources)
+        ledger = keep_ledger(config, crew, groups, launcher, resources)
     if crew.agents:
         linked = link_nodes(config, crew, groups, ledger.reports, resources)
     else:
