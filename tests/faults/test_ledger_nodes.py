@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ GONE_WITHIN_S = 5.0
 class SabotagedRun:
     """The script, on the cluster's head."""
 
-    def __init__(self, cluster: RayCluster, checkpoint: Path) -> None:
-        command = [sys.executable, str(SCRIPT), str(checkpoint), cluster.address, json.dumps(SETTINGS)]
+    def __init__(self, cluster: RayCluster, checkpoint: Path, settings: dict[str, Any]) -> None:
+        command = [sys.executable, str(SCRIPT), str(checkpoint), cluster.address, json.dumps(settings)]
         self._cluster = cluster
         self._process = cluster.head.popen(
             *command, env=cluster.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -78,17 +79,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"), max_position_embeddings=2048)
 
 
-@pytest.fixture
-def run(ray_cluster: RayCluster, checkpoint: Path) -> Iterator[SabotagedRun]:
-    started = SabotagedRun(ray_cluster, checkpoint)
+@contextmanager
+def running(cluster: RayCluster, checkpoint: Path, **settings: object) -> Iterator[SabotagedRun]:
+    """Nothing is left of it on any host."""
+    run = SabotagedRun(cluster, checkpoint, {**SETTINGS, **settings})
     try:
-        yield started
+        yield run
     finally:
-        started.close()
-    ray_cluster.expect_clean(GONE_WITHIN_S)
+        run.close()
+    cluster.expect_clean(GONE_WITHIN_S)
 
 
-def test_a_run_with_troubles(ray_cluster: RayCluster, run: SabotagedRun) -> None:
+def test_a_run_with_troubles(ray_cluster: RayCluster, checkpoint: Path) -> None:
+    with running(ray_cluster, checkpoint) as run:
+        trouble(ray_cluster, run)
+
+
+def trouble(ray_cluster: RayCluster, run: SabotagedRun) -> None:
     cable = ray_cluster.cables[run.nodes[1]]
     assert run.nodes[0] == ray_cluster.head.name != run.nodes[1]
 
@@ -111,22 +118,26 @@ def test_a_run_with_troubles(ray_cluster: RayCluster, run: SabotagedRun) -> None
     assert (stopped["cause"], stopped["culprits"], stopped["nodes"]) == ("stopped", [1], [run.nodes[1]]), stopped
     assert run.tell("end") == {}
 
-    run.tell("sabotage", 1, "skip the rest", 11)
-    run.tell("begin", 60)
-    began_at = time.monotonic()
-    skipped = run.tell("verdict", 2 * TOLD_WITHIN_S)
-    assert time.monotonic() - began_at < TOLD_WITHIN_S
-    assert (skipped["cause"], skipped["culprits"], skipped["nodes"]) == ("skipped", [1], [run.nodes[1]]), skipped
-    assert "without all_reduce float32 [1, 1, 72]" in skipped["text"] and "\n  rank 1 is at\n" in skipped["text"], (
-        skipped
-    )
-    ended = run.tell("end")
-    assert ended["error"] == "HungError" and ended["message"].startswith(f"rank 1 on {run.nodes[1]} has left step")
-
-
-def test_a_remote_rank_that_is_killed(run: SabotagedRun) -> None:
     run.tell("sabotage", 1, "kill", 11)
     run.tell("begin", 60)
     gone = run.tell("verdict", TOLD_WITHIN_S)
     assert (gone["cause"], gone["culprits"], gone["nodes"]) == ("gone", [1], [run.nodes[1]]), gone
     assert run.tell("end")["error"] == "PeerDiedError"
+
+
+def test_a_rank_that_leaves_a_step_where_none_is_beside_the_brain(ray_cluster: RayCluster, checkpoint: Path) -> None:
+    """Its verdict ends the run: ranks are killed on all nodes."""
+    with running(ray_cluster, checkpoint, data_parallel_size_local=0) as run:
+        assert len({ray_cluster.head.name, *run.nodes}) == 3
+        run.tell("begin", 60)
+        assert run.tell("end") == {}
+        run.tell("sabotage", 1, "skip the rest", 11)
+        run.tell("begin", 60)
+        skipped = run.tell("verdict", TOLD_WITHIN_S)
+        assert (skipped["cause"], skipped["culprits"], skipped["nodes"]) == ("skipped", [1], [run.nodes[1]]), skipped
+        assert "without all_reduce float32 [1, 1, 72]" in skipped["text"], skipped
+        assert "\n  rank 1 is at\n" in skipped["text"] and "\n  rank 0 is at\n" in skipped["text"], skipped
+        ended_at = time.monotonic()
+        ended = run.tell("end")
+        assert time.monotonic() - ended_at < TOLD_WITHIN_S
+        assert ended["error"] == "HungError" and ended["message"].startswith(f"rank 1 on {run.nodes[1]} has left step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.ledger.look import RankLook, Unheard
 from phalanx.ledger.record import Record
 from phalanx.ledger.sighting import AskStacks, FromJudge, FromNode, NodeView, Sighting, TellAll
+from phalanx.transport.address import inherited_listener
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Hello, Welcome
@@ -65,10 +65,10 @@ class OtherNodes:
         self._nodes = {name: _Node(name, ranks, silent_s) for name, ranks in order.ranks.items()}
         self._asked_at = float("-inf")
         self._listener = NodeListener(
-            socket.socket(fileno=order.listener),
+            inherited_listener(order.listener),
             order.key,
             self._why_not,
-            Welcome(f"the judge on {socket.gethostname()}", os.getpid(), order.node_timeout_s),
+            Welcome(f"the judge on {os.uname().nodename}", os.getpid(), order.node_timeout_s),
         )
 
     def __enter__(self) -> Self:

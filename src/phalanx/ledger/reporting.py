@@ -88,9 +88,7 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
 class _Reporter:
     """Looks, tells and answers, in turns."""
 
-    def __init__(
-        self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, endings: Endings, stop: int
-    ) -> None:
+    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, endings: Endings, stop: int) -> None:
         self._link = link
         self._watcher = watcher
         self._endings = endings

@@ -109,7 +109,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
             said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said
 
-
     def _names(self) -> str:
         ranks = [f"rank {rank}" for rank in self.culprits]
         if self.cause == "lost":

@@ -55,9 +55,7 @@ def keep_ledger(
     order = WatchOrder(
         ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
-        limits=Limits(
-            step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s
-        ),
+        limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
     )
     remote = crew.ranks_of_agents()
     if not remote:
