@@ -112,7 +112,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def _names(self) -> str:
         ranks = [f"rank {rank}" for rank in self.culprits]
         if self.cause == "lost":
-            return f"node {self.nodes[0]} ({', '.join(ranks)})"
+            there = {node: [r for r, n in zip(ranks, self.nodes, strict=True) if n == node] for node in self.nodes}
+            return " and ".join(f"node {node} ({', '.join(of_node)})" for node, of_node in there.items())
         return " or ".join(f"{rank} on {node}" for rank, node in zip(ranks, self.nodes, strict=True))
 
 
@@ -144,20 +145,19 @@ def _gone(look: Look) -> Verdict | None:
 def _lost(look: Look) -> Verdict | None:
     if not look.unheard:
         return None
-    node = max(look.unheard, key=lambda node: look.unheard[node].since_s)
-    lost = look.unheard[node]
-    waits = {rank: awaits for rank, one in look.ranks.items() if (awaits := one.awaits) is not None}
-    waiting = [rank for rank, (group, _) in waits.items() if set(look.groups[group]) & set(lost.ranks)]
-    waiting = sorted(rank for rank in waiting if look.ranks[rank].node not in look.unheard)
+    lost = {rank: node for node, unheard in look.unheard.items() for rank in unheard.ranks}
+    waits = {rank: one.awaits for rank, one in look.ranks.items() if rank not in lost and one.awaits is not None}
+    waiting = sorted(rank for rank, (group, _) in waits.items() if lost.keys() & set(look.groups[group]))
     since_ns = [waits[rank][1].issued_ns for rank in waiting]
+    are = "are" if len(look.unheard) > 1 else "is"
     return Verdict(
         cause="lost",
-        culprits=lost.ranks,
-        nodes=(node,) * len(lost.ranks),
-        what=f"is gone or cannot be reached: {lost.why}",
+        culprits=tuple(lost),
+        nodes=tuple(lost.values()),
+        what=f"{are} gone or cannot be reached: {'; '.join(unheard.why for unheard in look.unheard.values())}",
         peers=look.ranks[waiting[0]].text(waits[waiting[0]][1]) if waiting else None,
         waiting=tuple(waiting),
-        waited_s=(look.now_ns - min(since_ns)) / _NS if waiting else lost.since_s,
+        waited_s=(look.now_ns - min(since_ns)) / _NS if waiting else max(one.since_s for one in look.unheard.values()),
     )
 
 

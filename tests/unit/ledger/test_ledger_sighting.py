@@ -10,6 +10,7 @@ import pytest
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import NUM_RECORDS, read
+from phalanx.ledger.look import Unheard
 from phalanx.ledger.record import Kind
 from phalanx.ledger.sighting import OFFSET_WINDOW_NS, FromNode, NodeView, Sighting, Telling
 from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
@@ -130,6 +131,26 @@ def test_what_becomes_of_a_process(process: str) -> None:
     there.tell()
     verdict = verdict_on(ranks[:1], there)
     assert verdict is not None and (verdict.cause, verdict.culprits, verdict.nodes) == (process, (2,), ("there",))
+
+
+def test_nodes_that_are_not_heard_of() -> None:
+    """Who waits for them is told, and nothing else is judged."""
+    ranks = world()
+    there = OtherNode(ranks[1:], DAY_NS)
+    there.tell()
+    step(ranks[0], 2, until=0)
+    look = merged(ranks[:1], there)
+    look = look._replace(
+        unheard={"there": Unheard((1, 2), 3.04, "nothing has come from it"), "far": Unheard((5,), 2, "?")}
+    )
+    verdict = judge(look)
+    assert verdict is not None and not verdict.is_ambiguous and not verdict.is_final
+    assert (verdict.cause, verdict.culprits, verdict.nodes) == ("lost", (1, 2, 5), ("there", "there", "far"))
+    assert str(verdict).startswith(
+        "node there (rank 1, rank 2) and node far (rank 5) are gone or cannot be reached: nothing has come from it; ?; "
+        "rank 0 waited for "
+    )
+    assert str(verdict).endswith(" s in all_reduce float32 [3, 72]")
 
 
 def test_only_what_is_new_is_told() -> None:
