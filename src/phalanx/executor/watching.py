@@ -44,14 +44,17 @@ class Watching:
     def __init__(
         self,
         order: WatchOrder | ReportOrder,
-        on_hopeless: Callable[[], None] = lambda: None,
+        on_hopeless: Callable[[], None] | None,
         ending_of: Callable[[int], str | None] = lambda rank: None,
     ) -> None:
         """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
 
-        `ending_of` says how a rank has ended, as far as is known by now; it must not block. A watcher that reports to
-        another node's has no verdicts of its own.
+        None where the ranks themselves say it, in the call that is wrong, and for a watcher that reports to another
+        node's. `ending_of` says how a rank has ended, as far as is known by now; it must not block.
         """
+        self.ends_ranks = on_hopeless is not None
+        self.order = None if isinstance(order, ReportOrder) else msgspec.structs.replace(order, other_nodes=None)
+        """What other processes may know of it: without the key of the other nodes' watchers."""
         self._on_hopeless = on_hopeless
         self._ending_of = ending_of
         self._found: Verdict | None = None
@@ -156,7 +159,7 @@ class Watching:
             self._standing = verdict
             self._found = verdict or self._found
             self._changed.notify_all()
-        if verdict is not None and verdict.is_hopeless:
+        if verdict is not None and verdict.is_hopeless and self._on_hopeless is not None:
             self._on_hopeless()
 
     def _with_ending(self, verdict: Verdict) -> Verdict:
@@ -170,7 +173,7 @@ class Watching:
 
 def start_watching(
     order: WatchOrder | ReportOrder,
-    on_hopeless: Callable[[], None] = lambda: None,
+    on_hopeless: Callable[[], None] | None = None,
     ending_of: Callable[[int], str | None] = lambda rank: None,
 ) -> Watching | None:
     """A watcher, or none, with a warning, if it cannot be started: the ranks do without."""

@@ -14,6 +14,7 @@ import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
+from phalanx.executor.presence import open_outlets
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.launcher import RayLauncher
@@ -56,10 +57,11 @@ def keep_ledger(
         ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
         limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
+        outlets=open_outlets(config, resources),
     )
     remote = crew.ranks_of_agents()
     if not remote:
-        watching = _start(order, launcher, resources)
+        watching = _start(config, order, launcher, resources)
         return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
     key = RunKey.new()
     with listen_on(crew.brain_address) as listener:
@@ -70,7 +72,7 @@ def keep_ledger(
             ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
             node_timeout_s=config.cluster.node_timeout_s,
         )
-        watching = _start(msgspec.structs.replace(order, other_nodes=others), launcher, resources)
+        watching = _start(config, msgspec.structs.replace(order, other_nodes=others), launcher, resources)
     if watching is None:
         return Ledger.none()
     judge = Judge(address=address, port=port, key=key)
@@ -81,8 +83,9 @@ def keep_ledger(
     return Ledger(watching, journals, reports)
 
 
-def _start(order: WatchOrder, launcher: RayLauncher, resources: ExitStack) -> Watching | None:
-    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank))
+def _start(config: Config, order: WatchOrder, launcher: RayLauncher, resources: ExitStack) -> Watching | None:
+    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
+    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank))
     if watching is not None:
         resources.callback(watching.close)
     return watching
