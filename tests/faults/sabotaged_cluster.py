@@ -99,6 +99,15 @@ class Run:
         self._told = found
         return {"cause": found.cause, "culprits": found.culprits, "nodes": found.nodes, "text": str(found)}
 
+    def all_is_well(self, within_s: float) -> dict[str, Any]:
+        """Wait until nothing is wrong any more; `verdict` is what still is."""
+        watching = self._rig.executor._watching
+        assert watching is not None
+        expires_at = time.monotonic() + within_s
+        while watching.standing is not None and time.monotonic() < expires_at:
+            time.sleep(0.01)
+        return {} if watching.standing is None else {"verdict": str(watching.standing)}
+
     def _run(self, num_tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         try:

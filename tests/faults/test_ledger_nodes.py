@@ -31,6 +31,7 @@ SETTINGS = {
 """Rank 0 is beside the brain, rank 1 on another node."""
 TOLD_WITHIN_S = 2.5
 SILENCE_TOLD_WITHIN_S = 5.0
+HEARD_AGAIN_WITHIN_S = 5.0
 GONE_WITHIN_S = 5.0
 
 
@@ -106,10 +107,12 @@ def trouble(ray_cluster: RayCluster, run: SabotagedRun) -> None:
 
     run.tell("begin", 60)
     assert run.tell("end") == {}
-    with cable.cut():
-        silent = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
-    assert (silent["cause"], silent["nodes"]) == ("lost", [run.nodes[1]]), silent
-    assert silent["text"].startswith(f"node {run.nodes[1]} (rank 1) is gone or cannot be reached: nothing"), silent
+    for trouble in (cable.cut(), cable.impaired(received=Direction(loss=1.0))):
+        with trouble:
+            silent = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
+        assert (silent["cause"], silent["nodes"]) == ("lost", [run.nodes[1]]), silent
+        assert silent["text"].startswith(f"node {run.nodes[1]} (rank 1) is gone or cannot be reached: nothing"), silent
+        assert run.tell("all_is_well", HEARD_AGAIN_WITHIN_S) == {}
 
     run.tell("sabotage", 1, "stop", 11)
     run.tell("begin", 60)
