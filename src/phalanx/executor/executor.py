@@ -67,7 +67,8 @@ CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchE
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
 VERDICT_GRACE_S = 2.0
-"""Ranks notice a mismatch within microseconds, the ledger who is to blame for it within a tenth of a second."""
+"""Ranks notice a mismatch within microseconds and digests a divergence with the step, the ledger who is to blame for it
+within a tenth of a second, or a good second if ranks wait in vain."""
 
 CHANNEL_ERRORS = (PeerDiedError, DeadlineError, FrameError)
 """A rank or its node is gone, silent, or says what is no message of ours: after any of them the run is over."""
@@ -324,7 +325,8 @@ class Executor:
         """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
         if self._watching is not None and self._watching.ends_ranks:
             is_mismatch = isinstance(error, WorkerError) and error.kind == CollectiveMismatchError.__name__
-            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if is_mismatch else 0.0)
+            can_be_told = is_mismatch or isinstance(error, DivergedError)
+            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if can_be_told else 0.0)
             if verdict is not None:  # then the ranks were killed for it
                 hung = HungError(str(verdict))
                 hung.__cause__ = error
