@@ -164,6 +164,11 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
     15 s longer than this."""
 
+    cuda_graphs: bool = True
+    """On GPUs, capture decode steps in CUDA graphs at the start and replay them: steps of few requests then take much
+    less time. It takes some seconds and up to a few gigabytes of each GPU, depending on max-num-seqs. Models that wait
+    for the GPU within a step, all2all-backend alltoall and enable-eplb do without."""
+
     ledger: bool = False
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
@@ -251,6 +256,12 @@ class Config(Section, frozen=True, kw_only=True):
         config.refuse_contradictions()
         return config
 
+    @property
+    def num_padding_blocks(self) -> int:
+        """Blocks of KV cache on each rank that no request gets: one where rows of padding can occur."""
+        has_graphs = self.executor.cuda_graphs and self.executor.device != "cpu"
+        return int(has_graphs or self.parallel.data_parallel_size > 1)
+
     def of_engines(self) -> tuple[Config, ...]:
         """The configuration of each engine: this one, or one for each replica if they run apart."""
         parallel, num_local = self.parallel, self.parallel.data_parallel_size_local
@@ -332,6 +343,8 @@ class Config(Section, frozen=True, kw_only=True):
                 yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
         if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
             yield "collective_backend", "one rank has nobody to exchange tensors with"
+        if not self.executor.cuda_graphs and device == "cpu":
+            yield "cuda_graphs", "the ranks compute on the CPU"
         if self.executor.ledger and self.executor.launcher != "local":
             yield "ledger", "only ranks that are processes of one host (launcher local) have one"
         if not self.model.pack_weights and device == "cuda":

@@ -156,7 +156,8 @@ ClientMessage = Submit | Cancel | Shutdown
 
 
 class StartProgress(Message, frozen=True):
-    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any.
+    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any; graphs while it
+    is `capturing`.
 
     `node` is said once, when it is known; empty for ranks on the engine's own host.
     """

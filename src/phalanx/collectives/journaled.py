@@ -1,11 +1,15 @@
 """A group whose every collective is in its rank's journal: when it was issued, and when it was over.
 
-Over means that the call has returned: with NCCL, that the work was given to the GPU.
+Over means that the call has returned: with NCCL, that the work was given to the GPU. What goes into a graph is in the
+journal as captured, and counts for nothing; each replay of the graph counts as one collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -30,6 +34,7 @@ class JournaledGroup:
         self._sequence = 0
         self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
         self._barrier = Descriptor("barrier")
+        self._captured: list[Descriptor] | None = None
 
     @property
     def last(self) -> CollectiveRecord | None:
@@ -80,6 +85,25 @@ class JournaledGroup:
     def close(self) -> None:
         self._group.close()
 
+    @contextmanager
+    def capturing(self) -> Iterator[list[Descriptor]]:
+        """What is issued meanwhile goes into a graph; gives the list that it is noted in."""
+        captured = self._captured = []
+        try:
+            yield captured
+        finally:
+            self._captured = None
+
+    @contextmanager
+    def replaying(self, digest: int, text: str) -> Iterator[None]:
+        """Meanwhile a graph is given to the device, whose collectives of this group `digest` and `text` stand for."""
+        self._sequence += 1
+        self._journal.issue(self._sequence, digest, text.__str__)
+        try:
+            yield
+        finally:
+            self._journal.done()
+
     def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
         key = (operation, dtype, shape, argument)
         descriptor = self._known.get(key)
@@ -90,5 +114,47 @@ class JournaledGroup:
         self._note(descriptor)
 
     def _note(self, descriptor: Descriptor) -> None:
+        if self._captured is not None:
+            self._captured.append(descriptor)
+            self._journal.note_captured(len(self._captured), descriptor.digest, descriptor.__str__)
+            return
         self._sequence += 1
         self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)
+
+
+class CapturedCollectives:
+    """The collectives of one graph, over several groups."""
+
+    def __init__(self, groups: Sequence[JournaledGroup]) -> None:
+        """Of `groups`; others are in no journal."""
+        self._groups = groups
+        self._replayed: list[tuple[JournaledGroup, int, str]] = []
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Meanwhile the graph is made."""
+        with ExitStack() as stack:
+            captured = [stack.enter_context(group.capturing()) for group in self._groups]
+            yield
+        self._replayed = [
+            (group, _digest_of(of_group), _text_of(of_group))
+            for group, of_group in zip(self._groups, captured, strict=True)
+            if of_group
+        ]
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Meanwhile the graph is given to the device."""
+        with ExitStack() as stack:
+            for group, digest, text in self._replayed:
+                stack.enter_context(group.replaying(digest, text))
+            yield
+
+
+def _digest_of(captured: Sequence[Descriptor]) -> int:
+    digests = struct.pack(f"<{len(captured)}Q", *(descriptor.digest for descriptor in captured))
+    return int.from_bytes(blake2b(digests, digest_size=8).digest(), "little")
+
+
+def _text_of(captured: Sequence[Descriptor]) -> str:
+    return f"a graph of {len(captured)} collectives, from {captured[0]} to {captured[-1]}"

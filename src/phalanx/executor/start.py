@@ -210,8 +210,7 @@ def _allocate(
         for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
         if isinstance(reply, Measured)
     ]
-    num_padding = int(config.parallel.data_parallel_size > 1)  # a block that a replica without work writes to
-    num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
+    num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - config.num_padding_blocks, 0)
     max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
     executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline.remaining_s).result()
     return Capacity(

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 RECORD_BYTES = 64
 LAYOUT = struct.Struct("<QIHBxQQQQQQ")
+KIND_AT = 14
 DONE_AT = 56
 """Where the last field begins, which is written by itself when what was begun is done."""
 
-assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
+assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES and struct.calcsize("<QIH") == KIND_AT
 
 
 class Kind(enum.IntEnum):
@@ -21,6 +22,8 @@ class Kind(enum.IntEnum):
     """A collective that was issued."""
     STEP = 2
     """A step that was begun, as its plan says it: a decision."""
+    CAPTURED = 3
+    """A collective that was put into a graph. Each replay of that is a COLLECTIVE."""
 
 
 class Record(NamedTuple):
@@ -35,14 +38,15 @@ class Record(NamedTuple):
     step: int
     """0 outside of steps."""
     sequence: int
-    """Of a collective: its place among the group's, from 1. Of a step: the tokens of all replicas."""
+    """Of a collective: its place among the group's, from 1; of a captured one, among those of its graph. Of a step: the
+    tokens of all replicas."""
     digest: int
     """Differs where what is done differs: operation, dtype and shape, or the plan."""
     rolling: int
     """The digest of all that came before in the group, this one included."""
     issued_ns: int
     done_ns: int
-    """0 as long as it is not done."""
+    """0 as long as it is not done. Of a collective on a device: when the device was given it."""
 
     @property
     def is_done(self) -> bool:

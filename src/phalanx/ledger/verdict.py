@@ -46,6 +46,13 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it has come so far in a group."""
         return self.entries.sequences[self.groups.index(group)] >= sequence
 
+    def has_come_to(self, group: str, sequence: int) -> bool:
+        """Whether it has come so far in a group, its device too if that is what takes part."""
+        if self.entries.device is None or not self.has_issued(group, sequence):
+            return self.has_issued(group, sequence)
+        record = self.collectives(group).get(sequence)  # one that is not there any more is long over
+        return record is None or self.entries.state(record) != "launched"
+
     def collectives(self, group: str) -> dict[int, Record]:
         """Those that the journal still has, by sequence."""
         return {record.sequence: record for record in self.entries.records if self._is_of(record, group)}
@@ -57,11 +64,18 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def awaits(self) -> tuple[str, Record] | None:
-        """The collective that it is in, with the group's name; None if it is in none."""
-        for record in reversed(self.entries.records):
-            if record.kind == Kind.COLLECTIVE:
-                return None if record.is_done else (self.groups[record.group], record)
-        return None
+        """The collective that it is in, with the group's name; None if it is in none.
+
+        With a device, the one that this is in, or else the call that does not return. It is in none while it computes,
+        whatever it has still been given.
+        """
+        collectives = [record for record in self.entries.records if record.kind == Kind.COLLECTIVE]
+        if self.entries.device is None:
+            collectives = collectives[-1:]
+        first = next((record for record in collectives if not record.is_done), None)
+        if first is None or self.entries.state(first) == "launched":
+            return None
+        return self.groups[first.group], first
 
     def text(self, record: Record) -> str:
         """What a record stands for."""
@@ -267,9 +281,9 @@ def _awaited_by(look: Look, rank: int, waits: Mapping[int, tuple[str, Record]]) 
 
 
 def _behind(look: Look, group: str, record: Record) -> list[int]:
-    """Members of the group that have not issued what the record is."""
+    """Members of the group that have not come to what the record is."""
     members = [rank for rank in look.groups[group] if rank in look.ranks]
-    return [rank for rank in members if not look.ranks[rank].has_issued(group, record.sequence)]
+    return [rank for rank in members if not look.ranks[rank].has_come_to(group, record.sequence)]
 
 
 def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) -> Verdict | None:
@@ -278,7 +292,9 @@ def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) ->
     cause: Cause
     if record.step == 0:  # a method's own collective, or one of the start: these have deadlines of their own
         return None
-    if entries.step < record.step:
+    if culprit.has_issued(group, record.sequence):
+        cause, what = "late", f"has issued {text}, and its GPU does not come to it: {_on_device(culprit)}"
+    elif entries.step < record.step:
         cause, what = "behind", f"has not begun step {record.step}: it is {entries.phase}"
     elif entries.step > record.step or (decision is not None and decision.is_done):
         cause, what = "skipped", f"has left step {record.step} without {text}, and is {entries.phase}"
@@ -297,6 +313,12 @@ def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) ->
         waiting=waiting,
         waited_s=(look.now_ns - record.issued_ns) / _NS,
     )
+
+
+def _on_device(one: RankLook) -> str:
+    """What runs on the device of a rank that is in no collective there."""
+    over = [record for record in one.entries.records if record.kind == Kind.COLLECTIVE and record.is_done]
+    return f"what comes after {one.text(over[-1])} runs, or hangs" if over else "what comes before runs, or hangs"
 
 
 def _circle(look: Look, path: Sequence[int], waits: Mapping[int, tuple[str, Record]]) -> Verdict:
