@@ -87,6 +87,7 @@ class Engine:
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="llama-8b", show_default=True)
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="Use this one instead of --shape.")
 @click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--with", "variants", type=click.Choice(list(VARIANTS)), multiple=True, default=("eager", "graphs"))
 @click.option("--streams", type=click.IntRange(1), multiple=True, default=(1, 8, 32), show_default=True)
@@ -96,6 +97,7 @@ class Engine:
 @click.option("--max-num-seqs", type=click.IntRange(1), default=32, show_default=True)
 def main(
     shape: str,
+    checkpoint: Path | None,
     tensor_parallel_size: int,
     variants: tuple[str, ...],
     streams: tuple[int, ...],
@@ -107,9 +109,7 @@ def main(
     """Measure and print a table."""
     dice = random.Random(SEED)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        began_at = time.perf_counter()
-        checkpoint = write_large_checkpoint(Path(folder), SHAPES[shape])
-        click.echo(f"{shape} written in {time.perf_counter() - began_at:.0f} s")
+        checkpoint = checkpoint or write_large_checkpoint(Path(folder), SHAPES[shape])
         engines = {}
         for name in variants:
             engines[name] = Engine(

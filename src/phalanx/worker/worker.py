@@ -24,6 +24,7 @@ import torch
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.stream_writes import StreamWrites
+from phalanx.errors import ConfigError
 from phalanx.ledger.journal import GroupJournal, Journal
 from phalanx.ledger.stacks import offer_stacks
 from phalanx.memory.arena import Arena
@@ -56,6 +57,7 @@ from phalanx.transport.shared_memory import SharedSegment
 from phalanx.worker.checkpoint import check_same_checkpoint, find_checkpoint
 from phalanx.worker.cuda_capture import CudaCapture, WaitsForGpuError
 from phalanx.worker.decode_graphs import DecodeGraphs
+from phalanx.worker.error_text import message_of
 from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.methods import Methods, load_extension, remote_method
@@ -374,7 +376,11 @@ class Worker:
         graphs = self._new_graphs(max_model_len, null_block)
         for i, size in enumerate(reversed(graphs.sizes)):
             self._enter("capturing", i, len(graphs.sizes))
-            graphs.capture(size)
+            try:
+                graphs.capture(size)
+            except RuntimeError as error:  # torch's; what a peer does has errors of ours
+                allowed = f"False would do, as a step of {size} rows could not be captured: {message_of(error)}"
+                raise ConfigError("cuda_graphs", True, allowed) from error
         torch.cuda.empty_cache()  # what steps without a graph took
         return graphs
 
