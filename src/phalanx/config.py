@@ -169,7 +169,7 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     less time. It takes some seconds and up to a few gigabytes of each GPU, depending on max-num-seqs. Models that wait
     for the GPU within a step, all2all-backend alltoall and enable-eplb do without."""
 
-    ledger: bool = False
+    ledger: bool = True
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
@@ -345,8 +345,6 @@ class Config(Section, frozen=True, kw_only=True):
             yield "collective_backend", "one rank has nobody to exchange tensors with"
         if not self.executor.cuda_graphs and device == "cpu":
             yield "cuda_graphs", "the ranks compute on the CPU"
-        if self.executor.ledger and self.executor.launcher != "local":
-            yield "ledger", "only ranks that are processes of one host (launcher local) have one"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

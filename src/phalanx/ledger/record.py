@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 RECORD_BYTES = 64
 LAYOUT = struct.Struct("<QIHBxQQQQQQ")
-KIND_AT = 14
 DONE_AT = 56
 """Where the last field begins, which is written by itself when what was begun is done."""
 
-assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES and struct.calcsize("<QIH") == KIND_AT
+KIND_AT = 14
+"""Where the kind of what is noted stands, a byte."""
+
+assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
 
 
 class Kind(enum.IntEnum):

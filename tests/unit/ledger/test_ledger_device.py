@@ -163,7 +163,7 @@ def test_a_device_that_waits_in_another_group_is_not_to_blame() -> None:
         ranks.append(one)
     verdict = judge(look_at(ranks, groups))
     assert verdict is not None and (verdict.cause, verdict.culprits) == ("late", (1,))
-    assert (verdict.group, verdict.waiting) == ("ep@0", (2,)) and "what comes before" in verdict.what
+    assert (verdict.group, verdict.waiting) == ("ep@0", (0, 2)) and "what comes before" in verdict.what
 
 
 def test_a_replay_of_another_graph_is_a_divergence() -> None:
