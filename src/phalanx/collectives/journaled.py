@@ -6,10 +6,8 @@ journal as captured, and counts for nothing; each replay of the graph counts as 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -95,10 +93,9 @@ class JournaledGroup:
             self._captured = None
 
     @contextmanager
-    def replaying(self, digest: int, text: str) -> Iterator[None]:
-        """Meanwhile a graph is given to the device, whose collectives of this group `digest` and `text` stand for."""
-        self._sequence += 1
-        self._journal.issue(self._sequence, digest, text.__str__)
+    def replaying(self, graph: Descriptor) -> Iterator[None]:
+        """Meanwhile a graph is given to the device, with collectives of this group."""
+        self._note(graph)
         try:
             yield
         finally:
@@ -128,7 +125,7 @@ class CapturedCollectives:
     def __init__(self, groups: Sequence[JournaledGroup]) -> None:
         """Of `groups`; others are in no journal."""
         self._groups = groups
-        self._replayed: list[tuple[JournaledGroup, int, str]] = []
+        self._replayed: list[tuple[JournaledGroup, Descriptor]] = []
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -137,7 +134,7 @@ class CapturedCollectives:
             captured = [stack.enter_context(group.capturing()) for group in self._groups]
             yield
         self._replayed = [
-            (group, _digest_of(of_group), _text_of(of_group))
+            (group, Descriptor.of_graph(of_group))
             for group, of_group in zip(self._groups, captured, strict=True)
             if of_group
         ]
@@ -146,15 +143,6 @@ class CapturedCollectives:
     def replaying(self) -> Iterator[None]:
         """Meanwhile the graph is given to the device."""
         with ExitStack() as stack:
-            for group, digest, text in self._replayed:
-                stack.enter_context(group.replaying(digest, text))
+            for group, graph in self._replayed:
+                stack.enter_context(group.replaying(graph))
             yield
-
-
-def _digest_of(captured: Sequence[Descriptor]) -> int:
-    digests = struct.pack(f"<{len(captured)}Q", *(descriptor.digest for descriptor in captured))
-    return int.from_bytes(blake2b(digests, digest_size=8).digest(), "little")
-
-
-def _text_of(captured: Sequence[Descriptor]) -> str:
-    return f"a graph of {len(captured)} collectives, from {captured[0]} to {captured[-1]}"

@@ -242,7 +242,11 @@ def test_what_is_captured_is_noted_as_such_and_a_replay_is_one_collective() -> N
     assert kinds == [(one, 1), (cap, 1), (cap, 2), (one, 2), (one, 3), (one, 4)]
     assert all(record.is_done for record in entries.records)
     reduce, gather = Descriptor("all_reduce", "float32", (2, 3)), Descriptor("all_gather", "float32", (2, 3), 1)
-    assert entries.texts[entries.records[3].digest] == f"a graph of 2 collectives, from {reduce} to {gather}"
+    graph = Descriptor.of_graph([reduce, gather])
+    assert entries.texts[entries.records[3].digest] == str(graph)
+    assert str(graph).startswith("a graph of 2 collectives of 2 rows (")
+    assert Descriptor.decode(graph.encoded) == graph
+    assert graph.digest not in (Descriptor.of_graph([gather, reduce]).digest, Descriptor.of_graph([reduce]).digest)
     assert entries.records[3].digest == entries.records[4].digest
     assert entries.sequences[1] == 4
 
