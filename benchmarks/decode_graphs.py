@@ -30,8 +30,8 @@ from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, Submit, as_ints, ints
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "eager": {"cuda_graphs": False},
-    "graphs": {},
+    "eager": {"cuda_graphs": False, "ledger": False},
+    "graphs": {"ledger": False},
     "eager+ledger": {"cuda_graphs": False, "ledger": True},
     "graphs+ledger": {"ledger": True},
 }

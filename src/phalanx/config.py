@@ -256,12 +256,6 @@ class Config(Section, frozen=True, kw_only=True):
         config.refuse_contradictions()
         return config
 
-    @property
-    def num_padding_blocks(self) -> int:
-        """Blocks of KV cache on each rank that no request gets: one where rows of padding can occur."""
-        has_graphs = self.executor.cuda_graphs and self.executor.device != "cpu"
-        return int(has_graphs or self.parallel.data_parallel_size > 1)
-
     def of_engines(self) -> tuple[Config, ...]:
         """The configuration of each engine: this one, or one for each replica if they run apart."""
         parallel, num_local = self.parallel, self.parallel.data_parallel_size_local

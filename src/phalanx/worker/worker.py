@@ -372,6 +372,7 @@ class Worker:
                 ranks_on_host=self.spec.ranks_on_host,
             ),
             block_bytes=bytes_of_block,
+            num_padding=self._num_padding_blocks,
         )
 
     def _measure_graphs(self, max_model_len: int) -> int:
@@ -398,6 +399,11 @@ class Worker:
             null_block=null_block,
             num_replicas=config.parallel.data_parallel_size,
         )
+
+    @property
+    def _num_padding_blocks(self) -> int:
+        """Blocks of KV cache that no request gets: one where rows of padding can occur."""
+        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1)
 
     def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         graphs = self._new_graphs(max_model_len, null_block)
@@ -436,7 +442,7 @@ class Worker:
         model.bind_cache(
             allocate_cache(
                 model.cache_layers,
-                num_blocks + config.num_padding_blocks,
+                num_blocks + self._num_padding_blocks,
                 config.cache.block_size,
                 model.dtype,
                 self._arena.allocate,
