@@ -1,7 +1,8 @@
-"""A group whose every collective is in its rank's journal: when it was issued, and when it was over.
+"""A group whose every collective is noted before it is issued: in the rank's journal, and in the digest of its step.
 
-Over means that the call has returned: with NCCL, that the work was given to the GPU. What goes into a graph is in the
-journal as captured, and counts for nothing; each replay of the graph counts as one collective.
+The journal also has when a collective was over: when the call has returned. With NCCL, the work was given to the GPU by
+then. If the ranks are to agree on each collective, they do so after it was noted. What goes into a graph is in the
+journal as captured, and counts for nothing else; each replay of the graph counts as one collective.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from phalanx.collectives.agreement import Agreement
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.group import Group
-from phalanx.ledger.journal import GroupJournal
+from phalanx.ledger.journal import GroupJournal, NoJournal
+from phalanx.ledger.step_digests import StepDigests
 
 _MAX_KNOWN = 4096
 # Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
@@ -23,12 +26,23 @@ _MAX_KNOWN = 4096
 class JournaledGroup:
     """A `Group` around another one."""
 
-    def __init__(self, group: Group, journal: GroupJournal) -> None:
+    def __init__(
+        self,
+        group: Group,
+        journal: GroupJournal | NoJournal,
+        index: int = 0,
+        digests: StepDigests | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
+        """`index`: of the group, in the rank's digests."""
         self.name = group.name
         self.rank = group.rank
         self.size = group.size
         self._group = group
         self._journal = journal
+        self._index = index
+        self._digests = digests
+        self._agreement = agreement
         self._sequence = 0
         self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
         self._barrier = Descriptor("barrier")
@@ -81,7 +95,10 @@ class JournaledGroup:
             self._journal.done()
 
     def close(self) -> None:
-        self._group.close()
+        with ExitStack() as leaving:
+            if self._agreement is not None:
+                leaving.callback(self._agreement.close)
+            leaving.callback(self._group.close)
 
     @contextmanager
     def capturing(self) -> Iterator[list[Descriptor]]:
@@ -117,6 +134,17 @@ class JournaledGroup:
             return
         self._sequence += 1
         self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)
+        if self._digests is not None:
+            self._digests.fold(self._index, descriptor.digest)
+        if self._agreement is not None:
+            self._agree(self._agreement, descriptor)
+
+    def _agree(self, agreement: Agreement, descriptor: Descriptor) -> None:
+        try:
+            agreement.agree(descriptor)
+        except BaseException:
+            self._journal.done()
+            raise
 
 
 class CapturedCollectives:

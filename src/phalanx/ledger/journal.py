@@ -249,6 +249,19 @@ class DeviceMarks(msgspec.Struct, frozen=True):
     finished: int
 
 
+class NoJournal:
+    """The part of a group in a journal that nobody keeps."""
+
+    def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
+        """Nothing."""
+
+    def note_captured(self, place: int, digest: int, describe: Callable[[], str]) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
 class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """What a journal said at one moment."""
 
