@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from phalanx.ledger.record import DONE_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
+from phalanx.ledger.record import DONE_AT, ISSUED_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
@@ -53,6 +53,7 @@ _WORD_BYTES = 8
 _MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
 _DONE = DONE_AT // _WORD_BYTES
 _COLLECTIVE, _BEGUN_STEP, _CAPTURED = int(Kind.COLLECTIVE), int(Kind.STEP), int(Kind.CAPTURED)
+_ISSUED = ISSUED_AT // _WORD_BYTES
 _pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
 
 WriteOnDevice = Callable[[int, int], None]
@@ -183,6 +184,13 @@ class Journal:
         """A collective that goes into a graph, as the `place`th of its group there, and not to the other ranks."""
         self.done(self._write(_CAPTURED, group, place, digest, digest))
 
+    def undone(self, number: int) -> None:
+        """What was over for this rank, as it had only been given away, is waited for from now on."""
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:
+            self._words[word + _ISSUED] = _now_ns()
+            self._words[word + _DONE] = 0
+
     def explain(self, digest: int, describe: Callable[[], str]) -> None:
         """Have readers know what a digest stands for. Costs nothing when they know it, or there is no more room."""
         if digest in self.known or len(self.known) == NUM_TEXTS:
@@ -298,7 +306,7 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
 
     def state(self, collective: Record) -> State:
         """How far it is."""
-        if collective.is_done:
+        if collective.is_done or (self.device is not None and collective.number <= self.device.finished):
             return "done"
         if self.device is None or collective.number > self.device.launched:
             return "issued"

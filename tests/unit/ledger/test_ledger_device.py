@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS, GroupJournal, Journal, read
+from phalanx.ledger.sighting import NodeView, Telling
 from phalanx.ledger.verdict import Verdict, judge
 
 REDUCE, GATHER = "all_reduce bfloat16 [3, 72]", "all_gather bfloat16 [3, 130]"
@@ -100,6 +102,21 @@ def test_a_glance_reaches_back_to_what_the_device_is_in(most: int) -> None:
     assert (is_open[0].sequence, entries.state(is_open[0]), len(is_open)) == (31, "running", 70)
     stream.go_on()
     assert len(read(rank.memory, most).records) == most
+
+
+def test_the_judge_of_another_node_sees_what_a_device_is_in_and_that_it_is_through() -> None:
+    rank, stream = rank_on_device(0)
+    telling, view = Telling(), NodeView()
+    for _ in range(40):
+        rank.collective("tp@0", REDUCE)
+    stream.go_on(2 * 5 + 1)
+    view.take(telling.sighting(1, {0: rank.look()}, is_whole=True), 1)
+    awaits = view.looks(16)[0].awaits
+    assert awaits is not None and awaits[1].sequence == 6
+    stream.go_on()
+    glance = msgspec.structs.replace(rank.look(), entries=read(rank.memory, 16))
+    view.take(telling.sighting(2, {0: glance}, is_whole=False), 2)
+    assert view.looks(16)[0].awaits is None and view.looks(NUM_RECORDS)[0].awaits is None
 
 
 def test_a_device_far_behind_costs_a_look_no_more_than_the_journal() -> None:
