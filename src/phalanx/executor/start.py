@@ -221,9 +221,10 @@ def _allocate(
         for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
         if isinstance(reply, Measured)
     ]
-    num_padding = int(config.parallel.data_parallel_size > 1)  # a block that a replica without work writes to
+    num_padding = max(rank.num_padding for rank in measured)
     num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
-    max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
+    block_bytes = max(rank.block_bytes for rank in measured)
+    max_model_len = _fit_model_len(config, checkpoint, num_blocks, block_bytes, num_padding)
     executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline.remaining_s).result()
     return Capacity(
         num_blocks=num_blocks,
@@ -237,7 +238,9 @@ def _allocate(
     )
 
 
-def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int) -> int:
+def _fit_model_len(
+    config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int, num_padding: int = 0
+) -> int:
     """The length limit: the one asked for, or the model's own, shortened to what the cache can hold.
 
     Raises ConfigError when the cache cannot hold one request of the length that was asked for, or nothing at all.
@@ -245,7 +248,7 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
     room = num_blocks * config.cache.block_size
     asked = config.model.max_model_len
     if asked is not None and asked > room:
-        needed = -(-asked // config.cache.block_size) * block_bytes
+        needed = (-(-asked // config.cache.block_size) + num_padding) * block_bytes
         raise ConfigError(
             "max_model_len",
             asked,
@@ -253,7 +256,7 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
             " (on a GPU, gpu_memory_utilization does too)",
         )
     if num_blocks == 0:
-        raise _no_room_for_a_block(config, block_bytes)
+        raise _no_room_for_a_block(config, (1 + num_padding) * block_bytes)
     return min(asked or checkpoint.max_model_len, room)
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
-from phalanx.ledger.record import Record
+from phalanx.ledger.record import Kind, Record
 
 __all__ = ["HOPELESS", "Cause", "Look", "RankLook", "Verdict", "judge"]
 
@@ -332,7 +332,9 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
         return None
     decision, text = culprit.decision(wait.step), wait.what
     cause: Cause
-    if entries.step < wait.step:
+    if culprit.has_issued(str(wait.group), wait.record.sequence):
+        cause, what = "late", f"has issued {text}, and its GPU does not come to it: {_on_device(culprit)}"
+    elif entries.step < wait.step:
         cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
     elif entries.step > wait.step or (decision is not None and decision.is_done):
         cause, what = "skipped", f"has left step {wait.step} without {text}, and is {entries.phase}"
@@ -355,6 +357,12 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
         waiting=sorted({*waiting, *path[:-1]}),
         waited_s=(look.now_ns - min(wait.since_ns, first_wait.since_ns)) / _NS,
     )
+
+
+def _on_device(one: RankLook) -> str:
+    """What runs on the device of a rank that is in no collective there."""
+    over = [record for record in one.entries.records if record.kind == Kind.COLLECTIVE and record.is_done]
+    return f"what comes after {one.text(over[-1])} runs, or hangs" if over else "what comes before runs, or hangs"
 
 
 def _is_in(one: RankLook, group: str | None, sequence: int | None = None) -> bool:
