@@ -168,6 +168,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
+    allow_chaos: bool = False
+    """Let `phalanx chaos` kill, stop and mislead ranks of this engine while it runs. Never where somebody relies on
+    it."""
+
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """For `launcher` ray alone."""
