@@ -38,6 +38,9 @@ SETTLE_S = 0.3
 START_SPREAD_S = 0.2
 """A rank is hurt so long after its birth at most."""
 
+LAST_VERDICT_S = 1.0
+"""For a verdict to come after an error that names no rank."""
+
 LOOK_S = 0.002
 
 _lines = msgspec.json.Decoder(Injected)
@@ -132,7 +135,7 @@ class _Trial:
                 self._serve(config, executor, capacity)
             except PhalanxError as error:
                 self._failed_at_ns = time.monotonic_ns()
-                self._await_verdict(1.0)
+                self._await_verdict(LAST_VERDICT_S if _named_rank(error) is None else 0.0)
                 return error
         return None
 
@@ -152,7 +155,9 @@ class _Trial:
             told_after_s = self._since(first, self._failed_at_ns) if rank is not None else None
         return Outcome(
             fault=self._fault,
-            injected=msgspec.structs.replace(last, at_ns=first.at_ns) if first is not None and last is not None else None,
+            injected=msgspec.structs.replace(last, at_ns=first.at_ns)
+            if first is not None and last is not None
+            else None,
             verdict=verdict,
             later=tuple(verdict for _, verdict in told[1:]),
             error=str(error or ""),
@@ -200,11 +205,16 @@ class _Trial:
             self._submit(brain, num_replicas, self._dice.randint(2, 60), self._dice.randint(2, 12))
             while brain.has_work():
                 brain.step()
-            if self._injected() and not brain.has_work() and self._seconds_since_harm() > self._fault.seconds + SETTLE_S:
+            if (
+                self._injected()
+                and not brain.has_work()
+                and self._seconds_since_harm() > self._fault.seconds + SETTLE_S
+            ):
                 return
 
-    def _seconds_since_harm(self) -> float:
-        return (time.monotonic_ns() - self._injected()[0].at_ns) / 1e9
+    def _is_long_over(self) -> bool:
+        injected = self._injected()
+        return bool(injected) and (time.monotonic_ns() - injected[0].at_ns) / 1e9 > self._fault.seconds + SETTLE_S
 
     def _idle(self, executor: Executor) -> None:
         """Until it has happened, and a while more; as an idle engine does, look after the ranks meanwhile."""

@@ -1,12 +1,12 @@
-"""Fault plans: what is to go wrong, with whom, and when. From a seed, or from a text in JSON or TOML. Pure; no torch here.
+"""Fault plans: what is to go wrong, with whom, and when; from a seed, or from JSON or TOML. Pure; no torch here.
 
-    [[faults]]
-    kind = "stop"
-    rank = 2
-    state = "prefill"     # or decode (the default), idle, start
-    step = 3              # the third step with a prompt after the plan was armed
-    collective = 1        # before the second collective of that step
-    seconds = 5.0
+[[faults]]
+kind = "stop"
+rank = 2
+state = "prefill"     # or decode (the default), idle, start
+step = 3              # the third step with a prompt after the plan was armed
+collective = 1        # before the second collective of that step
+seconds = 5.0
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def _states(kind: Kind, states: Sequence[State]) -> tuple[State, ...]:
     return tuple(state for state in states if not refused.get(state, False))
 
 
-def _draw(
-    dice: random.Random, kinds: Sequence[Kind], states: dict[Kind, tuple[State, ...]], world_size: int
-) -> Fault:
+def _draw(dice: random.Random, kinds: Sequence[Kind], states: dict[Kind, tuple[State, ...]], world_size: int) -> Fault:
     kind = dice.choice(kinds)
     return Fault(
         kind=kind,

@@ -18,8 +18,8 @@ _DIVERGED = frozenset({"diverged", "skipped", "circle"})
 CAUSES: dict[Kind, frozenset[str]] = {
     "kill": frozenset({"gone"}),
     "stop": frozenset({"stopped"}),
-    "wedge": frozenset({"late", "behind"}),
-    "loop": frozenset({"late", "behind"}),
+    "wedge": frozenset({"gil", "late", "behind"}),
+    "loop": frozenset({"slow", "late", "behind"}),
     "slow": frozenset({"late"}),
     "error": frozenset({"failed"}),
     "skip": _DIVERGED,
