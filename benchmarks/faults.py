@@ -195,8 +195,6 @@ def report(lines: list[Line]) -> None:
         for outcome in real
     )
     click.echo("causes: " + ", ".join(f"{kind} {cause} {count}" for (kind, cause), count in sorted(said.items())))
-    later = [line.index for line in lines if line.outcome.later]
-    click.echo(f"further verdicts after the first: {later or 'none'}")
     for line in lines:
         if not line.outcome.rightness.is_right:
             click.echo(describe(line))

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from phalanx.ledger.habit import out_of_habit
 from phalanx.ledger.journal import Entries
 from phalanx.ledger.record import Kind, Record
 
@@ -191,7 +192,7 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
         records = {rank: of_rank[sequence] for rank, of_rank in issued.items() if sequence in of_rank}
         if not all(record.step for record in records.values()):  # a method's: its caller hears of it, and goes on
             continue
-        if len({record.digest for record in records.values()}) > 1:
+        if len({(record.digest, record.step) for record in records.values()}) > 1:
             yield _Divergence(group, sequence, records)
             return
 
@@ -199,7 +200,7 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
     """The ranks to blame: the minority; in a tie those whose decisions differ; all, if that does not tell either."""
     records = divergence.records
-    odd = _minority({rank: record.digest for rank, record in records.items()})
+    odd = _minority({rank: (record.digest, record.step) for rank, record in records.items()})
     if odd:
         return odd
     decisions = {}
@@ -208,10 +209,11 @@ def _odd(look: Look, divergence: _Divergence) -> list[int]:
             decision = one.decision(record.step)
             if decision is not None:
                 decisions[one.rank] = decision.digest
-    return [rank for rank in _minority(decisions) if rank in records] or sorted(records)
+    odd = [rank for rank in _minority(decisions) if rank in records]
+    return odd or out_of_habit(look.ranks, divergence.group, records) or sorted(records)
 
 
-def _minority(votes: Mapping[int, int]) -> list[int]:
+def _minority(votes: Mapping[int, object]) -> list[int]:
     """Who voted for anything but what most did; nobody if there is no majority, or all agree."""
     if not votes:
         return []

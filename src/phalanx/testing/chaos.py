@@ -20,12 +20,13 @@ from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.errors import PeerDiedError, PhalanxError, StartError, WorkerError
-from phalanx.executor.executor import Executor
+from phalanx.executor.executor import CONSEQUENCES, Executor
 from phalanx.executor.start import Capacity, start_executor
 from phalanx.ledger.verdict import Verdict
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import Ping, SamplingParams, Submit, ints
 from phalanx.testing.faults import Fault, Injected
+from phalanx.testing.harm import InjectedError
 from phalanx.testing.oracle import NOTHING, Rightness, assess, assess_failure
 from phalanx.testing.warm_launcher import WarmStart
 
@@ -39,7 +40,9 @@ START_SPREAD_S = 0.2
 """A rank is hurt so long after its birth at most."""
 
 LAST_VERDICT_S = 1.0
-"""For a verdict to come after an error that names no rank."""
+"""For a verdict to come after an error that is not the injected one."""
+
+INJECTED = InjectedError.__name__
 
 LOOK_S = 0.002
 
@@ -54,7 +57,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """None if it never happened."""
     verdict: Verdict | None
     """The first one."""
-    later: tuple[Verdict, ...]
     error: str
     """How the run ended; empty if it did not."""
     told_after_s: float | None
@@ -135,7 +137,7 @@ class _Trial:
                 self._serve(config, executor, capacity)
             except PhalanxError as error:
                 self._failed_at_ns = time.monotonic_ns()
-                self._await_verdict(LAST_VERDICT_S if _named_rank(error) is None else 0.0)
+                self._await_verdict(0.0 if INJECTED in str(error) else LAST_VERDICT_S)
                 return error
         return None
 
@@ -151,7 +153,7 @@ class _Trial:
             told_after_s = self._since(first, told[0][0])
         elif first is not None and error is not None and not self._was_killed_by_us:
             rank = _named_rank(error)
-            rightness = assess_failure(self._fault, rank, is_injected="InjectedError" in str(error))
+            rightness = assess_failure(self._fault, rank, is_its_own=_is_its_own(error))
             told_after_s = self._since(first, self._failed_at_ns) if rank is not None else None
         return Outcome(
             fault=self._fault,
@@ -159,7 +161,6 @@ class _Trial:
             if first is not None and last is not None
             else None,
             verdict=verdict,
-            later=tuple(verdict for _, verdict in told[1:]),
             error=str(error or ""),
             told_after_s=told_after_s,
             rightness=rightness,
@@ -205,11 +206,7 @@ class _Trial:
             self._submit(brain, num_replicas, self._dice.randint(2, 60), self._dice.randint(2, 12))
             while brain.has_work():
                 brain.step()
-            if (
-                self._injected()
-                and not brain.has_work()
-                and self._seconds_since_harm() > self._fault.seconds + SETTLE_S
-            ):
+            if self._is_long_over():
                 return
 
     def _is_long_over(self) -> bool:
@@ -258,6 +255,7 @@ class _Trial:
             return error
         finally:
             hurt.join()
+        self._report.unlink(missing_ok=True)  # it came too late
         executor.close()
         return None
 
@@ -276,6 +274,11 @@ class _Trial:
         with suppress(FileNotFoundError):
             return [_lines.decode(line) for line in self._report.read_bytes().splitlines()]
         return []
+
+
+def _is_its_own(error: PhalanxError) -> bool:
+    """Whether a rank failed by itself, and not because of another."""
+    return isinstance(error, WorkerError) and error.kind not in CONSEQUENCES
 
 
 def _named_rank(error: PhalanxError) -> int | None:

@@ -74,10 +74,13 @@ def assess(fault: Fault, injected: Injected | None, verdict: Verdict) -> Rightne
     )
 
 
-def assess_failure(fault: Fault, named_rank: int | None, *, is_injected: bool) -> Rightness:
-    """Of an error that ended the run without a verdict: whom it names, and whether it is the injected exception."""
+def assess_failure(fault: Fault, named_rank: int | None, *, is_its_own: bool) -> Rightness:
+    """Of an error that ended the run without a verdict: whom it names, and whether it is that rank's own exception.
+
+    A collective that was tampered with may be too much for the rank itself.
+    """
     culprit = _answer(named_rank == fault.rank)
-    cause = _answer(is_injected if fault.kind == "error" else fault.state == "start" or fault.kind == "kill")
+    cause = _answer(fault.state == "start" or fault.kind == "kill" or is_its_own)
     return Rightness(culprit=culprit, cause=cause, group="unsaid", sequence="unsaid", operation="unsaid")
 
 

@@ -1,0 +1,61 @@
+"""What a group does in every step, and who has just done otherwise. Pure.
+
+Steps are alike: at the same place of each there is the same operation, on the same dtype and the same width, whatever
+the number of tokens. Where two ranks differ and no majority settles it, the one that does what both have always done
+there is right. Sizes other than the last one are not compared, for they depend on the plan; nor is the size of what
+has only one, such as the tokens that were drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from phalanx.ledger.record import Kind, Record
+
+if TYPE_CHECKING:
+    from phalanx.ledger.verdict import RankLook
+
+_TENSOR = re.compile(r"\[(?P<leading>.*, )(?P<last>\d+)\]|\[\d*\]")
+
+
+def out_of_habit(ranks: Mapping[int, RankLook], group: str, records: Mapping[int, Record]) -> list[int]:
+    """Of the ranks that differ at one place of a group, by their records there: those that do what they never did.
+
+    Nobody, if that does not tell them apart.
+    """
+    step = min(record.step for record in records.values())
+    odd = [rank for rank, record in records.items() if _is_odd(ranks[rank], group, record, step)]
+    return sorted(odd) if len(odd) < len(records) else []
+
+
+def form(text: str) -> str:
+    """What is the same in every step, of a collective's description."""
+
+    def keep(found: re.Match[str]) -> str:
+        return f"[{'_, ' * found['leading'].count(',')}{found['last']}]" if found["last"] else "[_]"
+
+    return _TENSOR.sub(keep, text)
+
+
+def _is_odd(rank: RankLook, group: str, record: Record, step: int) -> bool:
+    """`step`: the earliest that any of the ranks is in. Who is in a later one has left it, and may have done less."""
+    steps = _steps(rank, group)
+    usual = [issued for number, issued in steps.items() if number < step]
+    if record.step not in steps or not usual:
+        return False
+    if record.step > step and step in steps and len(steps[step]) not in map(len, usual):
+        return True
+    place = record.sequence - steps[record.step][0].sequence
+    return form(rank.text(record)) not in {form(rank.text(issued[place])) for issued in usual if place < len(issued)}
+
+
+def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """What the rank issued in the group, by the steps of which the journal still has all."""
+    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
+    steps: dict[int, list[Record]] = {}
+    for record in rank.collectives(group).values():
+        if record.step in complete:
+            steps.setdefault(record.step, []).append(record)
+    return steps

@@ -1,0 +1,96 @@
+"""Of two ranks that differ, the one that does what neither has ever done there is odd."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from ledger_ranks import WritingRank
+
+from phalanx.ledger.habit import form
+from phalanx.ledger.verdict import Look, Verdict, judge
+
+GROUP = "tp@0"
+STEP = ("reduce f32 [1, {n}, 72]", "reduce f32 [1, {n}, 72]", "gather f32 [1, 136] dim=1", "broadcast i64 [1] src=0")
+
+
+def two_ranks(num_steps: int = 3) -> list[WritingRank]:
+    """After some steps, all alike but for the number of tokens."""
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for step in range(1, num_steps + 1):
+        for rank in ranks:
+            run(rank, step, [text.format(n=step) for text in STEP])
+    return ranks
+
+
+def run(rank: WritingRank, step: int, texts: list[str]) -> None:
+    rank.begin(step)
+    for text in texts:
+        rank.collective(GROUP, text)
+    rank.end()
+
+
+def verdict_of(ranks: list[WritingRank]) -> Verdict:
+    looks = {rank.rank: rank.look() for rank in ranks}
+    verdict = judge(Look(time.monotonic_ns(), looks, {GROUP: (0, 1)}))
+    assert verdict is not None
+    return verdict
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "done"),
+    [
+        (1, "reduce f32 [1, 9, 71]"),
+        (0, "reduce f64 [1, 9, 72]"),
+        (1, "reduce f32 [9, 72]"),
+        (1, "gather f32 [1, 136] dim=1"),
+        (2, "broadcast i64 [1] src=0"),
+        (3, "reduce i64 [1]"),
+    ],
+)
+def test_what_was_never_done_at_this_place(culprit: int, place: int, done: str) -> None:
+    ranks = two_ranks()
+    texts = [text.format(n=9) for text in STEP]
+    for rank in ranks:
+        rank.begin(4)
+        for text in texts[:place]:
+            rank.collective(GROUP, text)
+        rank.issue(GROUP, done if rank.rank == culprit else texts[place])
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits) == ("diverged", (culprit,)), verdict
+    assert (verdict.theirs, verdict.peers, verdict.sequence) == (done, texts[place], 12 + place + 1)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_has_left_the_step_with_one_collective_less_and_goes_on_with_the_same_one(culprit: int) -> None:
+    same = ["reduce f32 [1, 1, 72]"] * 3
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for rank in ranks:
+        for step in (1, 2, 3):
+            run(rank, step, same)
+        if rank.rank == culprit:
+            run(rank, 4, same[:2])
+            rank.begin(5)
+        else:
+            rank.begin(4)
+            rank.collective(GROUP, same[0])
+            rank.collective(GROUP, same[1])
+        rank.issue(GROUP, same[2])
+    assert verdict_of(ranks).culprits == (culprit,)
+
+
+def test_what_both_have_done_there_or_neither_has_cannot_be_told() -> None:
+    for texts in (("one f32 [1, 2]", "two f32 [1, 2]"), ("reduce f32 [1, 9, 72]", "reduce f32 [1, 8, 72]")):
+        ranks = two_ranks()
+        for rank, text in zip(ranks, texts, strict=True):
+            rank.begin(4)
+            rank.issue(GROUP, text)
+        assert verdict_of(ranks).culprits == (0, 1)
+
+
+def test_form() -> None:
+    assert form("all_gather float32 [3, 72] dim=1") == form("all_gather float32 [1, 72] dim=1")
+    assert form("all_gather float32 [3, 72] dim=1") != form("all_gather float32 [3, 71] dim=1")
+    assert form("all_reduce int64 [1]") == form("all_reduce int64 [7]") != form("all_reduce int64 [1, 7]")
+    assert form("barrier") == "barrier"
