@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from phalanx.ledger.record import Kind, Record
 
 if TYPE_CHECKING:
-    from phalanx.ledger.verdict import RankLook
+    from phalanx.ledger.look import RankLook
 
 _TENSOR = re.compile(r"\[(?P<leading>.*, )(?P<last>\d+)\]|\[\d*\]")
 
@@ -26,7 +26,7 @@ def out_of_habit(ranks: Mapping[int, RankLook], group: str, records: Mapping[int
     Nobody, if that does not tell them apart.
     """
     step = min(record.step for record in records.values())
-    odd = [rank for rank, record in records.items() if _is_odd(ranks[rank], group, record, step)]
+    odd = [rank for rank, record in records.items() if is_out_of_habit(ranks[rank], group, record, step)]
     return sorted(odd) if len(odd) < len(records) else []
 
 
@@ -39,8 +39,12 @@ def form(text: str) -> str:
     return _TENSOR.sub(keep, text)
 
 
-def _is_odd(rank: RankLook, group: str, record: Record, step: int) -> bool:
-    """`step`: the earliest that any of the ranks is in. Who is in a later one has left it, and may have done less."""
+def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None = None) -> bool:
+    """Whether the rank has never issued this at the same place of a step before `step`, by default the record's own.
+
+    Who is in a later step than `step` has left that one, and is out of habit if it did less there than usual.
+    """
+    step = record.step if step is None else step
     steps = _steps(rank, group)
     usual = [issued for number, issued in steps.items() if number < step]
     if record.step not in steps or not usual:
@@ -49,6 +53,21 @@ def _is_odd(rank: RankLook, group: str, record: Record, step: int) -> bool:
         return True
     place = record.sequence - steps[record.step][0].sequence
     return form(rank.text(record)) not in {form(rank.text(issued[place])) for issued in usual if place < len(issued)}
+
+
+def next_group(rank: RankLook, step: int) -> str | None:
+    """The group of the collective that the rank comes to next in a step, if that goes as the one before; None if
+    nothing tells."""
+    issued, usual, newest = 0, [], 0
+    for record in rank.entries.records:
+        if record.kind != Kind.COLLECTIVE or record.step > step:
+            continue
+        if record.step == step:
+            issued += 1
+        elif record.step:
+            usual = [record] if record.step != newest else [*usual, record]
+            newest = record.step
+    return rank.groups[usual[issued].group] if newest and issued < len(usual) else None
 
 
 def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:

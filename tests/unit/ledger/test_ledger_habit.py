@@ -89,6 +89,44 @@ def test_what_both_have_done_there_or_neither_has_cannot_be_told() -> None:
         assert verdict_of(ranks).culprits == (0, 1)
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_is_in_a_collective_that_the_step_does_not_have(culprit: int) -> None:
+    ranks = two_ranks()
+    for rank in ranks:
+        texts = [text.format(n=1) for text in STEP]
+        if rank.rank != culprit:
+            run(rank, 4, texts)
+            continue
+        rank.begin(4)
+        for text in texts:
+            rank.collective(GROUP, text)
+        rank.issue(GROUP, "reduce i64 [1]")
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.theirs) == ("diverged", (culprit,), "reduce i64 [1]")
+
+
+def test_of_two_groups_in_which_a_rank_is_awaited_the_one_that_it_comes_to_first_is_named() -> None:
+    groups = {"tp": (0, 1), "link": (0, 2)}
+    ranks = [WritingRank(0, ["tp", "link"]), WritingRank(1, ["tp"]), WritingRank(2, ["link"])]
+    for step in (1, 2):
+        for rank in ranks:
+            rank.begin(step)
+        ranks[2].issue("link", "send")  # it waits from the beginning of the step
+        for rank in ranks[:1] if step == 2 else ranks[:2]:
+            rank.collective("tp", "reduce")
+        if step == 1:
+            ranks[0].collective("tp", "reduce")
+            ranks[1].collective("tp", "reduce")
+            ranks[0].collective("link", "send")
+            ranks[2].done("link")
+            for rank in ranks:
+                rank.end()
+    ranks[1].collective("tp", "reduce")
+    ranks[1].issue("tp", "reduce")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "tp", 4)
+
+
 def test_form() -> None:
     assert form("all_gather float32 [3, 72] dim=1") == form("all_gather float32 [1, 72] dim=1")
     assert form("all_gather float32 [3, 72] dim=1") != form("all_gather float32 [3, 71] dim=1")
