@@ -196,7 +196,7 @@ def report(lines: list[Line]) -> None:
     )
     click.echo("causes: " + ", ".join(f"{kind} {cause} {count}" for (kind, cause), count in sorted(said.items())))
     for line in lines:
-        if not line.outcome.rightness.is_right:
+        if line.outcome.injected is not None and not line.outcome.rightness.is_right:
             click.echo(describe(line))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _STATES: tuple[State, ...] = get_args(State)
 _SET_HERE = ("launcher", "ledger", "allow_chaos", "served_model_name", "worker_extension_cls")
+_TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause", "group", "sequence", "operation")
 _COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
 
 
@@ -44,12 +45,14 @@ class _Names(click.ParamType):
     params=[
         click.Option(["--seed"], type=int, default=1, show_default=True, help="The same faults for the same seed."),
         click.Option(["--count"], type=click.IntRange(1), default=20, show_default=True, help="How many faults."),
-        click.Option(["--kinds"], type=_Names(KINDS), default=KINDS, help=f"Some of {','.join(KINDS)}; all by default."),
+        click.Option(
+            ["--kinds"], type=_Names(KINDS), default=KINDS, help=f"Some of {','.join(KINDS)}; all by default."
+        ),
         click.Option(
             ["--states"],
             type=_Names(_STATES),
             default=("idle", "prefill", "decode"),
-            help=f"Some of {','.join(_STATES)}; all but start by default.",
+            help=f"Of {','.join(_STATES)}; all but start by default.",
         ),
         click.Option(
             ["--plan"], type=click.Path(exists=True, dir_okay=False), help="A fault plan in TOML or JSON, not a seed."
@@ -71,7 +74,8 @@ def chaos(
 ) -> None:
     """Start engines of MODEL on this host, each for one fault, and compare what the ledger says with what was done.
 
-    The exit code is 1 if a culprit, a cause, a group, a sequence number or an operation was wrong, or could not be told.
+    The exit code is 1 if a culprit, a cause, a group, a sequence number or an operation was wrong, or could not be
+    told.
     """
     from phalanx.testing.chaos import try_fault
     from phalanx.testing.warm_launcher import WarmStart
@@ -82,7 +86,9 @@ def chaos(
         raise ConfigError("tensor_parallel_size", config.parallel.tensor_parallel_size, "ranks must work together")
     faults = _faults(plan, seed, count, world_size, has_experts=has_experts, kinds=kinds, states=states)
     if not as_json:
-        click.echo(_COLUMNS.format(*"fault,rank,step,state,verdict,ms,culprit,cause,group,sequence,operation".split(",")))
+        click.echo(
+            _COLUMNS.format(*_TITLES)
+        )
     all_right = True
     with WarmStart() as warm:
         for number, fault in enumerate(faults):

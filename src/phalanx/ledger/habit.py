@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.ledger.record import Kind, Record
 
@@ -49,25 +49,46 @@ def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None
     usual = [issued for number, issued in steps.items() if number < step]
     if record.step not in steps or not usual:
         return False
-    if record.step > step and step in steps and len(steps[step]) not in map(len, usual):
+    if record.step > step and rank.decision(step) is not None and len(steps.get(step, ())) not in map(len, usual):
         return True
     place = record.sequence - steps[record.step][0].sequence
     return form(rank.text(record)) not in {form(rank.text(issued[place])) for issued in usual if place < len(issued)}
 
 
+class Deviation(NamedTuple):
+    """The first collective of a step that a rank has left out, or done otherwise."""
+
+    group: str
+    sequence: int
+    instead: Record
+    """What it issued in its place, in this group or another one."""
+
+
+def first_deviation(rank: RankLook, step: int) -> Deviation | None:
+    """Where a rank has left the order that the step before had, over all groups; None if it has not, as far as it has
+    come, or if nothing tells."""
+    usual, issued = _step_before(rank, step)
+    for expected, done in zip(usual, issued, strict=False):
+        if done.group != expected.group or form(rank.text(done)) != form(rank.text(expected)):
+            name = rank.groups[expected.group]
+            before = [one.sequence for one in rank.collectives(name).values() if one.number < done.number]
+            return Deviation(name, max(before, default=0) + 1, done)
+    return None
+
+
 def next_group(rank: RankLook, step: int) -> str | None:
     """The group of the collective that the rank comes to next in a step, if that goes as the one before; None if
     nothing tells."""
-    issued, usual, newest = 0, [], 0
-    for record in rank.entries.records:
-        if record.kind != Kind.COLLECTIVE or record.step > step:
-            continue
-        if record.step == step:
-            issued += 1
-        elif record.step:
-            usual = [record] if record.step != newest else [*usual, record]
-            newest = record.step
-    return rank.groups[usual[issued].group] if newest and issued < len(usual) else None
+    usual, issued = _step_before(rank, step)
+    return rank.groups[usual[len(issued)].group] if len(issued) < len(usual) else None
+
+
+def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]:
+    """What the rank issued in the newest step before one, of which the journal still has all, and in that step."""
+    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
+    before = max((number for number in complete if 0 < number < step), default=0)
+    issued = [record for record in rank.entries.records if record.kind == Kind.COLLECTIVE]
+    return [one for one in issued if before and one.step == before], [one for one in issued if one.step == step]
 
 
 def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.habit import is_out_of_habit, next_group, out_of_habit
+from phalanx.ledger.habit import first_deviation, is_out_of_habit, next_group, out_of_habit
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Record
 
@@ -124,6 +124,7 @@ def judge(look: Look) -> Verdict | None:
         or _stopped(look)
         or _held(look)
         or _awaited(look)
+        or _alone(look)
         or _store(look)
         or _overdue(look)
     )
@@ -190,6 +191,8 @@ def _other_plan(look: Look) -> Verdict | None:
 def _other_collective(look: Look, first: _Divergence) -> Verdict:
     odd = _odd(look, first)
     culprit = look.ranks[odd[0]]
+    if len(odd) == 1 and (earlier := _earlier(look, culprit, first)) is not None:
+        return earlier
     others = [rank for rank in first.records if rank not in odd] or [rank for rank in first.records if rank != odd[0]]
     peer = look.ranks[others[0]]
     theirs, peers = culprit.text(first.records[odd[0]]), peer.text(first.records[others[0]])
@@ -203,6 +206,30 @@ def _other_collective(look: Look, first: _Divergence) -> Verdict:
         step=first.records[odd[0]].step,
         group=first.group,
         sequence=first.sequence,
+        theirs=theirs,
+        peers=peers,
+    )
+
+
+def _earlier(look: Look, culprit: RankLook, found: _Divergence) -> Verdict | None:
+    """What the culprit has left out of the same step in another group, before it met a peer in another collective."""
+    step = found.records[culprit.rank].step
+    deviation = first_deviation(culprit, step)
+    if deviation is None or deviation.group == found.group:
+        return None
+    group, sequence, instead = deviation
+    issued = {rank: look.ranks[rank].collectives(group).get(sequence) for rank in look.members(group)}
+    peer, record = next(((rank, one) for rank, one in issued.items() if one is not None), (culprit.rank, None))
+    if record is None or record.step != step or culprit.rank in (rank for rank, one in issued.items() if one):
+        return None
+    theirs, peers = culprit.text(instead), look.ranks[peer].text(record)
+    return _verdict(
+        "diverged",
+        [culprit],
+        f"issued {theirs} of group {culprit.groups[instead.group]} where its peers issued {peers}",
+        step=step,
+        group=group,
+        sequence=sequence,
         theirs=theirs,
         peers=peers,
     )
@@ -362,9 +389,7 @@ def _nearest_wait(look: Look, awaited: RankLook, wait: Wait) -> Wait:
     if name is None or name == wait.group:
         return wait
     others = (wait_of(look, rank) for rank in look.members(name))
-    nearer = [
-        other for other in others if other is not None and other.group == name and awaited.rank in other.others
-    ]
+    nearer = [other for other in others if other is not None and other.group == name and awaited.rank in other.others]
     return min(nearer, key=lambda other: other.since_ns) if nearer and nearer[0].step == wait.step else wait
 
 
@@ -415,18 +440,38 @@ def _hung(look: Look, wait: Wait) -> Verdict:
 
 
 def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
-    """Each waits for the next in another group: whose order of groups differs from its like's cannot be seen here."""
+    """Each waits for the next in another group. Who is there in another order than in the step before is to blame."""
     waits = {rank: wait for rank in path if (wait := wait_of(look, rank)) is not None}
     first = min(waits.values(), key=lambda wait: wait.since_ns)
+    odd = [rank for rank, wait in waits.items() if first_deviation(look.ranks[rank], wait.step) is not None]
     where = "; ".join(f"rank {rank} in {wait.what} of {wait.group}" for rank, wait in waits.items())
     return _verdict(
         "circle",
-        [look.ranks[rank] for rank in sorted(path)],
-        f"wait for each other: {where}",
+        [look.ranks[rank] for rank in (odd if len(odd) == 1 else sorted(path))],
+        f"left the order of its steps, so that ranks wait for each other: {where}"
+        if len(odd) == 1
+        else f"wait for each other: {where}",
         step=first.step,
         group=first.group,
         sequence=first.record.sequence if first.record is not None else None,
         waited_s=(look.now_ns - first.since_ns) / _NS,
+    )
+
+
+def _alone(look: Look) -> Verdict | None:
+    """The only rank that is still in a step, and in no collective: nobody waits for it but the engine."""
+    if len(look.ranks) == 1 or any(one.process == "ended" for one in look.ranks.values()):
+        return None
+    inside = [one for one in look.ranks.values() if not _has_left(one, one.entries.step)]
+    if len(inside) != 1 or inside[0].entries.phase != "stepping" or inside[0].awaits is not None:
+        return None
+    (one,) = inside
+    since_ns = max((max(record.issued_ns, record.done_ns) for record in one.entries.records), default=look.now_ns)
+    waited_s = (look.now_ns - since_ns) / _NS
+    doing = "computes" if one.computes else "does nothing that is seen"
+    what = f"{doing} in step {one.entries.step}, which all others have left, and has been in no collective for"
+    return _verdict(
+        "slow" if one.computes else "late", [one], f"{what} {waited_s:.1f} s", step=one.entries.step, waited_s=waited_s
     )
 
 

@@ -103,6 +103,9 @@ class _Watched:
         if not entries.pid:
             return None
         process = _process_of(entries)
+        if process == "gone":  # it may have said that it leaves after it was read, and before it was looked for
+            entries = self.reader.read(most_records)
+            process = _process_of(entries)
         moved = entries.last, entries.phase_since_ns
         if moved != self._moved or not self._moved_ns:
             self._moved, self._moved_ns = moved, now_ns

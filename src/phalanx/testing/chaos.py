@@ -86,11 +86,18 @@ class _Verdicts(logging.Handler):
         super().__init__()
         self.told: list[tuple[int, Verdict]] = []
         self.changed = threading.Condition()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Take in no more."""
+        self._is_closed = True
+        super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.args, tuple) and record.args and isinstance(record.args[0], Verdict):
+        verdict = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        if isinstance(verdict, Verdict) and not self._is_closed:
             with self.changed:
-                self.told.append((time.monotonic_ns(), record.args[0]))
+                self.told.append((time.monotonic_ns(), verdict))
                 self.changed.notify_all()
 
 
@@ -235,6 +242,7 @@ class _Trial:
             if expires_at is None and self._report.exists() and self._injected():
                 expires_at = time.monotonic() + self._patience_s
             if self._verdicts.told or (expires_at is not None and time.monotonic() > expires_at):
+                self._verdicts.close()  # what is told from now on is our doing
                 self._was_killed_by_us = not self._verdicts.told
                 self._warm.kill()
                 return

@@ -134,7 +134,8 @@ class _Armed:
             return issue(*args, **named)
         what = tampering.describe(operation, args, named)
         if kind in ("kill", "stop", "wedge", "loop", "slow", "error"):
-            self._befall(group, what)
+            runs_ahead = self._runs_ahead(group) and operation == "broadcast"
+            self._befall(None if runs_ahead else group, what)  # nobody waits there for who receives
             return issue(*args, **named)
         self._is_over = True
         fake = partial(tampering.without, operation, group.size, args, named)
@@ -146,6 +147,9 @@ class _Armed:
             return self._add(group, issue(*args, **named))
         self._alter(group, operation, issue, args, named)
         return fake()
+
+    def _runs_ahead(self, group: Group) -> bool:
+        return any(spec.runs_ahead for spec in self._worker.spec.groups if spec.name == group.name)
 
     def _layer(self, forward: tampering.Call, *args: Any, **named: Any) -> Any:
         """A layer of experts."""

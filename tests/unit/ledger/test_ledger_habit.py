@@ -127,6 +127,56 @@ def test_of_two_groups_in_which_a_rank_is_awaited_the_one_that_it_comes_to_first
     assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "tp", 4)
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_what_a_rank_left_out_in_another_group_before_it_met_a_peer(culprit: int) -> None:
+    groups = {"dp": (0, 1, 2), "tp": (0, 1)}
+    ranks = [WritingRank(0, ["dp", "tp"]), WritingRank(1, ["dp", "tp"]), WritingRank(2, ["dp"])]
+    for rank in ranks:
+        rank.begin(1)
+        rank.collective("dp", "gather [1, 4]")
+        if rank.rank < 2:
+            rank.collective("tp", "reduce [1, 72]")
+            rank.collective("tp", "reduce [1, 1, 72]")
+        rank.end()
+        rank.begin(2)
+        if rank.rank != culprit:
+            rank.issue("dp", "gather [1, 4]")
+    ranks[culprit].issue("tp", "reduce [1, 1, 72]")
+    ranks[1 - culprit].done("dp")
+    ranks[1 - culprit].issue("tp", "reduce [1, 72]")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((culprit,), "dp", 2)
+    assert (verdict.theirs, verdict.peers) == ("reduce [1, 1, 72]", "gather [1, 4]")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
+    groups = {"a": (0, 1), "b": (0, 1)}
+    ranks = [WritingRank(rank, ["a", "b"]) for rank in (0, 1)]
+    for rank in ranks:
+        rank.begin(1)
+        rank.collective("a", "reduce")
+        rank.collective("b", "gather")
+        rank.end()
+        rank.begin(2)
+        rank.issue("b" if rank.rank == culprit else "a", "gather" if rank.rank == culprit else "reduce")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
+
+
+def test_a_rank_that_nobody_waits_for_but_the_engine() -> None:
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.begin(4)
+        for text in STEP:
+            rank.collective(GROUP, text.format(n=1))
+    ranks[0].end()
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.step) == ("late", (1,), 4)
+    ranks[1].end()
+    assert judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, {GROUP: (0, 1)})) is None
+
+
 def test_form() -> None:
     assert form("all_gather float32 [3, 72] dim=1") == form("all_gather float32 [1, 72] dim=1")
     assert form("all_gather float32 [3, 72] dim=1") != form("all_gather float32 [3, 71] dim=1")
