@@ -86,9 +86,7 @@ def chaos(
         raise ConfigError("tensor_parallel_size", config.parallel.tensor_parallel_size, "ranks must work together")
     faults = _faults(plan, seed, count, world_size, has_experts=has_experts, kinds=kinds, states=states)
     if not as_json:
-        click.echo(
-            _COLUMNS.format(*_TITLES)
-        )
+        click.echo(_COLUMNS.format(*_TITLES))
     all_right = True
     with WarmStart() as warm:
         for number, fault in enumerate(faults):

@@ -14,6 +14,7 @@ from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
+from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
@@ -120,6 +121,8 @@ def _launch(
             placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
             placed = _place_local(config, checkpoint, grid, new_launcher, stack)
+        guards = config.executor.collective_guard != "off" and grid.world_size > 1
+        guarding = Guarding(placed.specs, stack) if guards else None
         placed.launcher.start(placed.specs)
         return Executor(
             placed.launcher,
@@ -129,6 +132,7 @@ def _launch(
             output_ranks=grid.output_ranks,
             resources=stack.pop_all(),
             watching=placed.watching,
+            guarding=guarding,
         )
 
 
@@ -155,11 +159,14 @@ def _place_local(
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
     specs = _specs(config, checkpoint, groups, handles)
+    if config.executor.collective_guard != "off":
+        specs = with_boards(specs, range(grid.world_size), resources)
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
     order = watch_order(specs)
-    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
+    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
     if watching is not None:
         resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)

@@ -23,7 +23,7 @@ from phalanx.ledger.record import DONE_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, 
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
-HEADER_BYTES = 512
+HEADER_BYTES = 1024
 MAX_GROUPS = 32
 """Of one rank, and none."""
 
@@ -62,14 +62,14 @@ _START_TIME = 4
 _NUM_TEXTS = 5
 _STEP = 6  # that the rank is in, or was in last
 _STACKS = 7  # the descriptor that the process's stacks are read from; 0 if there is none
-_OUTSIDE = 8  # what is waited for that is no collective: an index into OUTSIDE, and the group from bit 8 on
-_OUTSIDE_SINCE = 9
-_JOINING = 10  # a bit for each group whose joining has begun
-_ASKED = 11  # four bytes of it: how often somebody has asked whether the interpreter runs (pulse.py)
-_ANSWERED = 12  # up to which of them it has answered
-_ANSWERER = 13  # the thread that answers, as the kernel numbers it; 0 if there is none
-_DECISIONS = 16  # the newest steps, at step modulo NUM_DECISIONS: its number and its digest
+_OUTSIDE = 10  # what is waited for that is no collective: an index into OUTSIDE, and the group from bit 8 on
+_OUTSIDE_SINCE = 11
+_JOINING = 12  # a bit for each group whose joining has begun
+_ASKED = 13  # four bytes of it: how often somebody has asked whether the interpreter runs (pulse.py)
+_ANSWERED = 14  # up to which of them it has answered
+_ANSWERER = 15  # the thread that answers, as the kernel numbers it; 0 if there is none
 _SEQUENCES = 32  # of each group's newest collective, which may be older than all records
+_DECISIONS = 64  # the newest steps, at step modulo NUM_DECISIONS: its number and its digest
 _GROUP_SHIFT = 8
 ASKED_AT, ANSWERED_AT, ANSWERER_AT = _ASKED * _WORD_BYTES, _ANSWERED * _WORD_BYTES, _ANSWERER * _WORD_BYTES
 
@@ -203,6 +203,16 @@ class GroupJournal:
         self._journal.done(self._newest)
 
 
+class NoJournal:
+    """The part of a group in a journal that nobody keeps."""
+
+    def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
 class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """What a journal said at one moment."""
 
@@ -258,6 +268,16 @@ class Reader:
     def pid(self) -> int:
         """0 if the rank has not begun."""
         return self._words[_PID]
+
+    @property
+    def num_questions(self) -> int:
+        """How often somebody has asked whether the rank's interpreter runs."""
+        return self._words[_ASKED] & 0xFFFFFFFF
+
+    @property
+    def num_answers(self) -> int:
+        """How many of these it has answered."""
+        return self._words[_ANSWERED]
 
     def read(self, most: int = NUM_RECORDS) -> Entries:
         """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile."""
