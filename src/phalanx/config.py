@@ -174,8 +174,8 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     collective before they issue it, so that the call that is wrong raises the error. `off`: nothing."""
 
     allow_chaos: bool = False
-    """Let `phalanx chaos` kill, stop and mislead ranks of this engine while it runs. Never where somebody relies on
-    it."""
+    """Have every rank offer the method `arm_fault`, by which fault plans kill, stop and mislead ranks while they serve.
+    Never where somebody relies on the engine."""
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):

@@ -36,7 +36,7 @@ WARM_UP_TOKENS = 8
 SETTLE_S = 0.3
 """A rank that is hurt while idle is so for this long before it gets work."""
 
-START_SPREAD_S = 0.2
+START_SPREAD_S = 0.1
 """A rank is hurt so long after its birth at most."""
 
 LAST_VERDICT_S = 1.0
@@ -133,6 +133,7 @@ class _Trial:
         self._work_at_ns = 0
         self._failed_at_ns = 0
         self._is_over = threading.Event()
+        self._was_killed_by_us = False
 
     def run(self, config: Config) -> PhalanxError | None:
         """How it ended."""
@@ -160,13 +161,12 @@ class _Trial:
             told_after_s = self._since(first, told[0][0])
         elif first is not None and error is not None and not self._was_killed_by_us:
             rank = _named_rank(error)
-            rightness = assess_failure(self._fault, rank, is_its_own=_is_its_own(error))
+            is_its_own = isinstance(error, WorkerError) and error.kind not in CONSEQUENCES
+            rightness = assess_failure(self._fault, rank, is_its_own=is_its_own)
             told_after_s = self._since(first, self._failed_at_ns) if rank is not None else None
         return Outcome(
             fault=self._fault,
-            injected=msgspec.structs.replace(last, at_ns=first.at_ns)
-            if first is not None and last is not None
-            else None,
+            injected=None if first is None or last is None else msgspec.structs.replace(last, at_ns=first.at_ns),
             verdict=verdict,
             error=str(error or ""),
             told_after_s=told_after_s,
@@ -247,8 +247,6 @@ class _Trial:
                 self._warm.kill()
                 return
 
-    _was_killed_by_us = False
-
     def _await_verdict(self, timeout_s: float) -> None:
         with self._verdicts.changed:
             self._verdicts.changed.wait_for(lambda: bool(self._verdicts.told), timeout_s)
@@ -282,11 +280,6 @@ class _Trial:
         with suppress(FileNotFoundError):
             return [_lines.decode(line) for line in self._report.read_bytes().splitlines()]
         return []
-
-
-def _is_its_own(error: PhalanxError) -> bool:
-    """Whether a rank failed by itself, and not because of another."""
-    return isinstance(error, WorkerError) and error.kind not in CONSEQUENCES
 
 
 def _named_rank(error: PhalanxError) -> int | None:

@@ -45,8 +45,10 @@ class WarmStart:
         return self._launcher
 
     def pid(self, rank: int) -> int | None:
-        """Of a rank that has been forked."""
-        return None if self._launcher is None else self._launcher.pids().get(rank)
+        """Of a rank that has been forked and has not ended."""
+        if self._launcher is None or rank in self._launcher.exits():
+            return None
+        return self._launcher.pids().get(rank)
 
     def kill(self) -> None:
         """Kill all ranks."""
