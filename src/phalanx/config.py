@@ -173,6 +173,9 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     is compared, so that the run ends also where nobody hangs. `strict`, for debugging: besides, ranks compare each
     collective before they issue it, so that the call that is wrong raises the error. `off`: nothing."""
 
+    ledger_events: Name | None = None
+    """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
+
     allow_chaos: bool = False
     """Have every rank offer the method `arm_fault`, by which fault plans kill, stop and mislead ranks while they serve.
     Never where somebody relies on the engine."""
@@ -343,6 +346,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "collective_backend", "one rank has nobody to exchange tensors with"
         if self.executor.collective_guard == "strict" and self.parallel.engine_size == 1:
             yield "collective_guard", "one rank has nobody to agree with"
+        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+            yield "ledger_events", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

@@ -19,6 +19,7 @@ from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
+from phalanx.executor.presence import open_outlets, show_instance
 from phalanx.executor.watching import start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
@@ -123,6 +124,7 @@ def _launch(
             placed = _place_local(config, checkpoint, grid, new_launcher, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
         guarding = Guarding(placed.specs, stack) if guards else None
+        show_instance(config, placed.watching.order if placed.watching is not None else None, stack)
         placed.launcher.start(placed.specs)
         return Executor(
             placed.launcher,
@@ -164,7 +166,7 @@ def _place_local(
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
-    order = watch_order(specs)
+    order = msgspec.structs.replace(watch_order(specs), outlets=open_outlets(config, resources))
     ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
     watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
     if watching is not None:

@@ -52,6 +52,7 @@ class Watching:
         as is known by now; it must not block.
         """
         self.ends_ranks = on_hopeless is not None
+        self.order = order
         self._on_hopeless = on_hopeless
         self._ending_of = ending_of
         self._found: Verdict | None = None
