@@ -177,8 +177,8 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
 
     allow_chaos: bool = False
-    """Have every rank offer the method `arm_fault`, by which fault plans kill, stop and mislead ranks while they serve.
-    Never where somebody relies on the engine."""
+    """Let `phalanx chaos --pid` kill, stop and mislead ranks while they serve. Never where somebody relies on the
+    engine."""
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):

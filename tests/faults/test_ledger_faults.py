@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from rig import Arrival, Rig
 
 from phalanx.config import Config
+from phalanx.errors import UserError, WorkerError
 from phalanx.protocol import SamplingParams
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, FaultPlan, Kind, State
+from phalanx.testing.running_chaos import find_instance, try_faults
 from phalanx.testing.warm_launcher import WarmStart
 
 pytestmark = pytest.mark.slow
@@ -71,7 +75,7 @@ def test_ranks_that_diverge_in_groups_of_two_and_of_three(checkpoint: Path, warm
     plan = FaultPlan.of_seed(index, 1, size, kinds=HOPELESS)
     outcome = outcome_of(warm, checkpoint, plan.faults[0], tensor_parallel_size=size)
     check(outcome)
-    assert outcome.error.startswith(f"rank {plan.faults[0].rank} on "), outcome
+    assert f"rank {plan.faults[0].rank} " in outcome.error, outcome
 
 
 @pytest.mark.parametrize(("kind", "state"), [("kill", "idle"), ("stop", "idle"), ("wedge", "prefill")])
@@ -90,6 +94,40 @@ def test_a_rank_that_dies_at_its_start(checkpoint: Path, warm: WarmStart) -> Non
     fault = Fault(kind="kill", rank=1, state="start")
     outcome = try_fault(Config.build(model=str(checkpoint), **settings_for_chaos(tensor_parallel_size=2)), fault, warm)
     assert outcome.injected is None or outcome.rightness.is_right, outcome
+
+
+def test_an_instance_that_runs(checkpoint: Path) -> None:
+    """It is under load, is hurt twice for a while, and serves on."""
+    settings = settings_for_chaos(tensor_parallel_size=2, step_timeout_s=30.0)
+    faults = (
+        Fault(kind="stop", rank=1, seconds=2.0),
+        Fault(kind="slow", rank=0, collective=3, seconds=3.0),
+        Fault(kind="error", rank=1),
+    )
+    with Rig(checkpoint, **settings) as rig:
+        rig.run(TRAFFIC)
+        found: list[Outcome] = []
+        chaos = Thread(target=lambda: found.extend(try_faults(find_instance(os.getpid()), faults, patience_s=10.0)))
+        chaos.start()
+        with pytest.raises(WorkerError, match="rank 1 on .*InjectedError"):
+            while True:
+                rig.run(TRAFFIC)
+        chaos.join()
+    assert [(one.verdict.cause, one.verdict.culprits) for one in found[:2] if one.verdict is not None] == [
+        ("stopped", (1,)),
+        ("late", (0,)),
+    ]
+    assert all(one.rightness.is_right for one in found[:2]), found
+
+
+def test_an_instance_that_does_not_allow_it(checkpoint: Path) -> None:
+    with Rig(checkpoint, **settings_for_chaos(tensor_parallel_size=2, allow_chaos=False)) as rig:
+        rig.run(TRAFFIC)
+        with pytest.raises(UserError, match="was not started with --allow-chaos"):
+            list(try_faults(find_instance(os.getpid()), (Fault(kind="kill", rank=0),)))
+        with pytest.raises(UserError, match="'arm_fault' is not declared"):
+            rig.executor.collective_rpc("arm_fault", (Fault(kind="kill", rank=0), "/dev/null"))
+        rig.run(TRAFFIC)
 
 
 def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,13 +20,19 @@ from phalanx.testing.faults import KINDS, Fault, FaultPlan, Kind, State
 if TYPE_CHECKING:
     from phalanx.testing.chaos import Outcome
 
+Draw = Callable[..., tuple[Fault, ...]]
+"""Gives the faults for a world of so many ranks."""
+
+BRIEF_S = 5.0
+"""What happens to an instance that runs lasts no longer, so that it serves again."""
+
 _STATES: tuple[State, ...] = get_args(State)
 _SET_HERE = ("launcher", "ledger", "allow_chaos", "served_model_name", "worker_extension_cls")
 _TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause", "group", "sequence", "operation")
 _COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
 
 
-class _Names(click.ParamType):
+class _Names(click.ParamType[tuple[str, ...]]):
     """Some of several names, with commas in between."""
 
     name = "list"
@@ -58,25 +66,50 @@ class _Names(click.ParamType):
             ["--plan"], type=click.Path(exists=True, dir_okay=False), help="A fault plan in TOML or JSON, not a seed."
         ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print a line of JSON for each fault instead."),
+        click.Option(
+            ["--pid"],
+            type=click.IntRange(1),
+            help="Not MODEL, but what runs already, by the process id of its engine or server.",
+        ),
         *engine_options(leave_out=_SET_HERE),
     ],
 )
-@click.argument("model", type=type_for("model", str))
+@click.argument("model", required=False, type=type_for("model", str))
 def chaos(
-    model: str,
+    model: str | None,
     seed: int,
     count: int,
     kinds: tuple[Kind, ...],
     states: tuple[State, ...],
     plan: str | None,
     as_json: bool,
+    pid: int | None,
     **settings: Any,
 ) -> None:
     """Start engines of MODEL on this host, each for one fault, and compare what the ledger says with what was done.
 
-    The exit code is 1 if a culprit, a cause, a group, a sequence number or an operation was wrong, or could not be
-    told.
+    With --pid the faults happen, for five seconds each, to an instance that runs, if it was started with --allow-chaos:
+    it needs some load meanwhile, and most kinds end it. The exit code is 1 if a culprit, a cause, a group, a sequence
+    number or an operation was wrong, or could not be told.
     """
+    if (model is None) == (pid is None):
+        raise click.UsageError("give MODEL, or --pid of an instance that runs")
+    if pid is not None and given(settings):
+        raise click.UsageError("--pid is of an instance that has its settings")
+    draw = partial(_faults, plan, seed, count, kinds=kinds, states=states)
+    outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
+    if not as_json:
+        click.echo(_COLUMNS.format(*_TITLES))
+    all_right = True
+    for outcome in outcomes:
+        all_right = all_right and (outcome.injected is None or outcome.rightness.is_right)
+        click.echo(msgspec.json.encode(outcome).decode() if as_json else _row(outcome))
+    if not all_right:
+        click.get_current_context().exit(FAILURE)
+
+
+def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> Iterator[Outcome]:
+    """An engine for each fault."""
     from phalanx.testing.chaos import try_fault
     from phalanx.testing.warm_launcher import WarmStart
 
@@ -84,17 +117,20 @@ def chaos(
     world_size, has_experts = config.parallel.world_size, config.parallel.enable_expert_parallel
     if world_size == 1 or config.parallel.engine_size < world_size:
         raise ConfigError("tensor_parallel_size", config.parallel.tensor_parallel_size, "ranks must work together")
-    faults = _faults(plan, seed, count, world_size, has_experts=has_experts, kinds=kinds, states=states)
-    if not as_json:
-        click.echo(_COLUMNS.format(*_TITLES))
-    all_right = True
+    faults = draw(world_size, has_experts=has_experts)
     with WarmStart() as warm:
         for number, fault in enumerate(faults):
-            outcome = try_fault(config, fault, warm, seed=seed + number)
-            all_right = all_right and (outcome.injected is None or outcome.rightness.is_right)
-            click.echo(msgspec.json.encode(outcome).decode() if as_json else _row(outcome))
-    if not all_right:
-        click.get_current_context().exit(FAILURE)
+            yield try_fault(config, fault, warm, seed=seed + number)
+
+
+def _in_instance(pid: int, draw: Draw) -> Iterator[Outcome]:
+    """One instance for all, as long as it lives."""
+    from phalanx.testing.running_chaos import find_instance, try_faults
+
+    instance = find_instance(pid)
+    faults = draw(instance.world_size, has_experts=True)
+    brief = tuple(msgspec.structs.replace(fault, seconds=min(fault.seconds, BRIEF_S)) for fault in faults)
+    yield from try_faults(instance, brief)
 
 
 def _faults(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from phalanx.errors import ConfigError
 from phalanx.protocol import Call, Step
 from phalanx.testing import harm, tampering
 from phalanx.testing.faults import Fault, Injected, State
+from phalanx.testing.mailbox import receive_faults
 from phalanx.worker.methods import remote_method
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Saboteur:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        if threading.current_thread() is threading.main_thread():
+            receive_faults(self.arm_fault)
 
     @remote_method
     def arm_fault(self, fault: Fault, report: str) -> bool:
