@@ -109,7 +109,7 @@ def test_an_instance_that_runs(checkpoint: Path) -> None:
         found: list[Outcome] = []
         chaos = Thread(target=lambda: found.extend(try_faults(find_instance(os.getpid()), faults, patience_s=10.0)))
         chaos.start()
-        with pytest.raises(WorkerError, match="rank 1 on .*InjectedError"):
+        with pytest.raises(WorkerError, match=r"rank 1 on .*InjectedError"):
             while True:
                 rig.run(TRAFFIC)
         chaos.join()
