@@ -96,6 +96,8 @@ def chaos(
         raise click.UsageError("give MODEL, or --pid of an instance that runs")
     if pid is not None and given(settings):
         raise click.UsageError("--pid is of an instance that has its settings")
+    if pid is not None:  # a rank that fails says so to its engine, and no verdict is given on it
+        kinds = tuple(kind for kind in kinds if kind != "error")
     draw = partial(_faults, plan, seed, count, kinds=kinds, states=states)
     outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
     if not as_json:
@@ -129,6 +131,8 @@ def _in_instance(pid: int, draw: Draw) -> Iterator[Outcome]:
 
     instance = find_instance(pid)
     faults = draw(instance.world_size, has_experts=True)
+    if any(fault.kind == "error" for fault in faults):
+        raise ConfigError("kind", "error", "not with --pid: the engine tells it, and no verdict is given on it")
     brief = tuple(msgspec.structs.replace(fault, seconds=min(fault.seconds, BRIEF_S)) for fault in faults)
     yield from try_faults(instance, brief)
 
