@@ -218,6 +218,8 @@ def _earlier(look: Look, culprit: RankLook, found: _Divergence) -> Verdict | Non
     if deviation is None or deviation.group == found.group:
         return None
     group, sequence, instead = deviation
+    if instead.number == found.records[culprit.rank].number:  # it is what was found, and not before it
+        return None
     issued = {rank: look.ranks[rank].collectives(group).get(sequence) for rank in look.members(group)}
     peer, record = next(((rank, one) for rank, one in issued.items() if one is not None), (culprit.rank, None))
     if record is None or record.step != step or culprit.rank in (rank for rank, one in issued.items() if one):
@@ -443,18 +445,30 @@ def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
     """Each waits for the next in another group. Who is there in another order than in the step before is to blame."""
     waits = {rank: wait for rank in path if (wait := wait_of(look, rank)) is not None}
     first = min(waits.values(), key=lambda wait: wait.since_ns)
-    odd = [rank for rank, wait in waits.items() if first_deviation(look.ranks[rank], wait.step) is not None]
     where = "; ".join(f"rank {rank} in {wait.what} of {wait.group}" for rank, wait in waits.items())
+    waited_s = (look.now_ns - first.since_ns) / _NS
+    found = {rank: first_deviation(look.ranks[rank], wait.step) for rank, wait in waits.items()}
+    odd = {rank: deviation for rank, deviation in found.items() if deviation is not None}
+    if len(odd) == 1:
+        ((rank, deviation),) = odd.items()
+        return _verdict(
+            "circle",
+            [look.ranks[rank]],
+            f"has left the order of its steps, so that ranks wait for each other: {where}",
+            step=waits[rank].step,
+            group=deviation.group,
+            sequence=deviation.sequence,
+            theirs=look.ranks[rank].text(deviation.instead),
+            waited_s=waited_s,
+        )
     return _verdict(
         "circle",
-        [look.ranks[rank] for rank in (odd if len(odd) == 1 else sorted(path))],
-        f"left the order of its steps, so that ranks wait for each other: {where}"
-        if len(odd) == 1
-        else f"wait for each other: {where}",
+        [look.ranks[rank] for rank in sorted(path)],
+        f"wait for each other: {where}",
         step=first.step,
         group=first.group,
         sequence=first.record.sequence if first.record is not None else None,
-        waited_s=(look.now_ns - first.since_ns) / _NS,
+        waited_s=waited_s,
     )
 
 

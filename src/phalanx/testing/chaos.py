@@ -19,7 +19,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
-from phalanx.errors import PeerDiedError, PhalanxError, StartError, WorkerError
+from phalanx.errors import DivergedError, PeerDiedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.executor import CONSEQUENCES, Executor
 from phalanx.executor.start import Capacity, start_executor
 from phalanx.ledger.verdict import Verdict
@@ -159,6 +159,9 @@ class _Trial:
         if first is not None and verdict is not None:
             rightness = assess(self._fault, last, verdict)
             told_after_s = self._since(first, told[0][0])
+        elif first is not None and isinstance(error, DivergedError):
+            rightness = assess(self._fault, last, _as_verdict(error))
+            told_after_s = self._since(first, self._failed_at_ns)
         elif first is not None and error is not None and not self._was_killed_by_us:
             rank = _named_rank(error)
             is_its_own = isinstance(error, WorkerError) and error.kind not in CONSEQUENCES
@@ -280,6 +283,18 @@ class _Trial:
         with suppress(FileNotFoundError):
             return [_lines.decode(line) for line in self._report.read_bytes().splitlines()]
         return []
+
+
+def _as_verdict(error: DivergedError) -> Verdict:
+    """Of the comparison after each step, where nobody had to wait."""
+    return Verdict(
+        cause="diverged",
+        culprits=error.ranks,
+        nodes=("",) * len(error.ranks),
+        what=str(error),
+        step=error.step,
+        group=error.group,
+    )
 
 
 def _named_rank(error: PhalanxError) -> int | None:

@@ -149,6 +149,25 @@ def test_what_a_rank_left_out_in_another_group_before_it_met_a_peer(culprit: int
     assert (verdict.theirs, verdict.peers) == ("reduce [1, 1, 72]", "gather [1, 4]")
 
 
+def test_what_is_found_first_is_told_there() -> None:
+    groups = {"dp": (0, 1), "tp": (0, 2)}
+    ranks = [WritingRank(0, ["dp", "tp"]), WritingRank(1, ["dp"]), WritingRank(2, ["tp"])]
+    for rank in ranks:
+        rank.begin(1)
+        for group, what in (("dp", "gather [1, 4]"), ("tp", "reduce [1, 72]"), ("dp", "scatter [1, 4]")):
+            if rank.rank in groups[group]:
+                rank.collective(group, what)
+        rank.end()
+        rank.begin(2)
+        if rank.rank in groups["dp"]:
+            rank.collective("dp", "gather [1, 4]")
+    ranks[0].issue("dp", "one more [1]")
+    ranks[1].issue("dp", "scatter [1, 4]")
+    ranks[2].issue("tp", "reduce [1, 72]")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "dp", 4)
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
     groups = {"a": (0, 1), "b": (0, 1)}
@@ -162,6 +181,7 @@ def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
         rank.issue("b" if rank.rank == culprit else "a", "gather" if rank.rank == culprit else "reduce")
     verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
     assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
+    assert (verdict.group, verdict.sequence, verdict.theirs) == ("a", 2, "gather")
 
 
 def test_a_rank_that_nobody_waits_for_but_the_engine() -> None:
