@@ -62,17 +62,21 @@ class Deviation(NamedTuple):
     sequence: int
     instead: Record
     """What it issued in its place, in this group or another one."""
+    is_ahead: bool
+    """Whether that comes later in the step, as steps usually go."""
 
 
 def first_deviation(rank: RankLook, step: int) -> Deviation | None:
     """Where a rank has left the order that the step before had, over all groups; None if it has not, as far as it has
     come, or if nothing tells."""
     usual, issued = _step_before(rank, step)
-    for expected, done in zip(usual, issued, strict=False):
-        if done.group != expected.group or form(rank.text(done)) != form(rank.text(expected)):
-            name = rank.groups[expected.group]
+    forms = [(record.group, form(rank.text(record))) for record in usual]
+    for place, done in enumerate(issued[: len(usual)]):
+        what = done.group, form(rank.text(done))
+        if what != forms[place]:
+            name = rank.groups[usual[place].group]
             before = [one.sequence for one in rank.collectives(name).values() if one.number < done.number]
-            return Deviation(name, max(before, default=0) + 1, done)
+            return Deviation(name, max(before, default=0) + 1, done, what in forms[place:])
     return None
 
 

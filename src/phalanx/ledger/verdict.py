@@ -228,11 +228,9 @@ def _earlier(look: Look, culprit: RankLook, found: _Divergence) -> Verdict | Non
     """What the culprit has left out of the same step in another group, before it met a peer in another collective."""
     step = found.records[culprit.rank].step
     deviation = first_deviation(culprit, step)
-    if deviation is None or deviation.group == found.group:
+    if deviation is None or deviation.group == found.group or not deviation.is_ahead:
         return None
-    group, sequence, instead = deviation
-    if instead.number == found.records[culprit.rank].number:  # it is what was found, and not before it
-        return None
+    group, sequence, instead = deviation.group, deviation.sequence, deviation.instead
     issued = {rank: look.ranks[rank].collectives(group).get(sequence) for rank in look.members(group)}
     peer, record = next(((rank, one) for rank, one in issued.items() if one is not None), (culprit.rank, None))
     if record is None or record.step != step or culprit.rank in (rank for rank, one in issued.items() if one):
