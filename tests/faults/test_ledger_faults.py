@@ -118,16 +118,6 @@ def test_an_instance_that_runs(checkpoint: Path) -> None:
     assert all(one.rightness.is_right for one in found), found
 
 
-def test_an_instance_that_does_not_allow_it(checkpoint: Path) -> None:
-    with Rig(checkpoint, **settings_for_chaos(tensor_parallel_size=2, allow_chaos=False)) as rig:
-        rig.run(TRAFFIC)
-        with pytest.raises(UserError, match="was not started with --allow-chaos"):
-            list(try_faults(find_instance(os.getpid()), (Fault(kind="kill", rank=0),)))
-        with pytest.raises(UserError, match="'arm_fault' is not declared"):
-            rig.executor.collective_rpc("arm_fault", (Fault(kind="kill", rank=0), "/dev/null"))
-        rig.run(TRAFFIC)
-
-
 def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     limits = {"max_model_len": 128, "kv_cache_memory": 1 << 20, "max_num_seqs": 4, "ledger": True}
     with Rig(checkpoint, tensor_parallel_size=2, **limits) as rig:
@@ -137,6 +127,10 @@ def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pyt
         watching._thread.join(5.0)
         assert "the watcher has ended, killed by SIGKILL" in caplog.text
         rig.run(TRAFFIC)
+        with pytest.raises(UserError, match="was not started with --allow-chaos"):  # and so it takes no faults
+            list(try_faults(find_instance(os.getpid()), (Fault(kind="kill", rank=0),)))
+        with pytest.raises(UserError, match="'arm_fault' is not declared"):
+            rig.executor.collective_rpc("arm_fault", (Fault(kind="kill", rank=0), "/dev/null"))
 
 
 def test_no_alarm(checkpoint: Path) -> None:
