@@ -182,6 +182,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     ledger_events: Name | None = None
     """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
 
+    allow_chaos: bool = False
+    """Let `phalanx chaos --pid` kill, stop and mislead ranks while they serve. Never where somebody relies on the
+    engine."""
+
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """For `launcher` ray alone."""

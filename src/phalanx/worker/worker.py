@@ -79,6 +79,9 @@ if TYPE_CHECKING:
 REPORT_INTERVAL_S = 0.1
 """Progress within a phase is told this often: a model has hundreds of tensors, and many load in no time."""
 
+SABOTEUR = "phalanx.testing.saboteur:Saboteur"
+"""The extension that carries out fault plans, imported only where chaos is allowed."""
+
 MAX_STEPS_IN_FLIGHT = 2
 """Steps launched on a GPU before the oldest is waited for."""
 
@@ -163,9 +166,9 @@ class Worker:
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
         )
-        extension = config.executor.worker_extension_cls
-        if extension is not None:
-            self._methods.extend(extension, load_extension(extension, self))
+        for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
+            if extension is not None:
+                self._methods.extend(extension, load_extension(extension, self))
         return Loaded(
             weight_bytes=self._model.weight_bytes,
             device=_device_name(self._device),
