@@ -14,7 +14,7 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -31,7 +31,7 @@ from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
-LOOK_S = 0.04
+LOOK_S = 0.05
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
 
@@ -106,22 +106,20 @@ class _Watched:
         self.order = order
         self.reader = Reader(journal)
         self._asker = Asker(journal)
+        self._entries: Entries | None = None
         self._moved = (0, 0)
-        self._moved_ns = 0
-        self._cpu_s = self._starved_s = 0.0
+        self._still: _Still | None = None
 
     def look(self, now_ns: int, most_records: int) -> RankLook | None:
         """None if the rank has not begun."""
-        entries = self.reader.read(most_records)
+        moved, self._moved = self._moved, self.reader.moved
+        has_moved = moved != self._moved
+        entries = self._read(most_records, has_moved)
         if not entries.pid:
             return None
         process = _process_of(entries)
-        moved = entries.last, entries.phase_since_ns
-        if moved != self._moved or not self._moved_ns:
-            self._moved, self._moved_ns = moved, now_ns
-            self._cpu_s, self._starved_s = _times_of(entries)
-        is_quiet = entries.phase == "idle" or now_ns == self._moved_ns
-        cpu_s, starved_s = (self._cpu_s, self._starved_s) if is_quiet else _times_of(entries)
+        still = self._note_still(entries, now_ns, has_moved)
+        cpu_s, starved_s = _times_of(entries) if still is not None and now_ns > still.since_ns else (0.0, 0.0)
         return RankLook(
             rank=self.order.rank,
             node=self.order.node,
@@ -129,10 +127,31 @@ class _Watched:
             process=process,
             entries=entries,
             held_s=self._asker.held_s(entries, now_ns) if process == "running" else 0.0,
-            still_s=(now_ns - self._moved_ns) / _NS,
-            cpu_s=cpu_s - self._cpu_s,
-            starved_s=starved_s - self._starved_s,
+            still_s=(now_ns - still.since_ns) / _NS if still is not None else 0.0,
+            cpu_s=max(cpu_s - still.cpu_s, 0.0) if still is not None else 0.0,
+            starved_s=max(starved_s - still.starved_s, 0.0) if still is not None else 0.0,
         )
+
+    def _read(self, most_records: int, has_moved: bool) -> Entries:
+        """What was read before will do for a rank that is idle and has been."""
+        known = self._entries
+        if known is None or has_moved or known.phase != "idle" or most_records > GLANCE_RECORDS:
+            known = self._entries = self.reader.read(most_records)
+        return known
+
+    def _note_still(self, entries: Entries, now_ns: int, has_moved: bool) -> _Still | None:
+        """From when on it has been seen to note nothing, in a phase in which it should."""
+        if has_moved or entries.phase == "idle":
+            self._still = None
+        elif self._still is None:
+            self._still = _Still(now_ns, *_times_of(entries))
+        return self._still
+
+
+class _Still(NamedTuple):
+    since_ns: int
+    cpu_s: float
+    starved_s: float
 
 
 class Watcher:
