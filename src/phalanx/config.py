@@ -354,7 +354,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "cuda_graphs", "the ranks compute on the CPU"
         if self.executor.collective_guard == "strict" and self.parallel.engine_size == 1:
             yield "collective_guard", "one rank has nobody to agree with"
-        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+        has_ledger = self.executor.ledger and self.executor.launcher != "inline"
+        if self.executor.ledger_events is not None and not has_ledger:
             yield "ledger_events", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
