@@ -168,6 +168,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
+    ledger_dump: Name | None = None
+    """A directory to which each verdict of the ledger is written, with all that the ranks noted, for `phalanx trace` to
+    analyse. The newest 16 are kept."""
+
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """For `launcher` ray alone."""
@@ -266,6 +270,16 @@ class Config(Section, frozen=True, kw_only=True):
         ]
         return tuple(msgspec.structs.replace(self, parallel=one) for one in own)
 
+    def changed(self) -> dict[str, str]:
+        """The settings that are not the defaults, as text."""
+        sections = [(section, type(section)) for section in (getattr(self, name) for name in self.__struct_fields__)]
+        return {
+            field.name: str(value)
+            for section, kind in sections
+            for field in msgspec.structs.fields(kind)
+            if (value := getattr(section, field.name)) != field.default
+        }
+
     def check(self) -> None:
         """Check what no single field can tell, when nothing that a launcher has to settle is `auto` any more.
 
@@ -334,6 +348,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "collective_backend", "one rank has nobody to exchange tensors with"
         if self.executor.ledger and self.executor.launcher != "local":
             yield "ledger", "only ranks that are processes of one host (launcher local) have one"
+        if self.executor.ledger_dump is not None and not self.executor.ledger:
+            yield "ledger_dump", "without the ledger there are no verdicts"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

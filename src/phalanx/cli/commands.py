@@ -7,6 +7,7 @@ import click
 from phalanx.cli.doctor import doctor
 from phalanx.cli.generate import generate
 from phalanx.cli.serve import serve
+from phalanx.cli.trace import trace
 from phalanx.cli.upcycle import upcycle
 from phalanx.version import __version__
 
@@ -23,4 +24,5 @@ def phalanx(ctx: click.Context) -> None:
 phalanx.add_command(serve)
 phalanx.add_command(generate)
 phalanx.add_command(doctor)
+phalanx.add_command(trace)
 phalanx.add_command(upcycle)

@@ -15,8 +15,10 @@ from typing import IO
 
 import msgspec
 
+from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
+from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
@@ -106,7 +108,7 @@ def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[Wor
     ]
 
 
-def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
+def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> WatchOrder:
     """To watch these workers, which are on this host and have journals."""
     groups = {group.name: group.ranks for spec in specs for group in spec.groups if group.size > 1}
     return WatchOrder(
@@ -121,7 +123,17 @@ def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
             if spec.journal is not None
         ),
         groups=groups,
+        dump=dump,
     )
+
+
+def dump_order(config: Config) -> DumpOrder | None:
+    """Where verdicts are to be dumped, if anywhere. Raises ConfigError if that is not possible."""
+    directory = config.executor.ledger_dump
+    if directory is None:
+        return None
+    prepare(directory)
+    return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
 
 
 def _spawn(order: WatchOrder, stop: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
@@ -139,6 +151,7 @@ def main() -> None:
     parent_pid, stop = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s watcher: %(message)s")
     order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder)
     watch(order, stop, sys.stdout.fileno())
 

@@ -119,7 +119,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """One paragraph, the culprit first; then where the ranks are."""
-        names = " or ".join(f"rank {rank} on {node}" for rank, node in zip(self.culprits, self.nodes, strict=True))
+        culprits = zip(self.culprits, self.nodes, strict=True)
+        names = " or ".join(f"rank {rank} on {node}" if node else f"rank {rank}" for rank, node in culprits)
         said = f"{names} {self.what}"
         if self.is_ambiguous:
             said += "; which of them is wrong cannot be told"
@@ -128,7 +129,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
             said += f"; rank{'s' if len(self.waiting) > 1 else ''} {ranks} waited for {self.waited_s:.2f} s"
             said += f" in {self.peers}" if self.peers else ""
         if self.group is not None:
-            said += f" (step {self.step}, sequence {self.sequence} of group {self.group})"
+            step = "" if self.step is None else f"step {self.step}, "
+            said += f" ({step}sequence {self.sequence} of group {self.group})"
         for rank, lines in self.stacks.items():
             said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said

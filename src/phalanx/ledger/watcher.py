@@ -18,6 +18,7 @@ from typing import Literal
 
 import msgspec
 
+from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.journal import NUM_RECORDS, Entries, read
 from phalanx.ledger.record import Kind
 from phalanx.ledger.stacks import stack_of
@@ -65,6 +66,8 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[WatchedRank, ...]
     groups: dict[str, tuple[int, ...]]
     """The members of each group."""
+    dump: DumpOrder | None = None
+    """Where verdicts are written, with all that the journals say."""
 
 
 class Watcher:
@@ -172,11 +175,14 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
     Returns after one that no other can follow, or when `stop` closes.
     """
     confirmation = Confirmation()
-    with Watcher(order) as watcher:
+    with Dumper(order.dump) as dumper, Watcher(order) as watcher:
         while not select.select([stop], [], [], LOOK_S)[0]:
             now_ns = time.monotonic_ns()
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
             if verdict is not None:
-                os.write(verdicts, msgspec.json.encode(watcher.with_stacks(verdict)) + b"\n")
+                verdict = watcher.with_stacks(verdict)
+                look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed
+                os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
+                dumper.take(look, verdict)
                 if verdict.is_final:
                     return
