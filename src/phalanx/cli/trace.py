@@ -16,8 +16,6 @@ from phalanx.errors import DumpError, UserError
 if TYPE_CHECKING:
     from phalanx.ledger.after import Trace
 
-_ARE_AT = {"phalanx": "is at", "flight recorder": "issued it from"}
-
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """What `--json` prints. `verdict` is a ledger's Verdict as an object, or null."""
@@ -105,9 +103,13 @@ def _text(found: Trace) -> str:
     """The verdict, culprit first, and from where the collectives were issued or where the ranks are."""
     if found.verdict is None:
         return "no verdict: a collective does not end" if found.is_wrong else "nothing is wrong"
-    said = str(msgspec.structs.replace(found.verdict, stacks={}))
-    for rank, lines in found.verdict.stacks.items():
-        said += f"\n  rank {rank} {_ARE_AT[found.source]}" + "".join(f"\n    {line}" for line in lines)
+    verdict = found.verdict
+    said = str(msgspec.structs.replace(verdict, stacks={}))
+    for rank, lines in verdict.stacks.items():
+        has_not_come = verdict.cause == "late" and rank in verdict.culprits
+        recorded = "issued its last from" if has_not_come else "issued it from"
+        where = "is at" if found.source == "phalanx" else recorded
+        said += f"\n  rank {rank} {where}" + "".join(f"\n    {line}" for line in lines)
     return said
 
 

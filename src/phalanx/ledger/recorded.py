@@ -5,7 +5,8 @@
   so they are judged only if both ranks' buffers still have the beginning.
 - NCCL's watchdog says what has completed. Gloo's entries are only `retired`, when they are over *or have failed*: one
   that a member has not come to cannot be over, if nobody can leave it before all have come.
-- Gloo's dumps do not say who is in a group (torch 2.13): taken to be who has used it; all ranks for the default one.
+- Gloo's dumps do not say who is in a group (torch 2.13): taken to be who has used it, and of the
+  default one all ranks up to the highest that has left a dump.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class _Groups:
 
     def _users(self, key: tuple[str, str]) -> tuple[int, ...]:
         if key[1] == _DEFAULT:
-            return tuple(self._recordings)
+            return tuple(range(max(self._recordings) + 1))
         return tuple(
             rank for rank, one in self._recordings.items() if any(entry.process_group == key for entry in one.entries)
         )
@@ -231,13 +232,16 @@ def _tensors(dtypes: Iterable[str], sizes: Iterable[Sequence[int]]) -> str:
 def _reopened(
     operations: Mapping[int, list[_Operation]], group: str, members: Sequence[int]
 ) -> dict[int, list[_Operation]]:
-    """What Gloo calls over, though a member has not come to it, has failed."""
+    """What Gloo calls over, though a member has not come to it, has failed.
+
+    Of a member that has left no dump that is taken to be the last that the others have come to.
+    """
     newest = [
         max((one.place.sequence for one in operations[rank] if one.place.group == group), default=0)
         for rank in members
         if rank in operations
     ]
-    least = min(newest, default=0)
+    least = min(newest, default=0) - (len(newest) < len(members))
     return {
         rank: [
             one._replace(is_over=False)
