@@ -189,7 +189,8 @@ def name_members(directory: Path, size: int) -> None:
 def record(case: Case, directory: Path) -> tuple[tuple[int, ...], float]:
     """Run the program, and have its Flight Recorders' dumps in `directory`: the live verdict, and its latency."""
     processes = multiprocessing.get_context("fork")
-    sync = Sync(*(processes.Semaphore(0) for _ in range(3)), processes.Value("q", 0))
+    asked, written, over = (processes.Semaphore(0) for _ in range(3))
+    sync = Sync(asked, written, over, processes.Value("q", 0))
     with ExitStack() as stack, tempfile.NamedTemporaryFile() as store:
         journals = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(case.size)]
         crew = [
