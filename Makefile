@@ -6,6 +6,7 @@ PORT   ?= 8000
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BESIDE    := -n 2 --dist worksteal
 SAMPLE    := models/SmolLM2-135M-Instruct.gguf
 
 .PHONY: help setup model serve check test bench lint clean
@@ -37,10 +38,12 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not alone" $(BESIDE)
+	$(BIN)/pytest -q -m "not slow and alone"
 
 test: lint $(SAMPLE)
-	$(BIN)/pytest -q --durations=15
+	$(BIN)/pytest -q -m "not alone" $(BESIDE) --durations=10
+	$(BIN)/pytest -q -m alone --durations=15
 
 bench: $(INSTALLED) $(SAMPLE)
 	$(BIN)/python -m benchmarks --model $(SAMPLE) $(if $(PEER),--peer-python $(PEER))

@@ -6,12 +6,28 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from hosts import Network, why_no_hosts
 from ray_cluster import RayCluster
 
 _NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
+
+_ALONE = (
+    *("faults/", "contract/", "unit/transport/", "unit/memory/", "unit/executor/", "unit/cli/", "unit/server/"),
+    *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_cluster_local"),
+    *("cluster/test_hosts", "cluster/test_served_replicas"),
+)
+"""Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or that faults are told in time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The others run two at a time: most wait for processes to start, more than they compute."""
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).as_posix().startswith(_ALONE):
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="module", autouse=True)

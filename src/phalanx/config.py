@@ -164,7 +164,7 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
     15 s longer than this."""
 
-    ledger: bool = False
+    ledger: bool = True
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
@@ -346,10 +346,10 @@ class Config(Section, frozen=True, kw_only=True):
                 yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
         if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
             yield "collective_backend", "one rank has nobody to exchange tensors with"
-        if self.executor.ledger and self.executor.launcher != "local":
-            yield "ledger", "only ranks that are processes of one host (launcher local) have one"
         if self.executor.ledger_dump is not None and not self.executor.ledger:
             yield "ledger_dump", "without the ledger there are no verdicts"
+        elif self.executor.ledger_dump is not None and self.executor.launcher != "local":
+            yield "ledger_dump", "only ranks that are processes of one host (launcher local) have a ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

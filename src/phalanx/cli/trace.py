@@ -21,7 +21,6 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """What `--json` prints. `verdict` is a ledger's Verdict as an object, or null."""
 
     source: str
-    is_wrong: bool
     text: str
     verdict: msgspec.Raw
     ranks: tuple[int, ...]
@@ -62,7 +61,7 @@ def trace(directory: str, as_json: bool, perfetto: str | None, flight_recorder: 
         click.echo(msgspec.json.format(msgspec.json.encode(_findings(found))).decode())
     else:
         _print(found)
-    if found.is_wrong:
+    if found.verdict is not None:
         click.get_current_context().exit(FOUND)
 
 
@@ -102,7 +101,7 @@ def _export(found: Trace, directory: Path) -> int:
 def _text(found: Trace) -> str:
     """The verdict, culprit first, and from where the collectives were issued or where the ranks are."""
     if found.verdict is None:
-        return "no verdict: a collective does not end" if found.is_wrong else "nothing is wrong"
+        return "nothing is wrong"
     verdict = found.verdict
     said = str(msgspec.structs.replace(verdict, stacks={}))
     for rank, lines in verdict.stacks.items():
@@ -116,7 +115,6 @@ def _text(found: Trace) -> str:
 def _findings(found: Trace) -> Findings:
     return Findings(
         source=found.source,
-        is_wrong=found.is_wrong,
         text=_text(found),
         verdict=msgspec.Raw(msgspec.json.encode(found.verdict)),
         ranks=tuple(found.look.ranks),

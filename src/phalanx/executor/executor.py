@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar, overload
 import msgspec
 
 from phalanx.errors import (
+    CollectiveMismatchError,
     DeadlineError,
     EngineDeadError,
     FrameError,
@@ -63,6 +64,9 @@ POLL_EXITS_S = 0.05
 CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchError"})
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
+VERDICT_GRACE_S = 2.0
+"""Ranks notice a mismatch within microseconds, the ledger who is to blame for it within a tenth of a second."""
+
 CHANNEL_ERRORS = (PeerDiedError, DeadlineError, FrameError)
 """A rank or its node is gone, silent, or says what is no message of ours: after any of them the run is over."""
 STOP_TIMEOUT_S = 5.0
@@ -296,14 +300,24 @@ class Executor:
                 later.began_at = now
 
     def _fail(self, error: PhalanxError) -> NoReturn:
-        verdict = self._watching.verdict if self._watching is not None else None
-        if verdict is not None and verdict.is_hopeless:  # then the ranks were killed for it
-            self._error = HungError(str(verdict))
-        else:
-            self._error = self._explain_death(error) if isinstance(error, PeerDiedError) else error
+        self._error = self._judged(error)
         for tell in self._on_failure:
             tell(self._error)
         raise self._error
+
+    def _judged(self, error: PhalanxError) -> PhalanxError:
+        """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
+        if self._watching is not None:
+            is_mismatch = isinstance(error, WorkerError) and error.kind == CollectiveMismatchError.__name__
+            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if is_mismatch else 0.0)
+            if verdict is not None:  # then the ranks were killed for it
+                hung = HungError(str(verdict))
+                hung.__cause__ = error
+                return hung
+            if isinstance(error, DeadlineError) and self._watching.standing is not None:
+                party = f"{error.party}; the ledger's verdict: {self._watching.standing}"
+                return DeadlineError(error.awaited, party, error.waited_s)
+        return self._explain_death(error) if isinstance(error, PeerDiedError) else error
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:
         """The error to report; waits a little for a better one if this is what a healthy rank says of a sick one."""

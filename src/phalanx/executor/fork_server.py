@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import msgspec
 
+from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.worker.spec import WorkerSpec
 
@@ -84,6 +85,7 @@ class ForkServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(orders, selectors.EVENT_READ)
         self._ranks: dict[int, tuple[int, int]] = {}  # pidfd: (pid, rank)
+        self._kills_before = OutOfMemoryKills.now()
         self._unread = bytearray()
 
     def serve(self) -> None:
@@ -138,7 +140,7 @@ class ForkServer:
         self._selector.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        send(self._events, Exited(rank, describe_exit(os.waitstatus_to_exitcode(status))))
+        send(self._events, Exited(rank, describe_exit(os.waitstatus_to_exitcode(status), self._kills_before)))
 
     def _kill_all(self) -> None:
         for pid, _ in self._ranks.values():

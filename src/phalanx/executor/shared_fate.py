@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 
+from phalanx.executor.out_of_memory import OutOfMemoryKills
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -21,9 +23,14 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def describe_exit(code: int) -> str:
-    """How a process ended, in words, from its exit code; a negative one is the number of the signal that killed it."""
+def describe_exit(code: int, kills_before: OutOfMemoryKills | None = None) -> str:
+    """How a process ended, in words, from its exit code; a negative one is the number of the signal that killed it.
+
+    `kills_before`: as counted when it began.
+    """
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-    return f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    if -code != signal.SIGKILL:
+        return f"killed by {name}"
+    return f"killed by {name}" + (kills_before or OutOfMemoryKills(None, None)).explain(OutOfMemoryKills.now())

@@ -18,7 +18,7 @@ from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
-from phalanx.executor.watching import Watching, dump_order, watch_order, with_journals
+from phalanx.executor.watching import dump_order, start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -149,8 +149,10 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
-    watching = Watching(watch_order(specs, dump_order(config)), on_hopeless=launcher.kill)
-    resources.callback(watching.close)
+    order = watch_order(specs, dump_order(config))
+    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    if watching is not None:
+        resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
 
 

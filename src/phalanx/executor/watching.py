@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
-from typing import IO
+from contextlib import ExitStack, suppress
 
 import msgspec
 
@@ -20,6 +21,7 @@ from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES
+from phalanx.ledger.limits import Limits
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
 from phalanx.transport.shared_memory import SharedSegment
@@ -28,32 +30,62 @@ from phalanx.worker.spec import WorkerSpec
 SPAWN_DEADLINE_S = 30.0
 END_DEADLINE_S = 5.0
 
+ENDING_S = 0.25
+"""Who collects a rank's end knows how it was within milliseconds of it."""
+
+_POLL_S = 0.005
+_verdicts = msgspec.json.Decoder(Verdict | None)
+
 log = logging.getLogger("phalanx.ledger")
 
 
 class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdicts."""
 
-    def __init__(self, order: WatchOrder, on_hopeless: Callable[[], None]) -> None:
-        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError."""
+    def __init__(
+        self,
+        order: WatchOrder,
+        on_hopeless: Callable[[], None],
+        ending_of: Callable[[int], str | None] = lambda rank: None,
+    ) -> None:
+        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
+
+        `ending_of` says how a rank has ended, as far as is known by now; it must not block.
+        """
         self._on_hopeless = on_hopeless
+        self._ending_of = ending_of
         self._found: Verdict | None = None
+        self._standing: Verdict | None = None
         self._changed = threading.Condition()
-        self._stop_read, self._stop_write = os.pipe()
+        self._is_closing = False
+        self._process: subprocess.Popen[bytes] | None = None
+        stop_read, self._stop_write = os.pipe()
         spawned: Future[subprocess.Popen[bytes]] = Future()
         # The kernel kills the watcher when the *thread* that started it ends: it must be one that lives as long.
-        self._thread = threading.Thread(target=self._run, args=(order, spawned), name="phalanx-watching", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(
+            target=self._run, args=(order, stop_read, spawned), name="phalanx-watching", daemon=True
+        )
         try:
+            self._thread.start()
             self._process = spawned.result(SPAWN_DEADLINE_S)
-        except OSError as error:  # TimeoutError is one
-            os.close(self._stop_write)
-            raise StartError("the watcher", "starting", str(error) or f"waited {SPAWN_DEADLINE_S} s") from error
+        except BaseException as error:  # also a KeyboardInterrupt: what has been started then ends by itself
+            self._stop()
+            if self._thread.ident is None:  # it has not begun
+                os.close(stop_read)
+            if isinstance(error, OSError | RuntimeError):  # TimeoutError is one; no more threads are the other
+                reason = str(error) or f"waited {SPAWN_DEADLINE_S} s"
+                raise StartError("the watcher", "starting", reason) from error
+            raise
 
     @property
     def verdict(self) -> Verdict | None:
-        """What was found last."""
+        """What was found last, whether it still stands or not."""
         return self._found
+
+    @property
+    def standing(self) -> Verdict | None:
+        """What is wrong now."""
+        return self._standing
 
     def await_verdict(self, timeout_s: float) -> Verdict | None:
         """Block until there is one, for `timeout_s` at most."""
@@ -61,48 +93,105 @@ class Watching:
             self._changed.wait_for(lambda: self._found is not None, timeout_s)
             return self._found
 
+    def await_hopeless(self, timeout_s: float) -> Verdict | None:
+        """Block until there is one that ends the run, or can be none, for `timeout_s` at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_settled or not self._thread.is_alive(), timeout_s)
+            return self._found if self._found is not None and self._found.is_hopeless else None
+
     def close(self) -> None:
         """End the watcher; none is left when this returns. Raises DeadlineError if the kernel cannot end it."""
-        if self._stop_write < 0:
-            return
-        os.close(self._stop_write)
-        self._stop_write = -1
+        self._stop()
         self._thread.join(END_DEADLINE_S)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._process is not None:
             self._process.kill()
             self._thread.join(END_DEADLINE_S)
             if self._thread.is_alive():
                 watcher = f"the watcher (pid {self._process.pid})"
                 raise DeadlineError("the end after SIGKILL", watcher, END_DEADLINE_S)
 
-    def _run(self, order: WatchOrder, spawned: Future[subprocess.Popen[bytes]]) -> None:
+    @property
+    def _is_settled(self) -> bool:
+        return self._found is not None and self._found.is_final
+
+    def _stop(self) -> None:
+        """Have the watcher end, whoever else has inherited the pipe."""
+        self._is_closing = True
+        if self._stop_write >= 0:
+            stop, self._stop_write = self._stop_write, -1
+            with suppress(BrokenPipeError):
+                os.write(stop, b"!")
+            os.close(stop)
+
+    def _run(self, order: WatchOrder, stop_read: int, spawned: Future[subprocess.Popen[bytes]]) -> None:
         try:
-            process, verdicts = _spawn(order, self._stop_read)
+            process = _spawn(order, stop_read)
         except OSError as error:
             spawned.set_exception(error)
             return
         finally:
-            os.close(self._stop_read)
+            os.close(stop_read)
         spawned.set_result(process)
-        with verdicts:
-            for line in verdicts:
-                verdict = msgspec.json.decode(line, type=Verdict)
-                log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
-                with self._changed:
-                    self._found = verdict
-                    self._changed.notify_all()
-                if verdict.is_hopeless:
-                    self._on_hopeless()
-        code = process.wait()
-        if self._stop_write >= 0 and self._found is None:  # nobody has asked it to end
+        try:
+            for line in _lines(process):
+                self._take(_verdicts.decode(line))
+        except Exception:
+            log.exception("what the watcher says is lost: nobody says any more who is to blame")
+            process.kill()
+        finally:
+            code = _reap(process)
+            with self._changed:
+                self._changed.notify_all()
+        if not self._is_closing and self._found is None:
             log.warning("the watcher has ended, %s: nobody says any more who is to blame", describe_exit(code))
+
+    def _take(self, verdict: Verdict | None) -> None:
+        if verdict is not None and verdict.cause == "gone":
+            verdict = self._with_ending(verdict)
+        if verdict is not None:
+            log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
+        elif self._standing is not None:
+            log.info("over: %s", str(self._standing).partition("\n")[0])
+        with self._changed:
+            self._standing = verdict
+            self._found = verdict or self._found
+            self._changed.notify_all()
+        if verdict is not None and verdict.is_hopeless:
+            self._on_hopeless()
+
+    def _with_ending(self, verdict: Verdict) -> Verdict:
+        """With how the process ended, which only its parent is told."""
+        expires_at = time.monotonic() + ENDING_S
+        rank = verdict.culprits[0]
+        while (how := self._ending_of(rank)) is None and time.monotonic() < expires_at and not self._is_closing:
+            time.sleep(_POLL_S)
+        return verdict if how is None else msgspec.structs.replace(verdict, what=f"is gone: {how}")
+
+
+def start_watching(
+    order: WatchOrder, on_hopeless: Callable[[], None], ending_of: Callable[[int], str | None]
+) -> Watching | None:
+    """A watcher, or none, with a warning, if it cannot be started: the ranks do without."""
+    try:
+        return Watching(order, on_hopeless, ending_of)
+    except StartError as error:
+        log.warning("no ledger: %s", error)
+        return None
 
 
 def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
-    """The same workers, each with a journal that this process holds, too, until `resources` are let go."""
-    journals = [
-        resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {spec.rank}")) for spec in specs
-    ]
+    """The same workers, each with a journal that this process holds, too, until `resources` are let go.
+
+    As they are, with a warning, if there is no such memory here.
+    """
+    try:
+        journals = [
+            resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {spec.rank}"))
+            for spec in specs
+        ]
+    except OSError as error:
+        log.warning("no ledger: there is no memory for journals: %s", error)
+        return list(specs)
     return [
         msgspec.structs.replace(spec, journal=journal.handle) for spec, journal in zip(specs, journals, strict=True)
     ]
@@ -111,6 +200,7 @@ def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[Wor
 def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> WatchOrder:
     """To watch these workers, which are on this host and have journals."""
     groups = {group.name: group.ranks for spec in specs for group in spec.groups if group.size > 1}
+    deadlines = specs[0].config.executor
     return WatchOrder(
         ranks=tuple(
             WatchedRank(
@@ -123,6 +213,7 @@ def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> W
             if spec.journal is not None
         ),
         groups=groups,
+        limits=Limits(step_timeout_s=deadlines.step_timeout_s, start_timeout_s=deadlines.start_timeout_s),
         dump=dump,
     )
 
@@ -136,14 +227,49 @@ def dump_order(config: Config) -> DumpOrder | None:
     return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
 
 
-def _spawn(order: WatchOrder, stop: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start the watcher; returns it and the end at which verdicts come out. Raises OSError."""
+def _spawn(order: WatchOrder, stop: int) -> subprocess.Popen[bytes]:
+    """Start the watcher. Raises OSError; nothing is left of it then."""
     command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop))]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(stop,))
-    assert process.stdin is not None and process.stdout is not None
-    with process.stdin as stdin:
-        stdin.write(msgspec.msgpack.encode(order))
-    return process, process.stdout
+    assert process.stdin is not None
+    try:
+        with process.stdin as stdin:
+            stdin.write(msgspec.msgpack.encode(order))
+    except OSError as error:  # it has ended before it had read what to do
+        process.kill()
+        code = _reap(process)
+        raise OSError(f"it ended at once, {describe_exit(code)}") from error
+    return process
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """What a process writes, until it ends, whoever else has inherited its output."""
+    assert process.stdout is not None
+    output, unread = process.stdout.fileno(), b""
+    ended = os.pidfd_open(process.pid)
+    poll = select.poll()
+    poll.register(output, select.POLLIN)
+    poll.register(ended, select.POLLIN)
+    try:
+        while output in (ready := [descriptor for descriptor, _ in poll.poll()]) or ended not in ready:
+            data = os.read(output, 1 << 16)
+            if not data:
+                return
+            *lines, unread = (unread + data).split(b"\n")
+            yield from lines
+    finally:
+        os.close(ended)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code. It has closed its output, so it is about to end; killed if it does not."""
+    assert process.stdout is not None
+    process.stdout.close()
+    try:
+        return process.wait(END_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def main() -> None:

@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from phalanx.errors import ConfigError, DumpError
-from phalanx.ledger.after import Trace, stuck, verdict_of
-from phalanx.ledger.verdict import Look, RankLook, Verdict
+from phalanx.ledger.after import Trace, verdict_of
+from phalanx.ledger.limits import Limits
+from phalanx.ledger.look import Look, RankLook
+from phalanx.ledger.verdict import Verdict
 from phalanx.version import __version__
 
 FORMAT = 1
@@ -64,6 +66,9 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
     """The same moment by the clock of the records."""
     ranks: tuple[int, ...]
     groups: dict[str, tuple[int, ...]]
+    limits: Limits
+    silent: dict[str, float]
+    """Nodes that were not heard of, and for how long, in seconds."""
     verdict: Verdict | None
     facts: Facts
 
@@ -129,7 +134,7 @@ def write(directory: Path, look: Look, verdict: Verdict | None, settings: Mappin
     """A new dump in `directory`; returns its own directory. Older ones go if there are many. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
-    about = "" if verdict is None else f"-{verdict.cause}-rank-" + "-".join(map(str, verdict.culprits[:4]))
+    about = "" if verdict is None else "-".join(["", verdict.cause, *(f"rank-{rank}" for rank in verdict.culprits[:4])])
     path = directory / f"{now:%Y%m%dT%H%M%S.%f}{about}"
     partial = directory / f"{_PARTIAL}{secrets.token_hex(8)}"
     partial.mkdir()
@@ -156,16 +161,12 @@ def read(directory: Path) -> Trace:
     members = {rank for ranks in whole.groups.values() for rank in ranks} | set(whole.ranks)
     found = {rank: directory / _file_of(rank) for rank in whole.ranks}
     ranks = {rank: _decode_rank(path, rank) for rank, path in found.items() if path.exists()}
-    look = Look(whole.now_ns, ranks, whole.groups)
+    look = Look(whole.now_ns, ranks, whole.groups, whole.limits, whole.silent)
     missing = tuple(sorted(members - set(ranks)))
     notes = [f"{found[rank].name} is missing: what rank {rank} did is not known" for rank in missing if rank in found]
     notes += [f"rank {rank} had not begun" for rank in missing if rank not in found]
     verdict = whole.verdict or verdict_of(look, missing)
-    stands = stuck(look) if verdict is None else None
-    if stands is not None:
-        notes.append(f"all ranks are in {stands[0]}, for {stands[1]:.2f} s, and none is missing")
-    is_stuck = stands is not None and stands[1] >= 1.0
-    return Trace("phalanx", look, whole.unix_ns - whole.now_ns, verdict, missing, tuple(notes), is_stuck)
+    return Trace("phalanx", look, whole.unix_ns - whole.now_ns, verdict, missing, tuple(notes))
 
 
 def is_dump(directory: Path) -> bool:
@@ -184,6 +185,8 @@ def _whole(look: Look, verdict: Verdict | None, settings: Mapping[str, str]) -> 
         now_ns=look.now_ns,
         ranks=tuple(look.ranks),
         groups={name: tuple(ranks) for name, ranks in look.groups.items()},
+        limits=look.limits,
+        silent=dict(look.silent),
         verdict=verdict,
         facts=Facts(
             phalanx=__version__,

@@ -14,9 +14,9 @@ import msgspec
 
 from phalanx.ledger.after import Trace
 from phalanx.ledger.flight_recorder import Entry, Frame, ProcessGroup, Recording, Status
+from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.recorded import DTYPES
-from phalanx.ledger.verdict import Look, RankLook
 
 FORMAT = "2.10"
 """What torch 2.11 to 2.13 write."""

@@ -14,15 +14,16 @@ takes what it copied only if the number was right before and after. No torch her
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
-from phalanx.ledger.record import DONE_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
+from phalanx.ledger.record import DONE_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
-HEADER_BYTES = 512
+HEADER_BYTES = 1024
 MAX_GROUPS = 32
 """Of one rank, and none."""
 
@@ -33,9 +34,15 @@ JOURNAL_BYTES = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES + NUM_RECORDS * RECORD_BYT
 
 PHASES = (
     *("not begun", "starting", "joining", "loading", "sizing", "allocating", "idle", "stepping"),
-    *("moving experts", "leaving", "another phase"),
+    *("moving experts", "leaving", "compiling", "capturing", "rebuilding", "calling a method", "another phase"),
 )
 """What a worker says that it does; the order is part of the layout."""
+
+OUTSIDE = ("", "the store", "the others' joining")
+"""What a rank may wait for that is no collective; the order is part of the layout."""
+
+NUM_DECISIONS = 8
+"""So many steps, at most, ranks are apart."""
 
 _TEXTS = HEADER_BYTES
 _RECORDS = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES
@@ -55,7 +62,16 @@ _START_TIME = 4
 _NUM_TEXTS = 5
 _STEP = 6  # that the rank is in, or was in last
 _STACKS = 7  # the descriptor that the process's stacks are read from; 0 if there is none
+_OUTSIDE = 10  # what is waited for that is no collective: an index into OUTSIDE, and the group from bit 8 on
+_OUTSIDE_SINCE = 11
+_JOINING = 12  # a bit for each group whose joining has begun
+_ASKED = 13  # four bytes of it: how often somebody has asked whether the interpreter runs (pulse.py)
+_ANSWERED = 14  # up to which of them it has answered
+_ANSWERER = 15  # the thread that answers, as the kernel numbers it; 0 if there is none
 _SEQUENCES = 32  # of each group's newest collective, which may be older than all records
+_DECISIONS = 64  # the newest steps, at step modulo NUM_DECISIONS: its number and its digest
+_GROUP_SHIFT = 8
+ASKED_AT, ANSWERED_AT, ANSWERER_AT = _ASKED * _WORD_BYTES, _ANSWERED * _WORD_BYTES, _ANSWERER * _WORD_BYTES
 
 
 class Journal:
@@ -83,13 +99,44 @@ class Journal:
         self._words[_PHASE_SINCE] = time.monotonic_ns()
         self._words[_PHASE] = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
 
+    @contextmanager
+    def awaiting(self, what: str, group: int = 0) -> Iterator[None]:
+        """While this lasts, the rank waits for something that is no collective: one of OUTSIDE, for a group if any."""
+        words = self._words
+        before = words[_OUTSIDE], words[_OUTSIDE_SINCE]
+        words[_OUTSIDE_SINCE] = time.monotonic_ns()
+        words[_OUTSIDE] = OUTSIDE.index(what) | group << _GROUP_SHIFT
+        try:
+            yield
+        finally:
+            words[_OUTSIDE], words[_OUTSIDE_SINCE] = before
+
+    @contextmanager
+    def joining(self, group: int) -> Iterator[None]:
+        """The rank has come to where all members of a group join it, and waits there for the others."""
+        assert 0 < group < MAX_GROUPS, group
+        self._words[_JOINING] |= 1 << group
+        with self.awaiting("the others' joining", group):
+            yield
+
     def begin_step(self, step: int, digest: int, num_tokens: int) -> int:
         """A decision: the plan that the rank is about to follow. Returns the record's number, for `done`.
 
         What is issued from now on, until `leave_step`, is of that step.
         """
-        self._step = self._words[_STEP] = step
+        words, at = self._words, _DECISIONS + step % NUM_DECISIONS * 2
+        words[at] = 0
+        self._fence()
+        words[at + 1] = digest
+        self._fence()
+        words[at] = step
+        self._step = words[_STEP] = step
         return self._write(_BEGUN_STEP, 0, num_tokens, digest, digest)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether what is issued now is of a step."""
+        return self._step > 0
 
     def leave_step(self) -> None:
         """All collectives of the step have been issued."""
@@ -144,7 +191,9 @@ class GroupJournal:
 
     def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
         """The group's next collective begins."""
-        self._rolling = rolling = rolled(self._rolling, digest)
+        rolling = self._rolling
+        if self._journal.in_step:  # a method's own may differ: its caller hears of it, and the ranks go on
+            rolling = self._rolling = rolled(rolling, digest)
         if digest not in self._known:
             self._journal.explain(digest, describe)
         self._newest = self._journal.issue(self._group, sequence, digest, rolling)
@@ -170,32 +219,122 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[Record, ...]
     """The newest ones, in their order."""
     texts: dict[int, str]
-    """What digests stand for."""
+    """What digests stand for. Grows while a reader of the same journal is used; not to be changed."""
+    last: int = 0
+    """The number of the newest record, 0 before the first."""
+    decisions: dict[int, int] = {}
+    """The digests of the newest steps' plans, by step: more lasting than their records."""
+    outside: str = ""
+    """What the rank waits for that is no collective, of OUTSIDE; "" if for nothing."""
+    outside_group: int = 0
+    """The index of the group that it waits to join, or needs the store for; 0 if there is none."""
+    outside_since_ns: int = 0
+    joining: int = 0
+    """A bit for each group, by its index, whose joining the rank has come to."""
+    answerer: int = 0
+    """The thread that says whether the interpreter runs, as the kernel numbers it; 0 if there is none."""
+
+    def has_come_to_join(self, group: int) -> bool:
+        """Whether it has come to the joining of the group with this index."""
+        return bool(self.joining >> group & 1)
+
+
+class Reader:
+    """The end that reads, for looks one after the other: what does not change is decoded once."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory[:JOURNAL_BYTES]
+        self._words = self._memory.cast("Q")
+        self._fence = new_fence()
+        self._texts: dict[int, str] = {}
+        self._num_texts = 0
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Differs from before if the rank has noted something since: a record, or a phase."""
+        return self._words[_LAST], self._words[_PHASE_SINCE]
+
+    @property
+    def pid(self) -> int:
+        """0 if the rank has not begun."""
+        return self._words[_PID]
+
+    @property
+    def num_questions(self) -> int:
+        """How often somebody has asked whether the rank's interpreter runs."""
+        return self._words[_ASKED] & 0xFFFFFFFF
+
+    @property
+    def num_answers(self) -> int:
+        """How many of these it has answered."""
+        return self._words[_ANSWERED]
+
+    def read(self, most: int = NUM_RECORDS) -> Entries:
+        """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile."""
+        words, fence = self._words, self._fence
+        last, step = words[_LAST], words[_STEP]
+        fence()
+        first = max(1, last - min(most, NUM_RECORDS) + 1)
+        records = tuple(_records(self._memory, words, range(first, last + 1), fence))
+        fence()  # what a rank has issued is never older than its records: nobody seems to have left something out
+        phase, outside = words[_PHASE], words[_OUTSIDE]
+        return Entries(
+            pid=words[_PID],
+            start_time=words[_START_TIME],
+            stacks=words[_STACKS],
+            phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
+            phase_since_ns=words[_PHASE_SINCE],
+            step=step,
+            sequences=tuple(words[_SEQUENCES : _SEQUENCES + MAX_GROUPS].tolist()),
+            records=records,
+            texts=self._explained(),
+            last=last,
+            decisions=dict(self._decisions()),
+            outside=OUTSIDE[outside & 0xFF],
+            outside_group=outside >> _GROUP_SHIFT,
+            outside_since_ns=words[_OUTSIDE_SINCE],
+            joining=words[_JOINING],
+            answerer=words[_ANSWERER],
+        )
+
+    def steps(self) -> tuple[Record, ...]:
+        """The records of steps alone, as far back as there are any: many times cheaper than all records."""
+        kinds = self._memory[_RECORDS + KIND_AT :: RECORD_BYTES].tobytes()
+        first = max(1, self._words[_LAST] - NUM_RECORDS + 1)
+        numbers, at = [], kinds.find(_BEGUN_STEP)
+        while at >= 0:
+            numbers.append(first + (at - first) % NUM_RECORDS)
+            at = kinds.find(_BEGUN_STEP, at + 1)
+        found = _records(self._memory, self._words, sorted(numbers), self._fence)
+        return tuple(record for record in found if record.kind == _BEGUN_STEP)
+
+    def _decisions(self) -> Iterator[tuple[int, int]]:
+        words = self._words
+        for at in range(_DECISIONS, _DECISIONS + 2 * NUM_DECISIONS, 2):
+            step = words[at]
+            self._fence()
+            digest = words[at + 1]
+            self._fence()
+            if step and words[at] == step:
+                yield step, digest
+
+    def _explained(self) -> dict[int, str]:
+        num_texts = self._words[_NUM_TEXTS]
+        if num_texts != self._num_texts:
+            self._fence()
+            self._texts.update(_texts(self._memory, self._words, range(self._num_texts, num_texts)))
+            self._num_texts = num_texts
+        return self._texts
 
 
 def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:
-    """The newest `most` records, and all else. Never blocks; `memory` may be written to meanwhile."""
-    words, fence = memory[:JOURNAL_BYTES].cast("Q"), new_fence()
-    last, step = words[_LAST], words[_STEP]
-    fence()
-    first = max(1, last - min(most, NUM_RECORDS) + 1)
-    records = tuple(_records(memory, words, range(first, last + 1), fence))
-    fence()  # what a rank has issued is never older than its records: nobody seems to have left something out
-    phase = words[_PHASE]
-    return Entries(
-        pid=words[_PID],
-        start_time=words[_START_TIME],
-        stacks=words[_STACKS],
-        phase=PHASES[phase] if phase < len(PHASES) else PHASES[-1],
-        phase_since_ns=words[_PHASE_SINCE],
-        step=step,
-        sequences=tuple(words[_SEQUENCES : _SEQUENCES + MAX_GROUPS].tolist()),
-        records=records,
-        texts=dict(_texts(memory, words)),
-    )
+    """One look at a journal: the newest `most` records, and all else. Never blocks."""
+    return Reader(memory).read(most)
 
 
-def _records(memory: memoryview, words: memoryview, numbers: range, fence: Callable[[], None]) -> Iterable[Record]:
+def _records(
+    memory: memoryview, words: memoryview, numbers: Iterable[int], fence: Callable[[], None]
+) -> Iterable[Record]:
     for number in numbers:
         at = _RECORDS + number % NUM_RECORDS * RECORD_BYTES
         found = bytes(memory[at : at + RECORD_BYTES])
@@ -206,8 +345,8 @@ def _records(memory: memoryview, words: memoryview, numbers: range, fence: Calla
                 yield Record(*fields)
 
 
-def _texts(memory: memoryview, words: memoryview) -> Iterable[tuple[int, str]]:
-    for i in range(words[_NUM_TEXTS]):
+def _texts(memory: memoryview, words: memoryview, places: Iterable[int]) -> Iterable[tuple[int, str]]:
+    for i in places:
         at = _TEXTS + i * TEXT_BYTES
         size = memory[at + _WORD_BYTES]
         text = bytes(memory[at + _WORD_BYTES + 1 :][:size]).decode(errors="replace")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import msgspec
 
 from phalanx.ledger.after import Trace
+from phalanx.ledger.look import RankLook
 from phalanx.ledger.record import Kind, Record
-from phalanx.ledger.verdict import RankLook
 
 STEPS, PHASES = 0, 999
 """Tracks of a rank; each group's is its index."""
@@ -139,13 +139,13 @@ class _Timeline:
     def _told(self) -> Event:
         verdict = self._verdict
         assert verdict is not None
-        rank = verdict.culprits[0]
+        rank = (*verdict.culprits, *self._look.groups.get(verdict.group or "", ()), *self._look.ranks, 0)[0]
         groups = self._look.ranks[rank].groups if rank in self._look.ranks else ()
         track = groups.index(verdict.group) if verdict.group in groups else STEPS
         return Event(
             ph="i",
             s="g",
-            name=f"verdict: {verdict.cause}, rank {' or '.join(map(str, verdict.culprits))}",
+            name=f"verdict: {verdict.cause}" + "".join(f", rank {culprit}" for culprit in verdict.culprits),
             cat="verdict",
             pid=_pid(rank),
             tid=_tid(rank, track),

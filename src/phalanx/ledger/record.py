@@ -11,6 +11,9 @@ LAYOUT = struct.Struct("<QIHBxQQQQQQ")
 DONE_AT = 56
 """Where the last field begins, which is written by itself when what was begun is done."""
 
+KIND_AT = 14
+"""Where the kind of what is noted stands, a byte."""
+
 assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
 
 

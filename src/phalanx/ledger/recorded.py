@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from phalanx.ledger.after import Trace, stuck, verdict_of
+from phalanx.ledger.after import Trace, verdict_of
 from phalanx.ledger.flight_recorder import Entry, Recording, Recordings
 from phalanx.ledger.journal import Entries
+from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.record import Kind, Record
-from phalanx.ledger.verdict import Look, RankLook, Verdict
+from phalanx.ledger.verdict import Verdict
 
 DTYPES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
@@ -91,12 +92,7 @@ def trace_of(found: Recordings) -> Trace:
     verdict = verdict_of(look, missing)
     if verdict is not None:
         verdict = _told(verdict, look, operations)
-    stands = stuck(look) if verdict is None else None
-    if stands is not None:
-        notes.append(
-            f"all ranks have issued {stands[0]}, and none has left it: it was under way, or the link is broken"
-        )
-    return Trace("flight recorder", look, 0, verdict, missing, tuple(notes), stands is not None and _failed(operations))
+    return Trace("flight recorder", look, 0, verdict, missing, tuple(notes))
 
 
 class _Groups:
@@ -317,8 +313,8 @@ def _digest(text: str) -> int:
 def _told(verdict: Verdict, look: Look, operations: Mapping[int, list[_Operation]]) -> Verdict:
     """Without steps, of which nothing is known, and with the stacks from which the collectives were issued."""
     place = _Place(verdict.group or "", verdict.sequence or 0)
-    culprit, what = verdict.culprits[0], verdict.what
-    if verdict.cause == "late" and culprit in look.ranks:
+    what = verdict.what
+    if verdict.cause == "late" and (culprit := verdict.culprits[0]) in look.ranks:
         own = [one for one in operations[culprit] if one.place.group == place.group]
         last = (
             f"the last that it issued there is {own[-1].text} ({own[-1].place.sequence})" if own else "and to no other"
@@ -337,8 +333,3 @@ def _others(look: Look, place: _Place) -> list[int]:
     return [
         rank for rank in look.groups.get(place.group, ()) if rank in look.ranks and look.ranks[rank].has_issued(*place)
     ]
-
-
-def _failed(operations: Mapping[int, Iterable[_Operation]]) -> bool:
-    """Whether c10d has given something up that had not completed."""
-    return any(not one.is_over and one.first.retired for ops in operations.values() for one in ops)

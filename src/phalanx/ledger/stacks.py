@@ -3,6 +3,9 @@
 A process that offers its stacks has Python's faulthandler write them, at a signal, into memory that has a descriptor
 but no name. The handler needs neither the interpreter nor the GIL, so it answers from within a call into C, from an
 endless loop, and while it waits for a peer. One that is stopped cannot answer.
+
+The signal is a real-time one that nobody is known to use. A program that has a handler for it keeps it: it is not sent
+to a process that does not handle it, or whose Python has another handler than ours.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import re
 import signal
 import time
 
-_SIGNAL = signal.SIGUSR2
+STACKS_SIGNAL = signal.SIGRTMAX - 3
 _ANSWER_S = 0.5
 _LOOK_S = 0.005
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
@@ -22,11 +25,18 @@ _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<funct
 def offer_stacks() -> int:
     """Let whoever asks have this process's stacks, from now on; returns the descriptor that they are read from.
 
-    To be called in the main thread.
+    0, and nothing is changed, if the program uses the signal itself. To be called in the main thread.
     """
+    if not may_offer():
+        return 0
     descriptor = os.memfd_create("phalanx:stacks", os.MFD_CLOEXEC)
-    faulthandler.register(_SIGNAL, file=descriptor, all_threads=False, chain=False)
+    faulthandler.register(STACKS_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
+
+
+def may_offer() -> bool:
+    """Whether no handler of the program's own is there for the signal. For any thread; faulthandler's does not show."""
+    return signal.getsignal(STACKS_SIGNAL) is signal.SIG_DFL
 
 
 def stack_of(pid: int, descriptor: int, timeout_s: float = _ANSWER_S) -> tuple[str, ...]:
@@ -37,11 +47,19 @@ def stack_of(pid: int, descriptor: int, timeout_s: float = _ANSWER_S) -> tuple[s
     path = f"/proc/{pid}/fd/{descriptor}"
     try:
         with open(path, "rb") as file:
+            if not _handles_signal(pid):  # it would be killed by it
+                return ()
             told = file.seek(0, os.SEEK_END)
-            os.kill(pid, _SIGNAL)
+            os.kill(pid, STACKS_SIGNAL)
             return _frames(_await(file.fileno(), told, timeout_s))
     except OSError:  # it is gone, or may not be looked at
         return ()
+
+
+def _handles_signal(pid: int) -> bool:
+    with open(f"/proc/{pid}/status", "rb") as file:
+        caught = next(line for line in file if line.startswith(b"SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> STACKS_SIGNAL - 1 & 1)
 
 
 def _await(descriptor: int, told: int, timeout_s: float) -> str:

@@ -1,9 +1,10 @@
 """Who is to blame: drawn from what all ranks' journals say at one moment. Pure; no process is looked at here.
 
-In this order, since the one explains the other: a rank that is gone; ranks in different collectives, of which the
-earliest counts; a rank that is stopped; a rank that others wait for, found by following who waits for whom. Who differs
-from the majority of a group is odd; where there is no majority the decisions tell, the plans that ranks followed; and
-if these do not either, the verdict names all of them and says so.
+In this order, since the one explains the other: a rank that is gone, or a node that is not heard of; ranks that follow
+different plans, or are in different collectives, of which the earliest counts; a rank that is stopped; one whose GIL
+is held; a rank that others wait for, found by following who waits for whom; a store that does not answer; a phase that
+takes too long. Who differs from the majority of a group is odd; where there is no majority the decisions tell, the
+plans that ranks followed; and if these do not either, the verdict names all of them and says so.
 """
 
 from __future__ import annotations
@@ -14,70 +15,50 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.journal import Entries
-from phalanx.ledger.record import Kind, Record
+from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
+from phalanx.ledger.record import Record
 
-Cause = Literal["gone", "diverged", "stopped", "skipped", "late", "behind", "circle"]
-"""gone: its process has ended. diverged: it is in another collective than its peers. stopped: by a signal. skipped: it
-has left a step without a collective that its peers are in. late: it is in the step that its peers are in, and does not
-come to the collective that they wait in: it computes, or is stuck. behind: it has not begun that step. circle: ranks
-wait for each other in different groups."""
+__all__ = ["HOPELESS", "WAITED", "Cause", "Look", "RankLook", "Verdict", "judge"]
+
+Cause = Literal[
+    "gone",
+    "lost",
+    "diverged",
+    "stopped",
+    "gil",
+    "skipped",
+    "late",
+    "slow",
+    "behind",
+    "circle",
+    "hung",
+    "store",
+    "overdue",
+]
+"""gone: its process has ended. lost: nothing is heard of its node. diverged: it follows another plan than its peers, or
+is in another collective. stopped: by a signal. gil: a call into C keeps its GIL. skipped: it has left a step without a
+collective that its peers are in. late: it is in the step that its peers are in, does not come to the collective that
+they wait in, and is not known to compute. slow: the same, and it computes. behind: it has not begun that step. circle:
+ranks wait for each other in different groups. hung: all have come to a collective and it does not end. store: it does
+not answer, so ranks cannot join. overdue: it takes too long for what it says that it does."""
 
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""
 
+WAITED: frozenset[Cause] = frozenset({"skipped", "late", "slow", "behind", "circle", "hung"})
+"""What is told only when somebody has waited for long."""
+
+STORE_S = 10.0
+"""The store passes on what ranks write within milliseconds."""
+
+HUNG_S = 1.0
+"""A collective that all have come to takes its time; whoever is patient waits for longer than this."""
+
+LOST_S = 2.0
+"""A node whose journals have not been heard of for so long is lost."""
+
 _LINES_SHOWN = 6
 _NS = 1e9
-
-
-class RankLook(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank at the moment of a look."""
-
-    rank: int
-    node: str
-    groups: tuple[str, ...]
-    """Names of its groups, by their index in its records; the first is of no group."""
-    process: Literal["running", "stopped", "gone"]
-    how: str = ""
-    """How it ended, if it did."""
-    entries: Entries
-
-    def has_issued(self, group: str, sequence: int) -> bool:
-        """Whether it has come so far in a group."""
-        return self.entries.sequences[self.groups.index(group)] >= sequence
-
-    def collectives(self, group: str) -> dict[int, Record]:
-        """Those that the journal still has, by sequence."""
-        return {record.sequence: record for record in self.entries.records if self._is_of(record, group)}
-
-    def decision(self, step: int) -> Record | None:
-        """Its record of a step."""
-        records = self.entries.records
-        return next((record for record in records if record.kind == Kind.STEP and record.step == step), None)
-
-    @property
-    def awaits(self) -> tuple[str, Record] | None:
-        """The collective that it is in, with the group's name; None if it is in none."""
-        for record in reversed(self.entries.records):
-            if record.kind == Kind.COLLECTIVE:
-                return None if record.is_done else (self.groups[record.group], record)
-        return None
-
-    def text(self, record: Record) -> str:
-        """What a record stands for."""
-        return self.entries.texts.get(record.digest, f"a collective ({record.digest:016x})")
-
-    def _is_of(self, record: Record, group: str) -> bool:
-        return record.kind == Kind.COLLECTIVE and self.groups[record.group] == group
-
-
-class Look(NamedTuple):
-    """All ranks at one moment."""
-
-    now_ns: int
-    ranks: Mapping[int, RankLook]
-    groups: Mapping[str, Sequence[int]]
-    """The members of each group."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,11 +66,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     cause: Cause
     culprits: tuple[int, ...]
-    """Ranks. Several only where it cannot be told which."""
+    """Ranks. Several only where it cannot be told which; none where it is no rank: the store, or what carries data."""
     nodes: tuple[str, ...]
     """Of the culprits."""
     what: str
-    """What was seen of the culprit, in words."""
+    """What was seen of the culprit, in words that follow its name; a whole sentence if there is no culprit."""
     step: int | None = None
     group: str | None = None
     sequence: int | None = None
@@ -102,6 +83,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     waited_s: float = 0.0
     stacks: dict[int, tuple[str, ...]] = {}
     """Of the culprits and of one who waits, as far as they answered: lines of Python, innermost first."""
+    standings: dict[int, Standing] = {}
+    """What every rank was doing, and because of whom."""
 
     @property
     def is_hopeless(self) -> bool:
@@ -121,14 +104,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         """One paragraph, the culprit first; then where the ranks are."""
         culprits = zip(self.culprits, self.nodes, strict=True)
         names = " or ".join(f"rank {rank} on {node}" if node else f"rank {rank}" for rank, node in culprits)
-        said = f"{names} {self.what}"
-        if self.is_ambiguous:
+        said = f"{names} {self.what}".lstrip()
+        if self.is_ambiguous and self.cause != "lost":
             said += "; which of them is wrong cannot be told"
         if self.waiting:
             ranks = ", ".join(map(str, self.waiting))
             said += f"; rank{'s' if len(self.waiting) > 1 else ''} {ranks} waited for {self.waited_s:.2f} s"
             said += f" in {self.peers}" if self.peers else ""
-        if self.group is not None:
+        if self.sequence is not None:
             step = "" if self.step is None else f"step {self.step}, "
             said += f" ({step}sequence {self.sequence} of group {self.group})"
         for rank, lines in self.stacks.items():
@@ -138,7 +121,16 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 def judge(look: Look) -> Verdict | None:
     """The verdict, or None if nothing is wrong, or not yet: whoever is late may still come."""
-    return _gone(look) or _diverged(look) or _stopped(look) or _awaited(look)
+    return (
+        _gone(look)
+        or _lost(look)
+        or _diverged(look)
+        or _stopped(look)
+        or _held(look)
+        or _awaited(look)
+        or _store(look)
+        or _overdue(look)
+    )
 
 
 def _gone(look: Look) -> Verdict | None:
@@ -150,6 +142,16 @@ def _gone(look: Look) -> Verdict | None:
     return _verdict(
         "gone", [first], first.how or "is gone", waiting=waiting, waited_s=waited_s, step=first.entries.step
     )
+
+
+def _lost(look: Look) -> Verdict | None:
+    lost = {node: silent_s for node, silent_s in look.silent.items() if silent_s >= LOST_S}
+    if not lost:
+        return None
+    node = max(lost, key=lambda node: lost[node])
+    there = [one for one in look.ranks.values() if one.node == node]
+    what = f"cannot be judged: nothing has been heard of {node} for {lost[node]:.1f} s"
+    return _verdict("lost", there, what, waited_s=lost[node]) if there else None
 
 
 class _Divergence(NamedTuple):
@@ -167,18 +169,41 @@ class _Divergence(NamedTuple):
 
 def _diverged(look: Look) -> Verdict | None:
     found = [divergence for group in look.groups for divergence in _first_divergence(look, group)]
-    if not found:
+    first = min(found, key=lambda divergence: divergence.began, default=None)
+    plan = _other_plan(look)
+    if plan is not None and plan.step is not None and (first is None or plan.step <= first.began[0]):
+        return plan
+    return _other_collective(look, first) if first is not None else None
+
+
+def _other_plan(look: Look) -> Verdict | None:
+    """Ranks that follow different plans in the same step: the plan is one message to all of them."""
+    of_step: dict[int, dict[int, int]] = {}
+    for rank, one in look.ranks.items():
+        for step, digest in one.entries.decisions.items():
+            of_step.setdefault(step, {})[rank] = digest
+    different = [step for step, plans in of_step.items() if len(set(plans.values())) > 1]
+    if not different:
         return None
-    first = min(found, key=lambda divergence: divergence.began)
+    step = min(different)
+    odd = _minority(of_step[step]) or sorted(of_step[step])
+    what = f"follows another plan in step {step}" + (" than its peers" if len(odd) < len(of_step[step]) else "")
+    return _verdict("diverged", [look.ranks[rank] for rank in odd], what, step=step)
+
+
+def _other_collective(look: Look, first: _Divergence) -> Verdict:
     odd = _odd(look, first)
     culprit = look.ranks[odd[0]]
-    others = [rank for rank in first.records if rank not in odd] or list(first.records)
+    others = [rank for rank in first.records if rank not in odd] or [rank for rank in first.records if rank != odd[0]]
     peer = look.ranks[others[0]]
     theirs, peers = culprit.text(first.records[odd[0]]), peer.text(first.records[others[0]])
+    what = f"issued {theirs}" + (f" where its peers issued {peers}" if others[0] not in odd else " and another one")
+    if theirs == peers:
+        what = f"has issued something else than its peers, before {theirs}"
     return _verdict(
         "diverged",
         [look.ranks[rank] for rank in odd],
-        f"issued {theirs}" + (f" where its peers issued {peers}" if others[0] not in odd else " and another one"),
+        what,
         step=first.records[odd[0]].step,
         group=first.group,
         sequence=first.sequence,
@@ -188,7 +213,9 @@ def _diverged(look: Look) -> Verdict | None:
 
 
 def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
-    issued = {rank: look.ranks[rank].collectives(group) for rank in look.groups[group] if rank in look.ranks}
+    """Where the collectives differ; failing that, the earliest place that is known to come after one where they did."""
+    issued = {rank: look.ranks[rank].collectives(group) for rank in look.members(group)}
+    after: _Divergence | None = None
     for sequence in sorted(set().union(*issued.values())):
         records = {rank: of_rank[sequence] for rank, of_rank in issued.items() if sequence in of_rank}
         if not all(record.step for record in records.values()):  # a method's: its caller hears of it, and goes on
@@ -196,12 +223,19 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
         if len({record.digest for record in records.values()}) > 1:
             yield _Divergence(group, sequence, records)
             return
+        if after is None and len({record.rolling for record in records.values()}) > 1:
+            after = _Divergence(group, sequence, records)
+    if after is not None:
+        yield after
 
 
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
     """The ranks to blame: the minority; in a tie those whose decisions differ; all, if that does not tell either."""
     records = divergence.records
-    odd = _minority({rank: record.digest for rank, record in records.items()})
+    by_digest = {rank: record.digest for rank, record in records.items()}
+    if len(set(by_digest.values())) == 1:
+        by_digest = {rank: record.rolling for rank, record in records.items()}
+    odd = _minority(by_digest)
     if odd:
         return odd
     decisions = {}
@@ -223,17 +257,35 @@ def _minority(votes: Mapping[int, int]) -> list[int]:
 
 def _stopped(look: Look) -> Verdict | None:
     stopped = [one for one in look.ranks.values() if one.process == "stopped"]
-    waiting, waited_s = _waiting(look)
-    if not stopped or not (waiting or any(one.entries.phase != "idle" for one in stopped)):
+    if not stopped:
         return None
-    doing = f", while {stopped[0].entries.phase}" if stopped[0].entries.phase != "idle" else ""
+    first, also = stopped[0], [str(one.rank) for one in stopped[1:]]
+    waiting, waited_s = _waiting(look)
+    others = f", and so {'are ranks' if len(also) > 1 else 'is rank'} {', '.join(also)}" if also else ""
     return _verdict(
         "stopped",
-        stopped[:1],
-        f"is stopped by a signal{doing}",
-        waiting=[rank for rank in waiting if rank != stopped[0].rank],
+        [first],
+        f"is stopped by a signal, while {first.entries.phase}{others}",
+        waiting=[rank for rank in waiting if rank != first.rank],
         waited_s=waited_s,
-        step=stopped[0].entries.step,
+        step=first.entries.step,
+    )
+
+
+def _held(look: Look) -> Verdict | None:
+    """A GIL that is held in a step, or while the rank should be ready for one."""
+    held = [one for one in look.ranks.values() if one.holds_gil and one.entries.phase in ("idle", "stepping")]
+    if not held:
+        return None
+    first = max(held, key=lambda one: one.held_s)
+    waiting, waited_s = _waiting(look)
+    return _verdict(
+        "gil",
+        [first],
+        f"has held its GIL for {first.held_s:.1f} s in one call, while {first.entries.phase}",
+        waiting=[rank for rank in waiting if rank != first.rank],
+        waited_s=waited_s,
+        step=first.entries.step,
     )
 
 
@@ -245,76 +297,138 @@ def _waiting(look: Look) -> tuple[list[int], float]:
 
 def _awaited(look: Look) -> Verdict | None:
     """Follow who waits for whom, first from the rank that has waited longest, to one that waits for nobody."""
-    waits = {one.rank: one.awaits for one in look.ranks.values() if one.awaits is not None}
-    for rank in sorted(waits, key=lambda rank: waits[rank][1].issued_ns):
-        verdict = _awaited_by(look, rank, waits)
+    hung = None
+    for rank, wait in waiting_ranks(look):
+        path = follow(look, rank)
+        if len(path) > 1 and path[0] == path[-1]:
+            return _circle(look, path[:-1])
+        last = wait_of(look, path[-1])
+        if last is not None and not last.others:  # all have come: the data is on its way, and has been for long
+            is_long = (look.now_ns - last.since_ns) / _NS >= HUNG_S
+            hung = hung or (_hung(look, last) if last.step and is_long else None)
+            continue
+        verdict = _of_awaited(look, path, wait)
         if verdict is not None:
             return verdict
-    return None
+    return hung
 
 
-def _awaited_by(look: Look, rank: int, waits: Mapping[int, tuple[str, Record]]) -> Verdict | None:
-    """Nobody, if all have come to where the last of those who wait is: the data is on its way."""
-    path: list[int] = []
-    while rank in waits and rank not in path:
-        path.append(rank)
-        behind = _behind(look, *waits[rank])
-        if not behind:
-            return None
-        rank = min(behind, key=lambda other: other in waits)
-    group, record = waits[path[-1]]
-    if rank in path:
-        return _circle(look, path[path.index(rank) :], waits)
-    return _of_awaited(look, rank, group, record, look.ranks[path[-1]].text(record))
-
-
-def _behind(look: Look, group: str, record: Record) -> list[int]:
-    """Members of the group that have not issued what the record is."""
-    members = [rank for rank in look.groups[group] if rank in look.ranks]
-    return [rank for rank in members if not look.ranks[rank].has_issued(group, record.sequence)]
-
-
-def _of_awaited(look: Look, rank: int, group: str, record: Record, text: str) -> Verdict | None:
-    culprit = look.ranks[rank]
-    entries, decision = culprit.entries, culprit.decision(record.step)
-    cause: Cause
-    if record.step == 0:  # a method's own collective, or one of the start: these have deadlines of their own
+def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | None:
+    """On the last of a path, for whom the one before it waits."""
+    culprit, wait = look.ranks[path[-1]], wait_of(look, path[-2])
+    assert wait is not None
+    entries = culprit.entries
+    if wait.record is None or wait.step == 0:  # of the start, or a method's own: these have deadlines of their own
         return None
-    if entries.step < record.step:
-        cause, what = "behind", f"has not begun step {record.step}: it is {entries.phase}"
-    elif entries.step > record.step or (decision is not None and decision.is_done):
-        cause, what = "skipped", f"has left step {record.step} without {text}, and is {entries.phase}"
+    if culprit.process == "ended":  # it has said why
+        return None
+    decision, text = culprit.decision(wait.step), wait.what
+    cause: Cause
+    if entries.step < wait.step:
+        cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
+    elif entries.step > wait.step or (decision is not None and decision.is_done):
+        cause, what = "skipped", f"has left step {wait.step} without {text}, and is {entries.phase}"
+    elif culprit.computes:
+        cause = "slow"
+        what = f"computes and does not come to {text}: {culprit.cpu_s:.1f} s of CPU in {culprit.still_s:.1f} s"
     else:
         cause, what = "late", f"does not come to {text}: it is {entries.phase}, in no collective"
-    members = [other for other in look.groups[group] if other in look.ranks]
-    waiting = [other for other in members if (awaits := look.ranks[other].awaits) is not None and awaits[0] == group]
+    if culprit.starved_s >= STARVED_S and cause != "skipped":
+        what += f", and has waited {culprit.starved_s:.1f} s for a core"
+    waiting = [rank for rank in look.members(str(wait.group)) if _is_in(look.ranks[rank], wait.group)]
     return _verdict(
         cause,
         [culprit],
         what,
-        step=record.step,
-        group=group,
-        sequence=record.sequence,
+        step=wait.step,
+        group=wait.group,
+        sequence=wait.record.sequence,
         peers=text,
-        waiting=waiting,
-        waited_s=(look.now_ns - record.issued_ns) / _NS,
+        waiting=sorted({*waiting, *path[:-1]}),
+        waited_s=(look.now_ns - min(wait.since_ns, first_wait.since_ns)) / _NS,
     )
 
 
-def _circle(look: Look, path: Sequence[int], waits: Mapping[int, tuple[str, Record]]) -> Verdict:
+def _is_in(one: RankLook, group: str | None, sequence: int | None = None) -> bool:
+    awaits = one.awaits
+    return awaits is not None and awaits[0] == group and sequence in (None, awaits[1].sequence)
+
+
+def _hung(look: Look, wait: Wait) -> Verdict:
+    """All have come to a collective. Who is still in it is to blame if others have left it, else nobody."""
+    assert wait.group is not None and wait.record is not None
+    sequence, members = wait.record.sequence, look.members(wait.group)
+    inside = [look.ranks[rank] for rank in members if _is_in(look.ranks[rank], wait.group, sequence)]
+    ranks = ", ".join(str(one.rank) for one in inside)
+    what = f"ranks {ranks} have all come to {wait.what}, which does not end: to blame is no rank, but what carries it"
+    some_left = len(inside) < len(members)
+    return _verdict(
+        "hung",
+        inside if some_left else [],
+        f"does not come out of {wait.what}, which its peers have left" if some_left else what,
+        step=wait.step,
+        group=wait.group,
+        sequence=sequence,
+        peers=wait.what,
+        waited_s=(look.now_ns - wait.since_ns) / _NS,
+    )
+
+
+def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
     """Each waits for the next in another group: whose order of groups differs from its like's cannot be seen here."""
-    first = min(path, key=lambda rank: waits[rank][1].issued_ns)
-    group, record = waits[first]
-    where = "; ".join(f"rank {rank} in {look.ranks[rank].text(waits[rank][1])} of {waits[rank][0]}" for rank in path)
+    waits = {rank: wait for rank in path if (wait := wait_of(look, rank)) is not None}
+    first = min(waits.values(), key=lambda wait: wait.since_ns)
+    where = "; ".join(f"rank {rank} in {wait.what} of {wait.group}" for rank, wait in waits.items())
     return _verdict(
         "circle",
         [look.ranks[rank] for rank in sorted(path)],
         f"wait for each other: {where}",
-        step=record.step,
-        group=group,
-        sequence=record.sequence,
-        waited_s=(look.now_ns - record.issued_ns) / _NS,
+        step=first.step,
+        group=first.group,
+        sequence=first.record.sequence if first.record is not None else None,
+        waited_s=(look.now_ns - first.since_ns) / _NS,
     )
+
+
+def _store(look: Look) -> Verdict | None:
+    """Ranks wait for the store, and for no rank."""
+    waits = {rank: wait_of(look, rank) for rank, one in look.ranks.items() if one.entries.outside == "the store"}
+    since = [wait.since_ns for wait in waits.values() if wait is not None and not wait.others and wait.group is None]
+    if not since or (look.now_ns - min(since)) / _NS < STORE_S:
+        return None
+    everybody = set().union(*look.groups.values())
+    if not everybody <= look.ranks.keys():  # somebody has not begun
+        return None
+    ranks = ", ".join(map(str, sorted(waits)))
+    waited_s = (look.now_ns - min(since)) / _NS
+    what = f"the store by which ranks find each other does not answer: ranks {ranks} have waited for {waited_s:.1f} s"
+    return _verdict("store", [], what, waited_s=waited_s)
+
+
+def _overdue(look: Look) -> Verdict | None:
+    """A rank that takes too long for what it says that it does, and is not kept by another one from ending it.
+
+    Where a rank has left, the run is over, and what the others still do is of no interest.
+    """
+    if any(one.process == "ended" for one in look.ranks.values()):
+        return None
+    for rank, one in look.ranks.items():
+        path = follow(look, rank)
+        last = look.ranks[path[-1]]
+        budget_s = look.limits.budget_s(last.entries.phase)
+        took_s = (look.now_ns - last.entries.phase_since_ns) / _NS
+        if one.entries.phase == "idle" or budget_s is None or took_s < budget_s:
+            continue
+        doing = f"in step {last.entries.step}" if last.entries.phase == "stepping" else last.entries.phase
+        return _verdict(
+            "overdue",
+            [last],
+            f"has been {doing} for {took_s:.0f} s, which should take less than {budget_s:.0f} s",
+            step=last.entries.step if last.entries.phase == "stepping" else None,
+            waiting=sorted({*path[:-1]}),
+            waited_s=took_s,
+        )
+    return None
 
 
 def _verdict(

@@ -2,36 +2,37 @@
 
 It takes part in nothing that it judges: it maps the journals, reads /proc, and writes to one pipe.
 
-A verdict must have stood for a while before it is told, unless what it says cannot change any more. Of ranks that wait
-that is PATIENCE_S or STEPS_OF_PATIENCE times the time that steps usually take, whichever is longer.
+A verdict must have stood for a while before it is told, unless what it says cannot change any more. Of ranks that wait,
+it is told when they have waited for longer than patience.py allows.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import statistics
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Literal
 
 import msgspec
 
 from phalanx.ledger.dump import Dumper, DumpOrder
-from phalanx.ledger.journal import NUM_RECORDS, Entries, read
-from phalanx.ledger.record import Kind
+from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
+from phalanx.ledger.limits import Limits
+from phalanx.ledger.look import standings
+from phalanx.ledger.patience import Patience
+from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
+from phalanx.ledger.verdict import WAITED, Cause, Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
-LOOK_S = 0.03
-PATIENCE_S = 1.0
-PATIENCE_AT_FIRST_S = 10.0
-"""Until steps have been made: the first one of a run may have much to set up."""
+LOOK_S = 0.04
+FULL_LOOK_S = 0.1
+"""All records are read this often at most, and only while something is suspicious."""
 
-STEPS_OF_PATIENCE = 20
+LEARN_S = 0.2
 
 GLANCE_RECORDS = 16
 """Of each rank, as long as nothing is suspicious: enough for ranks that are a few collectives apart to overlap."""
@@ -42,12 +43,26 @@ GLANCE_WAIT_S = 0.2
 MAY_END = ("not begun", "starting", "leaving")
 """Phases in which a rank that ends has said so, or says why by another way."""
 
-CONFIRMED_AFTER_S = 0.2
+LASTING: frozenset[Cause] = frozenset({"gone", "diverged"})
+"""What cannot change any more, however long one looks."""
+
+STANDS_S: Mapping[Cause, float] = {
+    "gone": 0,
+    "diverged": 0,
+    "gil": 0,
+    "lost": 0,
+    "store": 0,
+    "overdue": 0,
+    "stopped": 0.5,
+}
+"""How long a verdict must have been the same before it is told: nothing where a duration is what it says."""
+
+OTHERS_STAND_S = 0.2
 LONGEST_LOOK_S = 0.5
 """From one look to the next. After a longer pause a verdict has to stand anew."""
 
-LASTING = ("gone", "diverged")
-"""What cannot change any more, however long one looks."""
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_NS = 1e9
 
 
 class WatchedRank(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +81,45 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[WatchedRank, ...]
     groups: dict[str, tuple[int, ...]]
     """The members of each group."""
+    limits: Limits = Limits()
     dump: DumpOrder | None = None
     """Where verdicts are written, with all that the journals say."""
+
+
+class _Watched:
+    """One rank, from look to look."""
+
+    def __init__(self, order: WatchedRank, journal: memoryview) -> None:
+        self.order = order
+        self.reader = Reader(journal)
+        self._asker = Asker(journal)
+        self._moved = (0, 0)
+        self._moved_ns = 0
+        self._cpu_s = self._starved_s = 0.0
+
+    def look(self, now_ns: int, most_records: int) -> RankLook | None:
+        """None if the rank has not begun."""
+        entries = self.reader.read(most_records)
+        if not entries.pid:
+            return None
+        process = _process_of(entries)
+        moved = entries.last, entries.phase_since_ns
+        if moved != self._moved or not self._moved_ns:
+            self._moved, self._moved_ns = moved, now_ns
+            self._cpu_s, self._starved_s = _times_of(entries)
+        is_quiet = entries.phase == "idle" or now_ns == self._moved_ns
+        cpu_s, starved_s = (self._cpu_s, self._starved_s) if is_quiet else _times_of(entries)
+        return RankLook(
+            rank=self.order.rank,
+            node=self.order.node,
+            groups=self.order.groups,
+            process=process,
+            entries=entries,
+            held_s=self._asker.held_s(entries, now_ns) if process == "running" else 0.0,
+            still_s=(now_ns - self._moved_ns) / _NS,
+            cpu_s=cpu_s - self._cpu_s,
+            starved_s=starved_s - self._starved_s,
+        )
 
 
 class Watcher:
@@ -76,11 +128,14 @@ class Watcher:
     def __init__(self, order: WatchOrder) -> None:
         """Raises PeerDiedError or FrameError if a journal's owner is gone."""
         self._order = order
+        self._patience = Patience(order.limits)
+        self._looked_ns = self._learned_ns = 0
+        self._found: Verdict | None = None
         self._stack = ExitStack()
         with ExitStack() as undo:
-            self._journals = {
-                one.rank: undo.enter_context(SharedSegment.attach(one.journal)).buf for one in order.ranks
-            }
+            self._ranks = [
+                _Watched(one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in order.ranks
+            ]
             self._stack = undo.pop_all()
 
     def __enter__(self) -> Watcher:
@@ -91,55 +146,71 @@ class Watcher:
 
     def look(self, now_ns: int, most_records: int = NUM_RECORDS) -> Look:
         """All ranks that have begun, now."""
-        ranks = {}
-        for one in self._order.ranks:
-            entries = read(self._journals[one.rank], most_records)
-            if entries.pid:
-                ranks[one.rank] = RankLook(
-                    rank=one.rank, node=one.node, groups=one.groups, process=_process_of(entries), entries=entries
-                )
-        return Look(now_ns, ranks, self._order.groups)
+        looks = (watched.look(now_ns, most_records) for watched in self._ranks)
+        ranks = {one.rank: one for one in looks if one is not None}
+        return Look(now_ns, ranks, self._order.groups, self._order.limits)
 
     def verdict(self, now_ns: int) -> Verdict | None:
         """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
+        if now_ns - self._learned_ns >= LEARN_S * _NS:
+            self._learn(now_ns)
         glance = judge(self.look(now_ns, GLANCE_RECORDS))
-        if glance is None or (glance.cause not in LASTING and glance.waited_s < GLANCE_WAIT_S):
-            return None
-        look = self.look(now_ns)
-        verdict = judge(look)
-        if verdict is None or verdict.cause in LASTING or verdict.waited_s >= _patience_s(look.ranks):
-            return verdict
-        return None
+        if glance is None or (glance.cause in WAITED and glance.waited_s < GLANCE_WAIT_S):
+            self._found = None
+        elif glance.cause in LASTING or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
+            self._looked_ns = now_ns
+            look = self.look(now_ns)
+            found = judge(look)
+            self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
+        return self._found
 
     def with_stacks(self, verdict: Verdict) -> Verdict:
-        """The verdict, and where the ranks are that it is about. Blocks for a second at most."""
-        return msgspec.structs.replace(verdict, stacks=_stacks(verdict, self.look(time.monotonic_ns(), 1)))
+        """The verdict, with what all ranks do, and where those are that it is about. Blocks for a second at most."""
+        look = self.look(time.monotonic_ns(), GLANCE_RECORDS)
+        return msgspec.structs.replace(verdict, stacks=_stacks(verdict, look), standings=standings(look))
+
+    def pids(self) -> list[int]:
+        """Of the ranks that have begun."""
+        return [pid for watched in self._ranks if (pid := watched.reader.pid)]
+
+    def _learn(self, now_ns: int) -> None:
+        self._learned_ns = now_ns
+        for watched in self._ranks:
+            self._patience.learn(watched.order.rank, watched.reader.steps())
+
+    def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
+        """A rank that had no core for a while has that much longer."""
+        if verdict.cause not in WAITED:
+            return True
+        starved_s = max((look.ranks[rank].starved_s for rank in verdict.culprits), default=0.0)
+        return verdict.waited_s - starved_s >= self._patience.of_s(look)
 
 
 class Confirmation:
     """Lets a verdict through once, when it has stood for a while: one look may have caught ranks on their way."""
 
     def __init__(self) -> None:
-        self._told: set[object] = set()
+        self.told: Verdict | None = None
+        """What has been told and still stands."""
         self._pending: object = None
         self._since_ns = self._looked_ns = 0
 
     def take(self, verdict: Verdict | None, now_ns: int) -> Verdict | None:
         """What was found at a look, None if nothing. Returns it if it is to be told now."""
-        was_away = now_ns - self._looked_ns > LONGEST_LOOK_S * 1e9  # then all may have been stopped, this process too
+        was_away = now_ns - self._looked_ns > LONGEST_LOOK_S * _NS  # then all may have been stopped, this process too
         self._looked_ns = now_ns
-        if verdict is None:
-            self._pending = None
-            return None
-        identity = (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
-        if identity in self._told:
-            return None
+        identity = _identity(verdict)
         if identity != self._pending or was_away:
             self._pending, self._since_ns = identity, now_ns
-        if verdict.cause not in LASTING and now_ns - self._since_ns < CONFIRMED_AFTER_S * 1e9:
+        stands_s = OTHERS_STAND_S if verdict is None else STANDS_S.get(verdict.cause, OTHERS_STAND_S)
+        if identity == _identity(self.told) or now_ns - self._since_ns < stands_s * _NS:
             return None
-        self._told.add(identity)
+        self.told = verdict
         return verdict
+
+
+def _identity(verdict: Verdict | None) -> object:
+    return verdict and (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
 
 
 def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
@@ -152,32 +223,70 @@ def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _process_of(entries: Entries) -> Literal["running", "stopped", "gone"]:
+def _process_of(entries: Entries) -> Literal["running", "stopped", "gone", "ended"]:
     state = state_of(entries.pid, entries.start_time)
     if state is None:
-        return "gone" if entries.phase not in MAY_END else "running"
+        return "gone" if entries.phase not in MAY_END else "ended"
     return "stopped" if state in "Tt" else "running"
 
 
-def _patience_s(ranks: Mapping[int, RankLook]) -> float:
-    took_ns = [
-        record.done_ns - record.issued_ns
-        for one in ranks.values()
-        for record in one.entries.records
-        if record.kind == Kind.STEP and record.is_done
-    ]
-    return max(PATIENCE_S, STEPS_OF_PATIENCE * statistics.median(took_ns) / 1e9) if took_ns else PATIENCE_AT_FIRST_S
+def _times_of(entries: Entries) -> tuple[float, float]:
+    """What a rank's process has computed so far, and how long its main thread has waited for a core, in seconds."""
+    try:
+        with open(f"/proc/{entries.pid}/stat", "rb") as file:
+            stat = file.read()
+    except OSError:
+        return 0.0, 0.0
+    user, system = stat[stat.rindex(b")") + 2 :].split()[11:13]
+    return (int(user) + int(system)) * _TICK_S, thread_times(entries.pid, entries.pid).waited_ns / _NS
+
+
+class _Endings:
+    """Waits between looks, and not to the end when a rank ends. A context manager."""
+
+    def __init__(self) -> None:
+        self._pidfds: dict[int, int] = {}
+        self._poll = select.poll()
+
+    def __enter__(self) -> _Endings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pidfd in self._pidfds.values():
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def wait(self, stop: int, pids: list[int]) -> bool:
+        """Whether it is time to stop; else returns after LOOK_S, or as soon as one of the processes has ended."""
+        for pid in pids:
+            if pid not in self._pidfds:
+                self._add(pid)
+        self._poll.register(stop, select.POLLIN)
+        ready = [descriptor for descriptor, _ in self._poll.poll(LOOK_S * 1000)]
+        for pid, pidfd in self._pidfds.items():
+            if pidfd in ready:
+                self._poll.unregister(pidfd)
+                os.close(pidfd)
+                self._pidfds[pid] = -1
+        return stop in ready
+
+    def _add(self, pid: int) -> None:
+        self._pidfds[pid] = -1
+        with suppress(OSError):  # it has ended; or the kernel has no such thing, and a look will tell
+            self._pidfds[pid] = pidfd = os.pidfd_open(pid)
+            self._poll.register(pidfd, select.POLLIN)
 
 
 def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
-    """Write verdicts, a line of JSON each, to the descriptor `verdicts`.
+    """Write verdicts, a line of JSON each, to the descriptor `verdicts`; `null` when one does not hold any more.
 
-    Returns after one that no other can follow, or when `stop` closes.
+    Returns after one that no other can follow, or when `stop` closes or is written to.
     """
     confirmation = Confirmation()
-    with Dumper(order.dump) as dumper, Watcher(order) as watcher:
-        while not select.select([stop], [], [], LOOK_S)[0]:
+    with Dumper(order.dump) as dumper, Watcher(order) as watcher, _Endings() as endings:
+        while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
+            before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
@@ -186,3 +295,5 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
                 dumper.take(look, verdict)
                 if verdict.is_final:
                     return
+            elif before is not None and confirmation.told is None:
+                os.write(verdicts, b"null\n")

@@ -238,8 +238,7 @@ class ClusterQueue(Generic[C, R]):
 
     def _poll_links(self) -> tuple[int, R, list[memoryview]] | None:
         found = self._links.next()
-        if found is None:
-            self._links.read()
+        if found is None and self._links.read():
             found = self._links.next()
         if found is None:
             return None

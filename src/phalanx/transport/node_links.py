@@ -74,13 +74,18 @@ class NodeLinks:
             if link.ranks:
                 link.put(parts, max(expires_at - time.monotonic(), 0.0))
 
-    def read(self) -> None:
-        """Take in what has come, from whomever. What that means shows in `next`, `full` and `failure`."""
-        for fd in self._bell.ready():
+    def read(self) -> bool:
+        """Take in what has come, from whomever; False if nothing has.
+
+        What that means shows in `next`, `full` and `failure`.
+        """
+        ready = self._bell.ready()
+        for fd in ready:
             link = self._links[fd]
             link.read()
             if link.failure is not None:
                 self._bell.remove(fd)
+        return bool(ready)
 
     def next(self) -> tuple[int, str, list[memoryview]] | None:
         """A reply that has come: the rank, what it is called, and the frame. Nodes take turns."""

@@ -11,7 +11,7 @@ which is when the sender may use that memory again. An end is for one thread; on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import msgspec
@@ -199,11 +199,13 @@ class MessageQueue(Generic[C, R]):
         assert not self._is_closed
         self._commands.put(parts, deadline_s=deadline_s)
 
-    def reserve(self, lengths: Sequence[int]) -> list[memoryview]:
-        """Memory for the parts of such a frame, which is sent by `publish`. Waits for nobody, dead or alive.
+    def put_frame_now(self, parts: Sequence[Part]) -> None:
+        """The same, waiting for nobody, dead or alive. Raises FrameError if there is no space."""
+        assert not self._is_closed
+        self._commands.put_now(parts)
 
-        Raises FrameError if there is no space.
-        """
+    def reserve(self, lengths: Sequence[int]) -> list[memoryview]:
+        """Memory for the parts of such a frame, which is sent by `publish`. Waits and raises as `put_frame_now`."""
         assert not self._is_closed
         return self._commands.reserve(lengths)
 
@@ -211,11 +213,17 @@ class MessageQueue(Generic[C, R]):
         """Send what `reserve` gave the memory for."""
         self._commands.publish()
 
-    def poll_frame(self) -> tuple[int, list[memoryview]] | None:
-        """The next reply that is there, not decoded, and whose it is; valid until the next call."""
-        self._release()
-        found = self._poll_frame()
-        return None if found is None else (found[0], found[2])
+    def frames(self) -> Iterator[tuple[int, list[memoryview]]]:
+        """The replies that are there, not decoded, each with whose it is and valid until the next. Instead of `get`."""
+        for reader, ring in list(self._replies.items()):
+            while True:
+                try:
+                    parts = ring.poll()
+                except PeerDiedError:
+                    continue  # with a worker went a large frame that nobody had read; that it died is noticed too
+                if parts is None:
+                    break
+                yield reader, parts
 
     def deaths(self) -> list[tuple[int, PeerDiedError]]:
         """Workers that died or closed their ends, and are not forgotten. What they sent is there after this call."""

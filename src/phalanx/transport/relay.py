@@ -43,6 +43,9 @@ from phalanx.transport.wire import WireReader, WireWriter
 _PAUSE_S = 0.1
 """Before dialling in again."""
 
+_GATHER_S = 50e-6
+"""For replies that are about to come. To send and to receive one more message takes about as long."""
+
 
 class NodeRelay:
     """Owns the node's ring. `dial`, then `run`; `close` from any thread."""
@@ -168,6 +171,7 @@ class _Link:
         self._writer = WireWriter(connection, ciphers.sending)
         self._reader = WireReader(connection, ciphers.receiving, self)
         self._num_received = self._num_told = 0
+        self._num_replies = self._num_expected = 0  # since the last command; to the one before
         self._blamed: int | None = None
         self._told_dead: set[int] = set()
         self._beat_s = self._brain.node_timeout_s / BEATS_PER_TIMEOUT
@@ -225,12 +229,13 @@ class _Link:
 
     def _carry(self) -> None:
         """Whatever there is, until there has been nothing for a moment."""
-        spin_until = 0.0
+        spin_until, looked_at = 0.0, -1
         while not self._is_over:
             rung = self._queue.bell.value()
             self._fence()
             has_read = self._read()
-            has_sent = self._send_replies()
+            has_sent = rung != looked_at and self._send_replies()
+            looked_at = rung
             now = time.monotonic()
             if has_read or has_sent:
                 self._spin.adapt(now - self._active_at)
@@ -282,15 +287,15 @@ class _Link:
         return PeerDiedError(self._brain.brain, self._brain.pid, f"the connection to it: {error}")
 
     def take_frame(self, parts: list[memoryview], rank: int, num_passed: int) -> None:
-        for memory, part in zip(self._queue.reserve([len(part) for part in parts]), parts, strict=True):
-            memory[:] = part
-        self._publish()
+        self._queue.put_frame_now(parts)
+        self._note_command()
 
     def make_room(self, lengths: Sequence[int]) -> list[memoryview]:
         return self._queue.reserve(lengths)
 
     def take_filled(self, rank: int, num_passed: int) -> None:
-        self._publish()
+        self._queue.publish()
+        self._note_command()
 
     def take_note(self, note: Note) -> None:
         if isinstance(note, Forget):
@@ -300,9 +305,9 @@ class _Link:
         elif not isinstance(note, Alive):
             raise FrameError(f"a {type(note).__name__} from the brain")
 
-    def _publish(self) -> None:
-        self._queue.publish()
+    def _note_command(self) -> None:
         self._num_received += 1
+        self._num_expected, self._num_replies = self._num_replies, 0
 
     def _tell(self, error: Exception) -> None:
         """Say why to the brain, if that needs no waiting."""
@@ -311,24 +316,30 @@ class _Link:
 
     def _send_replies(self) -> bool:
         """All that are there, together; False if there are none."""
-        found = self._next_reply()
-        if found is None:
+        if not self._collect():
             return False
-        self._num_told, _ = self._queue.passed(tell=False)
-        while found is not None:
-            reader, parts = found
-            rank, num_passed = self._ranks[reader], self._num_told
-            self._writer.send_frame(parts, self._await_network, rank=rank, num_passed=num_passed, more=True)
-            found = self._next_reply()
+        self._await_replies()
         self._writer.flush(self._await_network)
         return True
 
-    def _next_reply(self) -> tuple[int, list[memoryview]] | None:
-        while True:
-            try:
-                return self._queue.poll_frame()
-            except PeerDiedError:
-                continue  # with a rank went a large frame that nobody had read; that it died is noticed too
+    def _collect(self) -> bool:
+        """Hand what is there to the writer, which sends it at the next flush; False if there is nothing."""
+        has_found = False
+        for reader, parts in self._queue.frames():
+            if not has_found:  # only what is sent is told
+                self._num_told, _ = self._queue.passed(tell=False)
+                has_found = True
+            rank, num_passed = self._ranks[reader], self._num_told
+            self._writer.send_frame(parts, self._await_network, rank=rank, num_passed=num_passed, more=True)
+            self._num_replies += 1
+        return has_found
+
+    def _await_replies(self) -> None:
+        """As many as there were to the command before, if they come at once. To send one more message takes longer."""
+        expires_at = time.monotonic() + _GATHER_S
+        while self._num_replies < self._num_expected and time.monotonic() < expires_at:
+            os.sched_yield()  # to ranks that share this core
+            self._collect()
 
     def _send_news(self, now: float) -> None:
         self._send_deaths()

@@ -177,9 +177,13 @@ class RingWriter:
         After an error nothing was put.
         """
         self.await_space(deadline_s)
-        if self._spill:
-            self._spill.reclaim(self._num_passed())
-        write_frame(self._seats.slots[self._next % self._num_slots], parts, self._segment_of)
+        write_frame(self._slot(), parts, self._segment_of)
+        self.publish()
+
+    def put_now(self, parts: Sequence[Part]) -> None:
+        """The same, waiting for nobody, dead or alive: see `reserve`."""
+        self._expect_space()
+        write_frame(self._slot(), parts, self._segment_of)
         self.publish()
 
     def await_space(self, deadline_s: float) -> None:
@@ -194,11 +198,8 @@ class RingWriter:
 
         For who knows that there is space, such as the relay, whose sender counts: raises FrameError if there is none.
         """
-        if self._next >= self._limit and not self._has_space():
-            raise FrameError(f"frame number {self._next} for a ring that has no space for it")
-        if self._spill:
-            self._spill.reclaim(self._num_passed())
-        return lay_out(self._seats.slots[self._next % self._num_slots], lengths, self._segment_of)
+        self._expect_space()
+        return lay_out(self._slot(), lengths, self._segment_of)
 
     def publish(self) -> None:
         """Show the readers the frame whose parts are written."""
@@ -216,7 +217,8 @@ class RingWriter:
         """
         self._words[self._seats.writer + _WRITER_WAITS] = tell
         self._fence()
-        return self._num_passed(), min(self.peers, key=self._cursor, default=0)
+        words, readers = self._words, self._seats.readers
+        return min(((words[readers[r] + _CURSOR], r) for r in self.peers), default=(self._next, 0))
 
     def expect(self, reader: int, party: Party) -> None:
         """Watch the process that will attach as `reader`."""
@@ -236,6 +238,16 @@ class RingWriter:
         self._fence()
         self._readers_bell.ring()
         self._spill.close()
+
+    def _slot(self) -> memoryview:
+        """Of the next frame, for which there is space."""
+        if self._spill:
+            self._spill.reclaim(self._num_passed())
+        return self._seats.slots[self._next % self._num_slots]
+
+    def _expect_space(self) -> None:
+        if self._next >= self._limit and not self._has_space():
+            raise FrameError(f"frame number {self._next} for a ring that has no space for it")
 
     def _segment_of(self, size_bytes: int) -> tuple[SegmentHandle, memoryview]:
         segment = self._spill.segment(self._next, size_bytes)

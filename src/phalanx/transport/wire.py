@@ -42,6 +42,8 @@ _NOTE_BYTE = b"\1"
 _INLINE, _CHUNKED = 2, 3
 # Kind, number of parts, rank (of a reply), number of commands that the sender's node is done with (of a reply).
 _HEAD = struct.Struct("<B3xIQQ")
+# A head and the length of a frame's only part. Most frames are such, so the functions below take a short way with them.
+_HEAD_OF_ONE = struct.Struct("<B3xIQQQ")
 
 _note_encoder = msgspec.msgpack.Encoder()
 _note_decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
@@ -112,6 +114,9 @@ class WireWriter:
         Raises FrameError, before anything is sent, for more parts than a head can tell; OSError.
         """
         num_parts = len(parts)
+        if num_parts == 1 and len(parts[0]) <= _INLINE_BYTES - _HEAD_OF_ONE.size:
+            self._send_one(parts[0], wait, rank, num_passed, more)
+            return
         lengths = [len(part) for part in parts]
         num_bytes = _HEAD.size + 8 * num_parts + sum(lengths)
         if _HEAD.size + 8 * num_parts > _MAX_PLAINTEXT_BYTES:
@@ -119,7 +124,8 @@ class WireWriter:
         with self._lock:
             if num_bytes <= _INLINE_BYTES:
                 head = _HEAD.pack(_INLINE, num_parts, rank, num_passed)
-                self._add_small(head + _lengths(num_parts).pack(*lengths), parts, num_bytes, wait)
+                # A copy, as the parts are the sender's again after the call.
+                self._add_small(b"".join((head, _lengths(num_parts).pack(*lengths), *parts)), wait)
                 if not more:
                     self._encrypt_small()
                     self._flush(wait)
@@ -142,14 +148,22 @@ class WireWriter:
             self._encrypt_small()
             self._flush(wait)
 
-    def _add_small(self, head: bytes, parts: Sequence[Part], num_bytes: int, wait: Callable[[], None] | None) -> None:
+    def _send_one(self, part: Part, wait: Callable[[], None] | None, rank: int, num_passed: int, more: bool) -> None:
+        frame = _HEAD_OF_ONE.pack(_INLINE, 1, rank, num_passed, len(part)) + part
+        with self._lock:
+            if more or self._small:
+                self._add_small(frame, wait)
+            if not more:
+                self._encrypt_small() if self._small else self._encrypt(frame)
+                self._flush(wait)
+
+    def _add_small(self, frame: bytes, wait: Callable[[], None] | None) -> None:
         """A frame that goes together with others, or alone."""
-        if self._small_bytes + num_bytes > _MAX_PLAINTEXT_BYTES:
+        if self._small_bytes + len(frame) > _MAX_PLAINTEXT_BYTES:
             self._encrypt_small()
             self._flush(wait)
-        # A copy, as the parts are the sender's again after the call.
-        self._small.append(b"".join((head, *parts)))
-        self._small_bytes += num_bytes
+        self._small.append(frame)
+        self._small_bytes += len(frame)
 
     def _encrypt_small(self) -> None:
         if self._small:
@@ -255,25 +269,32 @@ class WireReader:
         """Whole frames, or the head of a large one."""
         if not plaintext:
             raise FrameError("an empty message between nodes")
-        view, start = memoryview(plaintext), 0
-        while start < len(plaintext):
+        view, start, size = memoryview(plaintext), 0, len(plaintext)
+        while start < size:
+            if start + _HEAD_OF_ONE.size <= size:
+                kind, num_parts, rank, num_passed, length = _HEAD_OF_ONE.unpack_from(plaintext, start)
+                end = start + _HEAD_OF_ONE.size + length
+                if kind == _INLINE and num_parts == 1 and end <= size:
+                    self._sink.take_frame([view[end - length : end]], rank, num_passed)
+                    start = end
+                    continue
             try:
                 kind, num_parts, rank, num_passed = _HEAD.unpack_from(plaintext, start)
                 start += _HEAD.size
-                if num_parts > len(plaintext):  # before a format of as many is made
+                if num_parts > size:  # before a format of as many is made
                     raise FrameError(f"a frame of {num_parts} parts in a message of {len(plaintext)} bytes")
                 lengths = _lengths(num_parts).unpack_from(plaintext, start)
             except struct.error as error:
                 raise FrameError(f"a frame between nodes that is none: {error}") from error
             start += 8 * num_parts
             num_bytes = sum(lengths)
-            if kind == _INLINE and start + num_bytes <= len(plaintext):
+            if kind == _INLINE and start + num_bytes <= size:
                 parts = []
                 for length in lengths:
                     parts.append(view[start : start + length])
                     start += length
                 self._sink.take_frame(parts, rank, num_passed)
-            elif kind == _CHUNKED and start == len(plaintext) and 0 < num_bytes <= _MAX_FRAME_BYTES:
+            elif kind == _CHUNKED and start == size and 0 < num_bytes <= _MAX_FRAME_BYTES:
                 self._origin = (rank, num_passed)
                 for part in self._sink.make_room(lengths):
                     self._missing += (part[at : at + _CHUNK_BYTES] for at in range(0, len(part), _CHUNK_BYTES))

@@ -20,8 +20,10 @@ import torch
 
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
+from phalanx.collectives.journaled_exchange import JournaledExchange
 from phalanx.ledger.journal import GroupJournal, Journal
-from phalanx.ledger.stacks import offer_stacks
+from phalanx.ledger.pulse import Pulse
+from phalanx.ledger.stacks import may_offer, offer_stacks
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.model import CausalLM, load_model
@@ -60,6 +62,7 @@ from phalanx.worker.stage import Stage
 if TYPE_CHECKING:
     from phalanx.collectives.exchange import Exchange
     from phalanx.collectives.group import Group
+    from phalanx.collectives.spec import GroupSpec
 
 REPORT_INTERVAL_S = 0.1
 """Progress within a phase is told this often: a model has hundreds of tensors, and many load in no time."""
@@ -94,8 +97,7 @@ class Worker:
         self.spec = spec
         self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
         self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
-        if self._journal is not None and threading.current_thread() is threading.main_thread():
-            self._journal.offer_stacks(offer_stacks())
+        self._pulse = self._offer_journal() if self._journal is not None else None
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
@@ -103,6 +105,8 @@ class Worker:
         """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
         self._exchange = exchange
+        if exchange is not None and self._journal is not None:
+            self._exchange = JournaledExchange(exchange, self._journal)
         self._reported_at = 0.0
         self._device = _device(spec)
         self._checkpoint = find_checkpoint(spec, self._enter)
@@ -123,7 +127,7 @@ class Worker:
         check_same_checkpoint(self._checkpoint, self.spec, self._exchange)
         # First those that need no exchange: nobody takes in meanwhile what comes over it.
         for group in sorted(self.spec.groups, key=lambda group: group.spans_hosts):
-            self._groups[group.name] = self._journaled(join(group, self.spec.rank, self._device, self._exchange))
+            self._groups[group.name] = self._join(group)
         config = self.spec.config
         grid = Grid.of(config.parallel)
         self._stage = Stage.of(grid, self.spec.rank, self._groups)
@@ -149,12 +153,23 @@ class Worker:
             dtype=str(self._model.dtype).removeprefix("torch."),
         )
 
-    def _journaled(self, group: Group) -> Group:
-        """The group, whose collectives are then in the journal."""
-        if self._journal is None or group.size == 1:
-            return group
-        index = 1 + [spec.name for spec in self.spec.groups].index(group.name)
+    def _join(self, spec: GroupSpec) -> Group:
+        """Join a group, whose collectives are then in the journal if there is one."""
+        if self._journal is None or spec.size == 1:
+            return join(spec, self.spec.rank, self._device, self._exchange)
+        index = 1 + self.spec.groups.index(spec)
+        with self._journal.joining(index):
+            group = join(spec, self.spec.rank, self._device, self._exchange)
         return JournaledGroup(group, GroupJournal(self._journal, index))
+
+    def _offer_journal(self) -> Pulse:
+        """Let those who read the journal ask whether this rank's interpreter runs, and where it is."""
+        assert self._journal is not None and self._segment is not None
+        if threading.current_thread() is not threading.main_thread():
+            return Pulse(self._segment.buf)
+        journal = self._journal
+        journal.offer_stacks(offer_stacks())
+        return Pulse(self._segment.buf, lambda: None if may_offer() else journal.offer_stacks(0))
 
     def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
         """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""
@@ -259,6 +274,8 @@ class Worker:
         with ExitStack() as leaving:
             if self._segment is not None:
                 leaving.callback(self._segment.close)
+            if self._pulse is not None:
+                leaving.callback(self._pulse.close)
             for group in self._groups.values():
                 leaving.callback(group.close)
         self._groups.clear()
@@ -297,7 +314,7 @@ class Worker:
         if isinstance(body, AllocateCache):
             self._allocate_cache(body.num_blocks, body.max_model_len)
         elif isinstance(body, CallMethod):
-            return self._methods.call(body)
+            return self._call_method(body)
         elif isinstance(body, MeasureExperts):
             return self._measure_experts()
         elif isinstance(body, MoveExperts):
@@ -305,6 +322,16 @@ class Worker:
         elif isinstance(body, Stop):
             self.stopped = True
         return Done()
+
+    def _call_method(self, call: CallMethod) -> ReplyBody:
+        """What a user's code does is judged by its deadline alone."""
+        if self._journal is None:
+            return self._methods.call(call)
+        self._journal.enter("calling a method")
+        try:
+            return self._methods.call(call)
+        finally:
+            self._journal.enter(self.phase)
 
     def _measure(self) -> Measured:
         assert self._model is not None

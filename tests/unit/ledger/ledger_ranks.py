@@ -18,15 +18,15 @@ class WritingRank:
         self.rank = rank
         self.memory = memoryview(bytearray(JOURNAL_BYTES))
         self.journal = Journal(self.memory, epoch=1)
-        self.process: Literal["running", "stopped", "gone"] = "running"
+        self.process: Literal["running", "stopped", "gone", "ended"] = "running"
         self._groups = ("", *groups)
         self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(groups, start=1)}
         self._sequences = dict.fromkeys(groups, 0)
         self._step = 0
 
-    def begin(self, step: int, plan: str = "plan") -> None:
+    def begin(self, step: int, plan: str = "plan", num_tokens: int = 1) -> None:
         self.journal.enter("stepping")
-        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens=1)
+        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens)
 
     def end(self) -> None:
         self.journal.done(self._step)
@@ -43,7 +43,12 @@ class WritingRank:
         self.issue(group, what)
         self.done(group)
 
-    def look(self) -> RankLook:
+    def sequence(self, group: str) -> int:
+        """Of its newest collective there."""
+        return self._sequences[group]
+
+    def look(self, **seen: float) -> RankLook:
+        """`seen`: what /proc says of it."""
         how = "was killed by SIGKILL" if self.process == "gone" else ""
         return RankLook(
             rank=self.rank,
@@ -52,6 +57,7 @@ class WritingRank:
             process=self.process,
             how=how,
             entries=read(self.memory),
+            **seen,
         )
 
 

@@ -18,7 +18,8 @@ from phalanx.errors import ConfigError, DumpError
 from phalanx.executor.watching import Watching, dump_order
 from phalanx.ledger import dump
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
-from phalanx.ledger.verdict import Look, judge
+from phalanx.ledger.look import Look
+from phalanx.ledger.verdict import judge
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -45,7 +46,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     for directory in (path, tmp_path):
         found = dump.read(directory)
         assert (found.look.ranks, found.look.now_ns, found.verdict) == (look.ranks, look.now_ns, verdict)
-        assert found.is_wrong and found.missing == () and found.notes == ()
+        assert found.missing == () and found.notes == ()
     facts = msgspec.json.decode((path / "dump.json").read_bytes())["facts"]
     assert facts["settings"] == {"tensor_parallel_size": "3"}
 
@@ -73,8 +74,11 @@ def test_all_in_one_collective_that_does_not_end(tmp_path: Path) -> None:
         rank.begin(1)
         rank.issue("tp@0", REDUCE)
     look = look_at(ranks, GROUPS)
-    found = dump.read(dump.write(tmp_path, look._replace(now_ns=look.now_ns + 5 * 10**9), None))
-    assert found.verdict is None and found.is_wrong and "none is missing" in found.notes[0]
+    look = look._replace(now_ns=look.now_ns + 5 * 10**9)
+    path = dump.write(tmp_path, look, judge(look))
+    found = dump.read(path)
+    assert path.name.endswith("-hung")
+    assert found.verdict is not None and (found.verdict.cause, found.verdict.culprits) == ("hung", ())
 
 
 def test_a_file_that_is_missing_is_said(tmp_path: Path) -> None:

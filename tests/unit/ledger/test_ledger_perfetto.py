@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import msgspec
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.after import Trace
@@ -32,6 +33,14 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     found = json.loads(perfetto(trace))["traceEvents"]
     assert isinstance(found, list)
     return found
+
+
+def test_a_verdict_about_no_rank() -> None:
+    trace = hung()
+    assert trace.verdict is not None
+    trace = trace._replace(verdict=msgspec.structs.replace(trace.verdict, culprits=(), nodes=(), group=None))
+    (told,) = [event for event in events(trace) if event["ph"] == "i"]
+    assert (told["name"], told["pid"]) == (f"verdict: {trace.verdict.cause}", 1)
 
 
 def test_every_slice_is_on_a_track_that_has_a_name() -> None:

@@ -65,10 +65,12 @@ def test_a_process_that_is_not_there(culprit: int, process: str) -> None:
     assert len(set(verdict.waiting) - {culprit}) == 3
 
 
-def test_a_stopped_rank_that_nobody_needs_is_none() -> None:
+def test_a_stopped_rank_that_nobody_needs_yet() -> None:
     ranks = world()
-    ranks[1].process = "stopped"
-    assert verdict_on(ranks) is None
+    ranks[1].process = ranks[3].process = "stopped"
+    verdict = verdict_on(ranks)
+    assert verdict is not None and (verdict.cause, verdict.culprits) == ("stopped", (1,))
+    assert str(verdict) == "rank 1 on here is stopped by a signal, while idle, and so is rank 3"
 
 
 @pytest.mark.parametrize("culprit", range(4))

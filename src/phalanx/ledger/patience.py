@@ -1,0 +1,69 @@
+"""How long ranks may wait for another one: learned from the steps that they have made, by how many tokens those had."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+from phalanx.ledger.limits import Limits
+from phalanx.ledger.look import Look
+from phalanx.ledger.record import Kind, Record
+
+LEAST_S = 1.0
+STEPS_OF_PATIENCE = 20
+"""Times the median of steps of about as many tokens."""
+
+LARGER_BY = 4
+"""Times what the largest step seen would take with more tokens: the cost of a token grows with what came before it."""
+
+AT_FIRST_S = 10.0
+AT_FIRST_PER_TOKEN_S = 0.01
+"""Until a step has been made: the first one of a run may have much to set up, and nothing says how fast ranks are."""
+
+_KEPT = 64
+_NS = 1e9
+
+
+class Patience:
+    """What a watcher has seen of steps."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        # By the size of a step: its tokens' number of bits.
+        self._took_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._learned: dict[int, int] = {}
+
+    def learn(self, rank: int, steps: Iterable[Record]) -> None:
+        """Take in the steps that a rank's journal has, in their order; those that were seen before do not count."""
+        newest = self._learned.get(rank, 0)
+        for record in steps:
+            if record.kind != Kind.STEP or record.number <= newest:
+                continue
+            if not record.is_done:  # nor will those after it be done before it
+                break
+            self._took_s[record.sequence.bit_length()].append((record.done_ns - record.issued_ns) / _NS)
+            self._learned[rank] = record.number
+
+    def of_s(self, look: Look) -> float:
+        """How long somebody may wait in the largest of the steps that are under way."""
+        return self.of_step_s(max((_tokens_under_way(one.entries.records) for one in look.ranks.values()), default=0))
+
+    def of_step_s(self, num_tokens: int) -> float:
+        """How long somebody may wait in a step of so many tokens, of all replicas together."""
+        return max(LEAST_S, min(self._expected_s(num_tokens), self._limits.step_s))
+
+    def _expected_s(self, num_tokens: int) -> float:
+        size = num_tokens.bit_length()
+        if not self._took_s:
+            return AT_FIRST_S + AT_FIRST_PER_TOKEN_S * num_tokens
+        larger = [known for known in self._took_s if known >= size]
+        known = min(larger) if larger else max(self._took_s)
+        usual_s = statistics.median(self._took_s[known])
+        if larger:
+            return STEPS_OF_PATIENCE * usual_s
+        return max(float(STEPS_OF_PATIENCE), LARGER_BY * num_tokens / (1 << max(known - 1, 0))) * usual_s
+
+
+def _tokens_under_way(records: Iterable[Record]) -> int:
+    return max((one.sequence for one in records if one.kind == Kind.STEP and not one.is_done), default=0)

@@ -1,0 +1,179 @@
+"""Whatever becomes of the watcher, the run goes on; and a verdict that ends it is the error, whoever was first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_executor_executor import ScriptedChannel, ScriptedLauncher
+
+from phalanx.errors import DeadlineError, HungError, PeerDiedError, PhalanxError, StartError, WorkerError
+from phalanx.executor import watching
+from phalanx.executor.executor import Executor
+from phalanx.executor.watching import Watching, start_watching
+from phalanx.ledger.verdict import Cause, Verdict
+from phalanx.ledger.watcher import WatchOrder
+from phalanx.protocol import Failure, Ping
+
+NOBODY = WatchOrder(ranks=(), groups={})
+WITHIN_S = 30.0
+
+
+def verdict(cause: Cause) -> Verdict:
+    return Verdict(cause=cause, culprits=(1,), nodes=("here",), what="does what its peers do not")
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Have a script be the watcher. None is left afterwards."""
+
+    def instead(script: str) -> None:
+        path = tmp_path / "watcher"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+
+    yield instead
+    assert await_threads_end(), "a watcher is left"
+
+
+def await_threads_end() -> bool:
+    ends_at = time.monotonic() + WITHIN_S
+    while any(thread.name == "phalanx-watching" for thread in threading.enumerate()) and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    return not any(thread.name == "phalanx-watching" for thread in threading.enumerate())
+
+
+def says(*what: bytes) -> str:
+    """A watcher that says this, and stays until it is to stop."""
+    return (
+        f"cat > /dev/null; printf '%s\\n' {' '.join(repr(one.decode()) for one in what)}; read stop < /proc/self/fd/$4"
+    )
+
+
+def saying(*what: Verdict | None) -> str:
+    return says(*map(msgspec.json.encode, what))
+
+
+def test_one_that_cannot_be_started_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert start_watching(NOBODY, lambda: None, lambda rank: None) is None
+    assert "no ledger: the watcher did not start" in caplog.text
+
+
+def test_one_that_ends_before_it_has_its_order(pretend: Any) -> None:
+    pretend("exit 3")
+    long = WatchOrder(ranks=(), groups={f"group {i}": tuple(range(64)) for i in range(20_000)})
+    with pytest.raises(StartError, match="it ended at once, exit code 3"):
+        Watching(long, lambda: None)
+
+
+def test_ctrl_c_while_it_starts(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching, "Future", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Watching(NOBODY, lambda: None)
+
+
+def test_what_makes_no_sense(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pretend("cat > /dev/null; echo nonsense; sleep 60")
+    watcher = Watching(NOBODY, lambda: None)
+    watcher._thread.join(WITHIN_S)
+    assert watcher._process is not None and watcher._process.returncode == -9
+    assert "what the watcher says is lost" in caplog.text
+    watcher.close()
+
+
+def test_it_ends_though_somebody_else_has_the_pipe() -> None:
+    watcher = Watching(NOBODY, lambda: None)
+    inherited = os.dup(watcher._stop_write)
+    try:
+        watcher.close()
+        assert watcher._process is not None and watcher._process.returncode == 0
+    finally:
+        os.close(inherited)
+
+
+def test_what_stands_and_what_is_over(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pretend(saying(verdict("late"), None))
+    with caplog.at_level(logging.INFO, "phalanx.ledger"):
+        watcher = Watching(NOBODY, lambda: None)
+        assert watcher.await_verdict(WITHIN_S) == verdict("late")
+        ends_at = time.monotonic() + WITHIN_S
+        while watcher.standing is not None and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        watcher.close()
+    assert watcher.standing is None and watcher.verdict == verdict("late")
+    assert "over: rank 1 on here does what" in caplog.text
+
+
+def test_how_a_rank_ended_is_asked_of_its_parent(pretend: Any) -> None:
+    pretend(saying(verdict("gone")))
+    asked: list[int] = []
+
+    def ending_of(rank: int) -> str | None:
+        asked.append(rank)
+        return "killed by SIGKILL" if len(asked) > 2 else None  # it is not told at once
+
+    watcher = Watching(NOBODY, lambda: None, ending_of)
+    found = watcher.await_verdict(WITHIN_S)
+    watcher.close()
+    assert found is not None and found.what == "is gone: killed by SIGKILL" and set(asked) == {1}
+
+
+def failure(watcher: Watching, what: Failure | PhalanxError) -> PhalanxError:
+    """What a run ends with in which rank 0 says this, or the channel."""
+    channel = ScriptedChannel()
+    executor = Executor(ScriptedLauncher(), channel, 1, 30.0, output_ranks=[0], resources=ExitStack(), watching=watcher)
+    channel.script.append((0, what) if isinstance(what, Failure) else cast(Any, what))
+    with executor, pytest.raises(PhalanxError) as caught:
+        executor.submit(Ping(), deadline_s=30.0).result()
+    return caught.value
+
+
+def mismatch() -> Failure:
+    return Failure(1, "here", "stepping", "CollectiveMismatchError", "differs", "", False)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.3])
+def test_of_a_mismatch_and_a_verdict_the_verdict_is_the_error(pretend: Any, pause_s: float) -> None:
+    pretend(f"sleep {pause_s}; {saying(verdict('diverged'))}")
+    error = failure(Watching(NOBODY, lambda: None), mismatch())
+    assert isinstance(error, HungError) and str(error).startswith("rank 1 on here does")
+    assert isinstance(error.__cause__, WorkerError) and "differs" in str(error.__cause__)
+
+
+def test_a_mismatch_that_no_verdict_explains_is_told_as_it_is(pretend: Any) -> None:
+    pretend(saying(verdict("late")))
+    error = failure(Watching(NOBODY, lambda: None), mismatch())
+    assert isinstance(error, WorkerError) and error.kind == "CollectiveMismatchError"
+
+
+def test_a_deadline_names_what_stands(pretend: Any) -> None:
+    pretend(saying(verdict("stopped")))
+    watcher = Watching(NOBODY, lambda: None)
+    watcher.await_verdict(WITHIN_S)
+    error = failure(watcher, DeadlineError("step 7", "rank 0", 60.0))
+    assert isinstance(error, DeadlineError) and error.waited_s == 60.0
+    assert str(error).startswith("waited 60 s for step 7 from rank 0; the ledger's verdict: rank 1 on here does")
+
+
+def test_a_death_is_a_death(pretend: Any) -> None:
+    pretend(saying(verdict("gone")))
+    watcher = Watching(NOBODY, lambda: None)
+    assert isinstance(failure(watcher, PeerDiedError("node alpha", 7)), PeerDiedError)
