@@ -19,7 +19,8 @@ _ALONE = (
     *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_cluster_local"),
     *("cluster/test_hosts", "cluster/test_served_replicas"),
 )
-"""Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or that faults are told in time."""
+"""Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or whether faults are told in
+time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

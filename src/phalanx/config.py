@@ -168,6 +168,14 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
 
+    collective_guard: Literal["off", "digest", "strict"] = "digest"
+    """What is done about ranks that issue different collectives. `digest`: after each step, what all have issued in it
+    is compared, so that the run ends also where nobody hangs. `strict`, for debugging: besides, ranks compare each
+    collective before they issue it, so that the call that is wrong raises the error. `off`: nothing."""
+
+    ledger_events: Name | None = None
+    """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
+
     ledger_dump: Name | None = None
     """A directory to which each verdict of the ledger is written, with all that the ranks noted, for `phalanx trace` to
     analyse. The newest 16 are kept."""
@@ -346,10 +354,12 @@ class Config(Section, frozen=True, kw_only=True):
                 yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
         if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
             yield "collective_backend", "one rank has nobody to exchange tensors with"
-        if self.executor.ledger_dump is not None and not self.executor.ledger:
-            yield "ledger_dump", "without the ledger there are no verdicts"
-        elif self.executor.ledger_dump is not None and self.executor.launcher != "local":
-            yield "ledger_dump", "only ranks that are processes of one host (launcher local) have a ledger"
+        if self.executor.collective_guard == "strict" and self.parallel.engine_size == 1:
+            yield "collective_guard", "one rank has nobody to agree with"
+        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+            yield "ledger_events", "there is no ledger"
+        if self.executor.ledger_dump is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+            yield "ledger_dump", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

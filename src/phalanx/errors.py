@@ -13,6 +13,7 @@
     ├── PeerDiedError                   a process that was needed is gone: says which, with its pid
     ├── WorkerError                     an exception in a worker: its type, message, traceback, rank and node
     ├── CollectiveMismatchError         two ranks met in different collectives: says which, in which
+    ├── DivergedError                   ranks of one group issued different collectives in a step: says which
     ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
     ├── FrameError                      bytes that are not a message of ours
     └── EngineDeadError                 the engine has stopped: says why
@@ -115,6 +116,19 @@ class WorkerError(PhalanxError):
 
 class CollectiveMismatchError(PhalanxError):
     """Ranks of one group met at one sequence number with different operations, dtypes or shapes."""
+
+
+class DivergedError(PhalanxError):
+    """Ranks of one group have issued different collectives in one step, though nobody had to wait for it.
+
+    `ranks` are those to blame: several where they did different things, or where it cannot be told which.
+    """
+
+    def __init__(self, message: str, step: int, group: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.group = group
+        self.ranks = ranks
 
 
 class HungError(PhalanxError):

@@ -5,7 +5,7 @@ Three conversations use them:
     client  → brain     Submit, Cancel, Shutdown                   (server process to engine process)
     brain   → client    EngineReady, TokenBatch, EngineStats, ...
     brain   → workers   Call(Step | AllocateCache | ...)       (one frame for all workers)
-    worker  → brain     Reply(StepResult | ...), Failure, Progress, Publish
+    worker  → brain     Reply(StepResult | ...), StepIssued, Failure, Progress, Publish
 
 What grows with the number of requests travels as columns: the bytes of an int32 or float32 array, in the machine's own
 order (every supported machine is little-endian). See `ints` and `as_ints`.
@@ -505,10 +505,20 @@ ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError |
 
 
 class Reply(Message, frozen=True):
-    """The answer to a Call. Call 0 is the start itself: it is answered by Loaded."""
+    """The answer to a Call. Call 0 is the start itself: it is answered by Loaded.
+
+    `issued`, with the answer to a step, says what the rank has issued in it (ledger/step_digests.py).
+    """
 
     call_id: int
     body: ReplyBody
+    issued: bytes = b""
+
+
+class StepIssued(Message, frozen=True):
+    """The same from a rank that does not answer, and shares no memory with the brain."""
+
+    issued: bytes
 
 
 class Failure(Message, frozen=True):
@@ -532,4 +542,4 @@ class Progress(Message, frozen=True):
     total: int
 
 
-WorkerMessage = Reply | Failure | Progress | Publish
+WorkerMessage = Reply | StepIssued | Failure | Progress | Publish

@@ -22,7 +22,8 @@ LEAST_TRAFFIC_BYTES = NUM_TOKENS * 100
 
 A_NODE_EACH = ("--ray-per-worker-gpus", "2")
 """A node has two of Ray's CPUs."""
-TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--allow-split-tensor-parallel", *A_NODE_EACH)
+STRICT = ("--collective-guard", "strict")
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--allow-split-tensor-parallel", *A_NODE_EACH, *STRICT)
 PIPELINE = ("--pipeline-parallel-size", "3", *A_NODE_EACH)
 BOTH = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
 

@@ -83,6 +83,8 @@ def test_a_wrong_key_at_the_top_is_the_fault_of_the_whole() -> None:
         ),
         ({"device": "cpu", "collective_backend": "shm"}, ["collective_backend = 'shm' has no effect: one rank"]),
         ({"device": "cpu", "collective_backend": "gloo", "pipeline_parallel_size": 2}, []),
+        ({"device": "cpu", "collective_guard": "strict"}, ["collective_guard = 'strict' has no effect: one rank"]),
+        ({"device": "cpu", "collective_guard": "off", "tensor_parallel_size": 2}, []),
         ({"device": "cpu", "pack_weights": False}, []),
         ({"device": "cuda", "pack_weights": False}, ["pack_weights = False has no effect: .* on a CPU only"]),
         ({"device": "cpu", "dtype": "float16", "pack_weights": False}, ["pack_weights = False .* float16"]),

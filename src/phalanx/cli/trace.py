@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from phalanx.ledger.after import Trace
 
 
+_LINES_SHOWN = 10
+
+
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """What `--json` prints. `verdict` is a ledger's Verdict as an object, or null."""
 
@@ -108,7 +111,7 @@ def _text(found: Trace) -> str:
         has_not_come = verdict.cause == "late" and rank in verdict.culprits
         recorded = "issued its last from" if has_not_come else "issued it from"
         where = "is at" if found.source == "phalanx" else recorded
-        said += f"\n  rank {rank} {where}" + "".join(f"\n    {line}" for line in lines)
+        said += f"\n  rank {rank} {where}" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
     return said
 
 

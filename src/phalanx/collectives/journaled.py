@@ -1,18 +1,22 @@
-"""A group whose every collective is in its rank's journal: when it was issued, and when it was over.
+"""A group whose every collective is noted before it is issued: in the rank's journal, and in the digest of its step.
 
-Over means that the call has returned: with NCCL, that the work was given to the GPU.
+The journal also has when a collective was over: when the call has returned. With NCCL, the work was given to the GPU by
+then. If the ranks are to agree on each collective, they do so after it was noted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from phalanx.collectives.agreement import Agreement
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.group import Group
-from phalanx.ledger.journal import GroupJournal
+from phalanx.ledger.journal import GroupJournal, NoJournal
+from phalanx.ledger.step_digests import StepDigests
 
 _MAX_KNOWN = 4096
 # Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
@@ -21,12 +25,23 @@ _MAX_KNOWN = 4096
 class JournaledGroup:
     """A `Group` around another one."""
 
-    def __init__(self, group: Group, journal: GroupJournal) -> None:
+    def __init__(
+        self,
+        group: Group,
+        journal: GroupJournal | NoJournal,
+        index: int = 0,
+        digests: StepDigests | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
+        """`index`: of the group, in the rank's digests."""
         self.name = group.name
         self.rank = group.rank
         self.size = group.size
         self._group = group
         self._journal = journal
+        self._index = index
+        self._digests = digests
+        self._agreement = agreement
         self._sequence = 0
         self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
         self._barrier = Descriptor("barrier")
@@ -78,7 +93,10 @@ class JournaledGroup:
             self._journal.done()
 
     def close(self) -> None:
-        self._group.close()
+        with ExitStack() as leaving:
+            if self._agreement is not None:
+                leaving.callback(self._agreement.close)
+            leaving.callback(self._group.close)
 
     def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
         key = (operation, dtype, shape, argument)
@@ -92,3 +110,14 @@ class JournaledGroup:
     def _note(self, descriptor: Descriptor) -> None:
         self._sequence += 1
         self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)
+        if self._digests is not None:
+            self._digests.fold(self._index, descriptor.digest)
+        if self._agreement is not None:
+            self._agree(self._agreement, descriptor)
+
+    def _agree(self, agreement: Agreement, descriptor: Descriptor) -> None:
+        try:
+            agreement.agree(descriptor)
+        except BaseException:
+            self._journal.done()
+            raise

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from phalanx.collectives.layout import Layout
 from phalanx.collectives.spec import Backend, GroupSpec, StoreFile
-from phalanx.transport.shared_memory import SharedSegment
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
 # Two slots a rank stay in its core's second-level cache; larger tensors go in chunks of this.
 _SLOT_BYTES = 512 * 1024
@@ -55,12 +55,14 @@ def open_rendezvous(
     join_timeout_s: float,
     *,
     runs_ahead: bool = False,
+    agrees: bool = False,
 ) -> Rendezvous:
     """Prepare a group of ranks of this host; see `GroupSpec`. Each call is a new group.
 
     With `runs_ahead` the source of a broadcast may return before its peers have come: it waits for them in its next
     operation, which then also raises what was wrong with this one. Only for groups over shared memory; over Gloo the
-    source waits, and over NCCL the host never does.
+    source waits, and over NCCL the host never does. With `agrees` the ranks can agree on what they issue, which is for
+    the caller of `join` to have them do (agreement.py).
     """
     size = len(ranks)
     if backend == "single":
@@ -73,6 +75,7 @@ def open_rendezvous(
         label = f"group {name}, epoch {epoch}"
         segment = undo.enter_context(SharedSegment.create(Layout(size, slot_bytes).size_bytes, label))
         store = None if backend == "shm" else _create_store(undo, label)
+        agreement = _create_agreement(undo, size, label) if agrees else None
         spec = GroupSpec(
             name,
             backend,
@@ -85,6 +88,8 @@ def open_rendezvous(
             slot_bytes,
             _alone_bytes(size),
             runs_ahead,
+            agrees,
+            agreement,
         )
         return Rendezvous(spec, undo.pop_all())
 
@@ -93,6 +98,11 @@ def _alone_bytes(size: int) -> int:
     if size <= 2:
         return _SLOT_BYTES
     return _ALONE_BYTES_WITH_A_CORE if size <= len(os.sched_getaffinity(0)) else _ALONE_BYTES_SHARING
+
+
+def _create_agreement(ownership: ExitStack, size: int, label: str) -> SegmentHandle:
+    segment = SharedSegment.create(Layout(size, 0).size_bytes, f"agreement of {label}")
+    return ownership.enter_context(segment).handle
 
 
 def _create_store(ownership: ExitStack, label: str) -> StoreFile:

@@ -45,6 +45,9 @@ class GroupSpec(msgspec.Struct, frozen=True):
     alone_bytes: int = 0
     # For "shm" and "gloo" between hosts: the source of a broadcast may return before its peers have come.
     runs_ahead: bool = False
+    # The ranks agree on each collective before they issue it (agreement.py); on one host, in this memory.
+    agrees: bool = False
+    agreement: SegmentHandle | None = None
 
     @property
     def size(self) -> int:

@@ -16,10 +16,16 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
 from phalanx.engine.child import ENGINE_COMMAND, EngineChild
+from phalanx.engine.condition import Condition, ProcessWatch
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import OutputDelta, RequestStream, Streams
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.errors import EngineDeadError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.errors import EngineDeadError, FrameError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.ledger.attach import SILENT_WATCHER_S, Attached, silent_s
+from phalanx.ledger.board import Notice
+from phalanx.ledger.instance import shown_by
+from phalanx.ledger.report import VerdictReport
+from phalanx.ledger.status import InstanceStatus
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.protocol import (
     Cancel,
@@ -92,6 +98,10 @@ class EngineClient:
         self._is_closing = False
         self._silence_timeout_s = silence_timeout_s
         self._silent_s = 0.0
+        self._process = ProcessWatch(child.pid, silence_timeout_s - SILENCE_GRACE_S)
+        self._attached = _attach(child.pid)
+        self._ended_by: VerdictReport | None = None
+        self._stepped_at: float | None = None
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._request_ids = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
@@ -151,6 +161,29 @@ class EngineClient:
     def num_running(self) -> int:
         """Requests that were submitted and have not ended."""
         return len(self._streams)
+
+    @property
+    def condition(self) -> Condition:
+        """How the engine is, also when its process is stopped or hangs. Takes microseconds."""
+        notice = self._attached.notice() if self._attached is not None else Notice()
+        silent = silent_s(notice, time.monotonic_ns())
+        is_watched = silent is not None and silent < SILENT_WATCHER_S and self.dead is None
+        own = self._process.counts
+        return Condition(
+            pid=self._child.pid,
+            dead=self.dead,
+            trouble=self._ended_by or self._trouble(),
+            since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
+            num_watched=notice.num_ranks if is_watched else 0,
+            verdicts={cause: notice.counts.get(cause, 0) + own.get(cause, 0) for cause in {*notice.counts, *own}},
+        )
+
+    def conditions(self) -> Sequence[Condition]:
+        return (self.condition,)
+
+    def statuses(self) -> Sequence[InstanceStatus]:
+        """How each rank is, of those on this host. Takes milliseconds; for any thread."""
+        return () if self._attached is None else (self._attached.status(self._trouble()),)
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.
@@ -214,6 +247,8 @@ class EngineClient:
                 task.cancel()
             await asyncio.wait(self._tasks)
             await self._stream.close()
+            if self._attached is not None:
+                self._attached.close()
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -246,6 +281,7 @@ class EngineClient:
             await asyncio.sleep(LISTEN_S)
             # Whatever kept this process itself from running was no silence of the engine: what came is yet to be read.
             self._silent_s += min(time.monotonic() - began_at, 2 * LISTEN_S)
+            self._process.look(self._silent_s)
             if self._silent_s > self._silence_timeout_s and self.dead is None:
                 steps = (
                     f"after {self.stats.replicas[0].num_steps} steps"
@@ -270,20 +306,29 @@ class EngineClient:
     def _take(self, message: EngineMessage) -> None:
         self._silent_s = 0.0
         if isinstance(message, TokenBatch):
+            self._stepped_at = time.monotonic()
             touched, stopped = self._streams.apply(message)
             self._wake(touched)
             if stopped:
                 self._outbox.put_nowait(Cancel(tuple(stopped)))
             self._note_idle()
         elif isinstance(message, EngineStats):
+            if self.stats is None or _num_steps(message) != _num_steps(self.stats):
+                self._stepped_at = time.monotonic()
             self.stats = message
         elif isinstance(message, EngineFailed):
             self._die(message.reason)
 
     def _die(self, reason: str) -> None:
         if self.dead is None:
+            self._ended_by = self._trouble()
             self.dead = reason
             self._wake(list(self._news))
+
+    def _trouble(self) -> VerdictReport | None:
+        """What keeps steps from progressing: a rank, says the ledger, or the engine's own process."""
+        found = self._attached.standing() if self._attached is not None else None
+        return found or self._process.trouble()
 
     def _wake(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
@@ -292,6 +337,19 @@ class EngineClient:
     def _note_idle(self) -> None:
         if not self.num_running:
             self._idle.set()
+
+
+def _attach(pid: int) -> Attached | None:
+    """To what the engine's process shows of itself; None if it shows nothing, or has just ended."""
+    with contextlib.suppress(PeerDiedError, FrameError):
+        for found in shown_by(pid):
+            if found.instance is not None:
+                return Attached(found.instance)
+    return None
+
+
+def _num_steps(stats: EngineStats) -> int:
+    return max((replica.num_steps for replica in stats.replicas), default=0)
 
 
 async def _await_ready(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.stream import OutputDelta
 from phalanx.engine.tokenizer import Tokenizer
+from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineReady, EngineStats, SamplingParams
 
 
@@ -29,6 +31,12 @@ class Engine(Protocol):
     @property
     def num_running(self) -> int:
         """Requests that were submitted and have not ended."""
+
+    def conditions(self) -> Sequence[Condition]:
+        """How each of its processes is that drives ranks. Takes microseconds, whatever they do."""
+
+    def statuses(self) -> Sequence[InstanceStatus]:
+        """How each rank is, of those on this host. Takes milliseconds; for any thread."""
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.

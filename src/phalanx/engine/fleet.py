@@ -14,11 +14,13 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient, OnProgress
+from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Engine
 from phalanx.engine.router import Router
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
 from phalanx.executor.platform import num_cores, pick_device, visible_gpus
+from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
 
 DEATH_POLL_S = 0.1
@@ -35,7 +37,10 @@ async def start_engine(config: Config, on_progress: OnProgress | None = None) ->
 
 
 class Fleet:
-    """Gives each request to one of several engines. One that dies takes its requests along; the others go on."""
+    """Gives each request to one of several engines. One that dies takes its requests along; the others go on.
+
+    One whose steps do not progress gets no new requests as long as another one's do.
+    """
 
     def __init__(self, engines: Sequence[EngineClient]) -> None:
         """Use `start`. Takes over the engines."""
@@ -87,6 +92,12 @@ class Fleet:
         reasons = [engine.dead for engine in self._engines]
         return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)
 
+    def conditions(self) -> Sequence[Condition]:
+        return [engine.condition for engine in self._engines]
+
+    def statuses(self) -> Sequence[InstanceStatus]:
+        return [status for engine in self._engines for status in engine.statuses()]
+
     @property
     def num_running(self) -> int:
         return sum(engine.num_running for engine in self._engines)
@@ -104,7 +115,12 @@ class Fleet:
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
         self._living()
-        num_requests = [engine.num_running if engine.dead is None else None for engine in self._engines]
+        takes_more = [condition.is_healthy for condition in self.conditions()]
+        if not any(takes_more):  # one in trouble may come out of it
+            takes_more = [engine.dead is None for engine in self._engines]
+        num_requests = [
+            engine.num_running if takes else None for engine, takes in zip(self._engines, takes_more, strict=True)
+        ]
         # Nothing comes between this and the request's beginning, from which on it counts as one of that replica.
         engine = self._engines[self._router.pick(prompt_token_ids, num_requests)]
         async with aclosing(engine.generate_checked(prompt_token_ids, sampling)) as deltas:

@@ -24,6 +24,7 @@ from phalanx.executor.executor import Executor
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.executor.start import start_executor
+from phalanx.ledger.stacks import offer_stacks
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     Cancel,
@@ -269,6 +270,7 @@ def main() -> None:
     die_with_parent(server_pid)
     # Ctrl-C is the server's: it decides when the engine ends, and workers inherit this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    offer_stacks()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s engine: %(message)s")
     with Stream(descriptor, Party.of("the server", server_pid)) as stream:
         code = serve(ClientLink(stream))

@@ -13,6 +13,7 @@ import msgspec
 from phalanx.errors import (
     CollectiveMismatchError,
     DeadlineError,
+    DivergedError,
     EngineDeadError,
     FrameError,
     HungError,
@@ -23,6 +24,7 @@ from phalanx.errors import (
     WorkerError,
 )
 from phalanx.executor.channel import Channel
+from phalanx.executor.guarding import Guarding
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
 from phalanx.executor.watching import Watching
@@ -91,8 +93,9 @@ class Executor:
         output_ranks: Sequence[int],
         resources: ExitStack,
         watching: Watching | None = None,
+        guarding: Guarding | None = None,
     ) -> None:
-        """`output_ranks` answer for a step, one for each replica.
+        """`output_ranks` answer for a step, one for each replica. `guarding` compares what ranks have issued.
 
         `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
         """
@@ -110,6 +113,7 @@ class Executor:
         self._on_failure: list[OnFailure] = []
         self._resources = resources
         self._watching = watching
+        self._guarding = guarding
 
     def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
         """Send one step to every rank. Returns at once; the Pending awaits the outcome of each replica."""
@@ -281,11 +285,22 @@ class Executor:
         elif isinstance(message, Publish):
             self._published.append(message)
         else:
-            self._resolve(rank, message)
+            self._compare(rank, message.issued)
+            if isinstance(message, Reply):
+                self._resolve(rank, message)
         # Not before all ranks take it in: it would fill the queue, and one may start much later than another.
         if self._published and not self._unheard:
             entries, self._published = tuple(self._published), []
             self.submit(Published(entries), ranks=(), deadline_s=PUT_DEADLINE_S)
+
+    def _compare(self, rank: int, issued: bytes) -> None:
+        """End the run if ranks have diverged: before what they have computed is handed on."""
+        if self._guarding is None:
+            return
+        try:
+            self._guarding.take(rank, issued)
+        except DivergedError as error:
+            self._fail(error)
 
     def _resolve(self, rank: int, reply: Reply) -> None:
         pending = self._calls[reply.call_id]
@@ -307,16 +322,16 @@ class Executor:
 
     def _judged(self, error: PhalanxError) -> PhalanxError:
         """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
-        if self._watching is not None:
+        if self._watching is not None and self._watching.ends_ranks:
             is_mismatch = isinstance(error, WorkerError) and error.kind == CollectiveMismatchError.__name__
             verdict = self._watching.await_hopeless(VERDICT_GRACE_S if is_mismatch else 0.0)
             if verdict is not None:  # then the ranks were killed for it
                 hung = HungError(str(verdict))
                 hung.__cause__ = error
                 return hung
-            if isinstance(error, DeadlineError) and self._watching.standing is not None:
-                party = f"{error.party}; the ledger's verdict: {self._watching.standing}"
-                return DeadlineError(error.awaited, party, error.waited_s)
+        standing = self._watching.standing if self._watching is not None else None
+        if standing is not None and isinstance(error, DeadlineError):
+            return DeadlineError(error.awaited, f"{error.party}; the ledger's verdict: {standing}", error.waited_s)
         return self._explain_death(error) if isinstance(error, PeerDiedError) else error
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:

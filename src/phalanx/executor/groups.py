@@ -23,6 +23,7 @@ def describe_group(config: Config, members: GroupMembers, *, one_host: bool) -> 
         timeout_s=config.executor.step_timeout_s * COLLECTIVE_TIMEOUT_SHARE,
         join_timeout_s=config.executor.start_timeout_s * COLLECTIVE_TIMEOUT_SHARE,
         runs_ahead=members.is_link,
+        agrees=config.executor.collective_guard == "strict",
     )
 
 
@@ -36,6 +37,7 @@ def open_group(group: GroupSpec) -> Rendezvous:
         timeout_s=group.timeout_s,
         join_timeout_s=group.join_timeout_s,
         runs_ahead=group.runs_ahead,
+        agrees=group.agrees,
     )
 
 

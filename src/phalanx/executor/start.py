@@ -14,10 +14,12 @@ from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
+from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.inline import InlineRank
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
+from phalanx.executor.presence import open_outlets, show_instance
 from phalanx.executor.watching import dump_order, start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
@@ -113,6 +115,9 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, dea
             placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
             placed = _place_local(config, checkpoint, grid, stack)
+        guards = config.executor.collective_guard != "off" and grid.world_size > 1
+        guarding = Guarding(placed.specs, stack) if guards else None
+        show_instance(config, placed.watching.order if placed.watching is not None else None, stack)
         placed.launcher.start(placed.specs)
         return Executor(
             placed.launcher,
@@ -122,6 +127,7 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, dea
             output_ranks=grid.output_ranks,
             resources=stack.pop_all(),
             watching=placed.watching,
+            guarding=guarding,
         )
 
 
@@ -146,11 +152,15 @@ def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: 
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
     specs = _specs(config, checkpoint, groups, handles)
+    if config.executor.collective_guard != "off":
+        specs = with_boards(specs, range(grid.world_size), resources)
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
     order = watch_order(specs, dump_order(config))
-    watching = start_watching(order, launcher.kill, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    order = msgspec.structs.replace(order, outlets=open_outlets(config, resources))
+    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
+    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
     if watching is not None:
         resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)

@@ -45,13 +45,16 @@ class Watching:
     def __init__(
         self,
         order: WatchOrder,
-        on_hopeless: Callable[[], None],
+        on_hopeless: Callable[[], None] | None,
         ending_of: Callable[[int], str | None] = lambda rank: None,
     ) -> None:
         """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
 
-        `ending_of` says how a rank has ended, as far as is known by now; it must not block.
+        None where the ranks themselves say it, in the call that is wrong. `ending_of` says how a rank has ended, as far
+        as is known by now; it must not block.
         """
+        self.ends_ranks = on_hopeless is not None
+        self.order = order
         self._on_hopeless = on_hopeless
         self._ending_of = ending_of
         self._found: Verdict | None = None
@@ -156,7 +159,7 @@ class Watching:
             self._standing = verdict
             self._found = verdict or self._found
             self._changed.notify_all()
-        if verdict is not None and verdict.is_hopeless:
+        if verdict is not None and verdict.is_hopeless and self._on_hopeless is not None:
             self._on_hopeless()
 
     def _with_ending(self, verdict: Verdict) -> Verdict:
@@ -169,7 +172,7 @@ class Watching:
 
 
 def start_watching(
-    order: WatchOrder, on_hopeless: Callable[[], None], ending_of: Callable[[int], str | None]
+    order: WatchOrder, on_hopeless: Callable[[], None] | None, ending_of: Callable[[int], str | None]
 ) -> Watching | None:
     """A watcher, or none, with a warning, if it cannot be started: the ranks do without."""
     try:

@@ -203,6 +203,16 @@ class GroupJournal:
         self._journal.done(self._newest)
 
 
+class NoJournal:
+    """The part of a group in a journal that nobody keeps."""
+
+    def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
 class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """What a journal said at one moment."""
 

@@ -11,10 +11,14 @@ to a process that does not handle it, or whose Python has another handler than o
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import re
 import signal
 import time
+
+STACKS = "stacks"
+"""The name of the memory, as descriptors show it."""
 
 STACKS_SIGNAL = signal.SIGRTMAX - 3
 _ANSWER_S = 0.5
@@ -22,14 +26,16 @@ _LOOK_S = 0.005
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
 
+@functools.cache
 def offer_stacks() -> int:
     """Let whoever asks have this process's stacks, from now on; returns the descriptor that they are read from.
 
-    0, and nothing is changed, if the program uses the signal itself. To be called in the main thread.
+    0, and nothing is changed, if the program uses the signal itself. To be called in the main thread, by as many as
+    like.
     """
     if not may_offer():
         return 0
-    descriptor = os.memfd_create("phalanx:stacks", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create(f"phalanx:{STACKS}", os.MFD_CLOEXEC)
     faulthandler.register(STACKS_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
 

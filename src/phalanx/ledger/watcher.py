@@ -21,6 +21,7 @@ from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import standings
+from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.stacks import stack_of
@@ -82,6 +83,7 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
     groups: dict[str, tuple[int, ...]]
     """The members of each group."""
     limits: Limits = Limits()
+    outlets: Outlets | None = None
     dump: DumpOrder | None = None
     """Where verdicts are written, with all that the journals say."""
 
@@ -283,14 +285,21 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
     Returns after one that no other can follow, or when `stop` closes or is written to.
     """
     confirmation = Confirmation()
-    with Dumper(order.dump) as dumper, Watcher(order) as watcher, _Endings() as endings:
+    with ExitStack() as stack:
+        dumper = stack.enter_context(Dumper(order.dump))
+        watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(_Endings())
+        outlets = stack.enter_context(OpenOutlets(order.outlets, len(order.ranks))) if order.outlets else None
         while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
             before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
+            if outlets is not None:
+                outlets.stands(confirmation.told, now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
                 look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed
+                if outlets is not None:
+                    outlets.tell(verdict, now_ns)
                 os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
                 dumper.take(look, verdict)
                 if verdict.is_final:

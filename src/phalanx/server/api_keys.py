@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from phalanx.config import ServerConfig
@@ -32,21 +35,35 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> None:
-        """`authorization` is the header's value. Raises ApiError 401."""
+    def check(self, authorization: str | None, *, takes_password: bool = False) -> None:
+        """`authorization` is the header's value. With `takes_password` a key may also come as a password, as browsers
+        send it. Raises ApiError 401.
+        """
         if not self._digests:
             return
-        scheme, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # the header's own bytes
+        given = _digest(_key_in(authorization or "", takes_password))
         # Digests of equal length, each compared in full: the time tells nothing about any key, or how many there are.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
+        if not any(matches):
+            also = ", or the key as the password of any user" if takes_password else ""
             raise ApiError(
                 401,
-                "a key is needed: send the header 'Authorization: Bearer KEY' with one that this server knows",
+                f"a key is needed: send the header 'Authorization: Bearer KEY' with one that this server knows{also}",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": 'Basic realm="Phalanx"' if takes_password else "Bearer"},
             )
+
+
+def _key_in(authorization: str, takes_password: bool) -> bytes:
+    """The key in a header's value; nothing, which is no key, if there is none."""
+    scheme, _, credentials = authorization.partition(" ")
+    content = credentials.strip().encode("latin-1")  # the header's own bytes
+    if scheme.lower() == "bearer":
+        return content
+    if takes_password and scheme.lower() == "basic":
+        with suppress(binascii.Error):
+            return base64.b64decode(content, validate=True).partition(b":")[2]
+    return b""
 
 
 def _read(path: str) -> list[str]:

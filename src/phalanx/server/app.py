@@ -17,10 +17,13 @@ from phalanx.server.attendance import ClientGoneError
 from phalanx.server.chat import create_chat_completion
 from phalanx.server.completions import create_completion
 from phalanx.server.gate import Gate
+from phalanx.server.health import health
 from phalanx.server.openapi import describe_bodies
 from phalanx.server.request_body import read_request
 from phalanx.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from phalanx.server.service import Service
+from phalanx.server.status import StatusReader
+from phalanx.server.status_page import HEADERS, page
 from phalanx.server.tokenization import detokenize, tokenize, tokenize_chat
 from phalanx.version import __version__
 
@@ -117,9 +120,20 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return json_response(model)
 
     @app.get("/health")
-    async def health() -> Response:
-        refusal = service.refusal()
-        return json_response({"status": "ok"}) if refusal is None else refusal.response()
+    async def get_health() -> Response:
+        # Nothing is awaited here, so that it always answers at once.
+        found = health(service.engine.conditions(), service.refusal())
+        return json_response(found.body, found.status)
+
+    reader = StatusReader(service)
+
+    @app.get("/status")
+    async def status_page() -> Response:
+        return Response(page(await reader.read()), headers=HEADERS, media_type="text/html; charset=utf-8")
+
+    @app.get("/status.json")
+    async def status() -> Response:
+        return json_response(await reader.read(), headers={"Cache-Control": "no-store"})
 
     @app.get("/metrics")
     async def metrics() -> Response:

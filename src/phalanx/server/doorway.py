@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from phalanx.server.api_error import ApiError
+from phalanx.server.api_error import ApiError, json_response
+from phalanx.server.health import while_starting
 
 
 class Doorway:
@@ -19,4 +20,8 @@ class Doorway:
             await self.app(scope, receive, send)
             return
         error = ApiError(503, f"not ready yet: {self.phase}", code="starting", headers={"Retry-After": "1"})
-        await error.response()(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] == "/health":
+            response = json_response(while_starting(error, self.phase), error.status, error.headers)
+        else:
+            response = error.response()
+        await response(scope, receive, send)

@@ -11,6 +11,8 @@ from phalanx.server.service import Service
 
 OPEN_PATHS = frozenset({"/health"})
 """Supervisors and load balancers ask here, and have no key."""
+BROWSER_PATHS = frozenset({"/status", "/status.json"})
+"""A browser cannot send a Bearer key, but it can ask its user for a password: here that is the key."""
 
 
 class Gate:
@@ -26,7 +28,8 @@ class Gate:
             raise ValueError(f"{scope['type']} connections are not served")
         try:
             if scope["path"] not in OPEN_PATHS:
-                self._keys.check(Headers(scope=scope).get("authorization"))
+                authorization = Headers(scope=scope).get("authorization")
+                self._keys.check(authorization, takes_password=scope["path"] in BROWSER_PATHS)
             if scope["method"] != "POST":
                 await self._app(scope, receive, send)
                 return

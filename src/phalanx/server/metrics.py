@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from phalanx.engine.engine import Engine
 from phalanx.engine.stream import OutputDelta
+from phalanx.ledger.verdict import Cause
 from phalanx.protocol import ReplicaStats
 
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -116,6 +119,31 @@ class _EngineCollector(Collector):
                 family.add_metric([str(replica)], count)
             yield family
         yield from self._balance()
+        yield from self._progress()
+
+    def _progress(self) -> Iterator[Metric]:
+        """Whether steps progress, and what the ledger has found."""
+        conditions = self._engine.conditions()
+        healthy = GaugeMetricFamily(
+            "phalanx_engine_healthy", "1 while steps progress, or there are none to make.", labels=["engine"]
+        )
+        since = GaugeMetricFamily(
+            "phalanx_engine_seconds_since_step", "Since the last step; grows while there are none.", labels=["engine"]
+        )
+        watched = GaugeMetricFamily("phalanx_ledger_ranks_watched", "Ranks that the ledger watches.", labels=["engine"])
+        counts: collections.Counter[str] = collections.Counter()
+        for engine, condition in enumerate(conditions):
+            healthy.add_metric([str(engine)], float(condition.is_healthy))
+            if condition.since_step_s is not None:
+                since.add_metric([str(engine)], condition.since_step_s)
+            watched.add_metric([str(engine)], condition.num_watched)
+            counts.update(condition.verdicts)
+        verdicts = CounterMetricFamily(
+            "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
+        )
+        for cause in sorted({*get_args(Cause), *counts}):
+            verdicts.add_metric([cause], counts[cause])
+        yield from (healthy, since, watched, verdicts)
 
     def _balance(self) -> Iterator[Metric]:
         """Nothing where experts do not move, or before they were first measured."""

@@ -18,6 +18,7 @@ from phalanx.engine.client import OnProgress
 from phalanx.engine.engine import Engine
 from phalanx.engine.fleet import start_engine as start
 from phalanx.errors import EngineDeadError, RequestError
+from phalanx.ledger.instance import show_server
 from phalanx.protocol import EngineReady, StartProgress
 from phalanx.server.api_error import ApiError, engine_dead
 from phalanx.server.api_keys import ENVIRONMENT_VARIABLE, ApiKeys
@@ -65,7 +66,7 @@ def run_server(
     """
     keys = ApiKeys.load(server)
     _raise_file_limit()
-    with listen(server.host, server.port) as listener:
+    with listen(server.host, server.port) as listener, show_server(url_of(listener), served_name(config)):
         if not keys and not is_loopback(listener):
             logger.warning(
                 "everybody who can reach %s may use this server: set --api-key-file or %s",

@@ -29,5 +29,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach the brain; None when the worker lives in the brain's own process."""
     journal: SegmentHandle | None = None
     """Where the rank notes what it does; None if nobody reads it."""
+    board: SegmentHandle | None = None
+    """Where the rank says what it has issued in each step, if the brain is on the same host and compares it."""
     node_address: str = "127.0.0.1"
     """An IP address of this host that the other ranks' hosts reach; loopback will do when all are on one host."""

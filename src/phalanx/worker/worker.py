@@ -11,19 +11,21 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import torch
 
+from phalanx.collectives.agreement import agreement
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.journaled_exchange import JournaledExchange
-from phalanx.ledger.journal import GroupJournal, Journal
+from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.stacks import may_offer, offer_stacks
+from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.memory.arena import Arena
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.model import CausalLM, load_model
@@ -45,6 +47,7 @@ from phalanx.protocol import (
     Reply,
     ReplyBody,
     Step,
+    StepIssued,
     Stop,
     as_ints,
 )
@@ -95,6 +98,8 @@ class Worker:
     def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None], exchange: Exchange | None = None) -> None:
         """`exchange` is None in a world of one."""
         self.spec = spec
+        self._board = SharedSegment.attach(spec.board) if spec.board is not None else None
+        self._digests = self._step_digests()
         self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
         self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
         self._pulse = self._offer_journal() if self._journal is not None else None
@@ -118,8 +123,8 @@ class Worker:
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
-        self._flights: deque[tuple[Call, InFlight, int]] = deque()
-        self._replies: deque[Reply] = deque()
+        self._flights: deque[tuple[Call, InFlight, int, bytes]] = deque()
+        self._replies: deque[Reply | StepIssued] = deque()
 
     def load(self) -> Loaded:
         """Join the groups and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
@@ -154,13 +159,26 @@ class Worker:
         )
 
     def _join(self, spec: GroupSpec) -> Group:
-        """Join a group, whose collectives are then in the journal if there is one."""
-        if self._journal is None or spec.size == 1:
-            return join(spec, self.spec.rank, self._device, self._exchange)
+        """Join a group. Its collectives are then noted if there is where, and agreed upon if that is asked for."""
         index = 1 + self.spec.groups.index(spec)
-        with self._journal.joining(index):
-            group = join(spec, self.spec.rank, self._device, self._exchange)
-        return JournaledGroup(group, GroupJournal(self._journal, index))
+        with ExitStack() as undo:
+            with self._journal.joining(index) if self._journal is not None and spec.size > 1 else nullcontext():
+                group = join(spec, self.spec.rank, self._device, self._exchange)
+                undo.callback(group.close)
+                agreed = agreement(spec, self.spec.rank, self._exchange)
+            undo.pop_all()
+        if spec.size == 1 or (self._journal is None and self._digests is None):
+            return group
+        journal = GroupJournal(self._journal, index) if self._journal is not None else NoJournal()
+        return JournaledGroup(group, journal, index, self._digests, agreed)
+
+    def _step_digests(self) -> StepDigests | None:
+        """None if nobody compares what this rank issues."""
+        groups = self.spec.groups
+        if self.spec.config.executor.collective_guard == "off" or all(group.size == 1 for group in groups):
+            return None
+        memory = self._board.buf if self._board is not None else memoryview(bytearray(BOARD_BYTES))
+        return StepDigests(memory, len(groups))
 
     def _offer_journal(self) -> Pulse:
         """Let those who read the journal ask whether this rank's interpreter runs, and where it is."""
@@ -239,16 +257,15 @@ class Worker:
         if isinstance(call.body, Step):
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
-            noted = self._note_step(call.body)
-            self._flights.append((call, self._runner.launch(call.body), noted))
-            if self._journal is not None:
-                self._journal.leave_step()
+            noted = self._begin_step(call.body)
+            flight = self._runner.launch(call.body)
+            self._flights.append((call, flight, noted, self._leave_step(call)))
             return
         while self._flights:  # replies keep the order of the calls
             self._finish_oldest()
         self._answer(call, self._carry_out(call.body))
 
-    def next_reply(self, *, block: bool) -> Reply | None:
+    def next_reply(self, *, block: bool) -> Reply | StepIssued | None:
         """The oldest reply that is ready. With `block`, wait for the device if a step is still under way there."""
         if self._flights and (block or self._flights[0][1].is_ready() or len(self._flights) > self._most_in_flight):
             self._finish_oldest()
@@ -272,8 +289,9 @@ class Worker:
     def close(self) -> None:
         self.phase = "leaving"
         with ExitStack() as leaving:
-            if self._segment is not None:
-                leaving.callback(self._segment.close)
+            for segment in (self._segment, self._board):
+                if segment is not None:
+                    leaving.callback(segment.close)
             if self._pulse is not None:
                 leaving.callback(self._pulse.close)
             for group in self._groups.values():
@@ -289,24 +307,37 @@ class Worker:
 
     def _finish_oldest(self) -> None:
         assert self._runner is not None
-        call, flight, noted = self._flights.popleft()
-        self._answer(call, self._runner.finish(flight))
+        call, flight, noted, issued = self._flights.popleft()
+        self._answer(call, self._runner.finish(flight), issued)
         if self._journal is not None:
             self._journal.done(noted)
         if not self._flights:
             self.phase = "idle"
 
-    def _note_step(self, step: Step) -> int:
-        """The decision that this rank follows from now on; returns the number of its record."""
+    def _begin_step(self, step: Step) -> int:
+        """Note the decision that this rank follows from now on; returns the number of its record."""
+        number = step.number + 1  # 0 is no step
+        if self._digests is not None:
+            self._digests.begin(number)
         if self._journal is None:
             return 0
         num_tokens = sum(plan.shape.num_tokens for plan in step.plans)
-        number = step.plans[0].step + 1  # 0 is no step
         return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens)
 
-    def _answer(self, call: Call, body: ReplyBody) -> None:
+    def _leave_step(self, call: Call) -> bytes:
+        """What was issued in it, for the answer. A rank that does not answer, nor has a board, says it at once."""
+        if self._journal is not None:
+            self._journal.leave_step()
+        if self._digests is None:
+            return b""
+        issued = self._digests.leave()
+        if self._board is None and self.spec.rank not in call.reply_ranks:
+            self._replies.append(StepIssued(issued))
+        return issued
+
+    def _answer(self, call: Call, body: ReplyBody, issued: bytes = b"") -> None:
         if self.spec.rank in call.reply_ranks:
-            self._replies.append(Reply(call.call_id, body))
+            self._replies.append(Reply(call.call_id, body, issued))
 
     def _carry_out(self, body: CommandBody) -> ReplyBody:
         if isinstance(body, MeasureMemory):

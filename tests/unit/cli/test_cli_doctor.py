@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.cli import checks, doctor, main
+from phalanx.cli import checks, doctor, instances, main
 from phalanx.cli.checks import Check
 from phalanx.cli.commands import phalanx
 from phalanx.config import Config, ServerConfig
 from phalanx.errors import PlacementError
 from phalanx.executor import platform
+from phalanx.ledger.instance import Found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this user has running."""
+    monkeypatch.setattr(instances, "running", lambda: iter(()))
 
 
 def test_json_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +77,32 @@ def test_a_host_that_is_not_here_is_a_failure() -> None:
     (check,) = checks.port(ServerConfig(host="192.0.2.77"))
     assert (check.status, check.detail) == ("fail", "the server cannot listen on 192.0.2.77:8000")
     assert "--host: no interface of this machine has it" in (check.advice or "")
+
+
+def test_a_running_instance_is_told_besides(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "all_checks", lambda model, server: iter([Check("torch", "ok", "2")]))
+    monkeypatch.setattr(instances, "running", lambda: iter([Found(pid=5, instance=None)]))
+    assert main.run(["doctor", "--json"]) == 0
+    assert [check["name"] for check in json.loads(capsys.readouterr().out)] == ["torch", "placement", "instance 5"]
+    assert main.run(["doctor", "--json", "--running"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["status"], found["detail"]) == ("warn", "it is of another version")
+    assert main.run(["doctor", "--json", "--pid", "5"]) == 0
+    assert [check["name"] for check in json.loads(capsys.readouterr().out)] == ["instance 5"]
+
+
+def test_no_such_process_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["doctor", "--pid", str(os.getpid())]) == 2
+    assert f"process {os.getpid()} is of no instance of this user" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--pid", "5"], ["--running"], ["--stacks"]])
+def test_what_runs_has_a_model_and_settings_already(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["model"], ["-tp", "2"]):
+        assert main.run(["doctor", *flags, *given]) == 2
+        assert "leave out MODEL and its settings" in capsys.readouterr().err
 
 
 def test_the_flags_of_serve_are_taken_and_looked_at(

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from phalanx.collectives.spec import GroupSpec
+from phalanx.config import Config
 from phalanx.errors import (
     DeadlineError,
+    DivergedError,
     EngineDeadError,
     FrameError,
     PeerDiedError,
@@ -21,6 +24,8 @@ from phalanx.errors import (
     WorkerError,
 )
 from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
+from phalanx.executor.guarding import Guarding
+from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.protocol import (
     Call,
     Done,
@@ -33,6 +38,7 @@ from phalanx.protocol import (
     Reply,
     StartProgress,
     Step,
+    StepIssued,
     StepPlan,
     StepResult,
     StepShape,
@@ -95,11 +101,23 @@ class ScriptedLauncher:
 
 
 class Bench:
-    def __init__(self, world_size: int = 2, step_timeout_s: float = 30.0, output_rank: int = 0) -> None:
+    def __init__(
+        self,
+        world_size: int = 2,
+        step_timeout_s: float = 30.0,
+        output_rank: int = 0,
+        guarding: Guarding | None = None,
+    ) -> None:
         self.channel = ScriptedChannel()
         self.launcher = ScriptedLauncher()
         self.executor = Executor(
-            self.launcher, self.channel, world_size, step_timeout_s, output_ranks=[output_rank], resources=ExitStack()
+            self.launcher,
+            self.channel,
+            world_size,
+            step_timeout_s,
+            output_ranks=[output_rank],
+            resources=ExitStack(),
+            guarding=guarding,
         )
 
     def say(self, *items: tuple[int, WorkerMessage] | ChannelError) -> None:
@@ -381,3 +399,44 @@ def test_what_a_rank_publishes_goes_to_all_once_all_have_come() -> None:
     assert pending.result() == [Done(), Done()]
     assert [call.body for call in bench.channel.sent[1:]] == [Published((first, second)), Published((third,))]
     assert all(call.reply_ranks == () for call in bench.channel.sent[1:])
+
+
+def issued(step: int, *digests: int) -> bytes:
+    """What a rank says that has issued these in its one group."""
+    writing = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
+    writing.begin(step)
+    for digest in digests:
+        writing.fold(1, digest)
+    return writing.leave()
+
+
+def test_no_token_of_a_step_in_which_ranks_diverged() -> None:
+    group = GroupSpec("tp", "gloo", (0, 1), 1, 1.0, 1.0)
+    config = Config.build(model="m", tensor_parallel_size=2)
+    specs = [
+        WorkerSpec(
+            rank=rank,
+            local_rank=0,
+            ranks_on_host=1,
+            device="cpu",
+            config=config,
+            checkpoint="m",
+            epoch=1,
+            groups=(group,),
+            queue=None,
+        )
+        for rank in (0, 1)
+    ]
+    bench = Bench(guarding=Guarding(specs, ExitStack()))
+    first, second, third = (bench.executor.step(plan(step)) for step in (1, 2, 3))
+    bench.say((0, Reply(1, StepResult(1, b""), issued(1, 5))), (1, StepIssued(issued(1, 5))))
+    assert first.result() == (StepResult(1, b""),)
+    bench.say((1, StepIssued(issued(2, 6))), (0, Reply(2, StepResult(2, b""), issued(2, 5))))
+    ends: list[PhalanxError] = []
+    bench.executor.on_failure(ends.append)
+    with pytest.raises(DivergedError, match="step 2, group tp") as caught:
+        second.result()
+    assert caught.value.ranks == (0, 1)
+    with pytest.raises(DivergedError):
+        third.result()
+    assert ends == [caught.value]

@@ -7,8 +7,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from phalanx.engine.admission import check_request
+from phalanx.engine.condition import Condition
 from phalanx.engine.stream import OutputDelta, PositionLogprobs, TokenLogprob
 from phalanx.errors import EngineDeadError, RequestError
+from phalanx.ledger.report import VerdictReport
+from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineReady, EngineStats, SamplingParams
 
 
@@ -45,6 +48,8 @@ class FakeEngine:
         self.tokenizer = CharacterTokenizer()
         self.default_sampling = SamplingParams(temperature=0.6, top_k=50)
         self.dead: str | None = None
+        self.trouble: VerdictReport | None = None
+        self.instances: tuple[InstanceStatus, ...] = ()
         self.reply = reply
         self.last: dict[str, Any] = {"finish_reason": "stop"}
         self.num_cached_tokens = 0
@@ -55,6 +60,15 @@ class FakeEngine:
         self.num_running = 0
         self.num_cancelled = 0
         self.is_closed = False
+
+    def conditions(self) -> tuple[Condition, ...]:
+        told = {"late": 3}
+        return (
+            Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2, verdicts=told),
+        )
+
+    def statuses(self) -> tuple[InstanceStatus, ...]:
+        return self.instances
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         check_request(

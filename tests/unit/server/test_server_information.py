@@ -21,7 +21,8 @@ async def test_models() -> None:
 @in_loop
 async def test_health_and_version() -> None:
     rig = Rig()
-    assert (await rig.client.get("/health")).status_code == 200
+    health = await rig.client.get("/health")
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
     assert (await rig.client.get("/version")).json() == {"version": __version__}
 
 
@@ -45,10 +46,16 @@ async def test_metrics() -> None:
         "phalanx_time_to_first_token_seconds_count 1.0",
         "phalanx_inter_token_latency_seconds_count 4.0",
         "phalanx_request_seconds_count 1.0",
+        'phalanx_engine_healthy{engine="0"} 1.0',
+        'phalanx_engine_seconds_since_step{engine="0"} 2.5',
+        'phalanx_ledger_ranks_watched{engine="0"} 2.0',
+        'phalanx_ledger_verdicts_total{cause="late"} 3.0',
+        'phalanx_ledger_verdicts_total{cause="gone"} 0.0',
     ):
         assert line in lines
     rig.engine.die("gone")
-    assert "phalanx_engine_up 0.0" in (await rig.client.get("/metrics")).text
+    after = (await rig.client.get("/metrics")).text
+    assert "phalanx_engine_up 0.0" in after and 'phalanx_engine_healthy{engine="0"} 0.0' in after
 
 
 @in_loop

@@ -1,5 +1,6 @@
 """API keys from a file and from the environment."""
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,24 @@ def test_a_file_without_keys_is_an_error(tmp_path: Path, content: bytes | None) 
     with pytest.raises(ConfigError) as caught:
         ApiKeys.load(ServerConfig(api_key_file=str(file)))
     assert caught.value.field == "api_key_file"
+
+
+def test_a_browser_sends_the_key_as_a_password_where_that_is_taken() -> None:
+    keys = ApiKeys(["k:ey"])
+    given = f"Basic {base64.b64encode(b'anybody:k:ey').decode()}"
+    keys.check(given, takes_password=True)
+    keys.check("Bearer k:ey", takes_password=True)
+    with pytest.raises(ApiError) as caught:
+        keys.check(given)
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
+    for wrong in (
+        "Basic",
+        "Basic !!",
+        "Basic a2V5",
+        f"Basic {base64.b64encode(b'k:ey:').decode()}",
+        "Digest k:ey",
+        None,
+    ):
+        with pytest.raises(ApiError) as caught:
+            keys.check(wrong, takes_password=True)
+        assert caught.value.headers == {"WWW-Authenticate": 'Basic realm="Phalanx"'}

@@ -37,7 +37,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(here)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
         )
 
     def read_line(self) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
+from phalanx.ledger.step_digests import BOARD_BYTES, StepDigestReader, count_of, told
 from phalanx.protocol import (
     FIRST_EPOCH,
     Call,
@@ -19,12 +22,14 @@ from phalanx.protocol import (
     Ping,
     Reply,
     Step,
+    StepIssued,
     StepPlan,
     StepResult,
     StepShape,
     WorkerMessage,
 )
 from phalanx.testing.checkpoints import write_checkpoint
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.exchange import BrainExchange
 from phalanx.worker.methods import encode_arguments
 from phalanx.worker.process import LOOK_AT_DEVICE_S, _turn
@@ -186,3 +191,50 @@ def test_other_calls_are_answered_after_the_steps_before_them(
     assert [answer.call_id for answer in bench.answers] == [0, 1, 100, 101]
     assert isinstance(bench.answers[2].body, MethodResult)
     assert bench.answered_at_s[2:] == [2 * STEP_S] * 2
+
+
+def run_step_of_two(
+    checkpoint: Path, reply_ranks: tuple[int, ...], board: SegmentHandle | None = None
+) -> list[Reply | StepIssued]:
+    """All that the first of two ranks says of a step in which it issued one collective."""
+    worker = Worker(
+        msgspec.structs.replace(
+            spec(checkpoint, tensor_parallel_size=2),
+            groups=(GroupSpec("tp@0", "shm", (0, 1), FIRST_EPOCH, 1.0, 1.0),),
+            board=board,
+        ),
+        lambda _: None,
+    )
+    digests = worker._digests
+    assert digests is not None
+
+    def launch(plan: Step) -> InFlight:
+        digests.fold(1, 0x55)
+        return InFlight(plan.number, torch.empty(0), None, None)
+
+    worker._runner = SimpleNamespace(launch=launch, finish=lambda flight: StepResult(flight.step, b""))  # type: ignore[assignment]
+    call = step(41)
+    worker.accept(Call(call.call_id, call.body, reply_ranks))
+    said = []
+    while (message := worker.next_reply(block=False)) is not None:
+        said.append(message)
+    return said
+
+
+def test_what_was_issued_rides_on_the_answer(checkpoint: Path) -> None:
+    (reply,) = run_step_of_two(checkpoint, (0,))
+    assert isinstance(reply, Reply) and isinstance(reply.body, StepResult)
+    assert told(reply.issued).step == 42 and [count_of(word) for word in told(reply.issued).words] == [0, 1]
+
+
+def test_a_rank_that_does_not_answer_says_it_in_a_message(checkpoint: Path) -> None:
+    (reply,) = run_step_of_two(checkpoint, (0,))
+    assert run_step_of_two(checkpoint, (1,)) == [StepIssued(reply.issued)]
+
+
+def test_nor_does_it_where_the_brain_can_look(checkpoint: Path) -> None:
+    (reply,) = run_step_of_two(checkpoint, (0,))
+    with SharedSegment.create(BOARD_BYTES, "board") as segment:
+        reader = StepDigestReader(segment.buf, 1)
+        assert run_step_of_two(checkpoint, (1,), segment.handle) == []
+        assert reader.read(42) == told(reply.issued)

@@ -11,6 +11,7 @@ from phalanx.config import Config
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
 from phalanx.executor.groups import describe_group
+from phalanx.executor.guarding import with_boards
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import torch_has_cuda
 from phalanx.executor.ray.assignment import PlacedRank
@@ -51,6 +52,8 @@ def place_on_ray(
     else:
         linked = link_locally(crew.placed, groups, resources)
     specs = [_spec(config, checkpoint, rank, linked) for rank in crew.placed]
+    if config.executor.collective_guard != "off":
+        specs = with_boards(specs, [rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     watch = resources.enter_context(HeadWatch.of_connection())
     return Placed(RayLauncher(crew), WatchedChannel(linked.channel, watch), specs)
 

@@ -1,0 +1,57 @@
+"""What a running engine shows of itself to other processes of its user, and where its watcher makes verdicts known."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+
+from phalanx.config import Config
+from phalanx.errors import ConfigError
+from phalanx.ledger.board import BOARD_BYTES
+from phalanx.ledger.events import open_events
+from phalanx.ledger.instance import Instance, show
+from phalanx.ledger.outlets import Outlets
+from phalanx.ledger.watcher import WatchOrder
+from phalanx.protocol import FIRST_EPOCH
+from phalanx.transport.liveness import Party
+from phalanx.transport.shared_memory import SharedSegment
+from phalanx.version import __version__
+
+
+def open_outlets(config: Config, resources: ExitStack) -> Outlets:
+    """A board that this process holds until `resources` are let go. Raises ConfigError if events cannot be written."""
+    events = config.executor.ledger_events
+    if events is not None:
+        try:
+            os.close(open_events(events))
+        except OSError as error:
+            raise ConfigError("ledger_events", events, f"it cannot be written: {error.strerror}") from error
+        events = os.path.abspath(events)
+    board = resources.enter_context(SharedSegment.create(BOARD_BYTES, "board of the watcher"))
+    return Outlets(board=board.handle, events=events, model=config.model.model)
+
+
+def show_instance(config: Config, order: WatchOrder | None, resources: ExitStack) -> None:
+    """Let others find this engine until `resources` are let go. `order` says where the journals on this host are."""
+    me, parallel = Party.me("the engine"), config.parallel
+    sizes = {
+        "data_parallel_size": parallel.data_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+    }
+    instance = Instance(
+        pid=me.pid,
+        start_time=me.start_time,
+        parent_pid=os.getppid(),
+        version=__version__,
+        model=config.model.model,
+        world_size=parallel.world_size,
+        layout={name: size for name, size in sizes.items() if size > 1},
+        launcher=config.executor.launcher,
+        device=config.executor.device,
+        epoch=FIRST_EPOCH,
+        started_at=time.time(),
+        order=order,
+    )
+    resources.callback(show(instance).close)

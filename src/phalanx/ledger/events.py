@@ -1,0 +1,73 @@
+"""What the ledger finds as JSON lines, for programs that collect logs: a verdict when it is there, and its end."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Literal
+
+import msgspec
+
+from phalanx.ledger.report import paragraph
+from phalanx.ledger.verdict import Verdict
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One line."""
+
+    time: datetime.datetime
+    """UTC."""
+    level: Literal["info", "warning", "error"]
+    """error: the run is over. warning: who is to blame may still come."""
+    event: Literal["verdict", "verdict_over"]
+    message: str
+    """In words, the culprit first."""
+    model: str
+    engine_pid: int
+    for_s: float
+    """How long it has been so already, or was in all."""
+    verdict: Verdict
+
+
+def event_of(
+    verdict: Verdict, *, is_over: bool, since_ns: int, now_ns: int, now: datetime.datetime, model: str, engine_pid: int
+) -> Event:
+    """A verdict that stands from now on, or no more. Times as in report.py."""
+    for_s = round(max(now_ns - since_ns, 0) / 1e9, 3)
+    said = paragraph(verdict)
+    return Event(
+        time=now,
+        level="info" if is_over else "error" if verdict.is_final else "warning",
+        event="verdict_over" if is_over else "verdict",
+        message=f"over after {for_s:.1f} s: {said}" if is_over else said,
+        model=model,
+        engine_pid=engine_pid,
+        for_s=for_s,
+        verdict=verdict,
+    )
+
+
+class EventsFile:
+    """Appends to a file that several engines may write to."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError if it cannot be written."""
+        self._fd = open_events(path)
+
+    def write(self, event: Event) -> None:
+        """One write a line: lines of several engines do not mix. Raises OSError."""
+        os.write(self._fd, msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> EventsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_events(path: str) -> int:
+    """A descriptor to append to, of a file that is made if it is not there. Raises OSError."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,0 +1,77 @@
+"""Where a watcher makes known what stands, besides its log: the board, and the file of events."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+import msgspec
+
+from phalanx.ledger.board import BoardWriter
+from phalanx.ledger.events import EventsFile, event_of
+from phalanx.ledger.report import utc_now
+from phalanx.ledger.verdict import Verdict
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+
+log = logging.getLogger("phalanx.ledger")
+
+
+class Outlets(msgspec.Struct, frozen=True, kw_only=True):
+    """Where to."""
+
+    board: SegmentHandle
+    events: str | None
+    """A file's path."""
+    model: str
+
+
+class OpenOutlets:
+    """For one thread of the process that judges. A context manager."""
+
+    def __init__(self, outlets: Outlets, num_ranks: int) -> None:
+        """Raises PeerDiedError or FrameError if the board's owner is gone, OSError if events cannot be written."""
+        self._outlets = outlets
+        self._standing: Verdict | None = None
+        self._since_ns = 0
+        with ExitStack() as undo:
+            self._board = BoardWriter(undo.enter_context(SharedSegment.attach(outlets.board)).buf, num_ranks)
+            path = outlets.events
+            self._events = undo.enter_context(EventsFile(path)) if path is not None else None
+            self._stack = undo.pop_all()
+
+    def stands(self, verdict: Verdict | None, now_ns: int) -> None:
+        """All ranks were looked at, and this stands; None if nothing is wrong. Called after each look."""
+        if verdict is not self._standing:
+            if self._standing is not None:
+                self._write(self._standing, now_ns, is_over=True)
+            self._standing = verdict
+            self._since_ns = now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0
+            self._board.post(verdict, self._since_ns)
+        self._board.looked(now_ns)
+
+    def tell(self, verdict: Verdict, now_ns: int) -> None:
+        """Write the event of what stands since the last look, with stacks by now."""
+        self._write(verdict, now_ns, is_over=False)
+
+    def _write(self, verdict: Verdict, now_ns: int, *, is_over: bool) -> None:
+        if self._events is None:
+            return
+        event = event_of(
+            verdict,
+            is_over=is_over,
+            since_ns=self._since_ns,
+            now_ns=now_ns,
+            now=utc_now(),
+            model=self._outlets.model,
+            engine_pid=self._outlets.board.pid,
+        )
+        try:
+            self._events.write(event)
+        except OSError as error:  # a full disk: the ranks are watched all the same, and the log has it too
+            log.warning("%s: an event was not written: %s", self._outlets.events, error)
+
+    def __enter__(self) -> OpenOutlets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()

@@ -1,0 +1,54 @@
+"""What /health says. It fails when requests are not taken, and when steps do not progress. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from phalanx.engine.condition import Condition
+from phalanx.ledger.report import VerdictReport
+from phalanx.server.api_error import ApiError, ErrorBody, engine_dead
+
+
+class HealthBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """ok: steps progress, or there are none to make. degraded: not in every replica. stuck: in none."""
+
+    status: Literal["ok", "degraded", "stuck", "dead", "stopping", "starting"]
+    phase: str | None = None
+    """While it starts: what it does."""
+    error: ErrorBody | None = None
+    verdict: VerdictReport | None = None
+
+
+class Health(NamedTuple):
+    status: int
+    """Of HTTP."""
+    body: HealthBody
+
+
+def health(conditions: Sequence[Condition], refusal: ApiError | None) -> Health:
+    """`refusal` says why no requests are taken, if none are."""
+    verdict = next((one.trouble for one in conditions if one.trouble is not None), None)
+    if refusal is not None:
+        status: Literal["dead", "stopping"] = "dead" if refusal.code == "engine_dead" else "stopping"
+        return Health(refusal.status, HealthBody(status=status, error=refusal.body().error, verdict=verdict))
+    sick = [one for one in conditions if not one.is_healthy]
+    if not sick:
+        return Health(200, HealthBody(status="ok"))
+    errors = [_error_of(one).body().error for one in sorted(sick, key=lambda one: one.dead is not None)]
+    if len(sick) < len(conditions):
+        return Health(200, HealthBody(status="degraded", error=errors[0], verdict=verdict))
+    return Health(503, HealthBody(status="stuck", error=errors[0], verdict=verdict))
+
+
+def _error_of(condition: Condition) -> ApiError:
+    if condition.dead is not None:
+        return engine_dead(condition.dead)
+    assert condition.trouble is not None, "an engine that lives and is not healthy is in trouble"
+    return ApiError(503, f"steps do not progress: {condition.trouble.paragraph}", code="stuck")
+
+
+def while_starting(error: ApiError, phase: str) -> HealthBody:
+    return HealthBody(status="starting", phase=phase, error=error.body().error)
