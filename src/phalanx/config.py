@@ -166,7 +166,8 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
 
     ledger: bool = True
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
-    second or two which rank is to blame when others wait for it. For ranks that are processes of one host."""
+    second or two which rank is to blame when others wait for it; with Ray on every node. The rank inside the engine's
+    process (`inline`) has none."""
 
     collective_guard: Literal["off", "digest", "strict"] = "digest"
     """What is done about ranks that issue different collectives. `digest`: after each step, what all have issued in it
@@ -358,7 +359,7 @@ class Config(Section, frozen=True, kw_only=True):
             yield "collective_guard", "one rank has nobody to agree with"
         if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
             yield "ledger_events", "there is no ledger"
-        if self.executor.ledger_dump is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+        if self.executor.ledger_dump is not None and not (self.executor.ledger and self.executor.launcher != "inline"):
             yield "ledger_dump", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_tokens_are_those_of_the_local_launcher(cluster: None, checkpoint: Path,
     for seen in phases.values():
         assert seen[:2] == ["placing", "starting"]
         assert {"joining", "loading", "idle"} <= set(seen)
+
+
+def test_the_ledger_on_one_node(
+    cluster: None, checkpoint: Path, expected: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One process more than without it, which sees all ranks itself."""
+    with on_ray(checkpoint) as llm:
+        (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watching" in one.cmdline()]
+        victim = llm._brain._executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        os.kill(victim.pid, signal.SIGSTOP)
+        going_on = threading.Timer(1.5, os.kill, (victim.pid, signal.SIGCONT))
+        going_on.start()
+        assert tokens(llm) == expected
+        going_on.join()
+        assert f"verdict: rank 1 on {victim.node} is stopped by a signal" in caplog.text
+    assert not watcher.is_running()
 
 
 def test_two_instances_at_once(cluster: None, checkpoint: Path, expected: Tokens) -> None:
@@ -264,6 +281,7 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
         key=RunKey.new(),
         deadline_s=5.0,
         groups=(),
+        report=None,
     )
     call = agent.prepare.remote(msgspec.msgpack.encode(order))
     try:

@@ -9,6 +9,7 @@ from phalanx.cli.generate import generate
 from phalanx.cli.serve import serve
 from phalanx.cli.trace import trace
 from phalanx.cli.upcycle import upcycle
+from phalanx.cli.watch import watch
 from phalanx.version import __version__
 
 
@@ -26,3 +27,4 @@ phalanx.add_command(generate)
 phalanx.add_command(doctor)
 phalanx.add_command(trace)
 phalanx.add_command(upcycle)
+phalanx.add_command(watch)

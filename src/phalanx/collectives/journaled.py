@@ -15,6 +15,7 @@ from torch import Tensor
 from phalanx.collectives.agreement import Agreement
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.group import Group
+from phalanx.collectives.row_counts import RowCounts
 from phalanx.ledger.journal import GroupJournal, NoJournal
 from phalanx.ledger.step_digests import StepDigests
 
@@ -23,7 +24,7 @@ _MAX_KNOWN = 4096
 
 
 class JournaledGroup:
-    """A `Group` around another one."""
+    """A `Group` around another one. Arguments are checked before anything is noted: what is, counts for the peers."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class JournaledGroup:
             self._journal.done()
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        assert -x.dim() <= dim < x.dim(), dim
         self._issue("all_gather", x.dtype, x.shape, dim % x.dim())
         try:
             return self._group.all_gather(x, dim)
@@ -65,6 +67,7 @@ class JournaledGroup:
             self._journal.done()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
+        assert x.shape[0] % self.size == 0, x.shape
         self._issue("reduce_scatter", x.dtype, x.shape, 0)
         try:
             return self._group.reduce_scatter(x)
@@ -72,6 +75,7 @@ class JournaledGroup:
             self._journal.done()
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        RowCounts(send_counts, receive_counts).check(len(x), self.rank, self.size)
         self._issue("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
         try:
             return self._group.all_to_all(x, send_counts, receive_counts)
@@ -79,6 +83,7 @@ class JournaledGroup:
             self._journal.done()
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
+        assert 0 <= src < self.size, src
         self._issue("broadcast", x.dtype, x.shape, src)
         try:
             return self._group.broadcast(x, src)

@@ -323,8 +323,7 @@ class Executor:
     def _judged(self, error: PhalanxError) -> PhalanxError:
         """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
         if self._watching is not None and self._watching.ends_ranks:
-            is_mismatch = isinstance(error, WorkerError) and error.kind == CollectiveMismatchError.__name__
-            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if is_mismatch else 0.0)
+            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if _is_divergence(error) else 0.0)
             if verdict is not None:  # then the ranks were killed for it
                 hung = HungError(str(verdict))
                 hung.__cause__ = error
@@ -379,6 +378,12 @@ class Executor:
         # That they have stopped shows in their exits: one that leaves before another answered would pass for dead.
         with suppress(PhalanxError):  # the launcher kills workers that the order does not reach
             self.submit(Stop(), ranks=(), deadline_s=STOP_TIMEOUT_S)
+
+
+def _is_divergence(error: PhalanxError) -> bool:
+    """Whether ranks, or who compares what they have issued, say what the ledger will say, too."""
+    is_of_rank = isinstance(error, WorkerError) and error.kind == CollectiveMismatchError.__name__
+    return is_of_rank or isinstance(error, DivergedError)
 
 
 class _UserErrorOfRank(UserError):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 
@@ -22,9 +22,10 @@ from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
+from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
-from phalanx.transport.shared_memory import SharedSegment
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
 SPAWN_DEADLINE_S = 30.0
@@ -44,17 +45,18 @@ class Watching:
 
     def __init__(
         self,
-        order: WatchOrder,
+        order: WatchOrder | ReportOrder,
         on_hopeless: Callable[[], None] | None,
         ending_of: Callable[[int], str | None] = lambda rank: None,
     ) -> None:
         """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
 
-        None where the ranks themselves say it, in the call that is wrong. `ending_of` says how a rank has ended, as far
-        as is known by now; it must not block.
+        None where the ranks themselves say it, in the call that is wrong, and for a watcher that reports to another
+        node's. `ending_of` says how a rank has ended, as far as is known by now; it must not block.
         """
         self.ends_ranks = on_hopeless is not None
-        self.order = order
+        self.order = None if isinstance(order, ReportOrder) else msgspec.structs.replace(order, other_nodes=None)
+        """What other processes may know of it: without the key of the other nodes' watchers."""
         self._on_hopeless = on_hopeless
         self._ending_of = ending_of
         self._found: Verdict | None = None
@@ -126,7 +128,7 @@ class Watching:
                 os.write(stop, b"!")
             os.close(stop)
 
-    def _run(self, order: WatchOrder, stop_read: int, spawned: Future[subprocess.Popen[bytes]]) -> None:
+    def _run(self, order: WatchOrder | ReportOrder, stop_read: int, spawned: Future[subprocess.Popen[bytes]]) -> None:
         try:
             process = _spawn(order, stop_read)
         except OSError as error:
@@ -172,7 +174,9 @@ class Watching:
 
 
 def start_watching(
-    order: WatchOrder, on_hopeless: Callable[[], None] | None, ending_of: Callable[[int], str | None]
+    order: WatchOrder | ReportOrder,
+    on_hopeless: Callable[[], None] | None = None,
+    ending_of: Callable[[int], str | None] = lambda rank: None,
 ) -> Watching | None:
     """A watcher, or none, with a warning, if it cannot be started: the ranks do without."""
     try:
@@ -182,22 +186,25 @@ def start_watching(
         return None
 
 
-def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
-    """The same workers, each with a journal that this process holds, too, until `resources` are let go.
+def make_journals(ranks: Iterable[int], resources: ExitStack) -> dict[int, SegmentHandle]:
+    """A journal for each of these ranks of this host, which this process holds, too, until `resources` are let go.
 
-    As they are, with a warning, if there is no such memory here.
+    None, with a warning, if there is no such memory here.
     """
     try:
-        journals = [
-            resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {spec.rank}"))
-            for spec in specs
-        ]
+        return {
+            rank: resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")).handle
+            for rank in ranks
+        }
     except OSError as error:
         log.warning("no ledger: there is no memory for journals: %s", error)
-        return list(specs)
-    return [
-        msgspec.structs.replace(spec, journal=journal.handle) for spec, journal in zip(specs, journals, strict=True)
-    ]
+        return {}
+
+
+def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
+    """The same workers, each with a journal if there is memory for them."""
+    journals = make_journals([spec.rank for spec in specs], resources)
+    return [msgspec.structs.replace(spec, journal=journals.get(spec.rank)) for spec in specs]
 
 
 def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> WatchOrder:
@@ -230,10 +237,12 @@ def dump_order(config: Config) -> DumpOrder | None:
     return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
 
 
-def _spawn(order: WatchOrder, stop: int) -> subprocess.Popen[bytes]:
+def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
     """Start the watcher. Raises OSError; nothing is left of it then."""
     command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(stop,))
+    others = order.other_nodes if isinstance(order, WatchOrder) else None
+    passed = (stop,) if others is None else (stop, others.listener)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed)
     assert process.stdin is not None
     try:
         with process.stdin as stdin:
@@ -281,8 +290,11 @@ def main() -> None:
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s watcher: %(message)s")
-    order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder)
-    watch(order, stop, sys.stdout.fileno())
+    order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
+    if isinstance(order, WatchOrder):
+        watch(order, stop, sys.stdout.fileno())
+    else:
+        report(order, stop)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from phalanx.ledger.record import DONE_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
+from phalanx.ledger.record import DONE_AT, ISSUED_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
@@ -49,6 +49,7 @@ _RECORDS = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES
 _WORD_BYTES = 8
 _MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
 _DONE = DONE_AT // _WORD_BYTES
+_ISSUED = ISSUED_AT // _WORD_BYTES
 _COLLECTIVE, _BEGUN_STEP = int(Kind.COLLECTIVE), int(Kind.STEP)
 _pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
 
@@ -152,6 +153,13 @@ class Journal:
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:  # else another record is there by now
             self._words[word + _DONE] = _now_ns()
+
+    def undone(self, number: int) -> None:
+        """What was over for this rank, as it had only been given away, is waited for from now on."""
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:
+            self._words[word + _ISSUED] = _now_ns()
+            self._words[word + _DONE] = 0
 
     def explain(self, digest: int, describe: Callable[[], str]) -> None:
         """Have readers know what a digest stands for. Costs nothing when they know it, or there is no more room."""

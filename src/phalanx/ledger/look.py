@@ -89,6 +89,15 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
         return self.entries.texts.get(record.digest, f"a collective ({record.digest:016x})")
 
 
+class Unheard(NamedTuple):
+    """A node of which nothing is heard."""
+
+    ranks: tuple[int, ...]
+    since_s: float
+    """For so long."""
+    why: str
+
+
 class Look(NamedTuple):
     """All ranks at one moment."""
 
@@ -98,9 +107,8 @@ class Look(NamedTuple):
     groups: Mapping[str, Sequence[int]]
     """The members of each group."""
     limits: Limits = Limits()
-    silent: Mapping[str, float] = {}
-    """Nodes whose journals are not heard of any more, with since when, in seconds. What is known of their ranks is as
-    old."""
+    unheard: Mapping[str, Unheard] = {}
+    """Nodes whose journals are not heard of any more. What is known of their ranks is as old."""
 
     def members(self, group: str) -> list[int]:
         """Those of a group that have begun."""
@@ -192,8 +200,8 @@ def _standing(look: Look, one: RankLook) -> Standing:
     waits_for: tuple[int, ...] = ()
     if one.process in ("gone", "ended"):
         state, what, since_s = "gone", one.how or ("is gone" if one.process == "gone" else "has left"), 0.0
-    elif one.node in look.silent:
-        state, what, since_s = "unheard of", f"is on {one.node}, which is not heard of", look.silent[one.node]
+    elif one.node in look.unheard:
+        state, what, since_s = "unheard of", f"is on {one.node}, which is not heard of", look.unheard[one.node].since_s
     elif one.process == "stopped":
         state, what, since_s = "stopped", "is stopped by a signal", one.still_s
     elif one.holds_gil:

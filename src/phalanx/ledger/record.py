@@ -11,6 +11,9 @@ LAYOUT = struct.Struct("<QIHBxQQQQQQ")
 DONE_AT = 56
 """Where the last field begins, which is written by itself when what was begun is done."""
 
+ISSUED_AT = 48
+"""Where the time stands at which it began."""
+
 KIND_AT = 14
 """Where the kind of what is noted stands, a byte."""
 

@@ -54,9 +54,6 @@ STORE_S = 10.0
 HUNG_S = 1.0
 """A collective that all have come to takes its time; whoever is patient waits for longer than this."""
 
-LOST_S = 2.0
-"""A node whose journals have not been heard of for so long is lost."""
-
 _LINES_SHOWN = 6
 _NS = 1e9
 
@@ -98,25 +95,31 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_ambiguous(self) -> bool:
-        return len(self.culprits) > 1
+        return len(self.culprits) > 1 and self.cause != "lost"
 
     def __str__(self) -> str:
         """One paragraph, the culprit first; then where the ranks are."""
-        culprits = zip(self.culprits, self.nodes, strict=True)
-        names = " or ".join(f"rank {rank} on {node}" if node else f"rank {rank}" for rank, node in culprits)
-        said = f"{names} {self.what}".lstrip()
-        if self.is_ambiguous and self.cause != "lost":
+        said = f"{self._names()} {self.what}".lstrip()
+        if self.is_ambiguous:
             said += "; which of them is wrong cannot be told"
         if self.waiting:
             ranks = ", ".join(map(str, self.waiting))
             said += f"; rank{'s' if len(self.waiting) > 1 else ''} {ranks} waited for {self.waited_s:.2f} s"
             said += f" in {self.peers}" if self.peers else ""
         if self.sequence is not None:
-            step = "" if self.step is None else f"step {self.step}, "
+            step = f"step {self.step}, " if self.step is not None else ""  # a program of others need not have steps
             said += f" ({step}sequence {self.sequence} of group {self.group})"
         for rank, lines in self.stacks.items():
             said += f"\n  rank {rank} is at" + "".join(f"\n    {line}" for line in lines[:_LINES_SHOWN])
         return said
+
+    def _names(self) -> str:
+        ranks = [f"rank {rank}" for rank in self.culprits]
+        if self.cause == "lost":
+            by_node = {node: [r for r, n in zip(ranks, self.nodes, strict=True) if n == node] for node in self.nodes}
+            return " and ".join(f"node {node} ({', '.join(of_node)})" for node, of_node in by_node.items())
+        there = zip(ranks, self.nodes, strict=True)
+        return " or ".join(f"{rank} on {node}" if node else rank for rank, node in there)  # a file may not say where
 
 
 def judge(look: Look) -> Verdict | None:
@@ -145,13 +148,22 @@ def _gone(look: Look) -> Verdict | None:
 
 
 def _lost(look: Look) -> Verdict | None:
-    lost = {node: silent_s for node, silent_s in look.silent.items() if silent_s >= LOST_S}
-    if not lost:
+    if not look.unheard:
         return None
-    node = max(lost, key=lambda node: lost[node])
-    there = [one for one in look.ranks.values() if one.node == node]
-    what = f"cannot be judged: nothing has been heard of {node} for {lost[node]:.1f} s"
-    return _verdict("lost", there, what, waited_s=lost[node]) if there else None
+    lost = {rank: node for node, unheard in look.unheard.items() for rank in unheard.ranks}
+    waits = {rank: one.awaits for rank, one in look.ranks.items() if rank not in lost and one.awaits is not None}
+    waiting = sorted(rank for rank, (group, _) in waits.items() if lost.keys() & set(look.groups[group]))
+    since_ns = [waits[rank][1].issued_ns for rank in waiting]
+    are = "are" if len(look.unheard) > 1 else "is"
+    return Verdict(
+        cause="lost",
+        culprits=tuple(lost),
+        nodes=tuple(lost.values()),
+        what=f"{are} gone or cannot be reached: {'; '.join(unheard.why for unheard in look.unheard.values())}",
+        peers=look.ranks[waiting[0]].text(waits[waiting[0]][1]) if waiting else None,
+        waiting=tuple(waiting),
+        waited_s=(look.now_ns - min(since_ns)) / _NS if waiting else max(one.since_s for one in look.unheard.values()),
+    )
 
 
 class _Divergence(NamedTuple):

@@ -1,6 +1,7 @@
 """Looks at the journals of a node's ranks some tens of times a second, and says what is wrong.
 
-It takes part in nothing that it judges: it maps the journals, reads /proc, and writes to one pipe.
+It takes part in nothing that it judges: it maps the journals, reads /proc, and writes to one pipe. What there is to see
+on other nodes their watchers tell it (other_nodes.py).
 
 A verdict must have stood for a while before it is told, unless what it says cannot change any more. Of ranks that wait,
 it is told when they have waited for longer than patience.py allows.
@@ -11,9 +12,9 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -21,15 +22,17 @@ from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import standings
+from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
+from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import WAITED, Cause, Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
-LOOK_S = 0.04
+LOOK_S = 0.05
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
 
@@ -76,7 +79,7 @@ class WatchedRank(msgspec.Struct, frozen=True, kw_only=True):
     journal: SegmentHandle
 
 
-class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
+class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a watcher is to watch."""
 
     ranks: tuple[WatchedRank, ...]
@@ -86,6 +89,14 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True):
     outlets: Outlets | None = None
     dump: DumpOrder | None = None
     """Where verdicts are written, with all that the journals say."""
+    other_nodes: OtherNodesOrder | None = None
+    """None if all ranks are on this node."""
+
+    @property
+    def num_ranks(self) -> int:
+        """On all nodes."""
+        others = self.other_nodes.ranks.values() if self.other_nodes is not None else ()
+        return len(self.ranks) + sum(map(len, others))
 
 
 class _Watched:
@@ -95,22 +106,20 @@ class _Watched:
         self.order = order
         self.reader = Reader(journal)
         self._asker = Asker(journal)
+        self._entries: Entries | None = None
         self._moved = (0, 0)
-        self._moved_ns = 0
-        self._cpu_s = self._starved_s = 0.0
+        self._still: _Still | None = None
 
     def look(self, now_ns: int, most_records: int) -> RankLook | None:
         """None if the rank has not begun."""
-        entries = self.reader.read(most_records)
+        moved, self._moved = self._moved, self.reader.moved
+        has_moved = moved != self._moved
+        entries = self._read(most_records, has_moved)
         if not entries.pid:
             return None
         process = _process_of(entries)
-        moved = entries.last, entries.phase_since_ns
-        if moved != self._moved or not self._moved_ns:
-            self._moved, self._moved_ns = moved, now_ns
-            self._cpu_s, self._starved_s = _times_of(entries)
-        is_quiet = entries.phase == "idle" or now_ns == self._moved_ns
-        cpu_s, starved_s = (self._cpu_s, self._starved_s) if is_quiet else _times_of(entries)
+        still = self._note_still(entries, now_ns, has_moved)
+        cpu_s, starved_s = _times_of(entries) if still is not None and now_ns > still.since_ns else (0.0, 0.0)
         return RankLook(
             rank=self.order.rank,
             node=self.order.node,
@@ -118,10 +127,31 @@ class _Watched:
             process=process,
             entries=entries,
             held_s=self._asker.held_s(entries, now_ns) if process == "running" else 0.0,
-            still_s=(now_ns - self._moved_ns) / _NS,
-            cpu_s=cpu_s - self._cpu_s,
-            starved_s=starved_s - self._starved_s,
+            still_s=(now_ns - still.since_ns) / _NS if still is not None else 0.0,
+            cpu_s=max(cpu_s - still.cpu_s, 0.0) if still is not None else 0.0,
+            starved_s=max(starved_s - still.starved_s, 0.0) if still is not None else 0.0,
         )
+
+    def _read(self, most_records: int, has_moved: bool) -> Entries:
+        """What was read before will do for a rank that is idle and has been."""
+        known = self._entries
+        if known is None or has_moved or known.phase != "idle" or most_records > GLANCE_RECORDS:
+            known = self._entries = self.reader.read(most_records)
+        return known
+
+    def _note_still(self, entries: Entries, now_ns: int, has_moved: bool) -> _Still | None:
+        """From when on it has been seen to note nothing, in a phase in which it should."""
+        if has_moved or entries.phase == "idle":
+            self._still = None
+        elif self._still is None:
+            self._still = _Still(now_ns, *_times_of(entries))
+        return self._still
+
+
+class _Still(NamedTuple):
+    since_ns: int
+    cpu_s: float
+    starved_s: float
 
 
 class Watcher:
@@ -135,6 +165,8 @@ class Watcher:
         self._found: Verdict | None = None
         self._stack = ExitStack()
         with ExitStack() as undo:
+            others = order.other_nodes
+            self._others = undo.enter_context(OtherNodes(others)) if others is not None else None
             self._ranks = [
                 _Watched(one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in order.ranks
             ]
@@ -147,10 +179,15 @@ class Watcher:
         self._stack.close()
 
     def look(self, now_ns: int, most_records: int = NUM_RECORDS) -> Look:
-        """All ranks that have begun, now."""
+        """All ranks that have begun, now; those of other nodes as they were a moment ago, which then is its time."""
         looks = (watched.look(now_ns, most_records) for watched in self._ranks)
         ranks = {one.rank: one for one in looks if one is not None}
-        return Look(now_ns, ranks, self._order.groups, self._order.limits)
+        if self._others is None:
+            return Look(now_ns, ranks, self._order.groups, self._order.limits)
+        self._others.take(now_ns)
+        ranks.update(self._others.looks(most_records))
+        seen_ns = self._others.seen_ns(now_ns)
+        return Look(seen_ns, ranks, self._order.groups, self._order.limits, self._others.unheard())
 
     def verdict(self, now_ns: int) -> Verdict | None:
         """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
@@ -161,6 +198,8 @@ class Watcher:
             self._found = None
         elif glance.cause in LASTING or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
+            if self._others is not None and not self._others.have_told_all():
+                return None
             look = self.look(now_ns)
             found = judge(look)
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
@@ -169,7 +208,22 @@ class Watcher:
     def with_stacks(self, verdict: Verdict) -> Verdict:
         """The verdict, with what all ranks do, and where those are that it is about. Blocks for a second at most."""
         look = self.look(time.monotonic_ns(), GLANCE_RECORDS)
-        return msgspec.structs.replace(verdict, stacks=_stacks(verdict, look), standings=standings(look))
+        waiting = [rank for rank in verdict.waiting if rank not in verdict.culprits]
+        stacks = self.stacks((*verdict.culprits, *waiting[:1]))
+        return msgspec.structs.replace(verdict, stacks=stacks, standings=standings(look))
+
+    def stacks(self, ranks: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Where these ranks are, as far as they answer. Blocks for a second at most."""
+        found: dict[int, tuple[str, ...]] = {}
+        if self._others is None:
+            self._ask_own(ranks, found)
+        else:
+            found.update(self._others.stacks(ranks, meanwhile=lambda: self._ask_own(ranks, found)))
+        return {rank: found[rank] for rank in ranks if rank in found}
+
+    def steps(self) -> dict[int, tuple[Record, ...]]:
+        """The records of steps that the ranks of this node have."""
+        return {watched.order.rank: watched.reader.steps() for watched in self._ranks}
 
     def pids(self) -> list[int]:
         """Of the ranks that have begun."""
@@ -177,8 +231,17 @@ class Watcher:
 
     def _learn(self, now_ns: int) -> None:
         self._learned_ns = now_ns
+        steps = self.steps() if self._others is None else {**self.steps(), **self._others.steps()}
+        for rank, records in steps.items():
+            self._patience.learn(rank, records)
+
+    def _ask_own(self, ranks: Sequence[int], found: dict[int, tuple[str, ...]]) -> None:
         for watched in self._ranks:
-            self._patience.learn(watched.order.rank, watched.reader.steps())
+            if watched.order.rank in ranks:
+                entries = watched.reader.read(0)
+                is_there = entries.stacks and _process_of(entries) == "running"
+                if is_there and (lines := stack_of(entries.pid, entries.stacks)):
+                    found[watched.order.rank] = lines
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer."""
@@ -215,16 +278,6 @@ def _identity(verdict: Verdict | None) -> object:
     return verdict and (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
 
 
-def _stacks(verdict: Verdict, look: Look) -> dict[int, tuple[str, ...]]:
-    """Where the culprits are, and one of those that wait for them."""
-    found = {}
-    for rank in (*verdict.culprits, *[rank for rank in verdict.waiting if rank not in verdict.culprits][:1]):
-        one = look.ranks[rank]
-        if one.process == "running" and one.entries.stacks and (lines := stack_of(one.entries.pid, one.entries.stacks)):
-            found[rank] = lines
-    return found
-
-
 def _process_of(entries: Entries) -> Literal["running", "stopped", "gone", "ended"]:
     state = state_of(entries.pid, entries.start_time)
     if state is None:
@@ -243,14 +296,14 @@ def _times_of(entries: Entries) -> tuple[float, float]:
     return (int(user) + int(system)) * _TICK_S, thread_times(entries.pid, entries.pid).waited_ns / _NS
 
 
-class _Endings:
+class Endings:
     """Waits between looks, and not to the end when a rank ends. A context manager."""
 
     def __init__(self) -> None:
         self._pidfds: dict[int, int] = {}
         self._poll = select.poll()
 
-    def __enter__(self) -> _Endings:
+    def __enter__(self) -> Endings:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -287,8 +340,8 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
     confirmation = Confirmation()
     with ExitStack() as stack:
         dumper = stack.enter_context(Dumper(order.dump))
-        watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(_Endings())
-        outlets = stack.enter_context(OpenOutlets(order.outlets, len(order.ranks))) if order.outlets else None
+        watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(Endings())
+        outlets = stack.enter_context(OpenOutlets(order.outlets, order.num_ranks)) if order.outlets else None
         while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
             before = confirmation.told

@@ -45,6 +45,11 @@ def listen_on(address: str) -> socket.socket:
     raise ConfigError("node_address", address, f"{allowed} ({failure})")
 
 
+def inherited_listener(descriptor: int) -> socket.socket:
+    """The socket of `listen_on` in a process that it was passed on to. Takes over the descriptor."""
+    return socket.socket(fileno=descriptor)
+
+
 def address_of(listener: socket.socket) -> tuple[str, int]:
     """Numeric address (with its zone, if it has one) and port of a socket that is bound."""
     host, port = socket.getnameinfo(listener.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)

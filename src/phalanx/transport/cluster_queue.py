@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from phalanx.errors import DeadlineError, PhalanxError
+from phalanx.transport.address import listen_on
 from phalanx.transport.codec import Codec
 from phalanx.transport.futex import long_spin_s_for, spin_s_for
 from phalanx.transport.heartbeat import Heartbeat
@@ -81,7 +82,7 @@ class ClusterQueue(Generic[C, R]):
             undo.callback(self.bell.close)
             self._waiter = Waiter(self.bell, _spin_time(len(local)))
             self._links = NodeLinks(remote, node_timeout_s, self.bell)
-            self._listener = NodeListener(address, key, self._links.why_not, welcome)
+            self._listener = NodeListener(listen_on(address), key, self._links.why_not, welcome)
             undo.callback(self._listener.close)
             self._heartbeat = Heartbeat(self._beat, node_timeout_s / BEATS_PER_TIMEOUT, "phalanx-heartbeat")
             undo.pop_all()

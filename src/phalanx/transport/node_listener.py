@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from phalanx.transport.address import address_of, listen_on
+from phalanx.transport.address import address_of
 from phalanx.transport.handshake import Ciphers, Conversation, Refusal, RefusedError, brain_conversation
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Hello, Welcome
@@ -41,10 +41,12 @@ class JoinedNode(msgspec.Struct, frozen=True):
 class NodeListener:
     """Listens from its construction on. `joined` gives the nodes that have come; `refusals` counts the others."""
 
-    def __init__(self, address: str, key: RunKey, why_not: Callable[[Hello], str | None], welcome: Welcome) -> None:
-        """Binds `address` alone. `why_not` says, in the listener's thread, why a node with the key is not wanted.
+    def __init__(
+        self, listener: socket.socket, key: RunKey, why_not: Callable[[Hello], str | None], welcome: Welcome
+    ) -> None:
+        """Takes over `listener` (`address.listen_on`).
 
-        Raises ConfigError if this is no address of this host.
+        `why_not` says, in the listener's thread, why a node with the key is not wanted.
         """
         self._key = key
         self._why_not = why_not
@@ -55,7 +57,7 @@ class NodeListener:
         self._changed = threading.Condition()
         self.refusals: Counter[Refusal] = Counter()
         with ExitStack() as undo:
-            self._listener = undo.enter_context(listen_on(address))
+            self._listener = undo.enter_context(listener)
             self._listener.setblocking(False)
             self.address, self.port = address_of(self._listener)
             self._bell = SocketBell()

@@ -13,15 +13,15 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from typing import cast
+from contextlib import suppress
 
 import msgspec
 
-from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError, StartError
-from phalanx.transport.address import close_at_once, connect_to, is_unreachable, tune
+from phalanx.errors import DeadlineError, FrameError, PeerDiedError, PhalanxError
+from phalanx.transport.address import close_at_once, is_unreachable, tune
+from phalanx.transport.dialling import dial
 from phalanx.transport.futex import long_spin_s_for, new_fence
-from phalanx.transport.handshake import VERSION, Ciphers, RefusedError, node_conversation
+from phalanx.transport.handshake import VERSION, Ciphers
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import (
     BEATS_PER_TIMEOUT,
@@ -39,9 +39,6 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.queue import DEFAULT_SHAPE, MessageQueue, QueueHandle, QueueShape
 from phalanx.transport.waiter import SpinTime
 from phalanx.transport.wire import WireReader, WireWriter
-
-_PAUSE_S = 0.1
-"""Before dialling in again."""
 
 _GATHER_S = 50e-6
 """For replies that are about to come. To send and to receive one more message takes about as long."""
@@ -82,31 +79,18 @@ class NodeRelay:
     ) -> None:
         """Connect to the brain and come to trust each other. `source_address`: of this host, to dial from.
 
-        Tries again while the brain closes the connection without a word. Raises DeadlineError, StartError if it cannot
-        be reached, does not want this node, or is another one.
+        Raises as `dialling.dial`.
         """
-        expires_at = time.monotonic() + deadline_s
-        party = f"the relay of node {self.node}"
-        while True:
-            remaining_s = max(expires_at - time.monotonic(), 0.001)
-            connection = connect_to(address, port, deadline_s=remaining_s, source_address=source_address)
-            with ExitStack() as undo:
-                undo.enter_context(connection)
-                try:
-                    ciphers = _shake_hands(connection, key, self._hello, expires_at)
-                except (RefusedError, FrameError) as error:
-                    raise StartError(party, f"dialling in at {address} port {port}", str(error)) from error
-                except TimeoutError:
-                    raise DeadlineError("an answer", f"{address} port {port}", deadline_s) from None
-                except ConnectionError as error:
-                    if time.monotonic() + _PAUSE_S >= expires_at:
-                        cause = "it closes the connection: this node has not the key of its run"
-                        raise StartError(party, f"dialling in at {address} port {port}", cause) from error
-                    time.sleep(_PAUSE_S)
-                    continue
-                undo.pop_all()
-            self._link = _Link(connection, ciphers, self._queue, self._hello)
-            return
+        connection, ciphers = dial(
+            address,
+            port,
+            key,
+            self._hello,
+            party=f"the relay of node {self.node}",
+            deadline_s=deadline_s,
+            source_address=source_address,
+        )
+        self._link = _Link(connection, ciphers, self._queue, self._hello)
 
     def run(self) -> None:
         """Carry frames until the link ends; then the node's queue is closed, and its ranks with it.
@@ -373,32 +357,6 @@ class _Link:
     def _is_pressing(self) -> bool:
         """Whether half of the ring is, as far as the brain knows, not free again."""
         return self._num_received - self._num_told >= max(self._num_slots // 2, 1)
-
-
-def _shake_hands(connection: socket.socket, key: RunKey, hello: Hello, expires_at: float) -> Ciphers:
-    """Lead the node's end of the conversation. Raises what that raises, TimeoutError, ConnectionError."""
-    conversation = node_conversation(key, hello)
-    step = next(conversation)
-    try:
-        while True:
-            connection.settimeout(max(expires_at - time.monotonic(), 0.001))
-            if isinstance(step, bytes):
-                connection.sendall(step)
-                step = next(conversation)
-            else:
-                step = conversation.send(_receive(connection, step))
-    except StopIteration as stop:
-        return cast("Ciphers", stop.value)
-
-
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    received = b""
-    while len(received) < num_bytes:
-        data = connection.recv(num_bytes - len(received))
-        if not data:
-            raise ConnectionResetError("closed in the middle of the handshake")
-        received += data
-    return received
 
 
 def _wait_not() -> None:

@@ -74,5 +74,5 @@ def test_what_one_phase_takes_is_not_there_for_the_next(monkeypatch: pytest.Monk
         deadline=Deadline(10.0), placed=[], prepare_nodes=lambda orders: {}, ranks_of_agents=dict, driver_node=ALPHA
     )
     clock.now = 3.0  # the actors were long in coming
-    link.link_nodes(Config.build(model="m"), hired, [], ExitStack())
+    link.link_nodes(Config.build(model="m"), hired, [], {}, ExitStack())
     assert waits_s == [("linking", 7.0), ("accept", 3.0)]

@@ -12,11 +12,11 @@ from phalanx.ledger.verdict import Look, RankLook
 
 
 class WritingRank:
-    """A rank with a journal in plain memory."""
+    """A rank with a journal in plain memory, unless it is given some."""
 
-    def __init__(self, rank: int, groups: Sequence[str]) -> None:
+    def __init__(self, rank: int, groups: Sequence[str], memory: memoryview | None = None) -> None:
         self.rank = rank
-        self.memory = memoryview(bytearray(JOURNAL_BYTES))
+        self.memory = memoryview(bytearray(JOURNAL_BYTES)) if memory is None else memory
         self.journal = Journal(self.memory, epoch=1)
         self.process: Literal["running", "stopped", "gone", "ended"] = "running"
         self._groups = ("", *groups)

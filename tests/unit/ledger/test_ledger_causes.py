@@ -13,7 +13,7 @@ from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import PHASES
 from phalanx.ledger.limits import BUDGETS_S, Limits
-from phalanx.ledger.look import Look, standings
+from phalanx.ledger.look import Look, Unheard, standings
 from phalanx.ledger.verdict import STORE_S, Verdict, judge
 
 WORLD = (0, 1, 2)
@@ -183,10 +183,10 @@ def test_a_store_that_does_not_answer() -> None:
 
 
 def test_a_node_that_is_not_heard_of() -> None:
-    look = seen(waiting_for_1(), still_s=3.0)._replace(silent={"here": 3.0})
-    verdict = judged(look)
+    look = seen(waiting_for_1(), still_s=3.0)
+    verdict = judged(look._replace(unheard={"here": Unheard(WORLD, 3.0, "nothing has come")}))
     assert (verdict.cause, verdict.culprits, verdict.is_final) == ("lost", WORLD, False)
-    assert judged(look._replace(silent={"here": 0.5})).cause == "late"
+    assert judged(look).cause == "late"
 
 
 def test_who_has_left_is_not_blamed() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from phalanx.errors import DeadlineError, StartError
 from phalanx.transport import node_listener
-from phalanx.transport.address import connect_to
+from phalanx.transport.address import connect_to, listen_on
 from phalanx.transport.handshake import MAX_MESSAGE_BYTES, PROLOGUE, VERSION, Refusal
 from phalanx.transport.keys import RunKey
 from phalanx.transport.link_messages import Hello, Welcome
@@ -34,7 +34,7 @@ def _why_not(hello: Hello) -> str | None:
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
 def listener(request: pytest.FixtureRequest) -> Iterator[NodeListener]:
-    made = NodeListener(request.param, KEY, _why_not, Welcome("brain", os.getpid(), 10.0))
+    made = NodeListener(listen_on(request.param), KEY, _why_not, Welcome("brain", os.getpid(), 10.0))
     yield made
     made.close()
 
@@ -257,7 +257,7 @@ def test_a_stranger_in_the_brains_place_is_found_out() -> None:
 
 
 def test_closing_ends_what_is_pending() -> None:
-    listener = NodeListener("127.0.0.1", KEY, _why_not, Welcome("brain", 1, 10.0))
+    listener = NodeListener(listen_on("127.0.0.1"), KEY, _why_not, Welcome("brain", 1, 10.0))
     with _connect(listener) as pending:
         pending.sendall(_first_message())
         assert pending.recv(1 << 16)

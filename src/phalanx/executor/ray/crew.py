@@ -133,6 +133,13 @@ class Crew:
         said = "".join(f"\n  {line}" for line in end)
         return f"its log is {placed.node}:{placed.log}{' and ends:' if end else ''}{said}"
 
+    def kill_remote(self) -> None:
+        """Have agents kill the ranks of their nodes; returns at once. For any thread."""
+        if not ray.is_initialized():
+            return
+        for agent in self.agents.values():
+            agent.kill.remote()
+
     def close(self) -> None:
         """Kill every actor; some may take a moment to end."""
         if not ray.is_initialized():  # Ray has ended them already, and a call would start another Ray

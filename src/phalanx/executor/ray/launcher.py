@@ -42,6 +42,12 @@ class RayLauncher:
         with self._lock:
             return dict(self._exits)
 
+    def kill(self) -> None:
+        """Have every rank's process killed, wherever it is; returns before they have ended. For any thread."""
+        for party in self._local:
+            kill(party)
+        self._crew.kill_remote()
+
     def close(self, timeout_s: float) -> None:
         expires_at = time.monotonic() + timeout_s
         while len(self.exits()) < len(self._crew.placed) and time.monotonic() < expires_at:

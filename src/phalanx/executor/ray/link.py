@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -15,12 +15,13 @@ from phalanx.executor.groups import open_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.calls import answers_to
 from phalanx.executor.ray.crew import Crew
-from phalanx.executor.ray.messages import NodeOrder, NodeReady
+from phalanx.executor.ray.messages import NodeOrder, NodeReady, NodeReport
 from phalanx.protocol import Call, WorkerMessage
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
 from phalanx.transport.liveness import Party
 from phalanx.transport.queue import MessageQueue, QueueHandle
+from phalanx.transport.shared_memory import SegmentHandle
 
 
 class Linked(NamedTuple):
@@ -30,6 +31,8 @@ class Linked(NamedTuple):
     queues: dict[int, QueueHandle]
     """By rank."""
     groups: tuple[GroupSpec, ...]
+    journals: dict[int, SegmentHandle]
+    """By rank, of those on other nodes; none without a ledger."""
     brain_address: str
 
 
@@ -42,11 +45,19 @@ def link_locally(ranks: Sequence[PlacedRank], groups: Sequence[GroupSpec], resou
     for rank in ranks:
         queue.expect(rank.rank, Party.of(_party(rank), rank.pid))
     opened = tuple(resources.enter_context(open_group(group)).spec for group in groups)
-    return Linked(queue, {rank.rank: queue.handle(rank.rank) for rank in ranks}, opened, "127.0.0.1")
+    return Linked(queue, {rank.rank: queue.handle(rank.rank) for rank in ranks}, opened, {}, "127.0.0.1")
 
 
-def link_nodes(config: Config, crew: Crew, groups: Sequence[GroupSpec], resources: ExitStack) -> Linked:
+def link_nodes(
+    config: Config,
+    crew: Crew,
+    groups: Sequence[GroupSpec],
+    reports: Mapping[str, NodeReport],
+    resources: ExitStack,
+) -> Linked:
     """Each other node's agent dials in. What the ranks of one node share is made on that node.
+
+    `reports`: by node, what its watcher is to do; none without a ledger.
 
     Raises StartError or DeadlineError naming the node that cannot be linked, ConfigError for a wrong address.
     """
@@ -54,21 +65,30 @@ def link_nodes(config: Config, crew: Crew, groups: Sequence[GroupSpec], resource
     queue = _listen(config, crew, key, resources)
     homes = {group.name: _home(group, crew.placed) for group in groups}
     orders = {
-        node_id: _order(crew, ranks, queue, key, [group for group in groups if homes[group.name] == node_id])
+        node_id: _order(
+            crew,
+            ranks,
+            queue,
+            key,
+            [group for group in groups if homes[group.name] == node_id],
+            reports.get(node_id),
+        )
         for node_id, ranks in crew.ranks_of_agents().items()
     }
     answers = answers_to(crew.prepare_nodes(orders), "linking", crew.deadline.remaining_s)
     queue.accept(deadline_s=crew.deadline.remaining_s)
     queues = {rank.rank: queue.handle(rank.rank) for rank in crew.placed if rank.is_driver_node}
     opened = {group.name: group for group in groups}
+    journals: dict[int, SegmentHandle] = {}
     for order, answer in zip(orders.values(), answers, strict=True):
         ready = msgspec.msgpack.decode(answer, type=NodeReady)
         queues.update(zip(order.ranks, ready.queues, strict=True))
         opened.update((group.name, group) for group in ready.groups)
+        journals.update(ready.journals)
     for group in groups:
         if homes[group.name] == crew.driver_node.node_id:
             opened[group.name] = resources.enter_context(open_group(group)).spec
-    return Linked(queue, queues, tuple(opened[group.name] for group in groups), queue.address)
+    return Linked(queue, queues, tuple(opened[group.name] for group in groups), journals, queue.address)
 
 
 def _listen(config: Config, crew: Crew, key: RunKey, resources: ExitStack) -> ClusterQueue[Call, WorkerMessage]:
@@ -94,6 +114,7 @@ def _order(
     queue: ClusterQueue[Call, WorkerMessage],
     key: RunKey,
     groups: Sequence[GroupSpec],
+    report: NodeReport | None,
 ) -> NodeOrder:
     placed = [crew.placed[rank] for rank in ranks]
     return NodeOrder(
@@ -106,6 +127,7 @@ def _order(
         key=key,
         deadline_s=crew.deadline.remaining_s,
         groups=tuple(groups),
+        report=report,
     )
 
 

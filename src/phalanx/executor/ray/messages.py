@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from phalanx.collectives.spec import GroupSpec
+from phalanx.ledger.reporting import Judge
 from phalanx.transport.interfaces import InterfaceAddress
 from phalanx.transport.keys import RunKey
 from phalanx.transport.queue import QueueHandle
+from phalanx.transport.shared_memory import SegmentHandle
 from phalanx.worker.spec import WorkerSpec
 
 
@@ -49,6 +51,14 @@ class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
     """For CUDA_VISIBLE_DEVICES: those of all ranks of this run on the host. None on the CPU."""
 
 
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Watch the node's ranks, and tell the judge of all nodes."""
+
+    judge: Judge
+    groups: dict[int, tuple[str, ...]]
+    """Of each rank: the names of its groups, by their index in its records."""
+
+
 class NodeOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Link a node to the brain, and prepare the groups that are on this node alone."""
 
@@ -62,6 +72,8 @@ class NodeOrder(msgspec.Struct, frozen=True, kw_only=True):
     key: RunKey
     deadline_s: float
     groups: tuple[GroupSpec, ...]
+    report: NodeReport | None
+    """None without a ledger."""
 
 
 class NodeReady(msgspec.Struct, frozen=True):
@@ -69,3 +81,5 @@ class NodeReady(msgspec.Struct, frozen=True):
 
     queues: tuple[QueueHandle, ...]
     groups: tuple[GroupSpec, ...]
+    journals: dict[int, SegmentHandle]
+    """By rank; none without a ledger."""

@@ -11,8 +11,10 @@ import msgspec
 
 from phalanx.errors import PhalanxError
 from phalanx.executor.groups import open_group
+from phalanx.executor.ray.ending import kill
 from phalanx.executor.ray.fate import end_with_raylet
 from phalanx.executor.ray.messages import NodeOrder, NodeReady
+from phalanx.executor.ray.node_ledger import report_node
 from phalanx.executor.ray.rank_actor import introduction
 from phalanx.transport.liveness import Party
 from phalanx.transport.relay import NodeRelay
@@ -26,12 +28,13 @@ RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")
 
 
 class NodeAgent:
-    """One node's agent. `run` and `tail` are called at the same time, from different threads."""
+    """One node's agent. `tail` and `kill` are called while `run` runs, in another thread."""
 
     def __init__(self) -> None:
         end_with_raylet()
         self._resources = ExitStack()
         self._relay: NodeRelay | None = None
+        self._ranks: list[Party] = []
 
     def introduce(self) -> bytes:
         """Who and where this is: an encoded Introduction."""
@@ -48,7 +51,8 @@ class NodeAgent:
         self._relay = relay = NodeRelay(told.name, list(told.ranks))
         self._resources.callback(relay.close)
         for rank, pid in zip(told.ranks, told.pids, strict=True):
-            relay.expect(rank, Party.of(f"rank {rank}", pid))
+            self._ranks.append(Party.of(f"rank {rank}", pid))
+            relay.expect(rank, self._ranks[-1])
         groups = [self._resources.enter_context(open_group(group)).spec for group in told.groups]
         relay.dial(
             told.brain_address,
@@ -58,7 +62,8 @@ class NodeAgent:
             source_address=told.own_address,
         )
         queues = tuple(relay.handle(rank) for rank in told.ranks)
-        return NodeReady(queues, tuple(groups))
+        journals = report_node(told, told.report, self._resources) if told.report is not None else {}
+        return NodeReady(queues, tuple(groups), journals)
 
     def run(self) -> str:
         """Relay until the link ends, then say why; the process ends soon after, and the node's ranks with it."""
@@ -77,6 +82,11 @@ class NodeAgent:
     def tail(self, log: str) -> str:
         """The end of a log file of this node."""
         return tail(log)
+
+    def kill(self) -> None:
+        """Kill the node's ranks; returns before they have ended."""
+        for rank in self._ranks:
+            kill(rank)
 
 
 def tail(log: str) -> str:

@@ -19,12 +19,14 @@ from phalanx.executor.ray.connection import Connection, connect
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.head import HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
+from phalanx.executor.ray.ledger import Ledger, keep_ledger
 from phalanx.executor.ray.link import Linked, link_locally, link_nodes
 from phalanx.executor.ray.reservation import reserve
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, StartProgress
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import split_groups
+from phalanx.transport.shared_memory import SegmentHandle
 from phalanx.worker.spec import WorkerSpec
 
 log = logging.getLogger("phalanx.executor")
@@ -47,15 +49,20 @@ def place_on_ray(
         describe_group(config, members, one_host=len({crew.placed[rank].node_id for rank in members.ranks}) == 1)
         for members in grid.groups()
     ]
+    launcher = RayLauncher(crew)
+    ledger = Ledger.none()
+    if config.executor.ledger:
+        ledger = keep_ledger(config, crew, groups, launcher, resources)
     if crew.agents:
-        linked = link_nodes(config, crew, groups, resources)
+        linked = link_nodes(config, crew, groups, ledger.reports, resources)
     else:
         linked = link_locally(crew.placed, groups, resources)
-    specs = [_spec(config, checkpoint, rank, linked) for rank in crew.placed]
+    journals = {**ledger.journals, **linked.journals}
+    specs = [_spec(config, checkpoint, rank, linked, journals.get(rank.rank)) for rank in crew.placed]
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, [rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     watch = resources.enter_context(HeadWatch.of_connection())
-    return Placed(RayLauncher(crew), WatchedChannel(linked.channel, watch), specs)
+    return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching)
 
 
 def hire(
@@ -88,7 +95,9 @@ def _pick_device(config: Config, connection: Connection) -> str:
     return "cuda" if has_gpus and torch_has_cuda() else "cpu"
 
 
-def _spec(config: Config, checkpoint: Checkpoint, rank: PlacedRank, linked: Linked) -> WorkerSpec:
+def _spec(
+    config: Config, checkpoint: Checkpoint, rank: PlacedRank, linked: Linked, journal: SegmentHandle | None
+) -> WorkerSpec:
     return WorkerSpec(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -99,5 +108,6 @@ def _spec(config: Config, checkpoint: Checkpoint, rank: PlacedRank, linked: Link
         epoch=FIRST_EPOCH,
         groups=tuple(group for group in linked.groups if rank.rank in group.ranks),
         queue=linked.queues[rank.rank],
+        journal=journal,
         node_address=linked.brain_address if rank.is_driver_node else rank.address,
     )

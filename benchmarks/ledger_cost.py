@@ -1,0 +1,293 @@
+"""What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
+
+    python benchmarks/ledger_cost.py [--ranks 2] [--rounds 9] [--short]
+
+- *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
+- *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
+- *Tokens*: two engines with the same small random model, one with the ledger and one without, take turns; the ratio of
+  their tokens per second, of each pair of rounds, as median and quartiles.
+- *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
+  Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from phalanx.config import Config
+from phalanx.engine.brain import Brain
+from phalanx.executor.start import start_executor
+from phalanx.executor.watching import Watching
+from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.pulse import Pulse
+from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import SamplingParams, Submit, ints
+from phalanx.testing.checkpoints import write_checkpoint
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+
+COLLECTIVES_PER_STEP = 64
+STEP_S = 0.02
+TEXTS = 40
+STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 64
+MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
+CALLS, SIZE = 2000, 1024
+DEADLINE_S = 120.0
+
+
+class Recorder(NamedTuple):
+    """One way to know what ranks do."""
+
+    name: str
+    environment: dict[str, str]
+    is_ours: bool = False
+
+
+RECORDERS = (
+    Recorder("none", {}),
+    Recorder("ledger", {}, is_ours=True),
+    Recorder("Flight Recorder", {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}),
+    Recorder("DETAIL", {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}),
+)
+
+
+def cost_of(action: Callable[[], None], number: int = 20_000, rounds: int = 9) -> float:
+    """Microseconds, the median of rounds."""
+    took = []
+    for _ in range(rounds):
+        began_at = time.perf_counter()
+        for _ in range(number):
+            action()
+        took.append((time.perf_counter() - began_at) / number * 1e6)
+    return statistics.median(took)
+
+
+def report_records() -> None:
+    journal = Journal(memoryview(bytearray(JOURNAL_BYTES)), epoch=1)
+    group = GroupJournal(journal, 1)
+
+    def collective() -> None:
+        group.issue(1, 7, str)
+        group.done()
+
+    def step() -> None:
+        journal.done(journal.begin_step(1, 7, 8))
+        journal.leave_step()
+
+    click.echo(f"record: a collective {cost_of(collective):.2f} µs, a step {cost_of(step):.2f} µs")
+
+
+def note(handle: SegmentHandle, works: bool, ends: Connection) -> None:
+    """One rank, which does nothing but note: until the other end says so."""
+    with SharedSegment.attach(handle) as segment:
+        journal = Journal(segment.buf, epoch=1)
+        pulse = Pulse(segment.buf)
+        group, sequence = GroupJournal(journal, 1), 0
+        for text in range(TEXTS):
+            journal.explain(text + 1, lambda: "all_reduce float32 [8, 4096]")
+        journal.enter("idle")
+        step = 0
+        while not ends.poll(STEP_S):
+            if not works:
+                continue
+            step += 1
+            journal.enter("stepping")
+            number = journal.begin_step(step, 7, 8)
+            for _ in range(COLLECTIVES_PER_STEP):
+                sequence += 1
+                group.issue(sequence, 1 + sequence % TEXTS, str)
+                group.done()
+            journal.done(number)
+            journal.enter("idle")
+        journal.enter("leaving")
+        pulse.close()
+
+
+def cores_of_watcher(num_ranks: int, works: bool, for_s: float) -> float:
+    """What share of a core it takes."""
+    spawn = multiprocessing.get_context("fork")
+    with ExitStack() as stack:
+        segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, f"{rank}")) for rank in range(num_ranks)]
+        pipes = [spawn.Pipe() for _ in segments]
+        ranks = [
+            spawn.Process(target=note, args=(segment.handle, works, pipe[1]))
+            for segment, pipe in zip(segments, pipes, strict=True)
+        ]
+        for rank in ranks:
+            rank.start()
+        order = WatchOrder(
+            ranks=tuple(
+                WatchedRank(rank=i, node="here", groups=("", "tp@0"), journal=segment.handle)
+                for i, segment in enumerate(segments)
+            ),
+            groups={"tp@0": tuple(range(num_ranks))},
+        )
+        watching = Watching(order, lambda: None)
+        stack.callback(watching.close)
+        assert watching._process is not None
+        time.sleep(1.0)  # it has started
+        before = cpu_s(watching._process.pid)
+        time.sleep(for_s)
+        took = (cpu_s(watching._process.pid) - before) / for_s
+        assert watching.verdict is None or not watching.verdict.is_final, watching.verdict
+        for pipe in pipes:
+            pipe[0].send(None)
+        for rank in ranks:
+            rank.join(DEADLINE_S)
+    return took
+
+
+def cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/schedstat") as file:
+        return int(file.read().split()[0]) / 1e9
+
+
+def report_watcher(num_ranks: int, for_s: float) -> None:
+    idle, works = (cores_of_watcher(num_ranks, works, for_s) for works in (False, True))
+    click.echo(f"watcher of {num_ranks} ranks: {idle:.4f} cores while they are idle, {works:.4f} while they decode")
+
+
+def serve(brain: Brain, dice: random.Random) -> float:
+    """Tokens per second of one round."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True)
+    for request_id in range(STREAMS):
+        brain.submit(Submit(request_id, ints([dice.randrange(256) for _ in range(INPUT_LEN)]), sampling))
+    began_at = time.perf_counter()
+    while brain.has_work():
+        brain.step()
+    return STREAMS * OUTPUT_LEN / (time.perf_counter() - began_at)
+
+
+@contextmanager
+def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
+    config = Config.build(
+        model=str(model),
+        dtype="float32",
+        device="cpu",
+        tensor_parallel_size=num_ranks,
+        max_model_len=INPUT_LEN + OUTPUT_LEN,
+        max_num_seqs=STREAMS,
+        kv_cache_memory=16 << 20,
+        enable_prefix_caching=False,
+        threads_per_rank=1,
+        ledger=ledger,
+    )
+    executor, capacity = start_executor(config, resolve(str(model)), lambda *_: None)
+    with executor:
+        yield Brain(
+            config,
+            executor,
+            num_blocks=capacity.num_blocks,
+            max_model_len=capacity.max_model_len,
+            eos_token_ids=(257,),
+        )
+
+
+def report_tokens(num_ranks: int, rounds: int) -> None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = write_checkpoint(folder / "model", **MODEL)
+        without, with_it = (stack.enter_context(engine(model, num_ranks, ledger)) for ledger in (False, True))
+        ratios, rates = [], []
+        for round_number in range(rounds + 1):
+            order = [without, with_it] if round_number % 2 else [with_it, without]
+            speed = {id(brain): serve(brain, random.Random(round_number)) for brain in order}
+            if round_number:  # the first warms up
+                ratios.append(speed[id(with_it)] / speed[id(without)])
+                rates.append(speed[id(without)])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    click.echo(
+        f"tokens/s over {num_ranks} ranks: {median:.4f} of those without the ledger "
+        f"(quartiles {low:.4f} to {high:.4f}, {rounds} pairs; {statistics.median(rates):.0f} tokens/s without)"
+    )
+
+
+def loop(rank: int, store: str, recorder: Recorder, turns: Connection) -> None:
+    """One rank of an all-reduce: at each turn CALLS of them, and how long one took."""
+    os.environ.update(recorder.environment)
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    x = torch.ones(SIZE)
+    journal = GroupJournal(Journal(memoryview(bytearray(JOURNAL_BYTES)), epoch=1), 1)
+    sequence = 0
+    while turns.recv():
+        distributed.barrier()
+        began_at = time.perf_counter()
+        for _ in range(CALLS):
+            if recorder.is_ours:
+                sequence += 1
+                journal.issue(sequence, 7, str)
+            distributed.all_reduce(x)
+            if recorder.is_ours:
+                journal.done()
+            x.fill_(1.0)
+        turns.send((time.perf_counter() - began_at) / CALLS * 1e6)
+    distributed.destroy_process_group()
+
+
+def report_all_reduce(rounds: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    took: dict[str, list[float]] = {recorder.name: [] for recorder in RECORDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        turns: dict[str, list[Connection]] = {}
+        processes = []
+        for recorder in RECORDERS:
+            pipes = [spawn.Pipe() for _ in range(2)]
+            turns[recorder.name] = [pipe[0] for pipe in pipes]
+            for rank, pipe in enumerate(pipes):
+                store = f"{folder}/{recorder.name.replace(' ', '-')}"
+                processes.append(spawn.Process(target=loop, args=(rank, store, recorder, pipe[1])))
+                processes[-1].start()
+        for round_number in range(rounds + 1):
+            for name in sorted(turns, key=lambda name: random.Random(f"{round_number} {name}").random()):
+                slowest = take_turn(turns[name])
+                if round_number:
+                    took[name].append(slowest)
+        for ends in turns.values():
+            for end in ends:
+                end.send(False)
+        for process in processes:
+            process.join(DEADLINE_S)
+    for name, of_rounds in took.items():
+        ratio = statistics.median(one / none for one, none in zip(of_rounds, took["none"], strict=True))
+        click.echo(f"all_reduce over Gloo, {name}: {statistics.median(of_rounds):.1f} µs, {ratio:.3f} of none")
+
+
+def take_turn(ends: Sequence[Connection]) -> float:
+    for end in ends:
+        end.send(True)
+    if not all(end.poll(DEADLINE_S) for end in ends):
+        raise TimeoutError(f"no answer of a rank for {DEADLINE_S} s")
+    return max(float(end.recv()) for end in ends)
+
+
+@click.command(help=__doc__)
+@click.option("--ranks", default=2, show_default=True)
+@click.option("--rounds", default=9, show_default=True)
+@click.option("--short", is_flag=True, help="Whether it runs at all.")
+def main(ranks: int, rounds: int, short: bool) -> None:
+    rounds = 3 if short else rounds
+    report_records()
+    for num_ranks in (ranks, 8):
+        report_watcher(num_ranks, 1.0 if short else 10.0)
+    report_tokens(ranks, rounds)
+    report_all_reduce(rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A command that runs to its end while its ranks are watched."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import IO
+
+import click
+import msgspec
+
+from phalanx.errors import ConfigError
+from phalanx.ledger.environment import recorded
+from phalanx.ledger.program_watcher import ProgramWatcher
+from phalanx.ledger.roster import Roster
+from phalanx.ledger.verdict import Verdict
+from phalanx.ledger.watcher import LOOK_S
+
+GRACE_S = 10.0
+"""For a command that is to end, before it is killed."""
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_FROM_KERNEL = 0x80
+_KILLED = 128
+
+log = logging.getLogger("phalanx.ledger")
+
+
+def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] | None, kill: bool) -> int:
+    """Run it; the exit code, as a shell has it. Blocks until it ends. Raises ConfigError if it cannot be started."""
+    with Roster() as roster, ProgramWatcher(roster, patience_s) as watcher:
+        try:
+            process = subprocess.Popen(command, env=recorded(os.environ, roster.place))
+        except OSError as error:
+            raise ConfigError("COMMAND", command[0], f"a program that can be run ({error.strerror})") from error
+        # Not before the start, or the command would have them blocked too.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+        try:
+            return _Watch(process, watcher, events, kill=kill).run()
+        finally:
+            process.kill()
+            process.wait()
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _Watch:
+    """One run of a command."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], watcher: ProgramWatcher, events: IO[bytes] | None, *, kill: bool
+    ) -> None:
+        self._process = process
+        self._watcher = watcher
+        self._events = events
+        self._kill = kill
+        self._is_ended_by_user = False
+        self._is_blind = False
+        self._killed_at: float | None = None
+
+    def run(self) -> int:
+        while self._process.poll() is None:
+            self._take_signal()
+            self._look()
+            if self._killed_at is not None and time.monotonic() - self._killed_at > GRACE_S:
+                self._process.kill()
+        self._look(is_last=True)
+        if self._killed_at is not None:
+            self._watcher.end_ranks()
+        if not self._watcher.has_ranks and not self._is_ended_by_user:
+            click.echo("phalanx watch: no process of the command has used torch.distributed and been watched", err=True)
+        code = self._process.returncode
+        return code if code >= 0 else _KILLED - code
+
+    def _take_signal(self) -> None:
+        """Wait for one until the next look is due, and pass it on."""
+        info = signal.sigtimedwait((*_FORWARDED, signal.SIGCHLD), LOOK_S)
+        if info is None or info.si_signo == signal.SIGCHLD:
+            return
+        self._is_ended_by_user = True
+        if info.si_code != _FROM_KERNEL:  # the terminal's Ctrl-C goes to the command as well
+            self._process.send_signal(info.si_signo)
+
+    def _look(self, *, is_last: bool = False) -> None:
+        if self._is_blind:
+            return
+        try:
+            verdicts = self._watcher.look(time.monotonic_ns(), is_last=is_last)
+        except Exception:  # a fault of ours must not end the command
+            log.exception("the command is not watched any more")
+            self._is_blind = True
+            return
+        for verdict in verdicts:
+            if not self._is_ended_by_user and self._killed_at is None:
+                self._tell(verdict)
+
+    def _tell(self, verdict: Verdict) -> None:
+        click.echo(f"phalanx watch: verdict: {verdict}", err=True)
+        if self._events is not None:
+            self._events.write(msgspec.json.encode(verdict) + b"\n")
+        if self._kill and verdict.is_hopeless and self._process.returncode is None:
+            click.echo("phalanx watch: the command is ended, since its ranks can never meet again", err=True)
+            self._killed_at = time.monotonic()
+            self._process.terminate()

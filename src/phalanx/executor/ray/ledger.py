@@ -1,0 +1,101 @@
+"""The ledger over a cluster: journals on every node, a watcher beside them, and the judge beside the brain.
+
+What ranks on the brain's node note is held by the engine's process, and the judge reads it itself. On every other node
+the agent holds it, and a watcher of its own tells the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple, Self
+
+import msgspec
+
+from phalanx.collectives.spec import GroupSpec
+from phalanx.config import Config
+from phalanx.executor.presence import open_outlets
+from phalanx.executor.ray.assignment import PlacedRank
+from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.launcher import RayLauncher
+from phalanx.executor.ray.messages import NodeReport
+from phalanx.executor.watching import Watching, dump_order, make_journals, start_watching
+from phalanx.ledger.limits import Limits
+from phalanx.ledger.other_nodes import OtherNodesOrder
+from phalanx.ledger.reporting import Judge
+from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.transport.address import address_of, listen_on
+from phalanx.transport.keys import RunKey
+from phalanx.transport.shared_memory import SegmentHandle
+
+
+class Ledger(NamedTuple):
+    """What is kept on the brain's node, and what the other nodes are to do."""
+
+    watching: Watching | None
+    journals: Mapping[int, SegmentHandle]
+    """Of the ranks on this node."""
+    reports: Mapping[str, NodeReport]
+    """By node id."""
+
+    @classmethod
+    def none(cls) -> Self:
+        """Nobody notes anything."""
+        return cls(None, {}, {})
+
+
+def keep_ledger(
+    config: Config, crew: Crew, groups: Sequence[GroupSpec], launcher: RayLauncher, resources: ExitStack
+) -> Ledger:
+    """Start the judge, which listens when this returns. All of it ends with `resources`.
+
+    None, with a warning, if it cannot be started: the ranks do without.
+    """
+    journals = make_journals([rank.rank for rank in crew.placed if rank.is_driver_node], resources)
+    names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
+    order = WatchOrder(
+        ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
+        groups={group.name: group.ranks for group in groups if group.size > 1},
+        limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
+        outlets=open_outlets(config, resources),
+        dump=dump_order(config),
+    )
+    remote = crew.ranks_of_agents()
+    if not remote:
+        watching = _start(config, order, launcher, resources)
+        return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
+    key = RunKey.new()
+    with listen_on(crew.brain_address) as listener:
+        address, port = address_of(listener)
+        others = OtherNodesOrder(
+            listener=listener.fileno(),
+            key=key,
+            ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
+            node_timeout_s=config.cluster.node_timeout_s,
+        )
+        watching = _start(config, msgspec.structs.replace(order, other_nodes=others), launcher, resources)
+    if watching is None:
+        return Ledger.none()
+    judge = Judge(address=address, port=port, key=key)
+    reports = {
+        node_id: NodeReport(judge=judge, groups={rank: names[rank] for rank in ranks})
+        for node_id, ranks in remote.items()
+    }
+    return Ledger(watching, journals, reports)
+
+
+def _start(config: Config, order: WatchOrder, launcher: RayLauncher, resources: ExitStack) -> Watching | None:
+    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
+    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank))
+    if watching is not None:
+        resources.callback(watching.close)
+    return watching
+
+
+def _watched(rank: PlacedRank, groups: tuple[str, ...], journal: SegmentHandle) -> WatchedRank:
+    return WatchedRank(rank=rank.rank, node=rank.node, groups=groups, journal=journal)
+
+
+def _names(groups: Sequence[GroupSpec], rank: int) -> tuple[str, ...]:
+    """By their index in a rank's records; the first is of no group."""
+    return ("", *(group.name for group in groups if rank in group.ranks))

@@ -1,0 +1,39 @@
+"""The ledger on a node beside the brain's: its ranks' journals, and a watcher that tells the judge (ledger.py)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from phalanx.executor.ray.messages import NodeOrder, NodeReport
+from phalanx.executor.watching import make_journals, start_watching
+from phalanx.ledger.reporting import ReportOrder
+from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.transport.shared_memory import SegmentHandle
+
+DIAL_S = 30.0
+"""For the judge, which listens already, to answer."""
+
+
+def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> dict[int, SegmentHandle]:
+    """A node's journals, by rank, and its watcher. All of it ends with `resources`.
+
+    None, with a warning, if there is no memory for them.
+    """
+    journals = make_journals(told.ranks, resources)
+    if not journals:
+        return journals
+    ranks = [
+        WatchedRank(rank=rank, node=told.name, groups=report.groups[rank], journal=journals[rank])
+        for rank in told.ranks
+    ]
+    order = ReportOrder(
+        node=told.name,
+        watch=WatchOrder(ranks=tuple(ranks), groups={}),
+        judge=report.judge,
+        own_address=told.own_address,
+        deadline_s=min(told.deadline_s, DIAL_S),
+    )
+    watching = start_watching(order)
+    if watching is not None:
+        resources.callback(watching.close)
+    return journals

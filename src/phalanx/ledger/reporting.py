@@ -1,0 +1,126 @@
+"""The end of a node beside the brain's: its watcher does not judge, but tells the judge what it sees."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from contextlib import ExitStack
+
+import msgspec
+
+from phalanx.errors import DeadlineError, FrameError, PeerDiedError
+from phalanx.ledger.journal import NUM_RECORDS
+from phalanx.ledger.other_nodes import TELL_ALL_S
+from phalanx.ledger.sighting import FromJudge, FromNode, Stacks, TellAll, Telling
+from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
+from phalanx.transport.dialling import dial
+from phalanx.transport.handshake import VERSION
+from phalanx.transport.keys import RunKey
+from phalanx.transport.link_messages import Hello, Welcome
+from phalanx.transport.message_link import MessageLink
+
+BEAT_S = 0.1
+"""A sign of life at least this often."""
+
+
+class Judge(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the judge listens."""
+
+    address: str
+    port: int
+    key: RunKey
+
+
+class ReportOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Which ranks a node's watcher is to watch, and whom it tells."""
+
+    node: str
+    watch: WatchOrder
+    judge: Judge
+    own_address: str
+    """Of this host, to dial from."""
+    deadline_s: float
+    """For the judge to answer."""
+
+
+def report(order: ReportOrder, stop: int) -> None:
+    """Tell the judge what there is to see; returns when `stop` closes.
+
+    Without the judge there is nobody to tell, and nothing is left to do but to wait for that. Raises StartError or
+    DeadlineError if it cannot be reached to begin with.
+    """
+    with ExitStack() as stack:
+        link = _link(order)
+        stack.callback(link.close)
+        watcher, endings = stack.enter_context(Watcher(order.watch)), stack.enter_context(Endings())
+        try:
+            _Reporter(link, watcher, endings, stop).run()
+        except (PeerDiedError, DeadlineError, FrameError):
+            link.close()
+            select.select([stop], [], [])
+
+
+def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
+    ranks = tuple(one.rank for one in order.watch.ranks)
+    connection, ciphers = dial(
+        order.judge.address,
+        order.judge.port,
+        order.judge.key,
+        Hello(VERSION, order.node, ranks, os.getpid(), 0),
+        party=f"the watcher of node {order.node}",
+        deadline_s=order.deadline_s,
+        source_address=order.own_address,
+    )
+    judge = ciphers.peer
+    assert isinstance(judge, Welcome)
+    return MessageLink(
+        connection,
+        ciphers,
+        judge.brain,
+        judge.pid,
+        timeout_s=judge.node_timeout_s,
+        sent_type=FromNode,
+        received_type=FromJudge,
+    )
+
+
+class _Reporter:
+    """Looks, tells and answers, in turns."""
+
+    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, endings: Endings, stop: int) -> None:
+        self._link = link
+        self._watcher = watcher
+        self._endings = endings
+        self._stop = stop
+        self._telling = Telling()
+        self._tell_all_until = self._beat_at = self._steps_at = float("-inf")
+
+    def run(self) -> None:
+        """Returns when `stop` closes. Raises what the link raises."""
+        while not self._endings.wait(self._stop, self._watcher.pids()):
+            for message in self._link.receive():
+                self._answer(message)
+            if self._link.can_send():  # what is not told now is told with the next sighting
+                self._tell()
+
+    def _answer(self, message: FromJudge) -> None:
+        if isinstance(message, TellAll):
+            self._tell_all_until = time.monotonic() + TELL_ALL_S
+        else:
+            self._send(Stacks(self._watcher.stacks(message.ranks)))
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        is_whole = now < self._tell_all_until
+        look = self._watcher.look(time.monotonic_ns(), NUM_RECORDS if is_whole else GLANCE_RECORDS)
+        steps = None
+        if now >= self._steps_at:  # from which the judge learns how long steps take
+            self._steps_at, steps = now + LEARN_S, self._watcher.steps()
+        sighting = self._telling.sighting(look.now_ns, look.ranks, is_whole=is_whole, also=steps)
+        if sighting.ranks or now >= self._beat_at:
+            self._send(sighting)
+            self._beat_at = now + BEAT_S
+
+    def _send(self, message: FromNode) -> None:
+        self._link.send(message, deadline_s=self._link.timeout_s, stop=self._stop)

@@ -1,0 +1,112 @@
+"""`phalanx watch` runs programs that are not ours, and names the rank that did otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from phalanx.ledger.verdict import Verdict
+
+HERE = Path(__file__).parent
+PROGRAM = HERE / "watched_program.py"
+DEADLINE_S = 120.0
+
+EXPECTED = {
+    "pause": None,
+    "skipped-0": ("diverged", "all_reduce of 8 float32", "all_gather of 24 float32"),
+    "swapped-1": ("diverged", "broadcast of 8 float32 from rank 0", "all_reduce of 8 float32"),
+    "shape-2": ("diverged", "all_reduce of 9 float32", "all_reduce of 8 float32"),
+    "exit-0": ("skipped", None, "all_reduce of 8 float32"),
+    "error-1": ("gone", None, "all_reduce of 8 float32"),
+    "kill-2": ("gone", None, "all_reduce of 8 float32"),
+    "stop-0": ("stopped", None, "all_reduce of 8 float32"),
+    "late-1": ("late", None, "all_reduce of 8 float32"),
+}
+
+
+def watch(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "phalanx", "watch", *arguments]
+
+
+@pytest.mark.slow
+def test_every_fault_has_its_verdict_and_a_pause_has_none(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    command = watch(
+        "--patience", "2", "--events", str(events), "--", sys.executable, str(PROGRAM), str(events), *EXPECTED
+    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    verdicts = [msgspec.json.decode(line, type=Verdict) for line in events.read_bytes().splitlines()]
+    faults = {name: expected for name, expected in EXPECTED.items() if expected is not None}
+    # Of ranks that are stopped or late something else is told, too, when the program kills them.
+    first = [one for i, one in enumerate(verdicts) if not i or verdicts[i - 1].is_final]
+    assert [(one.cause, one.theirs, one.peers) for one in first] == list(faults.values()), ended.stderr
+    assert [one.culprits for one in first] == [(int(name[-1]),) for name in faults]
+    assert [one.cause for one in verdicts if one not in first] == ["gone", "gone"]
+    by_name = dict(zip(faults, first, strict=True))
+    assert by_name["error-1"].what == "has ended with ValueError: a fault"
+    assert by_name["exit-0"].what == "has ended without all_reduce of 8 float32"
+    assert by_name["late-1"].what.endswith("it is in no collective")
+    assert "watched_program.py" in by_name["late-1"].stacks[1][0] and set(by_name["late-1"].stacks) > {1}
+    assert all(one.group == "world" and one.step is None for one in verdicts)
+    assert ended.stderr.count("phalanx watch: verdict: rank ") == len(verdicts)
+
+
+@pytest.mark.slow
+def test_torchrun_is_ended_when_its_ranks_can_never_meet(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "dist.all_reduce(torch.ones(3 + dist.get_rank()))\n"
+        "dist.barrier()\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        watch("--kill", "--", *start), env=environment, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert ended.returncode != 0
+    assert "issued all_reduce of 3 float32 where the other issued all_reduce of 4 float32" in ended.stderr
+    assert "which of them is wrong cannot be told" in ended.stderr and "the command is ended" in ended.stderr
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or ())]
+
+
+def test_the_exit_code_is_the_commands() -> None:
+    for program, code in (("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137), ("print('hi')", 0)):
+        ended = subprocess.run(watch(sys.executable, "-c", program), capture_output=True, text=True, timeout=60)
+        assert ended.returncode == code
+        assert ended.stdout == ("hi\n" if code == 0 else "")
+        assert "no process of the command has used torch.distributed" in ended.stderr
+
+
+def test_a_command_that_is_not_there() -> None:
+    ended = subprocess.run(watch("--", "/not/there"), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "'/not/there' is not possible: a program that can be run" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_nothing_is_left(number: signal.Signals) -> None:
+    program = (
+        "import signal, sys, time; signal.signal(int(sys.argv[1]), lambda *_: sys.exit(5));"
+        "print(1, flush=True); time.sleep(60)"
+    )
+    watching = subprocess.Popen(watch(sys.executable, "-c", program, str(int(number))), stdout=subprocess.PIPE)
+    assert watching.stdout is not None
+    watching.stdout.readline()
+    (child,) = psutil.Process(watching.pid).children()
+    watching.send_signal(number)
+    assert watching.wait(30) == 5
+    expires_at = time.monotonic() + 5
+    while child.is_running() and time.monotonic() < expires_at:
+        time.sleep(0.01)
+    assert not child.is_running()
+    watching.stdout.close()

@@ -1,0 +1,83 @@
+"""How processes of a program make themselves known, and are made to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phalanx.errors import FrameError, PeerDiedError
+from phalanx.ledger.after_import import after_import
+from phalanx.ledger.environment import recorded
+from phalanx.ledger.roster import VARIABLE, LaneNotice, Roster, RosterEntry
+
+
+def notice(index: int) -> LaneNotice:
+    return LaneNotice(pid=os.getpid(), index=index, name="x" * 200, ranks=(0, 1))
+
+
+def test_many_processes_write_and_nothing_is_mixed_up() -> None:
+    with Roster() as roster:
+        for writer in range(4):
+            if os.fork() == 0:
+                entry = RosterEntry({VARIABLE: roster.place})
+                for i in range(200):
+                    entry.announce(notice(1000 * writer + i))
+                os._exit(0)
+        found: list[int] = []
+        for _ in range(4):
+            os.wait()
+            found += [one.index for one in roster.news() if isinstance(one, LaneNotice)]
+        assert sorted(found) == sorted(1000 * writer + i for writer in range(4) for i in range(200))
+        for writer in range(4):
+            assert [i for i in found if i // 1000 == writer] == [1000 * writer + i for i in range(200)]
+        assert roster.news() == []
+
+
+def test_whoever_is_no_roster_is_refused() -> None:
+    with Roster() as roster:
+        pid, descriptor, _ = roster.place.split(":")
+        with pytest.raises(FrameError, match="is another one"):
+            RosterEntry({VARIABLE: f"{pid}:{descriptor}:0123456789abcdef"})
+    with open(os.devnull) as null, pytest.raises(FrameError, match="is no roster"):
+        RosterEntry({VARIABLE: f"{pid}:{null.fileno()}:0123456789abcdef"})
+    with pytest.raises(PeerDiedError):
+        RosterEntry({VARIABLE: "4194303:5:0123456789abcdef"})
+
+
+def test_what_is_to_be_done_after_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late_module.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    acts: list[int] = []
+    after_import("late_module", lambda: acts.append(sys.modules["late_module"].value))
+    assert acts == []
+    import late_module  # type: ignore[import-not-found]
+
+    assert acts == [1] and late_module.__spec__.origin == str(tmp_path / "late_module.py")
+    after_import("late_module", lambda: acts.append(2))
+    assert acts == [1, 2]
+
+
+def test_a_sitecustomize_of_the_users_own_runs_too(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("mine = 42")
+    program = (
+        "import sys, sitecustomize; assert sitecustomize.mine == 42;"
+        "assert 'torch' not in sys.modules and 'msgspec' not in sys.modules;"
+        "print([type(one).__module__ for one in sys.meta_path][0])"
+    )
+    environment = recorded({**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}, "1:2:3")
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "phalanx.ledger.after_import\n" and found.stderr == ""
+
+
+def test_a_python_without_phalanx_says_so_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "phalanx.py").write_text("raise ImportError('none here')")
+    environment = recorded({**os.environ, "PYTHONPATH": str(tmp_path)}, "1:2:3")
+    environment["PYTHONPATH"] = f"{environment['PYTHONPATH'].split(':')[0]}:{tmp_path}"
+    found = subprocess.run(
+        [sys.executable, "-c", "print(1)"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "1\n" and "is not watched: none here" in found.stderr
