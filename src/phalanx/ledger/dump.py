@@ -24,7 +24,7 @@ import msgspec
 from phalanx.errors import ConfigError, DumpError
 from phalanx.ledger.after import Trace, verdict_of
 from phalanx.ledger.limits import Limits
-from phalanx.ledger.look import Look, RankLook
+from phalanx.ledger.look import Look, RankLook, Unheard
 from phalanx.ledger.verdict import Verdict
 from phalanx.version import __version__
 
@@ -67,8 +67,8 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[int, ...]
     groups: dict[str, tuple[int, ...]]
     limits: Limits
-    silent: dict[str, float]
-    """Nodes that were not heard of, and for how long, in seconds."""
+    unheard: dict[str, Unheard]
+    """Nodes of which nothing was heard."""
     verdict: Verdict | None
     facts: Facts
 
@@ -161,7 +161,7 @@ def read(directory: Path) -> Trace:
     members = {rank for ranks in whole.groups.values() for rank in ranks} | set(whole.ranks)
     found = {rank: directory / _file_of(rank) for rank in whole.ranks}
     ranks = {rank: _decode_rank(path, rank) for rank, path in found.items() if path.exists()}
-    look = Look(whole.now_ns, ranks, whole.groups, whole.limits, whole.silent)
+    look = Look(whole.now_ns, ranks, whole.groups, whole.limits, whole.unheard)
     missing = tuple(sorted(members - set(ranks)))
     notes = [f"{found[rank].name} is missing: what rank {rank} did is not known" for rank in missing if rank in found]
     notes += [f"rank {rank} had not begun" for rank in missing if rank not in found]
@@ -186,7 +186,7 @@ def _whole(look: Look, verdict: Verdict | None, settings: Mapping[str, str]) -> 
         ranks=tuple(look.ranks),
         groups={name: tuple(ranks) for name, ranks in look.groups.items()},
         limits=look.limits,
-        silent=dict(look.silent),
+        unheard=dict(look.unheard),
         verdict=verdict,
         facts=Facts(
             phalanx=__version__,
