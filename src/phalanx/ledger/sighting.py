@@ -83,7 +83,8 @@ class Telling:
         texts = self._texts.setdefault(one.rank, set())
         new = tuple(record for record in (*also, *one.entries.records) if records.get(record.number) != record)
         new_texts = {digest: text for digest, text in one.entries.texts.items() if digest not in texts}
-        bare = _with(msgspec.structs.replace(one, still_s=0.0), (), {})  # the judge counts on by itself
+        is_still = float(one.still_s > 0)  # for how long, the judge counts on by itself
+        bare = _with(msgspec.structs.replace(one, still_s=is_still), (), {})
         if not new and not new_texts and self._told.get(one.rank) == bare:
             return None
         self._told[one.rank] = bare
@@ -128,7 +129,7 @@ class NodeView:
         """The node's ranks, with the newest records of each."""
         found = {}
         for rank, one in self._ranks.items():
-            still_s = one.still_s + (self._now_ns - self._told_ns[rank]) / _NS
+            still_s = one.still_s + (self._now_ns - self._told_ns[rank]) / _NS if one.still_s else 0.0
             found[rank] = msgspec.structs.replace(self._look(one, most_records), still_s=still_s)
         return found
 

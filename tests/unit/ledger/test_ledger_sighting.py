@@ -175,6 +175,20 @@ def test_only_what_is_new_is_told() -> None:
         assert told.texts == there_is.texts
 
 
+def test_how_long_a_rank_is_still_is_counted_on() -> None:
+    """It is told when that begins, and not again as long as nothing else changes."""
+    (rank,) = world()[1:2]
+    telling, view, now_ns = Telling(), NodeView(), time.monotonic_ns()
+    num_told = []
+    for tenth, still_s in enumerate([0.0, 0.0, 0.1, 0.2, 0.3, 0.4]):
+        look = msgspec.structs.replace(rank.look(), still_s=still_s)
+        sighting = telling.sighting(now_ns + tenth * 10**8, {1: look}, is_whole=False)
+        view.take(sighting, now_ns + tenth * 10**8)
+        num_told.append(len(sighting.ranks))
+        assert view.looks(GLANCE)[1].still_s == pytest.approx(still_s)
+    assert num_told == [1, 0, 1, 0, 0, 0]
+
+
 def test_a_glance_and_then_the_whole() -> None:
     """What was passed over, or was not over yet when it was told, is made up for."""
     ranks = world()
