@@ -32,7 +32,8 @@ class Attached:
     def __init__(self, instance: Instance) -> None:
         """Raises PeerDiedError or FrameError if it has just ended."""
         self.instance = instance
-        self._lock = threading.Lock()
+        self._reading = threading.Lock()  # the board, which takes microseconds: /health must not wait for more
+        self._looking = threading.Lock()
         self._board: memoryview | None = None
         self._journals: list[tuple[WatchedRank, memoryview]] = []
         with ExitStack() as undo:
@@ -47,7 +48,7 @@ class Attached:
 
     def notice(self) -> Notice:
         """What the instance's own watcher has written last. Takes microseconds."""
-        with self._lock:
+        with self._reading:
             notice = read_board(self._board) if self._board is not None else None
         return notice or Notice()
 
@@ -95,14 +96,14 @@ class Attached:
 
     def close(self) -> None:
         """May be called more than once."""
-        with self._lock:
+        with self._reading, self._looking:
             self._board, self._journals = None, []
             self._stack.close()
 
     def _look(self, now_ns: int, most_records: int) -> Look:
         """All ranks that have begun. Only reads: the instance's own watcher notices nothing."""
         ranks = {}
-        with self._lock:
+        with self._looking:
             for one, journal in self._journals:
                 entries = read(journal, most_records)
                 if entries.pid:

@@ -16,6 +16,7 @@ from ledger_instances import hung, instance_of, reported, verdict_of
 from phalanx.cli import instances, main
 from phalanx.cli.instance_table import instance_table
 from phalanx.cli.instances import check_of
+from phalanx.ledger.attach import Attached
 from phalanx.ledger.board import BOARD_BYTES, BoardWriter
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
@@ -124,6 +125,17 @@ def test_what_its_watcher_says_is_believed(stack: ExitStack, capsys: pytest.Capt
     shown.post(verdict_of("late", 1))
     verdict = shown.doctor(1, capsys)["verdict"]
     assert (verdict["cause"], verdict["culprits"]) == ("late", [1])
+
+
+def test_the_board_is_read_while_somebody_looks_at_ranks(stack: ExitStack) -> None:
+    Shown(stack, second="").post(verdict_of("late", 1))
+    (found,) = (one for one in instances.running() if one.pid == os.getpid())
+    assert found.instance is not None
+    attached = stack.enter_context(Attached(found.instance))
+    with attached._looking:  # as long as a look at many ranks takes
+        assert attached.notice().verdict == verdict_of("late", 1)
+        standing = attached.standing()
+    assert standing is not None and standing.culprits == (1,)
 
 
 def test_without_its_watcher_doctor_judges(stack: ExitStack, capsys: pytest.CaptureFixture[str]) -> None:
