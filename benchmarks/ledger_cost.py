@@ -273,7 +273,7 @@ def take_turn(ends: Sequence[Connection]) -> float:
         end.send(True)
     if not all(end.poll(DEADLINE_S) for end in ends):
         raise TimeoutError(f"no answer of a rank for {DEADLINE_S} s")
-    return max(end.recv() for end in ends)
+    return max(float(end.recv()) for end in ends)
 
 
 @click.command(help=__doc__)

@@ -116,7 +116,7 @@ def test_a_stopped_rank(served: Served) -> None:
     for verdict in (body["verdict"], check["facts"]["verdict"]):
         assert (verdict["cause"], verdict["culprits"]) == ("stopped", [1])
         assert verdict["paragraph"].startswith(f"rank 1 on {culprit['node']} is stopped by a signal")
-        assert verdict["for_s"] > 0.9 and verdict["since"].endswith("Z")
+        assert verdict["for_s"] > 0.0 and verdict["since"].endswith("Z")
     assert check["facts"]["pid"] == engine and check["facts"]["server"]["url"] == str(served.client.base_url)
     first, second = check["facts"]["ranks"]
     assert (first["process"], first["waits_for"], second["process"]) == ("running", [1], "stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Literal
 
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
@@ -61,7 +62,7 @@ class WritingRank:
 
 
 def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode()[:8].ljust(8, b"\0"), "little")
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def look_at(ranks: Sequence[WritingRank], groups: dict[str, Sequence[int]]) -> Look:
