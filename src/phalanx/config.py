@@ -186,6 +186,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Let `phalanx chaos --pid` kill, stop and mislead ranks while they serve. Never where somebody relies on the
     engine."""
 
+    ledger_dump: Name | None = None
+    """A directory to which each verdict of the ledger is written, with all that the ranks noted, for `phalanx trace` to
+    analyse. The newest 16 are kept."""
+
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """For `launcher` ray alone."""
@@ -284,6 +288,16 @@ class Config(Section, frozen=True, kw_only=True):
         ]
         return tuple(msgspec.structs.replace(self, parallel=one) for one in own)
 
+    def changed(self) -> dict[str, str]:
+        """The settings that are not the defaults, as text."""
+        sections = [(section, type(section)) for section in (getattr(self, name) for name in self.__struct_fields__)]
+        return {
+            field.name: str(value)
+            for section, kind in sections
+            for field in msgspec.structs.fields(kind)
+            if (value := getattr(section, field.name)) != field.default
+        }
+
     def check(self) -> None:
         """Check what no single field can tell, when nothing that a launcher has to settle is `auto` any more.
 
@@ -354,8 +368,11 @@ class Config(Section, frozen=True, kw_only=True):
             yield "cuda_graphs", "the ranks compute on the CPU"
         if self.executor.collective_guard == "strict" and self.parallel.engine_size == 1:
             yield "collective_guard", "one rank has nobody to agree with"
-        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+        has_ledger = self.executor.ledger and self.executor.launcher != "inline"
+        if self.executor.ledger_events is not None and not has_ledger:
             yield "ledger_events", "there is no ledger"
+        if self.executor.ledger_dump is not None and not has_ledger:
+            yield "ledger_dump", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":

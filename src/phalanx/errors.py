@@ -5,6 +5,7 @@
     │   ├── ConfigError                 a setting: names the field, the value and what is allowed
     │   ├── CheckpointError             the model's files cannot be found or read
     │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
+    │   ├── DumpError                   a dump cannot be read: says which file, and why
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
@@ -55,6 +56,10 @@ class CheckpointError(UserError):
 
 class UnsupportedModelError(UserError):
     """An architecture or a quantisation that Phalanx does not run. The message lists what it does run."""
+
+
+class DumpError(UserError):
+    """What a ledger or a Flight Recorder has left behind cannot be read. The message names the file."""
 
 
 class PlacementError(UserError):

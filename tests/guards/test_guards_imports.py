@@ -15,7 +15,7 @@ SOURCE = Path(phalanx.__file__).parent
 HOMES = {
     "torch.distributed": ("collectives",),
     "socket": ("transport", "server", "cli/checks.py"),
-    "pickle": (),
+    "pickle": ("ledger/flight_recorder.py",),
     "cloudpickle": (),
     "marshal": (),
     "ray": ("executor/ray/",),
@@ -24,7 +24,8 @@ HOMES = {
     "uvicorn": ("server",),
     "click": ("cli",),
 }
-"""Where a module may be imported. The HTTP port is the server's own, and `phalanx doctor` asks whether it is free."""
+"""Where a module may be imported. The HTTP port is the server's own, and `phalanx doctor` asks whether it is free.
+PyTorch's Flight Recorder writes pickles, which are read without running anything in them."""
 
 
 def imported(file: Path) -> Iterator[str]:

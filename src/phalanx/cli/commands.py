@@ -8,6 +8,7 @@ from phalanx.cli.chaos import chaos
 from phalanx.cli.doctor import doctor
 from phalanx.cli.generate import generate
 from phalanx.cli.serve import serve
+from phalanx.cli.trace import trace
 from phalanx.cli.upcycle import upcycle
 from phalanx.cli.watch import watch
 from phalanx.version import __version__
@@ -25,6 +26,7 @@ def phalanx(ctx: click.Context) -> None:
 phalanx.add_command(serve)
 phalanx.add_command(generate)
 phalanx.add_command(doctor)
+phalanx.add_command(trace)
 phalanx.add_command(upcycle)
 phalanx.add_command(chaos)
 phalanx.add_command(watch)

@@ -18,14 +18,14 @@ Write = Callable[[str], None]
 
 
 @contextmanager
-def opened(path: str | None) -> Iterator[Write]:
+def opened(path: str | None, flag: str = "--output") -> Iterator[Write]:
     """Writes to the file, or to standard output. Raises ConfigError if that is not possible."""
     if path is None:
         if sys.stdout is None:  # so Python has a descriptor 1 that was closed before the start
             raise click.UsageError("standard output is closed: name a file with --output")
         yield _write_to_standard_output
         return
-    file = OutputFile(path)
+    file = OutputFile(path, flag)
     try:
         yield file.write
     finally:
@@ -35,14 +35,14 @@ def opened(path: str | None) -> Iterator[Write]:
 class OutputFile:
     """A file that is emptied by the first `write`, and not before: the model may not even load."""
 
-    def __init__(self, path: str) -> None:
-        """Raises ConfigError if it cannot be written."""
+    def __init__(self, path: str, flag: str = "--output") -> None:
+        """Raises ConfigError, of the flag that names it, if it cannot be written."""
         self._path = path
         self._has_begun = False
         try:
             self._descriptor, self._is_new = _open(path)
         except OSError as error:
-            raise ConfigError("--output", path, f"it cannot be written: {error.strerror}") from error
+            raise ConfigError(flag, path, f"it cannot be written: {error.strerror}") from error
 
     def write(self, text: str) -> None:
         with _naming(self._path):

@@ -20,7 +20,7 @@ from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.executor.presence import open_outlets, show_instance
-from phalanx.executor.watching import start_watching, watch_order, with_journals
+from phalanx.executor.watching import dump_order, start_watching, watch_order, with_journals
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -166,7 +166,8 @@ def _place_local(
     if not config.executor.ledger:
         return Placed(launcher, queue, specs)
     specs = with_journals(specs, resources)
-    order = msgspec.structs.replace(watch_order(specs), outlets=open_outlets(config, resources))
+    order = watch_order(specs, dump_order(config))
+    order = msgspec.structs.replace(order, outlets=open_outlets(config, resources))
     ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
     watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
     if watching is not None:

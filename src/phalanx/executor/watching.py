@@ -16,8 +16,10 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
+from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
+from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
@@ -205,7 +207,7 @@ def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[Wor
     return [msgspec.structs.replace(spec, journal=journals.get(spec.rank)) for spec in specs]
 
 
-def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
+def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> WatchOrder:
     """To watch these workers, which are on this host and have journals."""
     groups = {group.name: group.ranks for spec in specs for group in spec.groups if group.size > 1}
     deadlines = specs[0].config.executor
@@ -222,7 +224,17 @@ def watch_order(specs: Sequence[WorkerSpec]) -> WatchOrder:
         ),
         groups=groups,
         limits=Limits(step_timeout_s=deadlines.step_timeout_s, start_timeout_s=deadlines.start_timeout_s),
+        dump=dump,
     )
+
+
+def dump_order(config: Config) -> DumpOrder | None:
+    """Where verdicts are to be dumped, if anywhere. Raises ConfigError if that is not possible."""
+    directory = config.executor.ledger_dump
+    if directory is None:
+        return None
+    prepare(directory)
+    return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
 
 
 def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
@@ -277,6 +289,7 @@ def main() -> None:
     parent_pid, stop = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s watcher: %(message)s")
     order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
     if isinstance(order, WatchOrder):
         watch(order, stop, sys.stdout.fileno())

@@ -19,7 +19,7 @@ from phalanx.ledger.habit import first_deviation, is_out_of_habit, next_group, o
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Kind, Record
 
-__all__ = ["HOPELESS", "Cause", "Look", "RankLook", "Verdict", "judge"]
+__all__ = ["HOPELESS", "WAITED", "Cause", "Look", "RankLook", "Verdict", "judge"]
 
 Cause = Literal[
     "gone",
@@ -45,6 +45,9 @@ not answer, so ranks cannot join. overdue: it takes too long for what it says th
 
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""
+
+WAITED: frozenset[Cause] = frozenset({"skipped", "late", "slow", "behind", "circle", "hung"})
+"""What is told only when somebody has waited for long."""
 
 STORE_S = 10.0
 """The store passes on what ranks write within milliseconds."""
@@ -114,9 +117,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def _names(self) -> str:
         ranks = [f"rank {rank}" for rank in self.culprits]
         if self.cause == "lost":
-            there = {node: [r for r, n in zip(ranks, self.nodes, strict=True) if n == node] for node in self.nodes}
-            return " and ".join(f"node {node} ({', '.join(of_node)})" for node, of_node in there.items())
-        return " or ".join(f"{rank} on {node}" for rank, node in zip(ranks, self.nodes, strict=True))
+            by_node = {node: [r for r, n in zip(ranks, self.nodes, strict=True) if n == node] for node in self.nodes}
+            return " and ".join(f"node {node} ({', '.join(of_node)})" for node, of_node in by_node.items())
+        there = zip(ranks, self.nodes, strict=True)
+        return " or ".join(f"{rank} on {node}" if node else rank for rank, node in there)  # a file may not say where
 
 
 def judge(look: Look) -> Verdict | None:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import standings
@@ -27,7 +28,7 @@ from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge
+from phalanx.ledger.verdict import WAITED, Cause, Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -45,9 +46,6 @@ GLANCE_WAIT_S = 0.2
 
 MAY_END = ("not begun", "starting", "leaving")
 """Phases in which a rank that ends has said so, or says why by another way."""
-
-WAITED: frozenset[Cause] = frozenset({"skipped", "late", "slow", "behind", "circle", "hung"})
-"""What is told only when somebody has waited for long."""
 
 LASTING: frozenset[Cause] = frozenset({"gone", "diverged"})
 """What cannot change any more, however long one looks."""
@@ -89,6 +87,8 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The members of each group."""
     limits: Limits = Limits()
     outlets: Outlets | None = None
+    dump: DumpOrder | None = None
+    """Where verdicts are written, with all that the journals say."""
     other_nodes: OtherNodesOrder | None = None
     """None if all ranks are on this node."""
 
@@ -342,6 +342,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
     """
     confirmation = Confirmation()
     with ExitStack() as stack:
+        dumper = stack.enter_context(Dumper(order.dump))
         watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(Endings())
         outlets = stack.enter_context(OpenOutlets(order.outlets, order.num_ranks)) if order.outlets else None
         while not endings.wait(stop, watcher.pids()):
@@ -352,9 +353,11 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
                 outlets.stands(confirmation.told, now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
+                look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed
                 if outlets is not None:
                     outlets.tell(verdict, now_ns)
                 os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
+                dumper.take(look, verdict)
                 if verdict.is_final:
                     return
             elif before is not None and confirmation.told is None:

@@ -19,7 +19,7 @@ from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
-from phalanx.executor.watching import Watching, make_journals, start_watching
+from phalanx.executor.watching import Watching, dump_order, make_journals, start_watching
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge
@@ -58,6 +58,7 @@ def keep_ledger(
         groups={group.name: group.ranks for group in groups if group.size > 1},
         limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
         outlets=open_outlets(config, resources),
+        dump=dump_order(config),
     )
     remote = crew.ranks_of_agents()
     if not remote:
