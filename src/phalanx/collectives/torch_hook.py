@@ -172,8 +172,10 @@ class Hook:
             library: Any = torch.library  # untyped
             self._library = library.Library("c10d", "IMPL")
             for name, operator in OPERATORS.items():
-                overload = getattr(torch.ops.c10d, name).default
-                self._library.impl(name, self._kernel(operator, overload), "BackendSelect", with_keyset=True)
+                packet = getattr(torch.ops.c10d, name, None)  # not every version of torch has each
+                if packet is not None:
+                    kernel = self._kernel(operator, packet.default)
+                    self._library.impl(name, kernel, "BackendSelect", with_keyset=True)
 
     def _kernel(self, operator: Operator, overload: Any) -> Callable[..., Any]:
         describe, redispatch = METHODS[operator.method], overload.redispatch
