@@ -3,21 +3,25 @@
     python benchmarks/guard.py [--short]
 
 *A collective* is one call of a group of which nothing is left but what is noted around it. *The brain* is what it does
-with the words of one step's ranks. *A step* is one token of one request, by ranks that share a small model over shared
-memory: the least that a step can be. Engines with `off` (twice, to see what a difference is worth), `digest` and
-`strict` take turns after each step, without async scheduling, so that those whose turn it is not sleep. All without
-the ledger, but where it is named. Microseconds; medians (and the middle half) of rounds or steps, differences and
-ratios of those that came after each other.
+with the words of one step's ranks. *Agreeing* is what `strict` adds to an all-reduce of [1, 256] float32 between two
+processes. *A step* is one token of one request, by ranks that share a small model over shared memory: the least that a
+step can be. Engines with `off` (twice, to see what a difference is worth), `digest` and `strict` take turns after each
+step, without async scheduling, so that those whose turn it is not sleep. All without the ledger, but where it is named.
+Microseconds; medians (and the middle half) of rounds or steps, differences and ratios of those that came after each
+other.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +29,11 @@ import click
 import torch
 from torch import Tensor
 
+from phalanx.collectives.agreement import agreement
 from phalanx.collectives.group import Group
+from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
+from phalanx.collectives.rendezvous import open_rendezvous
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
@@ -50,6 +57,7 @@ COLLECTIVES_PER_STEP = 2 * NUM_LAYERS + 3
 
 
 NUM_TURNS = 20
+DEADLINE_S = 600.0
 
 
 def best_us(*programs: Callable[[], object], num_calls: int) -> list[float]:
@@ -168,6 +176,38 @@ class Engine:
         return (time.perf_counter() - began_at) * 1e6
 
 
+def be_rank(spec: GroupSpec, rank: int, rounds: int, num_calls: int, results: Connection) -> None:
+    """One of two that sum up, in turn without and with an agreement. The first sends pairs of microseconds a call."""
+    torch.set_num_threads(1)
+    plain = join(spec, rank, torch.device("cpu"), None)
+    agreed = JournaledGroup(plain, NoJournal(), agreement=agreement(spec, rank, None))
+    x = torch.zeros(1, 256)
+    groups: list[Group] = [plain, agreed]
+    pairs = [best_us(*(partial(group.all_reduce, x) for group in groups), num_calls=num_calls) for _ in range(rounds)]
+    if rank == 0:
+        results.send(pairs)
+
+
+def report_agreeing(rounds: int, num_calls: int) -> None:
+    processes = multiprocessing.get_context("spawn")
+    with open_rendezvous("tp", "shm", (0, 1), FIRST_EPOCH, 60.0, 60.0, agrees=True) as rendezvous:
+        mine, theirs = processes.Pipe(duplex=False)
+        ranks = [
+            processes.Process(target=be_rank, args=(rendezvous.spec, rank, rounds, num_calls, theirs))
+            for rank in rendezvous.spec.ranks
+        ]
+        for rank in ranks:
+            rank.start()
+        theirs.close()
+        assert mine.poll(DEADLINE_S), "the ranks do not come to an end"
+        pairs = mine.recv()
+        for rank in ranks:
+            rank.join()
+    click.echo("agreeing, us an all-reduce of two ranks")
+    click.echo(f"  {'off':20} {middle([off for off, _ in pairs])}")
+    click.echo(f"  {'strict, more':20} {middle([strict - off for off, strict in pairs])}")
+
+
 def middle(values: Sequence[float]) -> str:
     """The median, and where the middle half of the values is."""
     low, median, high = statistics.quantiles(values, n=4)
@@ -217,6 +257,7 @@ def report_steps(num_ranks: int, rounds: int) -> None:
 def main(num_ranks: int, short: bool) -> None:
     """See the top of this file."""
     report_calls(rounds=3 if short else 15, num_calls=2_000 if short else 20_000)
+    report_agreeing(rounds=3 if short else 15, num_calls=400 if short else 4_000)
     report_steps(num_ranks, rounds=1 if short else 6)
 
 

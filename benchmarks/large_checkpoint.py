@@ -22,6 +22,19 @@ INDEX = "model.safetensors.index.json"
 STD = 0.02
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
     "qwen3-30b-a3b": {
         "model_type": "qwen3_moe",
         "vocab_size": 151_936,
@@ -39,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-    }
+    },
 }
 
 

@@ -164,6 +164,11 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
     15 s longer than this."""
 
+    cuda_graphs: bool = True
+    """On GPUs, capture decode steps in CUDA graphs at the start and replay them: steps of few requests then take much
+    less time. It takes some seconds and up to a few gigabytes of each GPU, depending on max-num-seqs. Models that wait
+    for the GPU within a step, all2all-backend alltoall and enable-eplb do without."""
+
     ledger: bool = True
     """Have each rank note its steps and collectives where they outlive it, and a process watch them that says within a
     second or two which rank is to blame when others wait for it; with Ray on every node. The rank inside the engine's
@@ -176,6 +181,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
 
     ledger_events: Name | None = None
     """With the ledger, a file to append its verdicts to, and their ends, each a line of JSON."""
+
+    allow_chaos: bool = False
+    """Let `phalanx chaos --pid` kill, stop and mislead ranks while they serve. Never where somebody relies on the
+    engine."""
 
     ledger_dump: Name | None = None
     """A directory to which each verdict of the ledger is written, with all that the ranks noted, for `phalanx trace` to
@@ -355,11 +364,14 @@ class Config(Section, frozen=True, kw_only=True):
                 yield "gpu_memory_utilization", "kv_cache_memory says how large the KV cache is"
         if self.executor.collective_backend != "auto" and self.parallel.world_size == 1:
             yield "collective_backend", "one rank has nobody to exchange tensors with"
+        if not self.executor.cuda_graphs and device == "cpu":
+            yield "cuda_graphs", "the ranks compute on the CPU"
         if self.executor.collective_guard == "strict" and self.parallel.engine_size == 1:
             yield "collective_guard", "one rank has nobody to agree with"
-        if self.executor.ledger_events is not None and not (self.executor.ledger and self.executor.launcher == "local"):
+        has_ledger = self.executor.ledger and self.executor.launcher != "inline"
+        if self.executor.ledger_events is not None and not has_ledger:
             yield "ledger_events", "there is no ledger"
-        if self.executor.ledger_dump is not None and not (self.executor.ledger and self.executor.launcher != "inline"):
+        if self.executor.ledger_dump is not None and not has_ledger:
             yield "ledger_dump", "there is no ledger"
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"

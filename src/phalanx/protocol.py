@@ -156,7 +156,8 @@ ClientMessage = Submit | Cancel | Shutdown
 
 
 class StartProgress(Message, frozen=True):
-    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any.
+    """Where a rank stands while the engine starts. `done` of `total` bytes, when the phase counts any; graphs while it
+    is `capturing`.
 
     `node` is said once, when it is known; empty for ranks on the engine's own host.
     """
@@ -450,10 +451,14 @@ class Loaded(Message, frozen=True):
 
 
 class Measured(Message, frozen=True):
-    """What the worker may use for its KV cache, and what one block of it takes."""
+    """What the worker may use for its KV cache, and what one block of it takes.
+
+    `num_padding` blocks are for no request: rows that are nobody's write to them.
+    """
 
     cache_bytes: int
     block_bytes: int
+    num_padding: int = 0
 
 
 NO_TOKEN = -1

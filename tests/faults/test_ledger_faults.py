@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from rig import Arrival, Rig
 
-from phalanx.errors import HungError, PhalanxError
-from phalanx.ledger.verdict import Verdict
+from phalanx.config import Config
+from phalanx.errors import PeerDiedError, UserError
 from phalanx.protocol import SamplingParams
+from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
-from phalanx.worker.methods import remote_method
+from phalanx.testing.faults import Fault, FaultPlan, Kind, State
+from phalanx.testing.running_chaos import find_instance, try_faults
+from phalanx.testing.warm_launcher import WarmStart
 
 pytestmark = pytest.mark.slow
 
 TRAFFIC = [Arrival(0, (1, 2, 3, 4), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))]
 TOLD_WITHIN_S = 2.5
+"""On a machine that others use as well."""
 
-
-class Saboteur:
-    """A worker extension: does harm at the next all_reduce but `after` of its rank."""
-
-    def __init__(self, worker: Any) -> None:
-        self._rank = worker.spec.rank
-        self._groups = worker.groups
-        self._runner = worker
-
-    @remote_method
-    def pid(self) -> int:
-        return os.getpid()
-
-    @remote_method
-    def sabotage(self, rank: int, fault: str, after: int) -> None:
-        if rank != self._rank:
-            return
-        group = next(group for name, group in self._groups.items() if name.startswith("tp"))
-        all_reduce, left = group.all_reduce, [after]
-
-        def sabotaged(x: Any) -> Any:
-            left[0] -= 1
-            if left[0] >= 0:
-                return all_reduce(x)
-            group.all_reduce = all_reduce
-            if fault == "loop":
-                while True:
-                    pass
-            if fault == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if fault == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "skip the rest":
-                group.all_reduce = lambda x: x
-                group.all_gather = lambda x, dim=-1: x.new_zeros(*x.shape[:-1], x.shape[-1] * group.size)
-                group.broadcast = lambda x, src: x
-                return x
-            assert fault == "other shape"
-            return all_reduce(x[..., :8].contiguous()) if x.shape[-1] > 8 else all_reduce(x)
-
-        group.all_reduce = sabotaged
+HOPELESS: tuple[Kind, ...] = ("skip", "extra", "swap", "shape", "dtype")
 
 
 @pytest.fixture(scope="module")
@@ -71,61 +35,87 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
-def sabotaged_run(checkpoint: Path, fault: str, culprit: int, size: int) -> tuple[Verdict | None, PhalanxError, float]:
-    """The verdict, how the run ended, and when the verdict was there after the fault at the latest."""
-    settings = {
-        "max_model_len": 128,
-        "kv_cache_memory": 1 << 20,
-        "max_num_seqs": 4,
-        "step_timeout_s": 6.0,
-        "ledger": True,
-    }
-    extension = f"{__name__}:Saboteur"
-    with Rig(checkpoint, tensor_parallel_size=size, worker_extension_cls=extension, **settings) as rig:
-        rig.run(TRAFFIC)
-        pids = rig.executor.collective_rpc("pid")
-        rig.executor.collective_rpc("sabotage", (culprit, fault, 11))
-        watching = rig.executor._watching
-        assert watching is not None and watching.verdict is None
-        began_at = time.monotonic()
-        try:
-            with pytest.raises(PhalanxError) as caught:
-                rig.run(TRAFFIC)
-        finally:
-            if fault == "stop":
-                os.kill(pids[culprit], signal.SIGCONT)
-        verdict = watching.await_verdict(2.0)
-        return verdict, caught.value, time.monotonic() - began_at
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmStart]:
+    with WarmStart() as started:
+        yield started
+
+
+def outcome_of(warm: WarmStart, checkpoint: Path, fault: Fault, **settings: Any) -> Outcome:
+    config = Config.build(model=str(checkpoint), **settings_for_chaos(**settings))
+    outcome = try_fault(config, fault, warm)
+    assert outcome.injected is not None, outcome
+    return outcome
+
+
+def check(outcome: Outcome) -> None:
+    """Nothing that was said is wrong, and it was said in time."""
+    assert outcome.rightness.is_right, outcome
+    assert outcome.told_after_s is not None and outcome.told_after_s < TOLD_WITHIN_S, outcome
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
-def test_a_rank_that_leaves_a_step_early(checkpoint: Path, culprit: int) -> None:
-    verdict, error, took_s = sabotaged_run(checkpoint, "skip the rest", culprit, 3)
-    assert verdict is not None and verdict.culprits == (culprit,), verdict
-    assert isinstance(error, HungError) and str(error).startswith(f"rank {culprit} on ")
-    assert took_s < TOLD_WITHIN_S
+@pytest.mark.parametrize("kind", ["kill", "stop", "loop", "error"])
+def test_a_rank_that_does_not_come(checkpoint: Path, warm: WarmStart, kind: Kind, culprit: int) -> None:
+    outcome = outcome_of(warm, checkpoint, Fault(kind=kind, rank=culprit, collective=2), tensor_parallel_size=3)
+    check(outcome)
+    assert f"rank {culprit} on " in str(outcome.verdict or outcome.error)
+    if kind == "loop":
+        assert outcome.verdict is not None and outcome.verdict.stacks[culprit][0].endswith("in loop")
 
 
-@pytest.mark.parametrize(
-    ("fault", "cause", "culprit"),
-    [("loop", "slow", 0), ("loop", "slow", 2), ("stop", "stopped", 0), ("kill", "gone", 0), ("kill", "gone", 2)],
-)
-def test_a_rank_that_does_not_come(
-    checkpoint: Path, fault: str, cause: str, culprit: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "phalanx.ledger"):
-        verdict, _, _ = sabotaged_run(checkpoint, fault, culprit, 3)
-    assert verdict is not None and (verdict.cause, verdict.culprits) == (cause, (culprit,)), verdict
-    assert f"verdict: rank {culprit} on " in caplog.text
-    if fault == "loop":
-        assert verdict.stacks[culprit][0].endswith("in sabotaged")
+@pytest.mark.parametrize("index", range(12))
+def test_ranks_that_diverge_in_groups_of_two_and_of_three(checkpoint: Path, warm: WarmStart, index: int) -> None:
+    size = 2 + index % 2
+    plan = FaultPlan.of_seed(index, 1, size, kinds=HOPELESS)
+    outcome = outcome_of(warm, checkpoint, plan.faults[0], tensor_parallel_size=size)
+    check(outcome)
+    assert f"rank {plan.faults[0].rank} " in outcome.error, outcome
 
 
-def test_another_shape(checkpoint: Path) -> None:
-    verdict, error, took_s = sabotaged_run(checkpoint, "other shape", 1, 3)
-    assert verdict is not None and (verdict.cause, verdict.culprits) == ("diverged", (1,)), verdict
-    assert isinstance(error, HungError) and str(error).startswith("rank 1 on "), error
-    assert took_s < TOLD_WITHIN_S
+@pytest.mark.parametrize(("kind", "state"), [("kill", "idle"), ("stop", "idle"), ("wedge", "prefill")])
+def test_a_link_of_a_pipeline(checkpoint: Path, warm: WarmStart, kind: Kind, state: State) -> None:
+    fault = Fault(kind=kind, rank=1, state=state)
+    check(outcome_of(warm, checkpoint, fault, pipeline_parallel_size=2))
+
+
+def test_a_rank_that_leaves_a_layer_of_experts_early(mixture: Path, warm: WarmStart) -> None:
+    fault = Fault(kind="early-return", rank=1, collective=0)
+    outcome = outcome_of(warm, mixture, fault, data_parallel_size=2, enable_expert_parallel=True)
+    check(outcome)
+
+
+def test_a_rank_that_dies_at_its_start(checkpoint: Path, warm: WarmStart) -> None:
+    fault = Fault(kind="kill", rank=1, state="start")
+    outcome = try_fault(Config.build(model=str(checkpoint), **settings_for_chaos(tensor_parallel_size=2)), fault, warm)
+    assert outcome.injected is None or outcome.rightness.is_right, outcome
+
+
+def test_an_instance_that_runs(checkpoint: Path) -> None:
+    """It is under load, is hurt twice for a while, and serves on."""
+    settings = settings_for_chaos(tensor_parallel_size=2, step_timeout_s=30.0)
+    faults = (
+        Fault(kind="stop", rank=1, seconds=1.5),
+        Fault(kind="slow", rank=0, collective=3, seconds=3.0),
+        Fault(kind="kill", rank=1),
+    )
+    with Rig(checkpoint, **settings) as rig:
+        rig.run(TRAFFIC)
+        found: list[Outcome] = []
+        chaos = Thread(target=lambda: found.extend(try_faults(find_instance(os.getpid()), faults, patience_s=10.0)))
+        chaos.start()
+        with pytest.raises(PeerDiedError, match=r"rank 1 .*SIGKILL"):
+            while True:
+                rig.run(TRAFFIC)
+        chaos.join()
+    said = [(one.verdict.cause, one.verdict.culprits) for one in found if one.verdict is not None]
+    assert said == [("stopped", (1,)), ("late", (0,)), ("gone", (1,))]
+    assert all(one.rightness.is_right for one in found), found
 
 
 def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,6 +127,10 @@ def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pyt
         watching._thread.join(5.0)
         assert "the watcher has ended, killed by SIGKILL" in caplog.text
         rig.run(TRAFFIC)
+        with pytest.raises(UserError, match="was not started with --allow-chaos"):  # and so it takes no faults
+            list(try_faults(find_instance(os.getpid()), (Fault(kind="kill", rank=0),)))
+        with pytest.raises(UserError, match="'arm_fault' is not declared"):
+            rig.executor.collective_rpc("arm_fault", (Fault(kind="kill", rank=0), "/dev/null"))
 
 
 def test_no_alarm(checkpoint: Path) -> None:

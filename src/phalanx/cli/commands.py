@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from phalanx.cli.chaos import chaos
 from phalanx.cli.doctor import doctor
 from phalanx.cli.generate import generate
 from phalanx.cli.serve import serve
@@ -27,4 +28,5 @@ phalanx.add_command(generate)
 phalanx.add_command(doctor)
 phalanx.add_command(trace)
 phalanx.add_command(upcycle)
+phalanx.add_command(chaos)
 phalanx.add_command(watch)

@@ -26,6 +26,9 @@ def instance_table(status: InstanceStatus, width: int = WIDTH) -> str:
     if status.ranks:
         console.print()
         console.print(_ranks(status.ranks))
+    if status.num_elsewhere:
+        elsewhere = f"ranks on other nodes, which cannot be looked at from here: {status.num_elsewhere}"
+        console.print(elsewhere, soft_wrap=True)
     if any(rank.groups for rank in status.ranks):
         console.print()
         console.print(_collectives(status.ranks))

@@ -16,6 +16,8 @@ from phalanx.protocol import StartProgress
 
 REFRESHES_PER_S = 8
 BAR_WIDTH = 30
+COUNTED = {"capturing": "graphs"}
+"""What phases count that do not count bytes."""
 
 
 class _Row(NamedTuple):
@@ -70,7 +72,13 @@ class StartScreen:
         for rank, row in sorted(self._rows.items()):
             progress = row.progress
             bar = ProgressBar(total=progress.total or 1, completed=progress.done, width=BAR_WIDTH)
-            amount = f"{decimal(progress.done)} of {decimal(progress.total)}" if progress.total else ""
+            amount = _amount(progress) if progress.total else ""
             cells = [str(rank), *((row.node,) if has_nodes else ()), progress.phase]
             table.add_row(*cells, bar, amount, f"{time.monotonic() - row.since:.0f} s")
         return table
+
+
+def _amount(progress: StartProgress) -> str:
+    if progress.phase in COUNTED:
+        return f"{progress.done} of {progress.total} {COUNTED[progress.phase]}"
+    return f"{decimal(progress.done)} of {decimal(progress.total)}"

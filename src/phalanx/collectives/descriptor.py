@@ -6,13 +6,15 @@ No torch here.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal, get_args
 
 import msgspec
 
-Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier", "reduce_scatter", "all_to_all"]
+Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier", "reduce_scatter", "all_to_all", "graph"]
+"""graph: the replay of all collectives that were captured in a CUDA graph."""
 
 _OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 _ARGUMENT_NAMES = {"all_gather": "dim", "broadcast": "src"}
@@ -32,7 +34,8 @@ DESCRIPTOR_BYTES = _DIGEST.size + _FIELDS.size + _DIMS.size
 class Descriptor:
     """One collective as one rank sees it: all that must be the same on every rank.
 
-    `shape` is that of the rank's tensor; of an all_to_all, whose ranks have as many rows as they have, that of a row.
+    `shape` is that of the rank's tensor; of an all_to_all, whose ranks have as many rows as they have, that of a row;
+    of a graph see `of_graph`.
     `argument` is the dimension of an all_gather (from the front) and the source of a broadcast.
     """
 
@@ -64,7 +67,18 @@ class Descriptor:
         dims = _DIMS.unpack_from(encoded, _DIGEST.size + _FIELDS.size)
         return cls(_OPERATIONS[operation], _DTYPES[dtype], dims[:num_dims], argument)
 
+    @classmethod
+    def of_graph(cls, captured: Sequence[Descriptor]) -> Descriptor:
+        """Of these, one or more: `shape` is how many there are, the rows of the first, and 63 bits of all digests."""
+        digests = struct.pack(f"<{len(captured)}Q", *(descriptor.digest for descriptor in captured))
+        (digest,) = _DIGEST.unpack(blake2b(digests, digest_size=_DIGEST.size).digest())
+        rows = captured[0].shape[0] if captured[0].shape else 0
+        return cls("graph", shape=(len(captured), rows, digest >> 1))
+
     def __str__(self) -> str:
+        if self.operation == "graph":
+            num_collectives, rows, digest = self.shape
+            return f"a graph of {num_collectives} collectives of {rows} rows ({digest:016x})"
         argument = _ARGUMENT_NAMES.get(self.operation)
         tensor = f" {self.dtype} {list(self.shape)}" if self.dtype else ""
         return self.operation + tensor + (f" {argument}={self.argument}" if argument else "")

@@ -1,13 +1,14 @@
 """A group whose every collective is noted before it is issued: in the rank's journal, and in the digest of its step.
 
 The journal also has when a collective was over: when the call has returned. With NCCL, the work was given to the GPU by
-then. If the ranks are to agree on each collective, they do so after it was noted.
+then. If the ranks are to agree on each collective, they do so after it was noted. What goes into a graph is in the
+journal as captured, and counts for nothing else; each replay of the graph counts as one collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class JournaledGroup:
         self._sequence = 0
         self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
         self._barrier = Descriptor("barrier")
+        self._captured: list[Descriptor] | None = None
 
     @property
     def last(self) -> CollectiveRecord | None:
@@ -103,6 +105,24 @@ class JournaledGroup:
                 leaving.callback(self._agreement.close)
             leaving.callback(self._group.close)
 
+    @contextmanager
+    def capturing(self) -> Iterator[list[Descriptor]]:
+        """What is issued meanwhile goes into a graph; gives the list that it is noted in."""
+        captured = self._captured = []
+        try:
+            yield captured
+        finally:
+            self._captured = None
+
+    @contextmanager
+    def replaying(self, graph: Descriptor) -> Iterator[None]:
+        """Meanwhile a graph is given to the device, with collectives of this group."""
+        self._note(graph)
+        try:
+            yield
+        finally:
+            self._journal.done()
+
     def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
         key = (operation, dtype, shape, argument)
         descriptor = self._known.get(key)
@@ -113,6 +133,10 @@ class JournaledGroup:
         self._note(descriptor)
 
     def _note(self, descriptor: Descriptor) -> None:
+        if self._captured is not None:
+            self._captured.append(descriptor)
+            self._journal.note_captured(len(self._captured), descriptor.digest, descriptor.__str__)
+            return
         self._sequence += 1
         self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)
         if self._digests is not None:
@@ -126,3 +150,32 @@ class JournaledGroup:
         except BaseException:
             self._journal.done()
             raise
+
+
+class CapturedCollectives:
+    """The collectives of one graph, over several groups."""
+
+    def __init__(self, groups: Sequence[JournaledGroup]) -> None:
+        """Of `groups`; others are in no journal."""
+        self._groups = groups
+        self._replayed: list[tuple[JournaledGroup, Descriptor]] = []
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Meanwhile the graph is made."""
+        with ExitStack() as stack:
+            captured = [stack.enter_context(group.capturing()) for group in self._groups]
+            yield
+        self._replayed = [
+            (group, Descriptor.of_graph(of_group))
+            for group, of_group in zip(self._groups, captured, strict=True)
+            if of_group
+        ]
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Meanwhile the graph is given to the device."""
+        with ExitStack() as stack:
+            for group, graph in self._replayed:
+                stack.enter_context(group.replaying(graph))
+            yield

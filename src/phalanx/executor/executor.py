@@ -67,7 +67,8 @@ CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchE
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
 VERDICT_GRACE_S = 2.0
-"""Ranks notice a mismatch within microseconds, the ledger who is to blame for it within a tenth of a second."""
+"""Ranks notice a mismatch within microseconds and digests a divergence with the step, the ledger who is to blame for it
+within a tenth of a second, or a good second if ranks wait in vain."""
 
 CHANNEL_ERRORS = (PeerDiedError, DeadlineError, FrameError)
 """A rank or its node is gone, silent, or says what is no message of ours: after any of them the run is over."""

@@ -59,8 +59,12 @@ class LocalLauncher:
         self._send(Warm(checkpoint))
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
+        """As Launcher says. Again only when all that were started before have ended."""
         with self._changed:
+            assert self._exits.keys() >= self._ranks, "ranks of the last start are left"
             self._ranks = {spec.rank for spec in specs}
+            self._pids.clear()
+            self._exits.clear()
         for spec in specs:
             self._send(Fork(spec))
 
@@ -80,13 +84,17 @@ class LocalLauncher:
                 with suppress(ProcessLookupError):
                     os.kill(self._pids[rank], signal.SIGKILL)
 
+    def await_exits(self, timeout_s: float) -> bool:
+        """Wait until every rank that was started has ended; False if one has not after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._server_exit is not None or self._exits.keys() >= self._ranks, timeout=timeout_s
+            )
+
     def close(self, timeout_s: float) -> None:
         """As Launcher says. Raises DeadlineError if the kernel cannot end the processes."""
         expires_at = time.monotonic() + timeout_s
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._server_exit is not None or self._exits.keys() >= self._ranks, timeout=timeout_s
-            )
+        self.await_exits(timeout_s)
         if self._orders >= 0:
             os.close(self._orders)  # the server then kills what is left and ends
             self._orders = -1

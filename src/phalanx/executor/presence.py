@@ -6,6 +6,8 @@ import os
 import time
 from contextlib import ExitStack
 
+import msgspec
+
 from phalanx.config import Config
 from phalanx.errors import ConfigError
 from phalanx.ledger.board import BOARD_BYTES
@@ -52,6 +54,7 @@ def show_instance(config: Config, order: WatchOrder | None, resources: ExitStack
         device=config.executor.device,
         epoch=FIRST_EPOCH,
         started_at=time.time(),
-        order=order,
+        # How other nodes report is nobody else's business: there is a key in it.
+        order=msgspec.structs.replace(order, other_nodes=None) if order is not None else None,
     )
     resources.callback(show(instance).close)

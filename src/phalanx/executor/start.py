@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -38,6 +38,9 @@ from phalanx.topology.sharding import ExpertShare
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
 
+NewLauncher = Callable[[Mapping[str, str]], LocalLauncher]
+"""Makes the launcher of local ranks; gets the environment that they are to have."""
+
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """What a started executor can hold."""
@@ -54,7 +57,9 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
 
 
-def start_executor(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> tuple[Executor, Capacity]:
+def start_executor(
+    config: Config, checkpoint: Checkpoint, on_progress: OnProgress, *, new_launcher: NewLauncher = LocalLauncher
+) -> tuple[Executor, Capacity]:
     """Start the workers, load the model into them and allocate the KV cache. Blocks until they are ready to step.
 
     Raises ConfigError or another UserError for the user's mistakes, StartError, WorkerError, PeerDiedError or
@@ -63,7 +68,7 @@ def start_executor(config: Config, checkpoint: Checkpoint, on_progress: OnProgre
     config = _settle(config, checkpoint)
     deadline = Deadline(config.executor.start_timeout_s)
     with ExitStack() as stack:
-        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline))
+        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline, new_launcher))
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
         capacity = _allocate(executor, config, checkpoint, loaded, deadline)
         stack.pop_all()
@@ -105,7 +110,9 @@ def _check_experts(config: Config, checkpoint: Checkpoint) -> None:
     ExpertShare(0, size, num_redundant, is_even).span(checkpoint.num_experts)
 
 
-def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, deadline: Deadline) -> Executor:
+def _launch(
+    config: Config, checkpoint: Checkpoint, on_progress: OnProgress, deadline: Deadline, new_launcher: NewLauncher
+) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
     grid = Grid.of(config.parallel)
     with ExitStack() as stack:
@@ -114,7 +121,7 @@ def _launch(config: Config, checkpoint: Checkpoint, on_progress: OnProgress, dea
         elif config.executor.launcher == "ray":
             placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
-            placed = _place_local(config, checkpoint, grid, stack)
+            placed = _place_local(config, checkpoint, grid, new_launcher, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
         guarding = Guarding(placed.specs, stack) if guards else None
         show_instance(config, placed.watching.order if placed.watching is not None else None, stack)
@@ -140,10 +147,12 @@ def _place_inline(
     return Placed(rank, rank, _specs(config, checkpoint, _open_groups(config, grid, resources), [None]))
 
 
-def _place_local(config: Config, checkpoint: Checkpoint, grid: Grid, resources: ExitStack) -> Placed:
+def _place_local(
+    config: Config, checkpoint: Checkpoint, grid: Grid, new_launcher: NewLauncher, resources: ExitStack
+) -> Placed:
     """A process for each rank, all on this host."""
     groups = _open_groups(config, grid, resources)
-    launcher = LocalLauncher(thread_environment(pick_threads(config)))
+    launcher = new_launcher(thread_environment(pick_threads(config)))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
@@ -222,9 +231,10 @@ def _allocate(
         for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
         if isinstance(reply, Measured)
     ]
-    num_padding = int(config.parallel.data_parallel_size > 1)  # a block that a replica without work writes to
+    num_padding = max(rank.num_padding for rank in measured)
     num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
-    max_model_len = _fit_model_len(config, checkpoint, num_blocks, max(rank.block_bytes for rank in measured))
+    block_bytes = max(rank.block_bytes for rank in measured)
+    max_model_len = _fit_model_len(config, checkpoint, num_blocks, block_bytes, num_padding)
     executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline.remaining_s).result()
     return Capacity(
         num_blocks=num_blocks,
@@ -238,7 +248,9 @@ def _allocate(
     )
 
 
-def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int) -> int:
+def _fit_model_len(
+    config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int, num_padding: int = 0
+) -> int:
     """The length limit: the one asked for, or the model's own, shortened to what the cache can hold.
 
     Raises ConfigError when the cache cannot hold one request of the length that was asked for, or nothing at all.
@@ -246,7 +258,7 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
     room = num_blocks * config.cache.block_size
     asked = config.model.max_model_len
     if asked is not None and asked > room:
-        needed = -(-asked // config.cache.block_size) * block_bytes
+        needed = (-(-asked // config.cache.block_size) + num_padding) * block_bytes
         raise ConfigError(
             "max_model_len",
             asked,
@@ -254,7 +266,7 @@ def _fit_model_len(config: Config, checkpoint: Checkpoint, num_blocks: int, bloc
             " (on a GPU, gpu_memory_utilization does too)",
         )
     if num_blocks == 0:
-        raise _no_room_for_a_block(config, block_bytes)
+        raise _no_room_for_a_block(config, (1 + num_padding) * block_bytes)
     return min(asked or checkpoint.max_model_len, room)
 
 

@@ -9,6 +9,8 @@ GIL, or is dead.
 
 Ordering: a record's number is zeroed before the rest is written and written after it, with a fence after each; a reader
 takes what it copied only if the number was right before and after. No torch here.
+
+Where collectives are only given to a device, it is the device that writes how far it is, into two words of the header.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import msgspec
 
@@ -49,9 +52,15 @@ _RECORDS = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES
 _WORD_BYTES = 8
 _MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
 _DONE = DONE_AT // _WORD_BYTES
+_COLLECTIVE, _BEGUN_STEP, _CAPTURED = int(Kind.COLLECTIVE), int(Kind.STEP), int(Kind.CAPTURED)
 _ISSUED = ISSUED_AT // _WORD_BYTES
-_COLLECTIVE, _BEGUN_STEP = int(Kind.COLLECTIVE), int(Kind.STEP)
 _pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
+
+WriteOnDevice = Callable[[int, int], None]
+"""Has the device write a number to the word at an offset in bytes, when it has come so far in what it was given."""
+
+State = Literal["issued", "launched", "running", "done"]
+"""Of a collective. issued: its call has not returned. On a device, launched: it is to come, running: it is in it."""
 
 
 # Of the header: places in 64-bit words. Plain numbers: an enum's member takes as long to look up as a word to write.
@@ -63,12 +72,16 @@ _START_TIME = 4
 _NUM_TEXTS = 5
 _STEP = 6  # that the rank is in, or was in last
 _STACKS = 7  # the descriptor that the process's stacks are read from; 0 if there is none
+_HAS_DEVICE = 8  # 1 if the three below count
+_LAUNCHED = 9  # the newest collective that the device has been given
 _OUTSIDE = 10  # what is waited for that is no collective: an index into OUTSIDE, and the group from bit 8 on
 _OUTSIDE_SINCE = 11
 _JOINING = 12  # a bit for each group whose joining has begun
 _ASKED = 13  # four bytes of it: how often somebody has asked whether the interpreter runs (pulse.py)
 _ANSWERED = 14  # up to which of them it has answered
 _ANSWERER = 15  # the thread that answers, as the kernel numbers it; 0 if there is none
+_BEGUN = 16  # the newest collective that the device has come to: written by it, on a cache line of their own
+_FINISHED = 17  # the newest one that it is through with: likewise
 _SEQUENCES = 32  # of each group's newest collective, which may be older than all records
 _DECISIONS = 64  # the newest steps, at step modulo NUM_DECISIONS: its number and its digest
 _GROUP_SHIFT = 8
@@ -86,6 +99,7 @@ class Journal:
         self._fence = new_fence()
         self._last = 0
         self._step = 0
+        self._write_on_device: WriteOnDevice | None = None
         self.known: set[int] = set()
         """Digests that readers can look up."""
         me = Party.me("this rank")
@@ -94,6 +108,12 @@ class Journal:
     def offer_stacks(self, descriptor: int) -> None:
         """Say where readers find what this process is doing (stacks.py)."""
         self._words[_STACKS] = descriptor
+
+    def follow_device(self, write: WriteOnDevice) -> None:
+        """Collectives are given to a device from now on, which says by itself where it is. Call it before the first."""
+        assert not self._last
+        self._write_on_device = write
+        self._words[_HAS_DEVICE] = 1
 
     def enter(self, phase: str) -> None:
         """Say what the rank does from now on."""
@@ -146,13 +166,23 @@ class Journal:
     def issue(self, group: int, sequence: int, digest: int, rolling: int) -> int:
         """A collective that the rank is about to take part in. Returns the record's number, for `done`."""
         self._words[_SEQUENCES + group] = sequence
-        return self._write(_COLLECTIVE, group, sequence, digest, rolling)
+        number = self._write(_COLLECTIVE, group, sequence, digest, rolling)
+        if self._write_on_device is not None:
+            self._write_on_device(_BEGUN * _WORD_BYTES, number)
+        return number
 
     def done(self, number: int) -> None:
-        """What was begun is over."""
+        """What was begun is over; of a collective on a device, the device has it."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:  # else another record is there by now
             self._words[word + _DONE] = _now_ns()
+            if self._write_on_device is not None and self._memory[word * _WORD_BYTES + KIND_AT] == _COLLECTIVE:
+                self._write_on_device(_FINISHED * _WORD_BYTES, number)
+                self._words[_LAUNCHED] = number
+
+    def note_captured(self, group: int, place: int, digest: int) -> None:
+        """A collective that goes into a graph, as the `place`th of its group there, and not to the other ranks."""
+        self.done(self._write(_CAPTURED, group, place, digest, digest))
 
     def undone(self, number: int) -> None:
         """What was over for this rank, as it had only been given away, is waited for from now on."""
@@ -206,15 +236,34 @@ class GroupJournal:
             self._journal.explain(digest, describe)
         self._newest = self._journal.issue(self._group, sequence, digest, rolling)
 
+    def note_captured(self, place: int, digest: int, describe: Callable[[], str]) -> None:
+        """A collective goes into a graph instead; `done` has nothing to say of it."""
+        if digest not in self._known:
+            self._journal.explain(digest, describe)
+        self._newest = 0
+        self._journal.note_captured(self._group, place, digest)
+
     def done(self) -> None:
         """It is over."""
-        self._journal.done(self._newest)
+        if self._newest:
+            self._journal.done(self._newest)
+
+
+class DeviceMarks(msgspec.Struct, frozen=True):
+    """How far a rank's collectives are on its device: numbers of records, each the newest of its kind."""
+
+    launched: int
+    begun: int
+    finished: int
 
 
 class NoJournal:
     """The part of a group in a journal that nobody keeps."""
 
     def issue(self, sequence: int, digest: int, describe: Callable[[], str]) -> None:
+        """Nothing."""
+
+    def note_captured(self, place: int, digest: int, describe: Callable[[], str]) -> None:
         """Nothing."""
 
     def done(self) -> None:
@@ -235,7 +284,7 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     sequences: tuple[int, ...]
     """Of the newest collective of each group, by the group's index; 0 before the first."""
     records: tuple[Record, ...]
-    """The newest ones, in their order."""
+    """The newest ones, in their order; all that a device is not through with, as far as the journal has them."""
     texts: dict[int, str]
     """What digests stand for. Grows while a reader of the same journal is used; not to be changed."""
     last: int = 0
@@ -251,6 +300,17 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """A bit for each group, by its index, whose joining the rank has come to."""
     answerer: int = 0
     """The thread that says whether the interpreter runs, as the kernel numbers it; 0 if there is none."""
+
+    device: DeviceMarks | None = None
+    """None where who calls a collective waits for it."""
+
+    def state(self, collective: Record) -> State:
+        """How far it is."""
+        if collective.is_done or (self.device is not None and collective.number <= self.device.finished):
+            return "done"
+        if self.device is None or collective.number > self.device.launched:
+            return "issued"
+        return "running" if collective.number <= self.device.begun else "launched"
 
     def has_come_to_join(self, group: int) -> bool:
         """Whether it has come to the joining of the group with this index."""
@@ -288,12 +348,19 @@ class Reader:
         return self._words[_ANSWERED]
 
     def read(self, most: int = NUM_RECORDS) -> Entries:
-        """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile."""
+        """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile.
+
+        A collective that a device is not through with is not done, whatever its record says.
+        """
         words, fence = self._words, self._fence
-        last, step = words[_LAST], words[_STEP]
+        last, step, device = words[_LAST], words[_STEP], _device_marks(words)
         fence()
         first = max(1, last - min(most, NUM_RECORDS) + 1)
+        if device is not None and device.finished < device.launched:
+            first = max(1, last - NUM_RECORDS + 1, min(first, device.finished))
         records = tuple(_records(self._memory, words, range(first, last + 1), fence))
+        if device is not None:
+            records = tuple(_on_device(record, device) for record in records)
         fence()  # what a rank has issued is never older than its records: nobody seems to have left something out
         phase, outside = words[_PHASE], words[_OUTSIDE]
         return Entries(
@@ -313,6 +380,7 @@ class Reader:
             outside_since_ns=words[_OUTSIDE_SINCE],
             joining=words[_JOINING],
             answerer=words[_ANSWERER],
+            device=device,
         )
 
     def steps(self) -> tuple[Record, ...]:
@@ -343,6 +411,15 @@ class Reader:
             self._texts.update(_texts(self._memory, self._words, range(self._num_texts, num_texts)))
             self._num_texts = num_texts
         return self._texts
+
+
+def _device_marks(words: memoryview) -> DeviceMarks | None:
+    return DeviceMarks(words[_LAUNCHED], words[_BEGUN], words[_FINISHED]) if words[_HAS_DEVICE] else None
+
+
+def _on_device(record: Record, device: DeviceMarks) -> Record:
+    is_open = record.kind == _COLLECTIVE and record.number > device.finished
+    return record._replace(done_ns=0) if is_open else record
 
 
 def read(memory: memoryview, most: int = NUM_RECORDS) -> Entries:

@@ -50,6 +50,13 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it has come so far in a group."""
         return self.entries.sequences[self.groups.index(group)] >= sequence
 
+    def has_come_to(self, group: str, sequence: int) -> bool:
+        """Whether it has come so far in a group, its device too if that is what takes part."""
+        if self.entries.device is None or not self.has_issued(group, sequence):
+            return self.has_issued(group, sequence)
+        record = self.collectives(group).get(sequence)  # one that is not there any more is long over
+        return record is None or self.entries.state(record) != "launched"
+
     def has_come_to_join(self, group: str) -> bool:
         """Whether it has come to where the members of a group join it."""
         return self.entries.has_come_to_join(self.groups.index(group))
@@ -69,11 +76,18 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def awaits(self) -> tuple[str, Record] | None:
-        """The collective that it is in, with the group's name; None if it is in none."""
-        for record in reversed(self.entries.records):
-            if record.kind == Kind.COLLECTIVE:
-                return None if record.is_done else (self.groups[record.group], record)
-        return None
+        """The collective that it is in, with the group's name; None if it is in none.
+
+        With a device, the one that this is in, or else the call that does not return. It is in none while it computes,
+        whatever it has still been given.
+        """
+        collectives = [record for record in self.entries.records if record.kind == Kind.COLLECTIVE]
+        if self.entries.device is None:
+            collectives = collectives[-1:]
+        first = next((record for record in collectives if self.entries.state(record) != "done"), None)
+        if first is None or self.entries.state(first) == "launched":
+            return None
+        return self.groups[first.group], first
 
     @property
     def holds_gil(self) -> bool:
@@ -139,7 +153,7 @@ def wait_of(look: Look, rank: int) -> Wait | None:
     entries = one.entries
     if (awaits := one.awaits) is not None:
         group, record = awaits
-        others = (other for other in look.members(group) if not look.ranks[other].has_issued(group, record.sequence))
+        others = (other for other in look.members(group) if not look.ranks[other].has_come_to(group, record.sequence))
         return Wait(record.issued_ns, one.text(record), tuple(others), group, record)
     if not entries.outside:
         return None

@@ -27,6 +27,8 @@ class Kind(enum.IntEnum):
     """A collective that was issued."""
     STEP = 2
     """A step that was begun, as its plan says it: a decision."""
+    CAPTURED = 3
+    """A collective that was put into a graph. Each replay of that is a COLLECTIVE."""
 
 
 class Record(NamedTuple):
@@ -41,14 +43,15 @@ class Record(NamedTuple):
     step: int
     """0 outside of steps."""
     sequence: int
-    """Of a collective: its place among the group's, from 1. Of a step: the tokens of all replicas."""
+    """Of a collective: its place among the group's, from 1; of a captured one, among those of its graph. Of a step: the
+    tokens of all replicas."""
     digest: int
     """Differs where what is done differs: operation, dtype and shape, or the plan."""
     rolling: int
     """The digest of all that came before in the group, this one included."""
     issued_ns: int
     done_ns: int
-    """0 as long as it is not done."""
+    """0 as long as it is not done. Of a collective on a device: when the device was given it."""
 
     @property
     def is_done(self) -> bool:

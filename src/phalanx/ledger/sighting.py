@@ -144,7 +144,7 @@ class NodeView:
         before = self._moved.get(one.rank)
         if before is not None and before[:2] == (offset_ns, most_records):
             return before[2]
-        newest = list(self._records[one.rank].values())[-most_records:]
+        newest = _newest(list(self._records[one.rank].values()), one.entries, most_records)
         records = tuple(_moved_record(record, offset_ns) for record in newest)
         entries = _moved(one.entries, offset_ns)
         look = _with(msgspec.structs.replace(one, entries=entries), records, self._texts[one.rank])
@@ -172,6 +172,13 @@ class _ClockOffset:
     @property
     def value_ns(self) -> int:
         return min(offset for offset in (self._least, self._least_before) if offset is not None)
+
+
+def _newest(records: list[Record], entries: Entries, most: int) -> list[Record]:
+    """So many, and all that a device is not through with, as when a journal is read."""
+    if entries.device is not None and entries.device.finished < entries.device.launched:
+        most = max(most, sum(record.number >= entries.device.finished for record in records))
+    return records[-most:]
 
 
 def _with(one: RankLook, records: tuple[Record, ...], texts: dict[int, str]) -> RankLook:

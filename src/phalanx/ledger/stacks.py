@@ -36,6 +36,9 @@ def offer_stacks() -> int:
     if not may_offer():
         return 0
     descriptor = os.memfd_create(f"phalanx:{STACKS}", os.MFD_CLOEXEC)
+    if not descriptor:  # the program has closed its standard input; 0 says that there is none
+        descriptor = os.dup(0)
+        os.close(0)
     faulthandler.register(STACKS_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
 

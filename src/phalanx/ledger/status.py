@@ -77,6 +77,11 @@ class InstanceStatus(msgspec.Struct, frozen=True, kw_only=True):
     stack: tuple[str, ...] | None = None
     """Of the engine's process, as those of ranks are."""
 
+    @property
+    def num_elsewhere(self) -> int:
+        """Ranks on other nodes, which only the verdict knows of; 0 where no ledger is kept."""
+        return self.world_size - len(self.ranks) if self.ranks else 0
+
 
 def instance_status(
     instance: Instance,

@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from phalanx.ledger.habit import first_deviation, is_out_of_habit, next_group, out_of_habit
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
-from phalanx.ledger.record import Record
+from phalanx.ledger.record import Kind, Record
 
 __all__ = ["HOPELESS", "WAITED", "Cause", "Look", "RankLook", "Verdict", "judge"]
 
@@ -131,6 +132,7 @@ def judge(look: Look) -> Verdict | None:
         or _stopped(look)
         or _held(look)
         or _awaited(look)
+        or _alone(look)
         or _store(look)
         or _overdue(look)
     )
@@ -206,6 +208,8 @@ def _other_plan(look: Look) -> Verdict | None:
 def _other_collective(look: Look, first: _Divergence) -> Verdict:
     odd = _odd(look, first)
     culprit = look.ranks[odd[0]]
+    if len(odd) == 1 and (earlier := _earlier(look, culprit, first)) is not None:
+        return earlier
     others = [rank for rank in first.records if rank not in odd] or [rank for rank in first.records if rank != odd[0]]
     peer = look.ranks[others[0]]
     theirs, peers = culprit.text(first.records[odd[0]]), peer.text(first.records[others[0]])
@@ -224,6 +228,30 @@ def _other_collective(look: Look, first: _Divergence) -> Verdict:
     )
 
 
+def _earlier(look: Look, culprit: RankLook, found: _Divergence) -> Verdict | None:
+    """What the culprit has left out of the same step in another group, before it met a peer in another collective."""
+    step = found.records[culprit.rank].step
+    deviation = first_deviation(culprit, step)
+    if deviation is None or deviation.group == found.group or not deviation.is_ahead:
+        return None
+    group, sequence, instead = deviation.group, deviation.sequence, deviation.instead
+    issued = {rank: look.ranks[rank].collectives(group).get(sequence) for rank in look.members(group)}
+    peer, record = next(((rank, one) for rank, one in issued.items() if one is not None), (culprit.rank, None))
+    if record is None or record.step != step or culprit.rank in (rank for rank, one in issued.items() if one):
+        return None
+    theirs, peers = culprit.text(instead), look.ranks[peer].text(record)
+    return _verdict(
+        "diverged",
+        [culprit],
+        f"issued {theirs} of group {culprit.groups[instead.group]} where its peers issued {peers}",
+        step=step,
+        group=group,
+        sequence=sequence,
+        theirs=theirs,
+        peers=peers,
+    )
+
+
 def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
     """Where the collectives differ; failing that, the earliest place that is known to come after one where they did."""
     issued = {rank: look.ranks[rank].collectives(group) for rank in look.members(group)}
@@ -232,7 +260,7 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
         records = {rank: of_rank[sequence] for rank, of_rank in issued.items() if sequence in of_rank}
         if not all(record.step for record in records.values()):  # a method's: its caller hears of it, and goes on
             continue
-        if len({record.digest for record in records.values()}) > 1:
+        if len({(record.digest, record.step) for record in records.values()}) > 1:
             yield _Divergence(group, sequence, records)
             return
         if after is None and len({record.rolling for record in records.values()}) > 1:
@@ -242,12 +270,13 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
 
 
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
-    """The ranks to blame: the minority; in a tie those whose decisions differ; all, if that does not tell either."""
+    """The ranks to blame: the minority; in a tie those whose decisions differ, or who do what they have never done at
+    this place of a step; all, if that does not tell either."""
     records = divergence.records
-    by_digest = {rank: record.digest for rank, record in records.items()}
-    if len(set(by_digest.values())) == 1:
-        by_digest = {rank: record.rolling for rank, record in records.items()}
-    odd = _minority(by_digest)
+    votes: dict[int, object] = {rank: (record.digest, record.step) for rank, record in records.items()}
+    if len(set(votes.values())) == 1:
+        votes = {rank: record.rolling for rank, record in records.items()}
+    odd = _minority(votes)
     if odd:
         return odd
     decisions = {}
@@ -256,10 +285,11 @@ def _odd(look: Look, divergence: _Divergence) -> list[int]:
             decision = one.decision(record.step)
             if decision is not None:
                 decisions[one.rank] = decision.digest
-    return [rank for rank in _minority(decisions) if rank in records] or sorted(records)
+    odd = [rank for rank in _minority(decisions) if rank in records]
+    return odd or out_of_habit(look.ranks, divergence.group, records) or sorted(records)
 
 
-def _minority(votes: Mapping[int, int]) -> list[int]:
+def _minority(votes: Mapping[int, object]) -> list[int]:
     """Who voted for anything but what most did; nobody if there is no majority, or all agree."""
     if not votes:
         return []
@@ -332,13 +362,19 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
     entries = culprit.entries
     if wait.record is None or wait.step == 0:  # of the start, or a method's own: these have deadlines of their own
         return None
+    wait = _nearest_wait(look, culprit, wait)
+    assert wait.record is not None
     if culprit.process == "ended":  # it has said why
         return None
-    decision, text = culprit.decision(wait.step), wait.what
+    text = wait.what
     cause: Cause
-    if entries.step < wait.step:
+    if culprit.has_issued(str(wait.group), wait.record.sequence):
+        cause, what = "late", f"has issued {text}, and its GPU does not come to it: {_on_device(culprit)}"
+    elif entries.step < wait.step:
         cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
-    elif entries.step > wait.step or (decision is not None and decision.is_done):
+    elif _has_left(culprit, wait.step):
+        if (odd := _issued_too_much(look, wait)) is not None:
+            return odd
         cause, what = "skipped", f"has left step {wait.step} without {text}, and is {entries.phase}"
     elif culprit.computes:
         cause = "slow"
@@ -358,6 +394,48 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
         peers=text,
         waiting=sorted({*waiting, *path[:-1]}),
         waited_s=(look.now_ns - min(wait.since_ns, first_wait.since_ns)) / _NS,
+    )
+
+
+def _on_device(one: RankLook) -> str:
+    """What runs on the device of a rank that is in no collective there."""
+    over = [record for record in one.entries.records if record.kind == Kind.COLLECTIVE and record.is_done]
+    return f"what comes after {one.text(over[-1])} runs, or hangs" if over else "what comes before runs, or hangs"
+
+
+def _has_left(one: RankLook, step: int) -> bool:
+    decision = one.decision(step)
+    return one.entries.step > step or (decision is not None and decision.is_done)
+
+
+def _nearest_wait(look: Look, awaited: RankLook, wait: Wait) -> Wait:
+    """Where a rank is awaited in several groups, the collective that it comes to first, as steps usually go."""
+    name = next_group(awaited, wait.step)
+    if name is None or name == wait.group:
+        return wait
+    others = (wait_of(look, rank) for rank in look.members(name))
+    nearer = [other for other in others if other is not None and other.group == name and awaited.rank in other.others]
+    return min(nearer, key=lambda other: other.since_ns) if nearer and nearer[0].step == wait.step else wait
+
+
+def _issued_too_much(look: Look, wait: Wait) -> Verdict | None:
+    """Not who has left a step is to blame, but who is in a collective that the step does not have: if most have left,
+    or the rank has never issued that there."""
+    assert wait.group is not None and wait.record is not None
+    inside = [look.ranks[rank] for rank in look.members(wait.group) if _is_in(look.ranks[rank], wait.group)]
+    left = [rank for rank in wait.others if _has_left(look.ranks[rank], wait.step)]
+    records = {one.rank: awaits[1] for one in inside if (awaits := one.awaits) is not None}
+    is_new = all(is_out_of_habit(look.ranks[rank], wait.group, record) for rank, record in records.items())
+    if not (len(left) == len(wait.others) and (len(left) > len(inside) or (len(left) == len(inside) and is_new))):
+        return None
+    return _verdict(
+        "diverged",
+        inside,
+        f"issued {wait.what}, which its peers have left step {wait.step} without",
+        step=wait.step,
+        group=wait.group,
+        sequence=wait.record.sequence,
+        theirs=wait.what,
     )
 
 
@@ -387,10 +465,25 @@ def _hung(look: Look, wait: Wait) -> Verdict:
 
 
 def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
-    """Each waits for the next in another group: whose order of groups differs from its like's cannot be seen here."""
+    """Each waits for the next in another group. Who is there in another order than in the step before is to blame."""
     waits = {rank: wait for rank in path if (wait := wait_of(look, rank)) is not None}
     first = min(waits.values(), key=lambda wait: wait.since_ns)
     where = "; ".join(f"rank {rank} in {wait.what} of {wait.group}" for rank, wait in waits.items())
+    waited_s = (look.now_ns - first.since_ns) / _NS
+    found = {rank: first_deviation(look.ranks[rank], wait.step) for rank, wait in waits.items()}
+    odd = {rank: deviation for rank, deviation in found.items() if deviation is not None}
+    if len(odd) == 1:
+        ((rank, deviation),) = odd.items()
+        return _verdict(
+            "circle",
+            [look.ranks[rank]],
+            f"has left the order of its steps, so that ranks wait for each other: {where}",
+            step=waits[rank].step,
+            group=deviation.group,
+            sequence=deviation.sequence,
+            theirs=look.ranks[rank].text(deviation.instead),
+            waited_s=waited_s,
+        )
     return _verdict(
         "circle",
         [look.ranks[rank] for rank in sorted(path)],
@@ -398,7 +491,24 @@ def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
         step=first.step,
         group=first.group,
         sequence=first.record.sequence if first.record is not None else None,
-        waited_s=(look.now_ns - first.since_ns) / _NS,
+        waited_s=waited_s,
+    )
+
+
+def _alone(look: Look) -> Verdict | None:
+    """The only rank that is still in a step, and in no collective: nobody waits for it but the engine."""
+    if len(look.ranks) == 1 or any(one.process == "ended" for one in look.ranks.values()):
+        return None
+    inside = [one for one in look.ranks.values() if not _has_left(one, one.entries.step)]
+    if len(inside) != 1 or inside[0].entries.phase != "stepping" or inside[0].awaits is not None:
+        return None
+    (one,) = inside
+    since_ns = max((max(record.issued_ns, record.done_ns) for record in one.entries.records), default=look.now_ns)
+    waited_s = (look.now_ns - since_ns) / _NS
+    doing = "computes" if one.computes else "does nothing that is seen"
+    what = f"{doing} in step {one.entries.step}, which all others have left, and has been in no collective for"
+    return _verdict(
+        "slow" if one.computes else "late", [one], f"{what} {waited_s:.1f} s", step=one.entries.step, waited_s=waited_s
     )
 
 

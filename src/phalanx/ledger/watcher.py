@@ -118,6 +118,9 @@ class _Watched:
         if not entries.pid:
             return None
         process = _process_of(entries)
+        if process == "gone":  # it may have said that it leaves after it was read, and before it was looked for
+            entries = self.reader.read(most_records)
+            process = _process_of(entries)
         still = self._note_still(entries, now_ns, has_moved)
         cpu_s, starved_s = _times_of(entries) if still is not None and now_ns > still.since_ns else (0.0, 0.0)
         return RankLook(

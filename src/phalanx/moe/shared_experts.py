@@ -32,6 +32,7 @@ class SharedExperts:
 
         `products` are what it computes by, on a CPU.
         """
+        self.module = module
         num_experts: int = module.num_experts
         device = next(module.parameters()).device
         linears = products.linears if products is not None else {}

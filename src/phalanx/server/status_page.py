@@ -100,6 +100,8 @@ def _instance(instance: InstanceStatus) -> str:
     if not instance.ranks:
         return f"{title}<p>No ledger of its ranks is kept on this host.</p>"
     groups = sorted({group.group for rank in instance.ranks for group in rank.groups})
+    if instance.num_elsewhere:
+        title += f"<p>Ranks on other nodes, which cannot be looked at from here: {instance.num_elsewhere}</p>"
     titles = _titles(("rank", "node", "process", "phase", "step", "waits for", *groups))
     return f"{title}<table><tr>{titles}</tr>{''.join(_rank(rank, groups) for rank in instance.ranks)}</table>"
 

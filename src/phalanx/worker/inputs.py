@@ -76,6 +76,28 @@ class StepInputs:
             num_decodes=int((rows.num_tokens_R == 1).sum()),
         )
 
+    def padded_to(self, num_rows: int, table: SlotTable) -> StepInputs:
+        """With rows that are nobody's behind those that are there, all of one token."""
+        num_padding = num_rows - len(self.token_ids_T)
+        if num_padding == 0:
+            return self
+        zeros = np.zeros(num_padding, dtype=np.int64)
+        null = table.num_cache_blocks
+        tables = np.full((num_padding, self.block_tables_RB.shape[1]), null, dtype=np.int32)
+        return StepInputs(
+            token_ids_T=np.concatenate([self.token_ids_T, zeros]),
+            positions_T=np.concatenate([self.positions_T, zeros]),
+            query_starts_R1=np.arange(num_rows + 1, dtype=np.int32),
+            context_lens_R=np.concatenate([self.context_lens_R, np.ones(num_padding, dtype=np.int32)]),
+            block_tables_RB=np.concatenate([self.block_tables_RB, tables]),
+            cache_slots_T=np.concatenate([self.cache_slots_T, zeros + null * table.block_size]),
+            sampled_at_N=self.sampled_at_N,
+            sampled_slots_N=self.sampled_slots_N,
+            max_query_len=1,
+            max_context_len=self.max_context_len,
+            num_decodes=num_rows,
+        )
+
     @classmethod
     def padding(cls, table: SlotTable) -> StepInputs:
         """One token that is nobody's. Its key and value go into the block after those that can be planned with."""

@@ -1,6 +1,8 @@
-"""How much memory a step takes besides weights and cache, found by running the largest one."""
+"""How much memory steps take besides weights and cache, found by running the largest one and making some graphs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,9 +11,14 @@ from torch import Tensor
 from phalanx.config import SchedulerConfig
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.model import CausalLM
+from phalanx.worker.cuda_capture import waiting_is_an_error
+from phalanx.worker.decode_graphs import DecodeGraphs
 from phalanx.worker.kv_cache import allocate_cache
 from phalanx.worker.sampler import Sampler
 from phalanx.worker.slots import SlotTable
+
+NUM_GRAPHS_TRIED = 4
+"""Made, besides the largest one, to see what one more takes."""
 
 
 @torch.inference_mode()
@@ -23,12 +30,7 @@ def peak_activation_bytes(model: CausalLM, scheduler: SchedulerConfig, block_siz
     if model.device.type != "cuda":
         return 0
     num_tokens, num_rows = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    num_blocks = -(-num_tokens // block_size)
-
-    def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=model.device)
-
-    model.bind_cache(allocate_cache(model.cache_layers, num_blocks, block_size, model.dtype, zeros))
+    _bind_scratch(model, -(-num_tokens // block_size), block_size)
     torch.cuda.synchronize(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     before_bytes = torch.cuda.memory_allocated(model.device)
@@ -46,6 +48,48 @@ def peak_activation_bytes(model: CausalLM, scheduler: SchedulerConfig, block_siz
     model.bind_cache([])
     torch.cuda.empty_cache()
     return peak_bytes
+
+
+@torch.inference_mode()
+def graph_bytes(model: CausalLM, new_graphs: Callable[[int], DecodeGraphs], block_size: int) -> int:
+    """Bytes that all graphs take, about, with the memory that their steps compute in.
+
+    `new_graphs(null_block)` makes none. Every rank of a stage must call it, like `peak_activation_bytes`. Raises
+    WaitsForGpuError if the model's steps cannot be captured, on every rank of the stage.
+    """
+    _bind_scratch(model, 1, block_size)
+    graphs = new_graphs(0)
+    graphs.run(graphs.sizes[0])
+    with waiting_is_an_error():
+        graphs.run(graphs.sizes[0])
+    first, *others = reversed(graphs.sizes)
+    sampled = others[:NUM_GRAPHS_TRIED]
+    before_bytes = _free_bytes(model.device)
+    graphs.capture(first)
+    after_first_bytes = _free_bytes(model.device)
+    for size in sampled:
+        graphs.capture(size)
+    after_bytes = _free_bytes(model.device)
+    each_bytes = (after_first_bytes - after_bytes) / max(len(sampled), 1)
+    found_bytes = graphs.static_bytes + before_bytes - after_first_bytes + int(each_bytes * len(others))
+    del graphs
+    model.bind_cache([])
+    torch.cuda.empty_cache()
+    return found_bytes
+
+
+def _bind_scratch(model: CausalLM, num_blocks: int, block_size: int) -> None:
+    def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=model.device)
+
+    model.bind_cache(allocate_cache(model.cache_layers, num_blocks, block_size, model.dtype, zeros))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of the GPU, counting what torch keeps and does not use."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _sample(logits_RV: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import NO_TOKEN, LogprobColumns, Step, StepPlan, StepResult, as_ints, ints
+from phalanx.worker.graph_sizes import size_for
 from phalanx.worker.inputs import StepInputs
 from phalanx.worker.sampler import Logprobs, Sampled, Sampler
 from phalanx.worker.slots import Rows, SlotTable
@@ -23,6 +24,7 @@ from phalanx.worker.staging import to_device, to_host
 
 if TYPE_CHECKING:
     from phalanx.models.model import CausalLM
+    from phalanx.worker.decode_graphs import DecodeGraphs
     from phalanx.worker.stage import Stage
 
 
@@ -47,7 +49,8 @@ class Runner:
     replica has tokens: hidden states from the stage before, the model's collectives, hidden states to the stage after;
     those of a token of padding where a replica has none. If this one has `num_samples`, on the last stage: those of
     `logits`, and unless there are other stages one broadcast of the tokens. Rank 0 of the last stage's group chooses
-    them for all.
+    them for all. Where the step is replayed from a graph (graph_sizes.py), the model's collectives and those of
+    `logits` are the graph's, with as many rows as that has.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Runner:
         num_blocks: int,
         device: torch.device,
         replica: int = 0,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`num_blocks` can be planned with. In lockstep with other replicas the cache has one more, for padding."""
+        """`num_blocks` can be planned with. With other replicas or graphs the cache has one more, for padding."""
         self._model = model
         self._replica = replica
         self._stage = stage
+        self._graphs = graphs
         self._device = device
         self._slots = SlotTable(
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks
@@ -88,12 +93,17 @@ class Runner:
         if not any(other.shape.num_tokens for other in step.plans):
             return InFlight(plan.step, torch.empty(0, dtype=torch.int64), None, None)
         inputs = StepInputs.of(plan, rows, self._slots) if len(rows.slots_R) else StepInputs.padding(self._slots)
-        hidden_TD = self._forward(inputs, [max(other.shape.num_tokens, 1) for other in step.plans])
+        shapes = [other.shape for other in step.plans]
+        size = None if self._graphs is None else size_for(shapes, self._graphs.sizes)
+        if self._graphs is None or size is None:
+            hidden_TD, logits_TV = self._forward(inputs, [max(shape.num_tokens, 1) for shape in shapes]), None
+        else:
+            hidden_TD = logits_TV = self._replay(self._graphs, inputs, size)
         sampled = Sampled(torch.empty(0, dtype=torch.int64, device=self._device))
         if self._stage.downstream is not None:
             self._stage.send(hidden_TD)
         elif plan.shape.num_samples:
-            sampled = self._sample(rows, hidden_TD)
+            sampled = self._sample(rows, hidden_TD, logits_TV)
         return self._send_home(plan.step, sampled)
 
     def finish(self, flight: InFlight) -> StepResult:
@@ -106,6 +116,11 @@ class Runner:
             flight.arrived.synchronize()
         return StepResult(flight.step, ints(flight.tokens_S.numpy().astype(np.int32)), _columns(flight.logprobs))
 
+    def close(self) -> None:
+        """Let go of what groups cannot be left before. Blocks on nobody."""
+        if self._graphs is not None:
+            self._graphs.close()
+
     def _take_in(self, plan: StepPlan) -> None:
         self._slots.apply(plan)
         if self._sampler is None:
@@ -117,19 +132,7 @@ class Runner:
 
     def _forward(self, inputs: StepInputs, num_tokens: Sequence[int]) -> Tensor:
         """Hidden states of this replica's tokens; `num_tokens` are those of all replicas, padding included."""
-        (
-            token_ids_T,
-            positions_T,
-            query_starts_R1,
-            context_lens_R,
-            block_tables_RB,
-            cache_slots_T,
-            sampled_at_N,
-            sampled_slots_N,
-        ) = to_device(inputs.arrays, self._device)
-        if len(sampled_at_N):
-            assert not self._stage.is_pipelined, "the plan does not tell the tokens of all its rows"
-            token_ids_T[sampled_at_N] = self._newest_Q[sampled_slots_N]
+        token_ids_T, positions_T, query_starts_R1, context_lens_R, block_tables_RB, cache_slots_T = self._upload(inputs)
         batch = AttentionBatch(
             query_starts_R1=query_starts_R1,
             context_lens_R=context_lens_R,
@@ -146,13 +149,44 @@ class Runner:
         received_TD = self._stage.receive(torch.empty(shape_TD, dtype=self._model.dtype, device=self._device))
         return self._model.hidden_states(received_TD, positions_T, batch, num_tokens)
 
-    def _sample(self, rows: Rows, hidden_TD: Tensor) -> Sampled:
-        """Tokens of the rows that sample. Without a pipeline all ranks get them and remember each slot's newest."""
+    def _replay(self, graphs: DecodeGraphs, inputs: StepInputs, size: int) -> Tensor:
+        """Logits of this replica's rows, of one token each; or hidden states, if the model goes on elsewhere."""
+        num_rows = len(inputs.token_ids_T)
+        if self._stage.upstream is not None:
+            self._stage.receive(graphs.hidden_in(num_rows))
+        token_ids_G, positions_G, _, context_lens_G, block_tables_GB, cache_slots_G = self._upload(
+            inputs.padded_to(size, self._slots)
+        )
+        out_GX = graphs.replay(
+            token_ids_G if self._stage.upstream is None else None,
+            positions_G,
+            context_lens_G,
+            block_tables_GB,
+            cache_slots_G,
+        )
+        return out_GX[:num_rows]
+
+    def _upload(self, inputs: StepInputs) -> Sequence[Tensor]:
+        """The inputs on the device, in the order of `arrays`, and with the token ids that only the device knows."""
+        *tensors, sampled_at_N, sampled_slots_N = to_device(inputs.arrays, self._device)
+        if len(sampled_at_N):
+            assert not self._stage.is_pipelined, "the plan does not tell the tokens of all its rows"
+            tensors[0][sampled_at_N] = self._newest_Q[sampled_slots_N]
+        return tensors
+
+    def _sample(self, rows: Rows, hidden_TD: Tensor, logits_TV: Tensor | None) -> Sampled:
+        """Tokens of the rows that sample. Without a pipeline all ranks get them and remember each slot's newest.
+
+        Overwrites the logits, if these are there already.
+        """
         slots_S = rows.slots_R[rows.samples_R]
         ends_S = np.cumsum(rows.num_tokens_R)[rows.samples_R]
         positions_S = (rows.num_computed_R + rows.num_tokens_R)[rows.samples_R]
         last_S, slots_on_device_S = to_device([ends_S - 1, slots_S], self._device)
-        logits_SV = self._model.logits(hidden_TD[last_S])
+        if logits_TV is None:
+            logits_SV = self._model.logits(hidden_TD[last_S])
+        else:
+            logits_SV = logits_TV if len(slots_S) == len(logits_TV) else logits_TV[last_S]
         if self._sampler is not None:
             sampled = self._sampler.sample(logits_SV, slots_S, positions_S)
         else:

@@ -5,6 +5,8 @@ The same object serves a process of its own (process.py) and the brain's process
 
 from __future__ import annotations
 
+import logging
+import mmap
 import os
 import threading
 import time
@@ -12,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,6 +25,8 @@ from phalanx.collectives.agreement import agreement
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.journaled_exchange import JournaledExchange
+from phalanx.collectives.stream_writes import StreamWrites
+from phalanx.errors import ConfigError
 from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.stacks import may_offer, offer_stacks
@@ -55,9 +60,13 @@ from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
 from phalanx.transport.shared_memory import SharedSegment
 from phalanx.worker.checkpoint import check_same_checkpoint, find_checkpoint
+from phalanx.worker.cuda_capture import CudaCapture, WaitsForGpuError
+from phalanx.worker.decode_graphs import DecodeGraphs
+from phalanx.worker.error_text import message_of
+from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.methods import Methods, load_extension, remote_method
-from phalanx.worker.profile import peak_activation_bytes
+from phalanx.worker.profile import graph_bytes, peak_activation_bytes
 from phalanx.worker.runner import InFlight, Runner
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.stage import Stage
@@ -70,8 +79,13 @@ if TYPE_CHECKING:
 REPORT_INTERVAL_S = 0.1
 """Progress within a phase is told this often: a model has hundreds of tensors, and many load in no time."""
 
+SABOTEUR = "phalanx.testing.saboteur:Saboteur"
+"""The extension that carries out fault plans, imported only where chaos is allowed."""
+
 MAX_STEPS_IN_FLIGHT = 2
 """Steps launched on a GPU before the oldest is waited for."""
+
+log = logging.getLogger("phalanx.worker")
 
 
 class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,12 +128,15 @@ class Worker:
             self._exchange = JournaledExchange(exchange, self._journal)
         self._reported_at = 0.0
         self._device = _device(spec)
+        if self._journal is not None and self._segment is not None and self._device.type == "cuda":
+            _follow_device(self._journal, self._segment, self._device)
         self._checkpoint = find_checkpoint(spec, self._enter)
         self._arena = Arena(f"rank{spec.rank}", self._device)
         self._groups: dict[str, Group] = {}
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
+        self._has_graphs = can_have_graphs(spec.config, self._device.type)
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
@@ -149,9 +166,9 @@ class Worker:
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
         )
-        extension = config.executor.worker_extension_cls
-        if extension is not None:
-            self._methods.extend(extension, load_extension(extension, self))
+        for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
+            if extension is not None:
+                self._methods.extend(extension, load_extension(extension, self))
         return Loaded(
             weight_bytes=self._model.weight_bytes,
             device=_device_name(self._device),
@@ -296,6 +313,8 @@ class Worker:
                 leaving.callback(self._pulse.close)
             for group in self._groups.values():
                 leaving.callback(group.close)
+            if self._runner is not None:
+                leaving.callback(self._runner.close)
         self._groups.clear()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
@@ -374,6 +393,8 @@ class Worker:
         peak_bytes = peak_activation_bytes(
             model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
         )
+        if self._has_graphs:
+            peak_bytes += self._measure_graphs(longest)
         for experts in model.experts.values():
             experts.load.reset()  # what it was measured with were no tokens of anybody
         return Measured(
@@ -385,7 +406,50 @@ class Worker:
                 ranks_on_host=self.spec.ranks_on_host,
             ),
             block_bytes=bytes_of_block,
+            num_padding=self._num_padding_blocks,
         )
+
+    def _measure_graphs(self, max_model_len: int) -> int:
+        """Bytes that graphs take; 0, and none are made, if the model cannot be captured."""
+        assert self._model is not None
+        new_graphs = partial(self._new_graphs, max_model_len)
+        try:
+            return graph_bytes(self._model, new_graphs, self.spec.config.cache.block_size)
+        except WaitsForGpuError as error:
+            self._has_graphs = False
+            log.warning("decode steps are not captured in CUDA graphs, as this model waits for the GPU: %s", error)
+            return 0
+
+    def _new_graphs(self, max_model_len: int, null_block: int) -> DecodeGraphs:
+        assert self._model is not None
+        config = self.spec.config
+        return DecodeGraphs(
+            self._model,
+            CudaCapture(self._device),
+            [group for group in self._groups.values() if isinstance(group, JournaledGroup)],
+            sizes=graph_sizes(config.scheduler.max_num_seqs),
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+            null_block=null_block,
+            num_replicas=config.parallel.data_parallel_size,
+        )
+
+    @property
+    def _num_padding_blocks(self) -> int:
+        """Blocks of KV cache that no request gets: one where rows of padding can occur."""
+        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1)
+
+    def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
+        graphs = self._new_graphs(max_model_len, null_block)
+        for i, size in enumerate(reversed(graphs.sizes)):
+            self._enter("capturing", i, len(graphs.sizes))
+            try:
+                graphs.capture(size)
+            except RuntimeError as error:  # torch's; what a peer does has errors of ours
+                allowed = f"False would do, as a step of {size} rows could not be captured: {message_of(error)}"
+                raise ConfigError("cuda_graphs", True, allowed) from error
+        torch.cuda.empty_cache()  # what steps without a graph took
+        return graphs
 
     def _measure_experts(self) -> ExpertLoads:
         loads = [(name, experts.num_tokens()) for name, experts in self.model.experts.items()]
@@ -409,16 +473,18 @@ class Worker:
         self._enter("allocating")
         config, model = self.spec.config, self._model
         grid = Grid.of(config.parallel)
-        num_padding = int(grid.data_parallel_size > 1)
         model.bind_cache(
             allocate_cache(
                 model.cache_layers,
-                num_blocks + num_padding,
+                num_blocks + self._num_padding_blocks,
                 config.cache.block_size,
                 model.dtype,
                 self._arena.allocate,
             )
         )
+        graphs = self._capture(max_model_len, null_block=num_blocks) if self._has_graphs else None
+        for experts in model.experts.values():
+            experts.load.reset()  # what was computed for graphs were no tokens of anybody
         self._runner = Runner(
             model,
             self._stage,
@@ -428,6 +494,7 @@ class Worker:
             num_blocks=num_blocks,
             device=self._device,
             replica=grid.coordinates(self.spec.rank).replica,
+            graphs=graphs,
         )
         self._enter("idle")
 
@@ -438,6 +505,14 @@ def _device(spec: WorkerSpec) -> torch.device:
     device = torch.device("cuda", spec.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _follow_device(journal: Journal, segment: SharedSegment, device: torch.device) -> None:
+    """Have the GPU write into the journal how far it is."""
+    try:
+        journal.follow_device(StreamWrites(segment.buf[: mmap.PAGESIZE], device).write)
+    except (OSError, RuntimeError) as error:
+        log.warning("the ledger cannot tell what a GPU was given from what it has done: %s", error)
 
 
 def _device_name(device: torch.device) -> str:

@@ -147,6 +147,19 @@ def test_the_advice_counts_what_the_largest_stage_needs() -> None:
         _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0))
 
 
+def test_a_block_for_padding_is_for_no_request_and_is_asked_for() -> None:
+    measured = [
+        Measured(cache_bytes=4000, block_bytes=1000),
+        Measured(cache_bytes=4000, block_bytes=1000, num_padding=1),
+    ]
+    executor: Any = Stages(*measured)
+    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
+    assert capacity.num_blocks == 3
+    with pytest.raises(ConfigError, match="raise kv_cache_memory to 5000 bytes"):
+        config = Config.build(model="m", block_size=16, max_model_len=64)
+        _allocate(Stages(*measured), config, CHECKPOINT, LOADED, Deadline(1.0))
+
+
 def test_one_deadline_is_for_all_phases_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     executor: Any = Stages(*[Measured(cache_bytes=16_000, block_bytes=1000)] * 2)
     executor.clock = clock = Clock(monkeypatch)

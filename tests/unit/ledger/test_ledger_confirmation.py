@@ -31,3 +31,18 @@ def test_after_a_pause_it_must_stand_anew() -> None:
     confirmation, late = Confirmation(), verdict("skipped")
     assert told(confirmation, [late] * 5) == []
     assert told(confirmation, [late] * 20, start=2 * 10**12) == [7]
+
+
+def test_what_is_over_may_come_again() -> None:
+    confirmation, stopped = Confirmation(), verdict("stopped")
+    assert told(confirmation, [stopped] * 30) == [17]
+    assert confirmation.told == stopped
+    assert told(confirmation, [None] * 10, start=10**12 + 30 * LOOK_NS) == []
+    assert confirmation.told is None
+    assert told(confirmation, [stopped] * 30, start=10**12 + 40 * LOOK_NS) == [17]
+
+
+def test_a_moment_without_it_does_not_end_it() -> None:
+    confirmation, late = Confirmation(), verdict("late")
+    assert told(confirmation, ([late] * 10 + [None]) * 5) == [7]
+    assert confirmation.told == late

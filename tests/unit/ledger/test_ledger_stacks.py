@@ -53,3 +53,38 @@ def test_one_that_is_stopped_or_gone_does_not_answer() -> None:
         os.kill(pid, signal.SIGSTOP)
         assert stack_of(pid, descriptor, timeout_s=0.2) == ()
     assert stack_of(pid, descriptor) == ()
+
+
+def test_a_handler_of_the_program_is_respected() -> None:
+    program = """
+import signal
+from phalanx.ledger.stacks import STACKS_SIGNAL, may_offer, offer_stacks
+mine = lambda *_: None
+signal.signal(STACKS_SIGNAL, mine)
+assert offer_stacks() == 0 and not may_offer() and signal.getsignal(STACKS_SIGNAL) is mine
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_one_that_does_not_handle_the_signal_any_more_outlives_the_question() -> None:
+    """Nor has it to have a standard input."""
+    program = """
+import os, signal, time
+from phalanx.ledger.stacks import STACKS_SIGNAL, may_offer, offer_stacks
+os.closerange(0, 1)
+descriptor = offer_stacks()
+assert may_offer()
+signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+print(descriptor, flush=True)
+time.sleep(600)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        descriptor = int(child.stdout.readline())
+        assert descriptor
+        assert stack_of(child.pid, descriptor, timeout_s=0.2) == ()
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.communicate()

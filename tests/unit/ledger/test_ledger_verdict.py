@@ -131,7 +131,7 @@ def test_a_true_tie_is_said_to_be_one() -> None:
     ranks = world(2)
     for rank in ranks:
         rank.begin(2)
-        rank.issue("tp@0", GATHER if rank.rank == 0 else REDUCE)
+        rank.issue("tp@0", GATHER if rank.rank == 0 else "barrier")  # neither has ever done that here
     verdict = verdict_on(ranks)
     assert verdict is not None and verdict.is_ambiguous and verdict.culprits == (0, 1)
     assert "which of them is wrong cannot be told" in str(verdict)

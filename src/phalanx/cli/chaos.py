@@ -1,0 +1,172 @@
+"""`phalanx chaos`: hurt an engine on purpose, and see whether the ledger says who it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+import msgspec
+
+from phalanx.cli.exit_codes import FAILURE
+from phalanx.cli.options import SectionedCommand, engine_options, given
+from phalanx.cli.setting_types import type_for
+from phalanx.config import Config
+from phalanx.errors import ConfigError
+from phalanx.testing.faults import KINDS, Fault, FaultPlan, Kind, State
+
+if TYPE_CHECKING:
+    from phalanx.testing.chaos import Outcome
+
+Draw = Callable[..., tuple[Fault, ...]]
+"""Gives the faults for a world of so many ranks."""
+
+BRIEF_S = 5.0
+"""What happens to an instance that runs lasts no longer, so that it serves again."""
+
+_STATES: tuple[State, ...] = get_args(State)
+_SET_HERE = ("launcher", "ledger", "allow_chaos", "served_model_name", "worker_extension_cls")
+_TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause", "group", "sequence", "operation")
+_COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    """Some of several names, with commas in between."""
+
+    name = "list"
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        self._allowed = allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        for name in names:
+            if name not in self._allowed:
+                self.fail(f"{name!r} is none of {', '.join(self._allowed)}", param, ctx)
+        return names
+
+
+@click.command(
+    cls=SectionedCommand,
+    params=[
+        click.Option(["--seed"], type=int, default=1, show_default=True, help="The same faults for the same seed."),
+        click.Option(["--count"], type=click.IntRange(1), default=20, show_default=True, help="How many faults."),
+        click.Option(
+            ["--kinds"], type=_Names(KINDS), default=KINDS, help=f"Some of {','.join(KINDS)}; all by default."
+        ),
+        click.Option(
+            ["--states"],
+            type=_Names(_STATES),
+            default=("idle", "prefill", "decode"),
+            help=f"Of {','.join(_STATES)}; all but start by default.",
+        ),
+        click.Option(
+            ["--plan"], type=click.Path(exists=True, dir_okay=False), help="A fault plan in TOML or JSON, not a seed."
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print a line of JSON for each fault instead."),
+        click.Option(
+            ["--pid"],
+            type=click.IntRange(1),
+            help="Not MODEL, but what runs already, by the process id of its engine or server.",
+        ),
+        *engine_options(leave_out=_SET_HERE),
+    ],
+)
+@click.argument("model", required=False, type=type_for("model", str))
+def chaos(
+    model: str | None,
+    seed: int,
+    count: int,
+    kinds: tuple[Kind, ...],
+    states: tuple[State, ...],
+    plan: str | None,
+    as_json: bool,
+    pid: int | None,
+    **settings: Any,
+) -> None:
+    """Start engines of MODEL on this host, each for one fault, and compare what the ledger says with what was done.
+
+    With --pid the faults happen, for five seconds each, to an instance that runs, if it was started with --allow-chaos:
+    it needs some load meanwhile, and most kinds end it. The exit code is 1 if a culprit, a cause, a group, a sequence
+    number or an operation was wrong, or could not be told.
+    """
+    if (model is None) == (pid is None):
+        raise click.UsageError("give MODEL, or --pid of an instance that runs")
+    if pid is not None and given(settings):
+        raise click.UsageError("--pid is of an instance that has its settings")
+    if pid is not None:  # a rank that fails says so to its engine, and no verdict is given on it
+        kinds = tuple(kind for kind in kinds if kind != "error")
+    draw = partial(_faults, plan, seed, count, kinds=kinds, states=states)
+    outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
+    if not as_json:
+        click.echo(_COLUMNS.format(*_TITLES))
+    all_right = True
+    for outcome in outcomes:
+        all_right = all_right and (outcome.injected is None or outcome.rightness.is_right)
+        click.echo(msgspec.json.encode(outcome).decode() if as_json else _row(outcome))
+    if not all_right:
+        click.get_current_context().exit(FAILURE)
+
+
+def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> Iterator[Outcome]:
+    """An engine for each fault."""
+    from phalanx.testing.chaos import try_fault
+    from phalanx.testing.warm_launcher import WarmStart
+
+    config = Config.build(model=model, launcher="local", ledger=True, allow_chaos=True, **given(settings))
+    world_size, has_experts = config.parallel.world_size, config.parallel.enable_expert_parallel
+    if world_size == 1 or config.parallel.engine_size < world_size:
+        raise ConfigError("tensor_parallel_size", config.parallel.tensor_parallel_size, "ranks must work together")
+    faults = draw(world_size, has_experts=has_experts)
+    with WarmStart() as warm:
+        for number, fault in enumerate(faults):
+            yield try_fault(config, fault, warm, seed=seed + number)
+
+
+def _in_instance(pid: int, draw: Draw) -> Iterator[Outcome]:
+    """One instance for all, as long as it lives."""
+    from phalanx.testing.running_chaos import find_instance, try_faults
+
+    instance = find_instance(pid)
+    faults = draw(instance.world_size, has_experts=True)
+    if any(fault.kind == "error" for fault in faults):
+        raise ConfigError("kind", "error", "not with --pid: the engine tells it, and no verdict is given on it")
+    brief = tuple(msgspec.structs.replace(fault, seconds=min(fault.seconds, BRIEF_S)) for fault in faults)
+    yield from try_faults(instance, brief)
+
+
+def _faults(
+    plan: str | None,
+    seed: int,
+    count: int,
+    world_size: int,
+    *,
+    has_experts: bool,
+    kinds: tuple[Kind, ...],
+    states: tuple[State, ...],
+) -> tuple[Fault, ...]:
+    if plan is None:
+        found = FaultPlan.of_seed(seed, count, world_size, has_experts=has_experts, kinds=kinds, states=states)
+        return found.faults
+    faults = FaultPlan.parse(Path(plan).read_text()).faults
+    for fault in faults:
+        fault.check(world_size, has_experts=has_experts)
+    return faults
+
+
+def _row(outcome: Outcome) -> str:
+    """A line of the table."""
+    fault, injected, verdict, rightness = outcome.fault, outcome.injected, outcome.verdict, outcome.rightness
+    if injected is None:
+        said = "it never happened"
+    elif verdict is not None:
+        said = f"{verdict.cause}: rank {' or '.join(map(str, verdict.culprits))}"
+        said += f", {verdict.group} {verdict.sequence}" if verdict.group is not None else ""
+    else:
+        said = outcome.error.splitlines()[0] if outcome.error else "nothing"
+    took = "" if outcome.told_after_s is None else f"{outcome.told_after_s * 1e3:.0f}"
+    answers = msgspec.structs.astuple(rightness) if injected is not None else [""] * 5
+    step = str(injected.step) if injected is not None and injected.step else ""
+    return _COLUMNS.format(fault.kind, fault.rank, step, fault.state, said[:34], took, *answers).rstrip()

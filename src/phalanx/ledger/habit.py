@@ -1,0 +1,105 @@
+"""What a group does in every step, and who has just done otherwise. Pure.
+
+Steps are alike: at the same place of each there is the same operation, on the same dtype and the same width, whatever
+the number of tokens. Where two ranks differ and no majority settles it, the one that does what both have always done
+there is right. Sizes other than the last one are not compared, for they depend on the plan; nor is the size of what
+has only one, such as the tokens that were drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from phalanx.ledger.record import Kind, Record
+
+if TYPE_CHECKING:
+    from phalanx.ledger.look import RankLook
+
+_TENSOR = re.compile(r"\[(?P<leading>.*, )(?P<last>\d+)\]|\[\d*\]")
+
+
+def out_of_habit(ranks: Mapping[int, RankLook], group: str, records: Mapping[int, Record]) -> list[int]:
+    """Of the ranks that differ at one place of a group, by their records there: those that do what they never did.
+
+    Nobody, if that does not tell them apart.
+    """
+    step = min(record.step for record in records.values())
+    odd = [rank for rank, record in records.items() if is_out_of_habit(ranks[rank], group, record, step)]
+    return sorted(odd) if len(odd) < len(records) else []
+
+
+def form(text: str) -> str:
+    """What is the same in every step, of a collective's description."""
+
+    def keep(found: re.Match[str]) -> str:
+        return f"[{'_, ' * found['leading'].count(',')}{found['last']}]" if found["last"] else "[_]"
+
+    return _TENSOR.sub(keep, text)
+
+
+def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None = None) -> bool:
+    """Whether the rank has never issued this at the same place of a step before `step`, by default the record's own.
+
+    Who is in a later step than `step` has left that one, and is out of habit if it did less there than usual.
+    """
+    step = record.step if step is None else step
+    steps = _steps(rank, group)
+    usual = [issued for number, issued in steps.items() if number < step]
+    if record.step not in steps or not usual:
+        return False
+    if record.step > step and rank.decision(step) is not None and len(steps.get(step, ())) not in map(len, usual):
+        return True
+    place = record.sequence - steps[record.step][0].sequence
+    return form(rank.text(record)) not in {form(rank.text(issued[place])) for issued in usual if place < len(issued)}
+
+
+class Deviation(NamedTuple):
+    """The first collective of a step that a rank has left out, or done otherwise."""
+
+    group: str
+    sequence: int
+    instead: Record
+    """What it issued in its place, in this group or another one."""
+    is_ahead: bool
+    """Whether that comes later in the step, as steps usually go."""
+
+
+def first_deviation(rank: RankLook, step: int) -> Deviation | None:
+    """Where a rank has left the order that the step before had, over all groups; None if it has not, as far as it has
+    come, or if nothing tells."""
+    usual, issued = _step_before(rank, step)
+    forms = [(record.group, form(rank.text(record))) for record in usual]
+    for place, done in enumerate(issued[: len(usual)]):
+        what = done.group, form(rank.text(done))
+        if what != forms[place]:
+            name = rank.groups[usual[place].group]
+            before = [one.sequence for one in rank.collectives(name).values() if one.number < done.number]
+            return Deviation(name, max(before, default=0) + 1, done, what in forms[place:])
+    return None
+
+
+def next_group(rank: RankLook, step: int) -> str | None:
+    """The group of the collective that the rank comes to next in a step, if that goes as the one before; None if
+    nothing tells."""
+    usual, issued = _step_before(rank, step)
+    return rank.groups[usual[len(issued)].group] if len(issued) < len(usual) else None
+
+
+def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]:
+    """What the rank issued in the newest step before one, of which the journal still has all, and in that step."""
+    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
+    before = max((number for number in complete if 0 < number < step), default=0)
+    issued = [record for record in rank.entries.records if record.kind == Kind.COLLECTIVE]
+    return [one for one in issued if before and one.step == before], [one for one in issued if one.step == step]
+
+
+def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """What the rank issued in the group, by the steps of which the journal still has all."""
+    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
+    steps: dict[int, list[Record]] = {}
+    for record in rank.collectives(group).values():
+        if record.step in complete:
+            steps.setdefault(record.step, []).append(record)
+    return steps

@@ -1,0 +1,76 @@
+"""`phalanx chaos`: what it refuses, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from phalanx.cli.chaos import _row
+from phalanx.cli.commands import phalanx
+from phalanx.errors import ConfigError, UserError
+from phalanx.ledger.verdict import Verdict
+from phalanx.testing.chaos import Outcome
+from phalanx.testing.faults import Fault, Injected
+from phalanx.testing.oracle import NOTHING, assess
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(phalanx, ["chaos", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "give MODEL, or --pid"),
+        (("model", "--pid", "1"), "give MODEL, or --pid"),
+        (("--pid", "1", "-tp", "2"), "--pid is of an instance that has its settings"),
+        (("model", "--kinds", "stop,explode"), "'explode' is none of kill, stop"),
+        (("model", "--states", "asleep"), "'asleep' is none of idle, prefill"),
+    ],
+)
+def test_a_wrong_command(arguments: tuple[str, ...], complaint: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and complaint in result.output
+
+
+def test_one_rank_alone_has_no_ledger() -> None:
+    error = run("model").exception
+    assert isinstance(error, ConfigError) and error.field == "tensor_parallel_size"
+
+
+def test_a_plan_that_does_not_fit(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[[faults]]\nkind = "kill"\nrank = 2\n')
+    error = run("model", "-tp", "2", "--plan", str(plan)).exception
+    assert isinstance(error, ConfigError) and (error.field, error.value) == ("rank", 2)
+
+
+def test_a_process_that_is_no_instance() -> None:
+    error = run("--pid", "1").exception
+    assert isinstance(error, UserError) and "process 1 is no instance" in str(error)
+
+
+def test_rows() -> None:
+    fault = Fault(kind="swap", rank=1, state="prefill")
+    done = Injected(at_ns=1, step=7, group="tp@0", sequence=9, theirs="a", peers="b")
+    verdict = Verdict(
+        cause="diverged", culprits=(1,), nodes=("x",), what="", step=7, group="tp@0", sequence=9, theirs="a", peers="b"
+    )
+    right = Outcome(
+        fault=fault,
+        injected=done,
+        verdict=verdict,
+        error="",
+        told_after_s=0.0456,
+        rightness=assess(fault, done, verdict),
+        took_s=1.0,
+    )
+    assert _row(right).split() == ["swap", "1", "7", "prefill", "diverged:", "rank", "1,", "tp@0", "9", "46"] + 5 * [
+        "right"
+    ]
+    never = Outcome(
+        fault=fault, injected=None, verdict=None, error="", told_after_s=None, rightness=NOTHING, took_s=1.0
+    )
+    assert _row(never).split() == ["swap", "1", "prefill", "it", "never", "happened"]

@@ -1,0 +1,204 @@
+"""Of two ranks that differ, the one that does what neither has ever done there is odd."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from ledger_ranks import WritingRank
+
+from phalanx.ledger.habit import form
+from phalanx.ledger.verdict import Look, Verdict, judge
+
+GROUP = "tp@0"
+STEP = ("reduce f32 [1, {n}, 72]", "reduce f32 [1, {n}, 72]", "gather f32 [1, 136] dim=1", "broadcast i64 [1] src=0")
+
+
+def two_ranks(num_steps: int = 3) -> list[WritingRank]:
+    """After some steps, all alike but for the number of tokens."""
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for step in range(1, num_steps + 1):
+        for rank in ranks:
+            run(rank, step, [text.format(n=step) for text in STEP])
+    return ranks
+
+
+def run(rank: WritingRank, step: int, texts: list[str]) -> None:
+    rank.begin(step)
+    for text in texts:
+        rank.collective(GROUP, text)
+    rank.end()
+
+
+def verdict_of(ranks: list[WritingRank]) -> Verdict:
+    looks = {rank.rank: rank.look() for rank in ranks}
+    verdict = judge(Look(time.monotonic_ns(), looks, {GROUP: (0, 1)}))
+    assert verdict is not None
+    return verdict
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "done"),
+    [
+        (1, "reduce f32 [1, 9, 71]"),
+        (0, "reduce f64 [1, 9, 72]"),
+        (1, "reduce f32 [9, 72]"),
+        (1, "gather f32 [1, 136] dim=1"),
+        (2, "broadcast i64 [1] src=0"),
+        (3, "reduce i64 [1]"),
+    ],
+)
+def test_what_was_never_done_at_this_place(culprit: int, place: int, done: str) -> None:
+    ranks = two_ranks()
+    texts = [text.format(n=9) for text in STEP]
+    for rank in ranks:
+        rank.begin(4)
+        for text in texts[:place]:
+            rank.collective(GROUP, text)
+        rank.issue(GROUP, done if rank.rank == culprit else texts[place])
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits) == ("diverged", (culprit,)), verdict
+    assert (verdict.theirs, verdict.peers, verdict.sequence) == (done, texts[place], 12 + place + 1)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_has_left_the_step_with_one_collective_less_and_goes_on_with_the_same_one(culprit: int) -> None:
+    same = ["reduce f32 [1, 1, 72]"] * 3
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for rank in ranks:
+        for step in (1, 2, 3):
+            run(rank, step, same)
+        if rank.rank == culprit:
+            run(rank, 4, same[:2])
+            rank.begin(5)
+        else:
+            rank.begin(4)
+            rank.collective(GROUP, same[0])
+            rank.collective(GROUP, same[1])
+        rank.issue(GROUP, same[2])
+    assert verdict_of(ranks).culprits == (culprit,)
+
+
+def test_what_both_have_done_there_or_neither_has_cannot_be_told() -> None:
+    for texts in (("one f32 [1, 2]", "two f32 [1, 2]"), ("reduce f32 [1, 9, 72]", "reduce f32 [1, 8, 72]")):
+        ranks = two_ranks()
+        for rank, text in zip(ranks, texts, strict=True):
+            rank.begin(4)
+            rank.issue(GROUP, text)
+        assert verdict_of(ranks).culprits == (0, 1)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_is_in_a_collective_that_the_step_does_not_have(culprit: int) -> None:
+    ranks = two_ranks()
+    for rank in ranks:
+        texts = [text.format(n=1) for text in STEP]
+        if rank.rank != culprit:
+            run(rank, 4, texts)
+            continue
+        rank.begin(4)
+        for text in texts:
+            rank.collective(GROUP, text)
+        rank.issue(GROUP, "reduce i64 [1]")
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.theirs) == ("diverged", (culprit,), "reduce i64 [1]")
+
+
+def test_of_two_groups_in_which_a_rank_is_awaited_the_one_that_it_comes_to_first_is_named() -> None:
+    groups = {"tp": (0, 1), "link": (0, 2)}
+    ranks = [WritingRank(0, ["tp", "link"]), WritingRank(1, ["tp"]), WritingRank(2, ["link"])]
+    for step in (1, 2):
+        for rank in ranks:
+            rank.begin(step)
+        ranks[2].issue("link", "send")  # it waits from the beginning of the step
+        for rank in ranks[:1] if step == 2 else ranks[:2]:
+            rank.collective("tp", "reduce")
+        if step == 1:
+            ranks[0].collective("tp", "reduce")
+            ranks[1].collective("tp", "reduce")
+            ranks[0].collective("link", "send")
+            ranks[2].done("link")
+            for rank in ranks:
+                rank.end()
+    ranks[1].collective("tp", "reduce")
+    ranks[1].issue("tp", "reduce")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "tp", 4)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_what_a_rank_left_out_in_another_group_before_it_met_a_peer(culprit: int) -> None:
+    groups = {"dp": (0, 1, 2), "tp": (0, 1)}
+    ranks = [WritingRank(0, ["dp", "tp"]), WritingRank(1, ["dp", "tp"]), WritingRank(2, ["dp"])]
+    for rank in ranks:
+        rank.begin(1)
+        rank.collective("dp", "gather [1, 4]")
+        if rank.rank < 2:
+            rank.collective("tp", "reduce [1, 72]")
+            rank.collective("tp", "reduce [1, 1, 72]")
+        rank.end()
+        rank.begin(2)
+        if rank.rank != culprit:
+            rank.issue("dp", "gather [1, 4]")
+    ranks[culprit].issue("tp", "reduce [1, 1, 72]")
+    ranks[1 - culprit].done("dp")
+    ranks[1 - culprit].issue("tp", "reduce [1, 72]")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((culprit,), "dp", 2)
+    assert (verdict.theirs, verdict.peers) == ("reduce [1, 1, 72]", "gather [1, 4]")
+
+
+def test_what_is_found_first_is_told_there() -> None:
+    groups = {"dp": (0, 1), "tp": (0, 2)}
+    ranks = [WritingRank(0, ["dp", "tp"]), WritingRank(1, ["dp"]), WritingRank(2, ["tp"])]
+    for rank in ranks:
+        rank.begin(1)
+        for group, what in (("dp", "gather [1, 4]"), ("tp", "reduce [1, 72]"), ("dp", "scatter [1, 4]")):
+            if rank.rank in groups[group]:
+                rank.collective(group, what)
+        rank.end()
+        rank.begin(2)
+        if rank.rank in groups["dp"]:
+            rank.collective("dp", "gather [1, 4]")
+    ranks[0].issue("dp", "one more [1]")
+    ranks[1].issue("dp", "scatter [1, 4]")
+    ranks[2].issue("tp", "reduce [1, 72]")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "dp", 4)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
+    groups = {"a": (0, 1), "b": (0, 1)}
+    ranks = [WritingRank(rank, ["a", "b"]) for rank in (0, 1)]
+    for rank in ranks:
+        rank.begin(1)
+        rank.collective("a", "reduce")
+        rank.collective("b", "gather")
+        rank.end()
+        rank.begin(2)
+        rank.issue("b" if rank.rank == culprit else "a", "gather" if rank.rank == culprit else "reduce")
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
+    assert (verdict.group, verdict.sequence, verdict.theirs) == ("a", 2, "gather")
+
+
+def test_a_rank_that_nobody_waits_for_but_the_engine() -> None:
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.begin(4)
+        for text in STEP:
+            rank.collective(GROUP, text.format(n=1))
+    ranks[0].end()
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.step) == ("late", (1,), 4)
+    ranks[1].end()
+    assert judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, {GROUP: (0, 1)})) is None
+
+
+def test_form() -> None:
+    assert form("all_gather float32 [3, 72] dim=1") == form("all_gather float32 [1, 72] dim=1")
+    assert form("all_gather float32 [3, 72] dim=1") != form("all_gather float32 [3, 71] dim=1")
+    assert form("all_reduce int64 [1]") == form("all_reduce int64 [7]") != form("all_reduce int64 [1, 7]")
+    assert form("barrier") == "barrier"

@@ -1,0 +1,52 @@
+"""A fault reaches a process from another one, and its report comes back, also when the process is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from phalanx.errors import UserError
+from phalanx.testing.faults import Fault, Injected
+from phalanx.testing.mailbox import SIGNAL, Mailbox
+
+CHILD = """
+import os, signal, sys, time
+import msgspec
+from phalanx.testing.faults import Injected
+from phalanx.testing.mailbox import receive_faults
+
+def arm(fault, report):
+    file = os.open(report, os.O_WRONLY | os.O_APPEND)
+    os.write(file, msgspec.json.encode(Injected(at_ns=7, step=fault.step)) + b"\\n")
+    os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGCONT)
+    print("armed", flush=True)
+
+receive_faults(arm)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_fault_is_sent_and_reported() -> None:
+    with subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        with Mailbox(child.pid) as mailbox:
+            for step in (3, 4):  # what came before is forgotten
+                mailbox.send(Fault(kind="slow", rank=0, step=step))
+                assert child.stdout.readline() == "armed\n"
+                assert mailbox.injected() == [Injected(at_ns=7, step=step)]
+            mailbox.send(Fault(kind="kill", rank=0, step=5))
+            assert child.wait(20) == -signal.SIGKILL
+            assert mailbox.injected() == [Injected(at_ns=7, step=5)]
+            with pytest.raises(ProcessLookupError):
+                mailbox.send(Fault(kind="kill", rank=0))
+
+
+def test_a_process_that_takes_none() -> None:
+    assert signal.getsignal(SIGNAL) is signal.SIG_DFL, "sent all the same, it would kill this process"
+    with pytest.raises(UserError, match="takes no faults: its engine was not started with --allow-chaos"):
+        Mailbox(os.getpid())
