@@ -53,6 +53,11 @@ class JournaledGroup:
     def last(self) -> CollectiveRecord | None:
         return self._group.last
 
+    @property
+    def num_noted(self) -> int:
+        """The sequence number of the newest collective in the journal. What a graph has captured is not counted."""
+        return self._sequence
+
     def all_reduce(self, x: Tensor) -> Tensor:
         self._issue("all_reduce", x.dtype, x.shape, 0)
         try:

@@ -215,13 +215,14 @@ class _Armed:
         self._tell(self._worker.groups[name], theirs=theirs, peers=peers)
 
     def _tell(self, group: Group | None, *, theirs: str | None, peers: str | None, is_exact: bool = True) -> None:
-        last = group.last if group is not None else None
+        from phalanx.collectives.journaled import JournaledGroup  # with torch, which only workers have
+
         self._note(
             Injected(
                 at_ns=time.monotonic_ns(),
                 step=self._step,
                 group=group.name if group is not None else None,
-                sequence=None if group is None else 1 + (last.sequence if last is not None else 0),
+                sequence=1 + group.num_noted if isinstance(group, JournaledGroup) else None,
                 theirs=theirs,
                 peers=peers,
                 is_exact=is_exact,
