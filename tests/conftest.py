@@ -18,6 +18,7 @@ _ALONE = (
     *("faults/", "contract/", "unit/transport/", "unit/memory/", "unit/executor/", "unit/cli/", "unit/server/"),
     *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_cluster_local"),
     *("cluster/test_hosts", "cluster/test_served_replicas"),
+    *("unit/engine/test_llm", "unit/engine/test_engine_client"),  # what runs tests beside each other ignores SIGINT
 )
 """Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or whether faults are told in
 time."""
