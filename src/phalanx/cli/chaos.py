@@ -32,7 +32,7 @@ _TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause"
 _COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
 
 
-class _Names(click.ParamType[tuple[str, ...]]):
+class _Names(click.ParamType):  # type: ignore[type-arg]  # generic only in later versions of click
     """Some of several names, with commas in between."""
 
     name = "list"
@@ -102,11 +102,14 @@ def chaos(
     outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
     if not as_json:
         click.echo(_COLUMNS.format(*_TITLES))
-    all_right = True
+    all_right, has_happened = True, False
     for outcome in outcomes:
+        has_happened = has_happened or outcome.injected is not None
         all_right = all_right and (outcome.injected is None or outcome.rightness.is_right)
         click.echo(msgspec.json.encode(outcome).decode() if as_json else _row(outcome))
-    if not all_right:
+    if not has_happened:
+        click.echo("no fault has happened: nothing was tried", err=True)
+    if not (all_right and has_happened):
         click.get_current_context().exit(FAILURE)
 
 

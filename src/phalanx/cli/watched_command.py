@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO
 
 import click
@@ -71,7 +72,7 @@ class _Watch:
         if self._killed_at is not None:
             self._watcher.end_ranks()
         if not self._watcher.has_ranks and not self._is_ended_by_user:
-            click.echo("phalanx watch: no process of the command has used torch.distributed and been watched", err=True)
+            self._say("no process of the command has used torch.distributed and been watched")
         code = self._process.returncode
         return code if code >= 0 else _KILLED - code
 
@@ -98,10 +99,18 @@ class _Watch:
                 self._tell(verdict)
 
     def _tell(self, verdict: Verdict) -> None:
-        click.echo(f"phalanx watch: verdict: {verdict}", err=True)
+        self._say(f"verdict: {verdict}")
         if self._events is not None:
-            self._events.write(msgspec.json.encode(verdict) + b"\n")
+            try:
+                self._events.write(msgspec.json.encode(verdict) + b"\n")
+            except OSError as error:  # a full disk
+                self._say(f"a verdict was not written to {self._events.name}: {error.strerror}")
         if self._kill and verdict.is_hopeless and self._process.returncode is None:
-            click.echo("phalanx watch: the command is ended, since its ranks can never meet again", err=True)
+            self._say("the command is ended, since its ranks can never meet again")
             self._killed_at = time.monotonic()
             self._process.terminate()
+
+    def _say(self, what: str) -> None:
+        """The command goes on also where nobody reads what is said."""
+        with suppress(OSError):
+            click.echo(f"phalanx watch: {what}", err=True)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import queue
+import threading
 from typing import Literal
 
 import msgspec
 
 from phalanx.ledger.report import paragraph
 from phalanx.ledger.verdict import Verdict
+
+DEADLINE_S = 1.0
+
+log = logging.getLogger("phalanx.ledger")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,17 +55,33 @@ def event_of(
 
 
 class EventsFile:
-    """Appends to a file that several engines may write to."""
+    """Appends to a file that several engines may write to, in a thread: the watcher does not wait for a disk."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError if it cannot be written."""
+        self._path = path
         self._fd = open_events(path)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="phalanx-events", daemon=True)
+        self._thread.start()
 
     def write(self, event: Event) -> None:
-        """One write a line: lines of several engines do not mix. Raises OSError."""
-        os.write(self._fd, msgspec.json.encode(event) + b"\n")
+        """One write a line: lines of several engines do not mix. Never blocks, never raises: the log has it too."""
+        self._lines.put(msgspec.json.encode(event) + b"\n")
 
     def close(self) -> None:
+        """Wait for what is being written, for DEADLINE_S at most."""
+        self._lines.put(None)
+        self._thread.join(DEADLINE_S)
+        if self._thread.is_alive():
+            log.warning("%s: an event was not written within %g s", self._path, DEADLINE_S)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                os.write(self._fd, line)
+            except OSError as error:  # a full disk
+                log.warning("%s: an event was not written: %s", self._path, error)
         os.close(self._fd)
 
     def __enter__(self) -> EventsFile:
@@ -69,5 +92,8 @@ class EventsFile:
 
 
 def open_events(path: str) -> int:
-    """A descriptor to append to, of a file that is made if it is not there. Raises OSError."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """A descriptor to append to, of a file that is made if it is not there. Raises OSError.
+
+    Of a pipe that nobody reads, too: to open it would else wait for somebody who does.
+    """
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)

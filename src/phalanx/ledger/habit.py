@@ -52,7 +52,9 @@ def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None
     if record.step > step and rank.decision(step) is not None and len(steps.get(step, ())) not in map(len, usual):
         return True
     place = record.sequence - steps[record.step][0].sequence
-    return form(rank.text(record)) not in {form(rank.text(issued[place])) for issued in usual if place < len(issued)}
+    forms = {_form_of(rank, issued[place]) for issued in usual if place < len(issued)}
+    done = _form_of(rank, record)
+    return done is not None and None not in forms and done not in forms
 
 
 class Deviation(NamedTuple):
@@ -70,9 +72,11 @@ def first_deviation(rank: RankLook, step: int) -> Deviation | None:
     """Where a rank has left the order that the step before had, over all groups; None if it has not, as far as it has
     come, or if nothing tells."""
     usual, issued = _step_before(rank, step)
-    forms = [(record.group, form(rank.text(record))) for record in usual]
+    forms = [(record.group, _form_of(rank, record)) for record in usual]
     for place, done in enumerate(issued[: len(usual)]):
-        what = done.group, form(rank.text(done))
+        what = done.group, _form_of(rank, done)
+        if None in (what[1], forms[place][1]):
+            return None
         if what != forms[place]:
             name = rank.groups[usual[place].group]
             before = [one.sequence for one in rank.collectives(name).values() if one.number < done.number]
@@ -85,6 +89,12 @@ def next_group(rank: RankLook, step: int) -> str | None:
     nothing tells."""
     usual, issued = _step_before(rank, step)
     return rank.groups[usual[len(issued)].group] if len(issued) < len(usual) else None
+
+
+def _form_of(rank: RankLook, record: Record) -> str | None:
+    """None if the journal had no more room to describe it, which tells nothing."""
+    text = rank.entries.texts.get(record.digest)
+    return None if text is None else form(text)
 
 
 def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]:

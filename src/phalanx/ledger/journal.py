@@ -176,7 +176,12 @@ class Journal:
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:  # else another record is there by now
             self._words[word + _DONE] = _now_ns()
-            if self._write_on_device is not None and self._memory[word * _WORD_BYTES + KIND_AT] == _COLLECTIVE:
+            # A graph of several groups is over in all of them at once: what the newest one's marks say stays.
+            if (
+                self._write_on_device is not None
+                and number > self._words[_LAUNCHED]
+                and self._memory[word * _WORD_BYTES + KIND_AT] == _COLLECTIVE
+            ):
                 self._write_on_device(_FINISHED * _WORD_BYTES, number)
                 self._words[_LAUNCHED] = number
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 
 import msgspec
@@ -12,8 +11,6 @@ from phalanx.ledger.events import EventsFile, event_of
 from phalanx.ledger.report import utc_now
 from phalanx.ledger.verdict import Verdict
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
-
-log = logging.getLogger("phalanx.ledger")
 
 
 class Outlets(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,19 +53,17 @@ class OpenOutlets:
     def _write(self, verdict: Verdict, now_ns: int, *, is_over: bool) -> None:
         if self._events is None:
             return
-        event = event_of(
-            verdict,
-            is_over=is_over,
-            since_ns=self._since_ns,
-            now_ns=now_ns,
-            now=utc_now(),
-            model=self._outlets.model,
-            engine_pid=self._outlets.board.pid,
+        self._events.write(
+            event_of(
+                verdict,
+                is_over=is_over,
+                since_ns=self._since_ns,
+                now_ns=now_ns,
+                now=utc_now(),
+                model=self._outlets.model,
+                engine_pid=self._outlets.board.pid,
+            )
         )
-        try:
-            self._events.write(event)
-        except OSError as error:  # a full disk: the ranks are watched all the same, and the log has it too
-            log.warning("%s: an event was not written: %s", self._outlets.events, error)
 
     def __enter__(self) -> OpenOutlets:
         return self

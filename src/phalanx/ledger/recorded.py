@@ -167,8 +167,8 @@ def _operations(rank: int, recording: Recording, groups: _Groups) -> Iterator[_O
         for entry in entries:
             if _is_bracket(entry):
                 continue
-            source, destination = _ends(entry, groups.members[name])
-            pair = groups.pair(name, source, destination)
+            ends = _ends(entry, groups.members[name])
+            pair = groups.pair(name, *ends) if ends is not None else None
             if pair is not None:
                 counts[pair] += 1
                 sizes = entry.input_sizes if "send" in entry.profiling_name else entry.output_sizes
@@ -182,10 +182,12 @@ def _is_bracket(entry: Entry) -> bool:
     return entry.profiling_name.endswith("coalesced") and not entry.input_sizes
 
 
-def _ends(entry: Entry, members: Sequence[int]) -> tuple[int, int]:
-    """Source and destination of a point-to-point operation, as ranks of the program."""
+def _ends(entry: Entry, members: Sequence[int]) -> tuple[int, int] | None:
+    """Source and destination of a point-to-point operation, as ranks of the program; None if one is not known."""
     what, _, ends = entry.profiling_name.partition(":")[2].partition(" ")
     ours, theirs = ends.replace("<-", "->").split("->")
+    if max(int(ours), int(theirs)) >= len(members):  # of a rank without a file, in dumps that do not tell members
+        return None
     pair = members[int(ours)], members[int(theirs)]
     return pair if what == "send" else (pair[1], pair[0])
 

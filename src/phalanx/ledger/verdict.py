@@ -127,8 +127,8 @@ def judge(look: Look) -> Verdict | None:
     """The verdict, or None if nothing is wrong, or not yet: whoever is late may still come."""
     return (
         _gone(look)
+        or _diverged(look)  # that is known for good, also while another node is not heard of
         or _lost(look)
-        or _diverged(look)
         or _stopped(look)
         or _held(look)
         or _awaited(look)

@@ -33,6 +33,9 @@ from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
 LOOK_S = 0.05
+ASK_S = 1.0
+"""No other rank is asked for its stack after this."""
+
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
 
@@ -239,11 +242,14 @@ class Watcher:
             self._patience.learn(rank, records)
 
     def _ask_own(self, ranks: Sequence[int], found: dict[int, tuple[str, ...]]) -> None:
+        expires_at = time.monotonic() + ASK_S  # for all together: nobody is looked at meanwhile
         for watched in self._ranks:
             if watched.order.rank in ranks:
                 entries = watched.reader.read(0)
                 is_there = entries.stacks and _process_of(entries) == "running"
-                if is_there and (lines := stack_of(entries.pid, entries.stacks)):
+                if not is_there or time.monotonic() > expires_at:
+                    continue
+                if lines := stack_of(entries.pid, entries.stacks):
                     found[watched.order.rank] = lines
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
@@ -354,9 +360,9 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
                 look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed
+                os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
                 if outlets is not None:
                     outlets.tell(verdict, now_ns)
-                os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
                 dumper.take(look, verdict)
                 if verdict.is_final:
                     return

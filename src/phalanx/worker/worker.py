@@ -419,6 +419,8 @@ class Worker:
             self._has_graphs = False
             log.warning("decode steps are not captured in CUDA graphs, as this model waits for the GPU: %s", error)
             return 0
+        except RuntimeError as error:  # torch's; what a peer does has errors of ours
+            raise _not_captured("a step", error) from error
 
     def _new_graphs(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         assert self._model is not None
@@ -446,8 +448,7 @@ class Worker:
             try:
                 graphs.capture(size)
             except RuntimeError as error:  # torch's; what a peer does has errors of ours
-                allowed = f"False would do, as a step of {size} rows could not be captured: {message_of(error)}"
-                raise ConfigError("cuda_graphs", True, allowed) from error
+                raise _not_captured(f"a step of {size} rows", error) from error
         torch.cuda.empty_cache()  # what steps without a graph took
         return graphs
 
@@ -517,3 +518,7 @@ def _follow_device(journal: Journal, segment: SharedSegment, device: torch.devic
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _not_captured(what: str, error: RuntimeError) -> ConfigError:
+    return ConfigError("cuda_graphs", True, f"False would do, as {what} could not be captured: {message_of(error)}")

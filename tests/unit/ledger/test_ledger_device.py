@@ -189,3 +189,19 @@ def test_a_replay_of_another_graph_is_a_divergence() -> None:
         rank.collective("tp@0", f"graph {8 if rank.rank == 1 else 16}")
     verdict = verdict_on(ranks)
     assert verdict is not None and (verdict.cause, verdict.culprits, verdict.sequence) == ("diverged", (1,), 3)
+
+
+def test_a_graph_of_two_groups_is_over_in_both() -> None:
+    """Its collectives end in the opposite order of their beginning, as contexts do."""
+    ranks, streams = world()
+    for rank, stream in zip(ranks, streams, strict=True):
+        rank.end()
+        rank.begin(2)
+        rank.issue("tp@0", "a graph")
+        rank.issue("ep@0", "a graph")
+        rank.done("ep@0")
+        rank.done("tp@0")
+        rank.end()
+        stream.go_on()
+    assert all(rank.look().awaits is None for rank in ranks)
+    assert verdict_on(ranks) is None

@@ -8,6 +8,7 @@ import pytest
 from ledger_ranks import WritingRank
 
 from phalanx.ledger.habit import form
+from phalanx.ledger.journal import NUM_TEXTS
 from phalanx.ledger.verdict import Look, Verdict, judge
 
 GROUP = "tp@0"
@@ -202,3 +203,16 @@ def test_form() -> None:
     assert form("all_gather float32 [3, 72] dim=1") != form("all_gather float32 [3, 71] dim=1")
     assert form("all_reduce int64 [1]") == form("all_reduce int64 [7]") != form("all_reduce int64 [1, 7]")
     assert form("barrier") == "barrier"
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_what_the_journal_has_no_room_to_describe_tells_nothing(culprit: int) -> None:
+    ranks = two_ranks()
+    right, wrong = "reduce f32 [1, 9, 72]", "reduce f64 [1, 9, 72]"
+    for rank in ranks:
+        for number in range(NUM_TEXTS):
+            rank.journal.explain(number + 1, lambda: "something else")
+        rank.begin(4)
+        rank.issue(GROUP, wrong if rank.rank == culprit else right)
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits) == ("diverged", (0, 1)), verdict
