@@ -64,8 +64,13 @@ class Family:
         """Processes by depth: each is started by the one before."""
         found: dict[str, list[psutil.Process]] = {"server": [psutil.Process(self.server.pid)]}
         for above, layer in itertools.pairwise(LAYERS):
-            found[layer] = [child for process in found[above] for child in process.children()]
+            children = [child for process in found[above] for child in process.children()]
+            found[layer] = [child for child in children if not is_watcher(child)]
         return found
+
+    def watchers(self) -> list[psutil.Process]:
+        """Of the ledger."""
+        return [child for engine in self.layers()["engine"] for child in engine.children() if is_watcher(child)]
 
 
 @pytest.fixture
@@ -85,6 +90,10 @@ def family(checkpoint: Path, tmp_path: Path) -> Iterator[Family]:
                 process.kill()
         family.server.wait(10)
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def is_watcher(process: psutil.Process) -> bool:
+    return "phalanx.executor.watching" in process.cmdline()
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -112,7 +121,9 @@ def test_sigkill_of_any_process_leaves_nothing(family: Family, victim: str, is_b
     family.await_ready()
     layers = family.layers()
     assert [len(layers[layer]) for layer in LAYERS] == [1, 1, 1, 2]
-    members = [process for layer in LAYERS for process in layers[layer]]
+    watchers = family.watchers()
+    assert len(watchers) == 1
+    members = [process for layer in LAYERS for process in layers[layer]] + watchers
     with contextlib.ExitStack() as stack:
         if is_busy:
             body = {"model": "nobody", "prompt": "hello", "max_tokens": 400, "stream": True, "ignore_eos": True}
