@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -18,10 +19,16 @@ _ALONE = (
     *("faults/", "contract/", "unit/transport/", "unit/memory/", "unit/executor/", "unit/cli/", "unit/server/"),
     *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_cluster_local"),
     *("cluster/test_hosts", "cluster/test_served_replicas"),
-    *("unit/engine/test_llm", "unit/engine/test_engine_client"),  # what runs tests beside each other ignores SIGINT
+    *("unit/engine/test_llm", "unit/engine/test_engine_client"),
 )
 """Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or whether faults are told in
 time."""
+
+
+def pytest_configure() -> None:
+    """Tests of Ctrl-C work also where a shell has this run in the background, and so ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

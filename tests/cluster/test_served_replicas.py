@@ -195,7 +195,8 @@ def start_streams(served: Served, clients: ThreadPoolExecutor) -> list[Future[li
 
 def ranks_of(served: Served) -> list[psutil.Process]:
     """In the order of their ranks, which is that of their starts."""
-    (fork_server,) = [child for engine in served.engines() for child in engine.children()]
+    children = [child for engine in served.engines() for child in engine.children()]
+    (fork_server,) = [child for child in children if "phalanx.executor.fork_server" in child.cmdline()]
     return sorted(fork_server.children(), key=lambda process: process.pid)
 
 
