@@ -9,7 +9,7 @@ Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,8 +174,11 @@ def load_model(
     release: Release | None = None,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
     dequantise: bool = True,
+    filled: Collection[str] = (),
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
+
+    What `allocate` gives for the names that are `filled` has its weights already, and is not read.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
@@ -197,7 +200,7 @@ def load_model(
     shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
     with WeightReader(checkpoint.tensors) as reader:
         if definition.config.tie_word_embeddings:
-            _tie(sharding, shards, sources, reader)
+            _tie(sharding, shards, sources, reader, filled)
         if missing := [name for name in shards if name not in sources]:
             some = ", ".join(missing[:4])
             raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
@@ -208,7 +211,7 @@ def load_model(
         if in_four_bits and not four_bits.can_multiply(device):
             log_dequantised("there is no Triton here, which computes them")
             in_four_bits = {}
-        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress)
+        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress, filled)
     shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
@@ -244,13 +247,23 @@ def _parameters(definition: Any) -> dict[str, Tensor]:
     return found
 
 
-def _tie(sharding: Sharding, shards: dict[str, Shard], sources: dict[str, list[Source]], reader: WeightReader) -> None:
+def _tie(
+    sharding: Sharding,
+    shards: dict[str, Shard],
+    sources: dict[str, list[Source]],
+    reader: WeightReader,
+    filled: Collection[str],
+) -> None:
     """Have head and embedding read the same tensor, once where one rank has both.
 
     As in transformers, a checkpoint that has two different ones is believed.
     """
     embedding, head = sources.get(sharding.embedding_name), sources.get(sharding.head_name)
-    if embedding and head and not reader.are_equal(embedding[0].key, head[0].key):
+    if sharding.embedding_name in shards and sharding.embedding_name in filled:
+        are_equal = sharding.head_name not in filled  # as whoever filled them has found
+    else:
+        are_equal = not (embedding and head) or reader.are_equal(embedding[0].key, head[0].key)
+    if not are_equal:
         return
     if found := embedding or head:
         sources[sharding.embedding_name] = sources[sharding.head_name] = found
@@ -266,6 +279,7 @@ def _read(
     in_four_bits: dict[str, Form],
     allocate: Allocate,
     on_progress: OnProgress,
+    filled: Collection[str],
 ) -> dict[str, Tensor]:
     """This rank's parameters by name; of those in 4 bits the parts."""
     parts = {
@@ -277,7 +291,9 @@ def _read(
     weights: dict[str, Tensor] = {}
     for name, shard in shards.items():
         targets = [allocate(*part) for part in parts[name]]
-        if name in in_four_bits:
+        if all(part.name in filled for part in parts[name]):
+            pass
+        elif name in in_four_bits:
             reader.fill_four_bits(FourBitWeight(*targets), shard, sources[name])
         else:
             reader.fill(targets[0], shard, sources[name])
