@@ -21,11 +21,11 @@ from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
-from phalanx.errors import ConfigError, EngineDeadError, RequestError
+from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
-from phalanx.executor.start import start_executor
+from phalanx.membership.formation import start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FinishReason, SamplingParams, Submit, ints
+from phalanx.protocol import FinishReason, SamplingParams, Submit, TokenBatch, ints
 
 Prompt: TypeAlias = str | Sequence[int]
 """Text, or token ids."""
@@ -70,24 +70,26 @@ class LLM:
         self.default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
         """What is used when no sampling is given: the checkpoint's advice (generation_config.json) over ours."""
         self._vocab_size = min(self.tokenizer.vocab_size, checkpoint.vocab_size)  # either may have ids of its own
-        executor, capacity = start_executor(
-            self.config, checkpoint, lambda told: report(told.rank, told.phase, told.done, told.total)
-        )
         with ExitStack() as stack:
-            stack.enter_context(executor)
+            formation = stack.enter_context(
+                start_formation(
+                    self.config, checkpoint, lambda told: report(told.rank, told.phase, told.done, told.total)
+                )
+            )
+            capacity = formation.capacity
             self.max_model_len = capacity.max_model_len
-            self._executor = executor
+            self._formation = formation
             self._weight_changing: frozenset[str] = frozenset()
             if self.config.executor.worker_extension_cls is not None:
-                names = executor.collective_rpc("methods_that_change_weights", unique_reply_rank=0)
+                names = formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
                 self._weight_changing = frozenset(names)
             self._brain = Brain(
                 self.config,
-                executor,
+                formation,
                 num_blocks=capacity.num_blocks,
                 max_model_len=capacity.max_model_len,
                 eos_token_ids=eos_token_ids(checkpoint.path, tokenizer_source),
-                balancing=Balancing(self.config, executor) if self.config.parallel.enable_eplb else None,
+                balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
             )
             self._resources = stack.pop_all()
         self._request_ids = itertools.count()
@@ -154,18 +156,20 @@ class LLM:
         """
         self._check_can_run()
         if method in self._weight_changing:
-            self._brain.reset_prefix_cache()
-        pending = self._executor.collective_rpc(
-            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
+            self.reset_prefix_cache()
+        pending = self._formation.collective_rpc(
+            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank
         )
         return pending if non_block else pending.result()
 
     def reset_prefix_cache(self) -> None:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
 
-        Call it when weights were changed by other means than a method that is declared to change them.
+        Call it when weights were changed by other means than a method that is declared to change them. From then on a
+        fault is healed only if the weights outlive ranks (docs/healing.md).
         """
         self._check_can_run()
+        self._formation.weights_changed()
         self._brain.reset_prefix_cache()
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
@@ -175,11 +179,11 @@ class LLM:
         more, and otherwise what ended the run.
         """
         self._check_can_run()
-        self._executor.check_health(timeout_s)
+        self._formation.check_health(timeout_s)
 
     def on_failure(self, callback: OnFailure) -> None:
         """Have `callback` called with the error that ends the model, at once if one has. It must not raise."""
-        self._executor.on_failure(callback)
+        self._formation.on_failure(callback)
 
     def close(self) -> None:
         """End the workers and let memory go. May be called more than once."""
@@ -232,7 +236,7 @@ class LLM:
                     streams.add(submit.request_id, output)
                     self._submit(submit, streams)
                 while self._brain.has_work():
-                    batch = self._brain.step()
+                    batch = self._step()
                     if batch is not None:
                         _, stopped = streams.apply(batch)
                         if stopped:
@@ -247,6 +251,19 @@ class LLM:
         assert not len(streams), "the brain forgot requests"
         if is_interrupted():
             raise KeyboardInterrupt
+
+    def _step(self) -> TokenBatch | None:
+        """One turn of the brain, or a recovery of what it computes with."""
+        try:
+            batch = self._brain.step()
+        except PhalanxError as error:
+            if not self._formation.heals(error):
+                raise
+            epoch, keeps_cache = self._formation.heal(error)
+            self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            return None
+        self._formation.progressed()
+        return batch
 
     def _submit(self, submit: Submit, streams: Streams) -> None:
         try:

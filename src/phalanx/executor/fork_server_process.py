@@ -18,7 +18,6 @@ import msgspec
 
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.fork_server import (
-    Answered,
     Ask,
     Event,
     Exited,

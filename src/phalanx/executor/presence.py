@@ -35,7 +35,7 @@ def open_outlets(config: Config, resources: ExitStack) -> Outlets:
 
 
 def show_instance(config: Config, order: WatchOrder | None, epoch: int) -> Beacon:
-    """Let others find this engine until what is returned is closed. `order` says where the journals on this host are."""
+    """Let others find this engine until what is returned is closed. `order`: where journals on this host are."""
     me, parallel = Party.me("the engine"), config.parallel
     sizes = {
         "data_parallel_size": parallel.data_parallel_size,

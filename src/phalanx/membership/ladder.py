@@ -75,7 +75,9 @@ class Climb:
             self._tried.append(f"{self._budget_s:.3g} s (heal_timeout_s) are over")
             return None
         if self._num_fruitless > MOST_FRUITLESS:
-            self._tried.append(f"{MOST_FRUITLESS} times in a row new ranks have failed before they had computed anything")
+            self._tried.append(
+                f"{MOST_FRUITLESS} times in a row new ranks have failed before they had computed anything"
+            )
             return None
         trusts_memory = holds_memory and self._num_fruitless <= MOST_FRUITLESS_ON_MEMORY
         if has_standby and trusts_memory and self._may_try("standby"):

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Engine
 from phalanx.engine.stream import OutputDelta
 from phalanx.ledger.verdict import Cause
@@ -144,6 +145,7 @@ class _EngineCollector(Collector):
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
         yield from (healthy, since, watched, verdicts)
+        yield from _healing(conditions)
 
     def _balance(self) -> Iterator[Metric]:
         """Nothing where experts do not move, or before they were first measured."""
@@ -167,6 +169,40 @@ class _EngineCollector(Collector):
             return self._engine.stats.replicas
         info = self._engine.info
         return [ReplicaStats(0, 0, 0, info.num_blocks, 0, 0, 0, 0, 0)] * info.num_replicas
+
+
+def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
+    """Of the engines that a fault does not end."""
+    epoch = GaugeMetricFamily(
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+    )
+    standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
+    pause = GaugeMetricFamily(
+        "phalanx_healing_last_seconds", "From the last fault to ranks that compute again.", labels=["engine"]
+    )
+    faults = CounterMetricFamily("phalanx_faults", "Faults that ended all ranks of an engine.", labels=["engine"])
+    standbys = CounterMetricFamily(
+        "phalanx_standby_faults", "Standby lines that did not come up, or did not last.", labels=["engine"]
+    )
+    tries = CounterMetricFamily(
+        "phalanx_healing_tries",
+        "What was tried after faults, and what came of it.",
+        labels=["engine", "rung", "outcome"],
+    )
+    for engine, condition in enumerate(conditions):
+        if (stats := condition.formation) is None:
+            continue
+        name = [str(engine)]
+        epoch.add_metric(name, stats.epoch)
+        standby.add_metric(name, float(stats.standby == "ready"))
+        pause.add_metric(name, stats.last_pause_s)
+        faults.add_metric(name, stats.num_faults)
+        standbys.add_metric(name, stats.num_standby_faults)
+        for outcome, counts in (("healed", stats.healed), ("failed", stats.failed)):
+            for rung, count in counts.items():
+                tries.add_metric([*name, rung, outcome], count)
+    if any(condition.formation is not None for condition in conditions):
+        yield from (epoch, standby, pause, faults, standbys, tries)
 
 
 def _gauge(name: str, text: str, values: Sequence[float]) -> Metric:

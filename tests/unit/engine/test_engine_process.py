@@ -54,10 +54,11 @@ class FakePing:
         return True
 
 
-class FakeExecutor:
+class FakeFormation:
     """No workers; `error` is what looking after them finds."""
 
     def __init__(self) -> None:
+        self.capacity: Any = None
         self.error: Exception | None = None
         self.is_closed = False
         self.pinged = threading.Event()
@@ -66,11 +67,18 @@ class FakeExecutor:
         """As an inline rank: it is carried out here and now."""
         time.sleep(0.2)
 
+    def heals(self, error: Exception) -> bool:
+        return False
+
+    def progressed(self) -> None: ...
+
+    def stats(self) -> None: ...
+
     def submit(self, body: Message, *, deadline_s: float) -> FakePing:
         self.pinged.set()
         return FakePing(self.error)
 
-    def __enter__(self) -> FakeExecutor:
+    def __enter__(self) -> FakeFormation:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,11 +89,11 @@ class Engine:
     """`process.serve` in a thread, and the client's end of its stream."""
 
     def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-        self.executor = FakeExecutor()
+        self.executor = FakeFormation()
         self.start_error: Exception | None = None
         self.brain = EchoBrain()
         monkeypatch.setattr(process, "resolve", lambda *_, **__: SimpleNamespace(path=path))
-        monkeypatch.setattr(process, "start_executor", self._start_executor)
+        monkeypatch.setattr(process, "start_formation", self._start_formation)
         monkeypatch.setattr(process, "Brain", self._make_brain)
         ours, theirs = stream_pair()
         self.stream = Stream(ours, Party.of("the engine", os.getpid()))
@@ -108,16 +116,17 @@ class Engine:
         self.start()
         self.receive(EngineReady)
 
-    def _start_executor(self, config: Config, checkpoint: Any, on_progress: Any) -> tuple[FakeExecutor, Any]:
+    def _start_formation(self, config: Config, checkpoint: Any, on_progress: Any) -> FakeFormation:
         try:
             on_progress(StartProgress(1, "loading", 1, 2))
         except Exception as error:  # as the inline rank does with whatever comes out of its worker
             raise WorkerError(0, "here", type(error).__name__, str(error), "traceback") from error
         if self.start_error is not None:
             raise self.start_error
-        return self.executor, SimpleNamespace(
+        self.executor.capacity = SimpleNamespace(
             max_model_len=64, num_blocks=8, block_size=config.cache.block_size, world_size=2, device="cpu", dtype="f"
         )
+        return self.executor
 
     def _make_brain(self, config: Config, executor: Any, **_: Any) -> EchoBrain:
         self.executor_of_brain = executor

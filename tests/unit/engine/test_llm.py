@@ -27,17 +27,24 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny.save(tiny.byte_level(), tmp_path, chat_template=tiny.CHAT_TEMPLATE)
 
 
-class FakeExecutor:
+class FakeFormation:
     """Its ranks have two methods, of which one changes the weights."""
 
-    def collective_rpc(self, method: str, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        if method == "methods_that_change_weights":
-            return ["push"]
-        return SimpleNamespace(result=lambda: [method]) if non_block else [method]
+    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
+
+    def collective_rpc(self, method: str, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(result=lambda: ["push"] if method == "methods_that_change_weights" else [method])
+
+    def heals(self, error: Exception) -> bool:
+        return False
+
+    def progressed(self) -> None: ...
+
+    def weights_changed(self) -> None: ...
 
     def check_health(self, timeout_s: float) -> None: ...
 
-    def __enter__(self) -> FakeExecutor:
+    def __enter__(self) -> FakeFormation:
         return self
 
     def __exit__(self, *_: object) -> None: ...
@@ -46,11 +53,10 @@ class FakeExecutor:
 @pytest.fixture
 def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads no model."""
-    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (FakeExecutor(), capacity))
+    monkeypatch.setattr("phalanx.llm.start_formation", lambda *_: FakeFormation())
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
 
 
