@@ -17,11 +17,15 @@ from phalanx.memory.held import HeldMemory, Region
 from phalanx.transport.shared_memory import SharedSegment
 
 SEGMENT_BYTES = 1 << 30
-"""Tensors share segments of this size: whoever holds the memory of a host's ranks has a descriptor for each, and may have
-a thousand. What is not written to takes no memory."""
+"""Tensors share segments of this size: whoever holds the memory of a host's ranks has a descriptor for each, and may
+have a thousand. What is not written to takes no memory."""
 
 ALIGNMENT = 64
 """One cache line, and what vector loads want."""
+
+
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
+"""What Arena.allocate is."""
 
 
 class Arena:

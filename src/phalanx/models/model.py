@@ -9,7 +9,7 @@ Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
+from phalanx.memory.arena import Allocate
 from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from phalanx.models.definition import build, definition_class, keep_stage
 from phalanx.models.four_bit_experts import Form, Part, install_four_bits, log_dequantised, plan_four_bits
 from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
 from phalanx.models.packed import Packable, Packing, Product, Release, can_pack
+from phalanx.models.packed_memory import PackedMemory
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
 from phalanx.models.parameters import Parameters
 from phalanx.models.precision import kept_dtype
@@ -39,7 +41,6 @@ from phalanx.moe.four_bits import FourBitWeight
 from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
-Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 OnProgress = Callable[[int, int], None]
 
 
@@ -174,11 +175,13 @@ def load_model(
     release: Release | None = None,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
     dequantise: bool = True,
-    filled: Collection[str] = (),
+    filled: Mapping[str, int] | None = None,
+    shares_packed: bool = False,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
 
-    What `allocate` gives for the names that are `filled` has its weights already, and is not read.
+    What `allocate` gives for names in `filled`, which has their sizes in bytes, has its weights already, and they are
+    not read. With `shares_packed` packed weights come from `allocate` too, so that they can be found there like this.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
@@ -191,6 +194,7 @@ def load_model(
     Raises CheckpointError if tensors are missing or of the wrong shape, ConfigError naming `tensor_parallel_size` if
     the model cannot be shared out over that many ranks, UnsupportedModelError for a layout that is not known.
     """
+    filled = filled or {}
     definition = build(checkpoint, dtype)
     share, dispatcher = experts or (None, None)
     sharding = Sharding(definition, group.rank, group.size, share)
@@ -223,7 +227,8 @@ def load_model(
         head = VocabParallelHead(head_name.removesuffix(".weight"), weights[head_name], checkpoint.vocab_size, group)
     packing = None
     if release is not None and can_pack(dtype, device):
-        packing = _pack(definition, head, release, kept=sharding.embedding_name)
+        memory = PackedMemory(allocate, filled) if shares_packed else None
+        packing = _pack(definition, head, release, memory, kept=sharding.embedding_name)
     return CausalLM(
         definition,
         head,
@@ -252,7 +257,7 @@ def _tie(
     shards: dict[str, Shard],
     sources: dict[str, list[Source]],
     reader: WeightReader,
-    filled: Collection[str],
+    filled: Mapping[str, int],
 ) -> None:
     """Have head and embedding read the same tensor, once where one rank has both.
 
@@ -279,7 +284,7 @@ def _read(
     in_four_bits: dict[str, Form],
     allocate: Allocate,
     on_progress: OnProgress,
-    filled: Collection[str],
+    filled: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """This rank's parameters by name; of those in 4 bits the parts."""
     parts = {
@@ -362,7 +367,9 @@ def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits
     return {name.rpartition(".")[0] for name in in_four_bits}
 
 
-def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
+def _pack(
+    definition: Any, head: VocabParallelHead | None, release: Release, memory: PackedMemory | None, *, kept: str
+) -> Packing:
     products: list[Packable] = []
     for module in definition.modules():
         if isinstance(product := getattr(module, "product", None), Product):
@@ -371,8 +378,11 @@ def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, 
             products.extend(experts.linears.values())
     if head is not None:
         products.append(head.product)
-    packing = Packing(products, release, kept=kept)
-    packing.pack()
+    packing = Packing(products, release, kept=kept, memory=memory)
+    if memory is not None and memory.is_filled:
+        packing.prepare()
+    else:
+        packing.pack()
     return packing
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -164,10 +164,11 @@ class Worker:
             allocate=self._arena.allocate,
             on_progress=lambda done, total: self._enter("loading", done, total),
             layers=grid.stage_layers(self._checkpoint.num_layers, grid.coordinates(self.spec.rank).stage),
-            release=self._release if config.model.pack_weights else None,
+            release=self._arena.release if config.model.pack_weights else None,
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
-            filled=self._arena.held,
+            filled={name: region.size_bytes for name, region in self._arena.held.items()},
+            shares_packed=self.spec.keeps_memory and not grid.moves_experts,
         )
         for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
             if extension is not None:
@@ -508,11 +509,6 @@ class Worker:
             return Allocated()
         without = weights if grid.moves_experts else frozenset()
         return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
-
-    def _release(self, names: Sequence[str]) -> None:
-        """Give back plain weights that are packed, unless the worker after this one needs them."""
-        if not self.spec.keeps_memory:
-            self._arena.release(names)
 
 
 def _device(spec: WorkerSpec) -> torch.device:
