@@ -189,9 +189,8 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
             return Formation(Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
         presence = Presence(config)
         stack.callback(presence.close)
-        # Packed weights are of one process, and those that they were made from are given back.
-        holds_weights = not config.model.pack_weights and not config.parallel.enable_eplb
-        memory = FormationMemory(config.parallel.world_size, holds_weights=holds_weights)
+        # Of experts that move nobody knows, after a fault, which are where.
+        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
         lines = stack.enter_context(Lines(config, checkpoint))
         line, capacity = lines.start(on_progress, show=presence.show)
