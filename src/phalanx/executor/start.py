@@ -106,8 +106,7 @@ def start_executor(
     with ExitStack() as stack:
         executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline, new_launcher, line))
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
-        capacity = line.capacity or _measure(executor, config, checkpoint, loaded, deadline)
-        _allocate(executor, capacity, line, deadline)
+        capacity = _allocate(executor, config, checkpoint, loaded, deadline, line)
         stack.pop_all()
         return executor, capacity
 
@@ -199,7 +198,7 @@ def _place_inline(
     """The one rank in this process."""
     threads = pick_threads(config)
     rank = InlineRank(thread_environment(threads), threads, report)
-    groups = _open_groups(config, grid, line.epoch, resources)
+    groups = _open_groups(config, grid, resources, line.epoch)
     return Placed(rank, rank, _specs(config, checkpoint, groups, [None], line))
 
 
@@ -212,7 +211,7 @@ def _place_local(
     resources: ExitStack,
 ) -> Placed:
     """A process for each rank, all on this host."""
-    groups = _open_groups(config, grid, line.epoch, resources)
+    groups = _open_groups(config, grid, resources, line.epoch)
     launcher = new_launcher(thread_environment(pick_threads(config)))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
@@ -258,7 +257,7 @@ def _place_on_ray(
     return place_on_ray(config, checkpoint, grid, on_progress, deadline, resources)
 
 
-def _open_groups(config: Config, grid: Grid, epoch: int, resources: ExitStack) -> list[GroupSpec]:
+def _open_groups(config: Config, grid: Grid, resources: ExitStack, epoch: int = FIRST_EPOCH) -> list[GroupSpec]:
     """Every group of the grid, all of whose ranks are on this host."""
     described = [describe_group(config, members, one_host=True, epoch=epoch) for members in grid.groups()]
     return [resources.enter_context(open_group(group)).spec for group in described]
@@ -276,7 +275,7 @@ def _specs(
     checkpoint: Checkpoint,
     groups: Sequence[GroupSpec],
     queues: Sequence[QueueHandle | None],
-    line: LinePlan,
+    line: LinePlan = ALONE,
 ) -> list[WorkerSpec]:
     return [
         WorkerSpec(
@@ -320,12 +319,22 @@ def _measure(
     )
 
 
-def _allocate(executor: Executor, capacity: Capacity, line: LinePlan, deadline: Deadline) -> None:
+def _allocate(
+    executor: Executor,
+    config: Config,
+    checkpoint: Checkpoint,
+    loaded: Sequence[Loaded],
+    deadline: Deadline,
+    line: LinePlan = ALONE,
+) -> Capacity:
+    """Give every rank its KV cache: as large as those of the lines before, or as it can be."""
+    capacity = line.capacity or _measure(executor, config, checkpoint, loaded, deadline)
     order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:
         told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
         line.tell_memory({rank: decode_held(held) for rank, held in told.items() if held})
+    return capacity
 
 
 def _fit_model_len(
