@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from formation_rig import PROMPTS, SAMPLINGS, Rig, kill
+from formation_rig import PROMPTS, READY_WITHIN_S, SAMPLINGS, Rig, kill
 
 from phalanx.errors import EngineDeadError, HungError, NotHealedError, PeerDiedError, WorkerError
 from phalanx.protocol import Submit, ints
@@ -97,6 +97,10 @@ def test_a_standby_line_that_dies_is_replaced(ready: Rig) -> None:
     standby = ready.formation._recovery._standby  # type: ignore[union-attr]
     os.kill(standby._line.executor._launcher.pids()[1], signal.SIGKILL)  # type: ignore[union-attr]
     assert ready.run() == ready.expected and not ready.errors
+    expires_at = time.monotonic() + READY_WITHIN_S
+    while ready.stats().num_standby_faults == num_faults:
+        assert time.monotonic() < expires_at
+        time.sleep(0.01)
     ready.await_standby()
     assert ready.stats().num_standby_faults == num_faults + 1
 
