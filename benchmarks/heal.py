@@ -106,9 +106,7 @@ def ranks(url: str) -> dict[int, int]:
 
 def formation(url: str) -> dict[str, Any]:
     (engine,) = httpx.get(f"{url}/status.json").json()["engines"]
-    told = engine["formation"]
-    names = ("epoch", "is_healing", "standby", "num_faults")  # it travels as an array
-    return dict(zip(names, told, strict=False)) if isinstance(told, list) else dict(told)
+    return dict(engine["formation"])
 
 
 def await_standby(url: str) -> float:
@@ -153,7 +151,9 @@ async def with_fault(
 def row(name: str, gaps_s: Sequence[float]) -> str:
     ordered = sorted(gaps_s)
     p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
-    return f"{name:34} {len(ordered):6d} {statistics.median(ordered) * 1e3:9.0f} {p99 * 1e3:9.0f} {ordered[-1] * 1e3:9.0f}"
+    return (
+        f"{name:34} {len(ordered):6d} {statistics.median(ordered) * 1e3:9.0f} {p99 * 1e3:9.0f} {ordered[-1] * 1e3:9.0f}"
+    )
 
 
 def measure(server: Server, num_streams: int, num_tokens: int, num_faults: int, *, has_standby: bool, seed: int) -> int:

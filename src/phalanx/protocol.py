@@ -268,7 +268,7 @@ class BalanceStats(msgspec.Struct, frozen=True, array_like=True):
     """Layers whose experts have moved since the start, each time counted."""
 
 
-class FormationStats(msgspec.Struct, frozen=True, array_like=True):
+class FormationStats(msgspec.Struct, frozen=True):
     """The lines of an engine that heals, and its counts since the start."""
 
     epoch: int

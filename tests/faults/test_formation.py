@@ -63,11 +63,16 @@ def _target(descriptor: str) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("state", ["prefill", "decode"])
 def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) -> None:
-    before = ready.stats()
+    before, num_descriptors = ready.stats(), len(os.listdir("/proc/self/fd"))
     assert ready.run_with(Fault(kind="kill", rank=rank, state=state, step=3)) == ready.expected  # type: ignore[arg-type]
     after = ready.stats()
     assert after.epoch > before.epoch and after.healed["standby"] == before.healed.get("standby", 0) + 1
     assert [type(error) for error in ready.errors] == [PeerDiedError]
+    ready.await_standby()
+    expires_at = time.monotonic() + READY_WITHIN_S
+    while len(os.listdir("/proc/self/fd")) > num_descriptors:  # what the failed line has used goes in the background
+        assert time.monotonic() < expires_at, sorted(map(_target, os.listdir("/proc/self/fd")))
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +114,7 @@ def test_a_standby_line_that_dies_is_replaced(ready: Rig) -> None:
     "grid",
     [
         {"pipeline_parallel_size": 2},
-        {"data_parallel_size": 2, "enable_expert_parallel": True},
+        {"data_parallel_size": 2, "enable_expert_parallel": True, "enable_eplb": True, "eplb_interval_steps": 5},
     ],
     ids=["pipeline", "experts"],
 )

@@ -144,7 +144,7 @@ def test_a_placement_group_may_be_given_as_an_object() -> None:
 
 
 def test_no_two_sections_share_a_name() -> None:
-    sections = ("model", "parallel", "cache", "scheduler", "executor", "cluster")
+    sections = ("model", "parallel", "cache", "scheduler", "executor", "cluster", "healing")
     fields = [field for section in sections for field in _fields(section)]
     assert sorted(fields) == sorted(settings_by_name())
 

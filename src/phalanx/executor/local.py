@@ -13,7 +13,7 @@ from phalanx.worker.spec import WorkerSpec
 END_DEADLINE_S = 10.0
 """For the kernel to end ranks after SIGKILL; freeing a GPU's memory takes a second or two."""
 
-ASK_S = 1.0
+ASK_S = 3.0
 """A fork server that carries out no order for so long is stopped, or worse."""
 
 

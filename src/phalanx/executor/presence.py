@@ -34,8 +34,11 @@ def open_outlets(config: Config, resources: ExitStack) -> Outlets:
     return Outlets(board=board.handle, events=events, model=config.model.model)
 
 
-def show_instance(config: Config, order: WatchOrder | None, epoch: int) -> Beacon:
-    """Let others find this engine until what is returned is closed. `order`: where journals on this host are."""
+def show_instance(config: Config, order: WatchOrder | None, epoch: int, started_at: float | None = None) -> Beacon:
+    """Let others find this engine until what is returned is closed. `order`: where journals on this host are.
+
+    `started_at`, in seconds since 1970, is now by default.
+    """
     me, parallel = Party.me("the engine"), config.parallel
     sizes = {
         "data_parallel_size": parallel.data_parallel_size,
@@ -53,7 +56,7 @@ def show_instance(config: Config, order: WatchOrder | None, epoch: int) -> Beaco
         launcher=config.executor.launcher,
         device=config.executor.device,
         epoch=epoch,
-        started_at=time.time(),
+        started_at=started_at or time.time(),
         # How other nodes report is nobody else's business: there is a key in it.
         order=msgspec.structs.replace(order, other_nodes=None) if order is not None else None,
     )
@@ -65,12 +68,13 @@ class Presence:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._started_at = time.time()
         self._beacon: Beacon | None = None
 
     def show(self, order: WatchOrder | None, epoch: int) -> None:
         """Another line is the one that is shown: `order` says where its journals on this host are."""
         self.close()
-        self._beacon = show_instance(self._config, order, epoch)
+        self._beacon = show_instance(self._config, order, epoch, self._started_at)
 
     def close(self) -> None:
         """Be found no more. May be called more than once."""

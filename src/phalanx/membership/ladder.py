@@ -19,7 +19,7 @@ Rung = Literal["standby", "new line", "checkpoint"]
 MOST_TRIES: dict[Rung, int] = {"standby": 1, "new line": 2, "checkpoint": 3}
 """In one recovery. What is started may be hit by a fault of its own."""
 
-STANDBY_S = 1.0
+STANDBY_S = 2.0
 """For the answer of a line that says it is ready."""
 
 NEW_LINE_SHARE = 0.5

@@ -20,7 +20,7 @@ from phalanx.memory.held import HeldMemory
 from phalanx.protocol import FormationStats, StartProgress
 
 END_DEADLINE_S = 30.0
-HEALTH_S = 1.0
+HEALTH_S = 2.0
 """For the answer of a line that has just been made ready."""
 
 log = logging.getLogger("phalanx.membership")

@@ -35,8 +35,8 @@ def find_instance(pid: int) -> Instance:
 
 
 def try_faults(instance: Instance, faults: tuple[Fault, ...], *, patience_s: float = 20.0) -> Iterator[Outcome]:
-    """One after the other, as long as the instance lives, in the ranks that it has by then; waits `patience_s` for each to
-    happen, and for its verdict.
+    """One after the other, as long as the instance lives, in the ranks that it has by then; waits `patience_s` for each
+    to happen, and for its verdict.
 
     Raises UserError if the instance does not allow it.
     """
