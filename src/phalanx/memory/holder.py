@@ -16,8 +16,10 @@ class Holder:
 
     A line's workers answer AllocateCache with what there is to hold (`Allocated`). From `hold` on, a worker of another
     line that gets what `memory` gives, as the `held` of its WorkerSpec, has the same tensors with the same contents,
-    whether the first one lives or not. Two lines may have them at a time, but only one may compute: before a line takes
-    over the KV cache, the processes of the one before it must be gone.
+    whether the first one lives or not. Two lines may have them at a time, but only one may step or call methods: before
+    another one does, its processes must be gone. What a worker extension has written to weights counts for the next
+    line, also for one that has taken them over earlier. A line that died while such a method ran may have written half
+    of it.
     """
 
     def __init__(self) -> None:
