@@ -152,7 +152,7 @@ class LLM:
 
         Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
         arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
-        the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing, where it can, or the model has
+        the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
         ended. Raises EngineDeadError if it had ended before.
         """
         self._check_can_run()

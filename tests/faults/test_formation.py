@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from formation_rig import PROMPTS, READY_WITHIN_S, SAMPLINGS, Rig, kill
+from formation_rig import POISON, PROMPTS, READY_WITHIN_S, SAMPLINGS, Poisonous, Rig, kill
 
 from phalanx.errors import EngineDeadError, HungError, NotHealedError, PeerDiedError, WorkerError
 from phalanx.protocol import Submit, ints
@@ -129,8 +129,9 @@ def test_a_killed_rank_without_a_standby_line(grid: dict[str, int], llama: Path,
     expect_nothing_is_left(rig)
 
 
-def test_faults_while_it_heals_and_an_end_in_the_midst_of_it(llama: Path, tmp_path: Path) -> None:
-    rig = Rig(llama, tmp_path / "report", tensor_parallel_size=2)
+def test_faults_while_it_heals_requests_that_kill_and_an_end_in_the_midst_of_it(llama: Path, tmp_path: Path) -> None:
+    extension = f"{Poisonous.__module__}:{Poisonous.__name__}"
+    rig = Rig(llama, tmp_path / "report", tensor_parallel_size=2, worker_extension_cls=extension)
     killed = threading.Event()
 
     def kill_the_next() -> None:
@@ -150,6 +151,10 @@ def test_faults_while_it_heals_and_an_end_in_the_midst_of_it(llama: Path, tmp_pa
     assert rig.run(kill(rig.pids()[0], signal.SIGKILL)) == rig.expected
     hurting.join()
     assert rig.stats().failed == {"new line": 1} and rig.stats().healed == {"new line": 1}
+
+    rig.brain.submit(Submit(999, ints([1, POISON, 2]), SAMPLINGS[0]))
+    assert rig.run() == rig.expected, "what comes beside a request that kills lives"
+    assert set(rig.request_errors) == {999} and "killed by SIGKILL" in rig.request_errors[999]
 
     rig.brain.submit(Submit(1000, ints(PROMPTS[0]), SAMPLINGS[0]))
     os.kill(rig.pids()[1], signal.SIGKILL)

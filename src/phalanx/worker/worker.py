@@ -450,11 +450,13 @@ class Worker:
     def _warms_up(self) -> bool:
         """Whether the first step is to take no longer than others: it may come after a fault, when all wait for it.
 
-        Not where an extension may write to the weights: a line that stands ready looks at them in its first step, and is
-        to do so when no other one computes.
+        Not where an extension may write to the weights: a line that stands ready looks at them in its first step, and
+        is to do so when no other one computes.
         """
         config = self.spec.config
-        return config.healing.standby > 0 and self._device.type == "cpu" and config.executor.worker_extension_cls is None
+        return (
+            config.healing.standby > 0 and self._device.type == "cpu" and config.executor.worker_extension_cls is None
+        )
 
     def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         graphs = self._new_graphs(max_model_len, null_block)
