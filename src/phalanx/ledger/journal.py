@@ -54,7 +54,7 @@ _MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
 _DONE = DONE_AT // _WORD_BYTES
 _COLLECTIVE, _BEGUN_STEP, _CAPTURED = int(Kind.COLLECTIVE), int(Kind.STEP), int(Kind.CAPTURED)
 _ISSUED = ISSUED_AT // _WORD_BYTES
-_pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
+_pack = LAYOUT.pack_into
 
 WriteOnDevice = Callable[[int, int], None]
 """Has the device write a number to the word at an offset in bytes, when it has come so far in what it was given."""
@@ -91,11 +91,12 @@ ASKED_AT, ANSWERED_AT, ANSWERER_AT = _ASKED * _WORD_BYTES, _ANSWERED * _WORD_BYT
 class Journal:
     """The end that writes. For the use of one thread."""
 
-    def __init__(self, memory: memoryview, epoch: int) -> None:
-        """`memory`: JOURNAL_BYTES, zeroed."""
+    def __init__(self, memory: memoryview, epoch: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        """`memory`: JOURNAL_BYTES, zeroed. `now_ns`: the clock of its times, which is that of whoever looks."""
         self._memory = memory[:JOURNAL_BYTES]
         self._words = self._memory.cast("Q")
         self._epoch = epoch
+        self._now_ns = now_ns
         self._fence = new_fence()
         self._last = 0
         self._step = 0
@@ -117,7 +118,7 @@ class Journal:
 
     def enter(self, phase: str) -> None:
         """Say what the rank does from now on."""
-        self._words[_PHASE_SINCE] = time.monotonic_ns()
+        self._words[_PHASE_SINCE] = self._now_ns()
         self._words[_PHASE] = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
 
     @contextmanager
@@ -125,7 +126,7 @@ class Journal:
         """While this lasts, the rank waits for something that is no collective: one of OUTSIDE, for a group if any."""
         words = self._words
         before = words[_OUTSIDE], words[_OUTSIDE_SINCE]
-        words[_OUTSIDE_SINCE] = time.monotonic_ns()
+        words[_OUTSIDE_SINCE] = self._now_ns()
         words[_OUTSIDE] = OUTSIDE.index(what) | group << _GROUP_SHIFT
         try:
             yield
@@ -175,7 +176,7 @@ class Journal:
         """What was begun is over; of a collective on a device, the device has it."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:  # else another record is there by now
-            self._words[word + _DONE] = _now_ns()
+            self._words[word + _DONE] = self._now_ns()
             # A graph of several groups is over in all of them at once: what the newest one's marks say stays.
             if (
                 self._write_on_device is not None
@@ -193,7 +194,7 @@ class Journal:
         """What was over for this rank, as it had only been given away, is waited for from now on."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:
-            self._words[word + _ISSUED] = _now_ns()
+            self._words[word + _ISSUED] = self._now_ns()
             self._words[word + _DONE] = 0
 
     def explain(self, digest: int, describe: Callable[[], str]) -> None:
@@ -215,7 +216,7 @@ class Journal:
         words, word, fence = self._words, at // _WORD_BYTES, self._fence
         words[word] = 0
         fence()
-        _pack(self._memory, at, 0, self._epoch, group, kind, self._step, sequence, digest, rolling, _now_ns(), 0)
+        _pack(self._memory, at, 0, self._epoch, group, kind, self._step, sequence, digest, rolling, self._now_ns(), 0)
         fence()
         words[word] = words[_LAST] = number
         return number

@@ -53,7 +53,7 @@ STORE_S = 10.0
 """The store passes on what ranks write within milliseconds."""
 
 HUNG_S = 1.0
-"""A collective that all have come to takes its time; whoever is patient waits for longer than this."""
+"""A collective takes its time once the last has come to it; whoever is patient waits for longer than this."""
 
 _LINES_SHOWN = 6
 _NS = 1e9
@@ -345,9 +345,8 @@ def _awaited(look: Look) -> Verdict | None:
         if len(path) > 1 and path[0] == path[-1]:
             return _circle(look, path[:-1])
         last = wait_of(look, path[-1])
-        if last is not None and not last.others:  # all have come: the data is on its way, and has been for long
-            is_long = (look.now_ns - last.since_ns) / _NS >= HUNG_S
-            hung = hung or (_hung(look, last) if last.step and is_long else None)
+        if last is not None and not last.others:  # all have come: the data is on its way
+            hung = hung or (_hung(look, last) if last.step else None)
             continue
         verdict = _of_awaited(look, path, wait)
         if verdict is not None:
@@ -444,10 +443,15 @@ def _is_in(one: RankLook, group: str | None, sequence: int | None = None) -> boo
     return awaits is not None and awaits[0] == group and sequence in (None, awaits[1].sequence)
 
 
-def _hung(look: Look, wait: Wait) -> Verdict:
-    """All have come to a collective. Who is still in it is to blame if others have left it, else nobody."""
+def _hung(look: Look, wait: Wait) -> Verdict | None:
+    """All have come to a collective, the last of them long ago. Who is still in it is to blame if others have left it,
+    else nobody."""
     assert wait.group is not None and wait.record is not None
     sequence, members = wait.record.sequence, look.members(wait.group)
+    came = (look.ranks[rank].collectives(wait.group).get(sequence) for rank in members)
+    waited_s = (look.now_ns - max(record.issued_ns for record in came if record is not None)) / _NS
+    if waited_s < HUNG_S:
+        return None
     inside = [look.ranks[rank] for rank in members if _is_in(look.ranks[rank], wait.group, sequence)]
     ranks = ", ".join(str(one.rank) for one in inside)
     what = f"ranks {ranks} have all come to {wait.what}, which does not end: to blame is no rank, but what carries it"
@@ -460,7 +464,7 @@ def _hung(look: Look, wait: Wait) -> Verdict:
         group=wait.group,
         sequence=sequence,
         peers=wait.what,
-        waited_s=(look.now_ns - wait.since_ns) / _NS,
+        waited_s=waited_s,
     )
 
 

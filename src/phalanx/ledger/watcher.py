@@ -253,10 +253,11 @@ class Watcher:
                     found[watched.order.rank] = lines
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
-        """A rank that had no core for a while has that much longer."""
+        """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if verdict.cause not in WAITED:
             return True
-        starved_s = max((look.ranks[rank].starved_s for rank in verdict.culprits), default=0.0)
+        awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
+        starved_s = max((look.ranks[rank].starved_s for rank in awaited), default=0.0)
         return verdict.waited_s - starved_s >= self._patience.of_s(look)
 
 
