@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Literal
 
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
-from phalanx.ledger.verdict import Look, RankLook
+from phalanx.ledger.look import Look, RankLook
 
 
 class WritingRank:

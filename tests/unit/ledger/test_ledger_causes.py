@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_ranks import Clock, WritingRank, look_at
 
+from phalanx.ledger.awaited import HUNG_S
 from phalanx.ledger.journal import PHASES
+from phalanx.ledger.judge import STORE_S, judge
 from phalanx.ledger.limits import BUDGETS_S, Limits
 from phalanx.ledger.look import Look, Unheard, standings
-from phalanx.ledger.verdict import HUNG_S, STORE_S, Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 WORLD = (0, 1, 2)
 GROUPS: dict[str, Sequence[int]] = {"tp@0": WORLD}

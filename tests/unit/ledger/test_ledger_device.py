@@ -7,8 +7,9 @@ import pytest
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS, GroupJournal, Journal, read
+from phalanx.ledger.judge import judge
 from phalanx.ledger.sighting import NodeView, Telling
-from phalanx.ledger.verdict import Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 REDUCE, GATHER = "all_reduce bfloat16 [3, 72]", "all_gather bfloat16 [3, 130]"
 GROUPS = {"tp@0": (0, 1, 2), "ep@0": (0, 1, 2)}
