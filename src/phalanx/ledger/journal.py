@@ -172,6 +172,12 @@ class Journal:
             self._write_on_device(_BEGUN * _WORD_BYTES, number)
         return number
 
+    def failed(self, number: int) -> None:
+        """What was begun has ended with an error. A device is told nothing: it may be what has failed."""
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:
+            self._words[word + _DONE] = self._now_ns()
+
     def done(self, number: int) -> None:
         """What was begun is over; of a collective on a device, the device has it."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
@@ -223,7 +229,7 @@ class Journal:
 
 
 class GroupJournal:
-    """One group's part of a rank's journal."""
+    """One group's part of a rank's journal. As a context manager: what was issued last, while it is under way."""
 
     def __init__(self, journal: Journal, group: int) -> None:
         assert 0 < group < MAX_GROUPS, group
@@ -254,6 +260,19 @@ class GroupJournal:
         if self._newest:
             self._journal.done(self._newest)
 
+    def failed(self) -> None:
+        """It has ended with an error. Raises none of its own, which would hide that."""
+        if self._newest:
+            self._journal.failed(self._newest)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            self.failed()
+        elif self._newest:  # `done`, for each collective a call less
+            self._journal.done(self._newest)
+
 
 class DeviceMarks(msgspec.Struct, frozen=True):
     """How far a rank's collectives are on its device: numbers of records, each the newest of its kind."""
@@ -274,6 +293,13 @@ class NoJournal:
 
     def done(self) -> None:
         """Nothing."""
+
+    def failed(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Entries(msgspec.Struct, frozen=True, kw_only=True):

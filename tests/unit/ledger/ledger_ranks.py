@@ -45,6 +45,9 @@ class WritingRank:
     def done(self, group: str) -> None:
         self._journals[group].done()
 
+    def fail(self, group: str) -> None:
+        self._journals[group].failed()
+
     def collective(self, group: str, what: str) -> None:
         self.issue(group, what)
         self.done(group)

@@ -75,6 +75,22 @@ def test_states_of_a_collective() -> None:
     assert seen == [("issued", False), ("launched", False), ("running", False), ("done", True)]
 
 
+def test_a_call_that_fails_gives_the_device_nothing_more() -> None:
+    """It may be the device that fails; and then the collective was not launched."""
+    rank, stream = rank_on_device(0)
+    rank.collective("tp@0", REDUCE)
+    stream.go_on()
+    rank.issue("tp@0", GATHER)
+    rank.fail("tp@0")
+    entries = rank.look().entries
+    assert entries.state(entries.records[-1]) == "issued"
+    stream.go_on()
+    assert rank.look().awaits is not None, "in which it has failed"
+    rank.collective("tp@0", REDUCE)
+    stream.go_on()
+    assert rank.look().awaits is None, "its caller has gone on"
+
+
 def test_a_step_is_done_when_it_is_answered_and_not_by_the_device() -> None:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     journal, stream = Journal(memory, epoch=1), Stream(memory)
