@@ -145,6 +145,11 @@ class RequestStream:
         """No more tokens are taken in."""
         return self._finish_reason is not None
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that were pushed."""
+        return len(self._output)
+
     def submit(self, request_id: int) -> Submit:
         """The request as an engine is to take it: it goes on after the last token that was pushed."""
         return Submit(request_id, self._prompt, self._sampling, self._output.tobytes())
@@ -231,6 +236,9 @@ class Streams:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._running
 
+    def __getitem__(self, request_id: int) -> RequestStream:
+        return self._running[request_id]
+
     def add(self, request_id: int, stream: RequestStream) -> None:
         """Tokens of `request_id` go to `stream` from now on."""
         assert request_id not in self._running, request_id
@@ -244,6 +252,13 @@ class Streams:
         """Take no more interest in any request; returns the ids of those that had not ended."""
         dropped = list(self._running)
         self._running.clear()
+        return dropped
+
+    def drop_stream(self, stream: RequestStream) -> list[int]:
+        """Take no more interest in one request; returns its id, if it had not ended."""
+        dropped = [request_id for request_id, one in self._running.items() if one is stream]
+        for request_id in dropped:
+            del self._running[request_id]
         return dropped
 
     def end_all(self, reason: FinishReason) -> list[int]:
