@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 
-from phalanx.config import Config
+from phalanx.config import Config, ExecutorConfig
 from phalanx.engine.admission import check_request, fitted, refusal, typed
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
@@ -83,9 +83,7 @@ class LLM:
         self._ended: str | None = None
         self._failure: PhalanxError | None = None
         self._on_failure: list[OnFailure] = []
-        # What an extension's workers have learnt is known to nobody else.
-        can_come_back = self.config.executor.worker_extension_cls is None
-        self._restarts = Restarts(self.config.executor.engine_restarts if can_come_back else 0)
+        self._restarts = Restarts(_num_restarts(self.config))
         self._begin()
 
     def _begin(self) -> None:
@@ -329,6 +327,16 @@ def _check_one_engine(config: Config) -> None:
             parallel.data_parallel_size,
             "1 without enable_expert_parallel: such replicas run apart; make an LLM for each",
         )
+
+
+def _num_restarts(config: Config) -> int:
+    """What an extension's workers have been told is known to nobody else: they are not started again."""
+    asked = config.executor.engine_restarts
+    if config.executor.worker_extension_cls is None:
+        return asked
+    if asked not in (0, ExecutorConfig().engine_restarts):
+        config.warn_without_effect("engine_restarts", "workers with an extension may know what no others can")
+    return 0
 
 
 def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | None) -> Completion:

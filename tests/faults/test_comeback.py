@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 READY_WITHIN_S = 120.0
 GONE_WITHIN_S = 2.0
-NUM_TOKENS = 400
+NUM_TOKENS = 250
 ASKED: list[dict[str, Any]] = [
     {"prompt": "once upon a time", "temperature": 0.0, "logprobs": 2},
     {"prompt": "die Füchsin 🦊", "temperature": 1.0, "seed": 5, "top_p": 0.9},
@@ -113,7 +113,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_streams_are_those_of_an_engine_that_lives(server: Server) -> None:
-    expected = [server.stream(asked) for asked in ASKED]
+    with ThreadPoolExecutor(len(ASKED)) as threads:
+        expected = list(threads.map(server.stream, ASKED))
     first = [server.engine(), *server.engine().children(recursive=True)]
     assert len(first) >= 4, "engine, fork server, ranks"
     num_events = itertools.count()

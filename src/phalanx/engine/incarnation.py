@@ -187,9 +187,9 @@ class Incarnation:
         After KILL_TIMEOUT_S it says so in the log and waits no longer.
         """
         expires_at = time.monotonic() + KILL_TIMEOUT_S
-        while alive := await asyncio.to_thread(self._ranks_alive):
+        while self._attached is not None and (left := self._attached.ranks_left()):
             if time.monotonic() > expires_at:
-                log.warning("ranks that have not ended %g s after their engine: %s", KILL_TIMEOUT_S, alive)
+                log.warning("ranks that have not ended %g s after their engine: %s", KILL_TIMEOUT_S, left)
                 return
             await asyncio.sleep(RANKS_POLL_S)
 
@@ -197,10 +197,6 @@ class Incarnation:
         """Let go of what is still known of it. May be called more than once."""
         if self._attached is not None:
             self._attached.close()
-
-    def _ranks_alive(self) -> list[int]:
-        found = [rank for status in self.statuses() for rank in status.ranks]
-        return [rank.rank for rank in found if rank.process in ("running", "stopped")]
 
     async def _read(self) -> None:
         try:

@@ -287,6 +287,16 @@ def test_workers_that_know_more_than_the_checkpoint_are_not_made_anew(extended: 
         extended.generate("fox")
 
 
+def test_restarts_that_would_not_happen_are_no_silent_option(
+    checkpoint: Path, faked: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for asked in (0, 3):
+        LLM(str(checkpoint), worker_extension_cls="probes:Probe", engine_restarts=asked).close()
+    assert not caplog.messages
+    LLM(str(checkpoint), worker_extension_cls="probes:Probe", engine_restarts=9).close()
+    assert "engine_restarts = 9 has no effect" in caplog.text
+
+
 def test_a_closed_llm_says_so(llm: LLM) -> None:
     llm.close()
     llm.close()
