@@ -181,9 +181,13 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
 
-        Call it when weights were changed by other means than a method that is declared to change them.
+        Call it when weights were changed by other means than a method that is declared to change them. From then on the
+        model is not loaded again after a fault: the checkpoint has other weights.
         """
         self._check_can_run()
+        if self._restarts.most:
+            self._restarts = Restarts(0)
+            self._executor.on_failure(self._fail)
         self._brain.reset_prefix_cache()
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:

@@ -38,14 +38,14 @@ class History:
         balance, before = now.balance, self._stats.balance
         if balance is not None and before is not None:
             balance = msgspec.structs.replace(balance, num_moves=balance.num_moves + before.num_moves)
-        return EngineStats(replicas, balance or before)
+        return msgspec.structs.replace(now, replicas=replicas, balance=balance or before)
 
 
 def without_engine(last: EngineStats, num_waiting: int) -> EngineStats:
     """While there is no engine: its requests wait, in the first replica's name."""
     nothing = [msgspec.structs.replace(one, num_running=0, num_waiting=0, num_blocks_used=0) for one in last.replicas]
     nothing[0] = msgspec.structs.replace(nothing[0], num_waiting=num_waiting)
-    return EngineStats(tuple(nothing), last.balance)
+    return msgspec.structs.replace(last, replicas=tuple(nothing))
 
 
 def _continued(before: ReplicaStats, now: ReplicaStats) -> ReplicaStats:

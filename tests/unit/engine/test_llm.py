@@ -287,6 +287,13 @@ def test_workers_that_know_more_than_the_checkpoint_are_not_made_anew(extended: 
         extended.generate("fox")
 
 
+def test_changed_weights_are_not_exchanged_for_the_checkpoints(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    brain_of(llm).step = failing_step
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        llm.generate("fox")
+
+
 def test_restarts_that_would_not_happen_are_no_silent_option(
     checkpoint: Path, faked: None, caplog: pytest.LogCaptureFixture
 ) -> None:
