@@ -1,7 +1,7 @@
 """A brain over real runners and samplers: sampling goes on exactly when others take their place.
 
-The model keeps token ids in its cache, and its logits follow from a row's whole context by whole numbers: two runs can be
-compared to the last bit.
+The model keeps token ids in its cache, and its logits follow from a row's whole context by whole numbers: two runs can
+be compared to the last bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import FIRST_EPOCH, FinishReason, SamplingParams, Step, StepResult, Submit, as_floats, as_ints, ints
+from phalanx.protocol import (
+    FIRST_EPOCH,
+    FinishReason,
+    SamplingParams,
+    Step,
+    StepResult,
+    Submit,
+    as_floats,
+    as_ints,
+    ints,
+)
 from phalanx.testing.simulated_worker import Answered
 from phalanx.worker.runner import Runner
 from phalanx.worker.stage import Stage
