@@ -25,7 +25,7 @@ from phalanx.errors import ConfigError, EngineDeadError, RequestError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FinishReason, SamplingParams, Submit, ints
+from phalanx.protocol import FinishReason, SamplingParams, Submit
 
 Prompt: TypeAlias = str | Sequence[int]
 """Text, or token ids."""
@@ -203,8 +203,8 @@ class LLM:
         requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
-        submits = [Submit(next(self._request_ids), ints(ids), params) for ids, params in requests]
         outputs = [RequestStream(self.tokenizer, ids, params) for ids, params in requests]
+        submits = [output.submit(next(self._request_ids)) for output in outputs]
         with _progress_bar(len(prompts), progress) as report:
             self._run(submits, outputs, report)
         return [

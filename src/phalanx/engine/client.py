@@ -38,9 +38,7 @@ from phalanx.protocol import (
     SamplingParams,
     Shutdown,
     StartProgress,
-    Submit,
     TokenBatch,
-    ints,
 )
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import AsyncStream
@@ -201,15 +199,21 @@ class EngineClient:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
         return sampling
 
-    async def generate_checked(
+    def generate_checked(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
         """As `generate`, of what this engine or one of the same model has checked."""
+        return self.follow(RequestStream(self.tokenizer, prompt_token_ids, sampling))
+
+    async def follow(self, stream: RequestStream) -> AsyncGenerator[OutputDelta, None]:
+        """What is still to come of a request, which another engine of the same model may have begun. As `generate`.
+
+        `release` ends the iteration without a `finish_reason`: then another engine can go on with the stream.
+        """
         request_id = next(self._request_ids)
-        stream = RequestStream(self.tokenizer, prompt_token_ids, sampling)
         self._streams.add(request_id, stream)
         self._news[request_id] = news = asyncio.Event()
-        self._outbox.put_nowait(Submit(request_id, ints(prompt_token_ids), sampling))
+        self._outbox.put_nowait(stream.submit(request_id))
         try:
             while True:
                 delta = stream.take()
@@ -217,6 +221,8 @@ class EngineClient:
                     yield delta
                     if delta.finish_reason is not None:
                         return
+                elif request_id not in self._streams:  # it was released
+                    return
                 elif self.dead is not None:
                     raise EngineDeadError(self.dead)
                 else:
@@ -227,6 +233,14 @@ class EngineClient:
             if self._streams.drop(request_id) and self.dead is None:
                 self._outbox.put_nowait(Cancel((request_id,)))
             self._note_idle()
+
+    def release(self) -> None:
+        """Let go of all requests, for other engines to `follow`. What they have made so far is in their streams."""
+        released = self._streams.drop_all()
+        self._wake(released)
+        if released and self.dead is None:
+            self._outbox.put_nowait(Cancel(tuple(released)))
+        self._note_idle()
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from phalanx.config import Config
 from phalanx.engine.child import EngineChild
 from phalanx.engine.client import EngineClient
-from phalanx.engine.stream import OutputDelta
+from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError, UserError
 from phalanx.protocol import SamplingParams, StartProgress
 from phalanx.server.api_keys import ApiKeys
@@ -226,6 +226,23 @@ async def test_when_nothing_can_be_sent_any_more_nobody_waits(checkpoint: Path) 
         client._stream._max_frame_bytes = 1000
         with pytest.raises(EngineDeadError, match=r"nothing can be sent.*1000"):
             await text_of(client, "fox", SamplingParams(stop=("x" * 1000,), max_tokens=1))
+
+
+@in_loop
+async def test_an_engine_goes_on_with_what_another_one_has_let_go(checkpoint: Path) -> None:
+    async with client_of(checkpoint) as first, client_of(checkpoint) as second:
+        prompt = first.tokenizer.encode("the quick brown fox. ")
+        stream = RequestStream(first.tokenizer, prompt, SamplingParams(max_tokens=50 * len(prompt)))
+        deltas = []
+        async for delta in first.follow(stream):
+            first.release()
+            deltas.append(delta)
+        assert 0 < sum(len(delta.token_ids) for delta in deltas) < 50 * len(prompt)
+        assert first.num_running == 0
+        deltas += [delta async for delta in second.follow(stream)]
+        assert "".join(delta.text for delta in deltas) == 50 * "the quick brown fox. "
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+        await until(lambda: first.stats is not None and first.stats.replicas[0].num_generated_tokens == 1)
 
 
 @pytest.mark.parametrize(
