@@ -28,7 +28,9 @@ _WAIT = click.option("--wait/--no-wait", default=True, show_default=True, help="
 @click.command()
 @click.argument("url")
 @click.argument("size", required=False, type=click.IntRange(min=1))
-@click.option("--leaving", type=click.IntRange(min=0), multiple=True, help="A replica that is to leave. May be repeated.")
+@click.option(
+    "--leaving", type=click.IntRange(min=0), multiple=True, help="A replica that is to leave. May be repeated."
+)
 @_DRAIN_TIMEOUT
 @_WAIT
 def scale(url: str, size: int | None, leaving: tuple[int, ...], drain_timeout: float, wait: bool) -> None:
@@ -106,7 +108,7 @@ def _tell_end(resize: ResizeReport) -> None:
         raise ResizeError("the resize was cancelled: there are as many replicas as before")
     if resize.state == "failed":
         raise ResizeError(f"the resize has failed, and there are as many replicas as before: {resize.error}")
-    click.echo(f"{resize.data_parallel_size} replicas, {resize.size_before} before; it took {resize.took_s:.1f} s")
+    click.echo(f"replicas: {resize.data_parallel_size}, before: {resize.size_before}; it took {resize.took_s:.1f} s")
 
 
 class _Screen:

@@ -17,10 +17,12 @@ from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
 from phalanx.engine.child import ENGINE_COMMAND, EngineChild
 from phalanx.engine.condition import Condition, ProcessWatch
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
 from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta, RequestStream, Streams
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.errors import EngineDeadError, FrameError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.errors import ConfigError, EngineDeadError, FrameError, PeerDiedError, PhalanxError, StartError, UserError
 from phalanx.ledger.attach import SILENT_WATCHER_S, Attached, silent_s
 from phalanx.ledger.board import Notice
 from phalanx.ledger.instance import shown_by
@@ -234,13 +236,37 @@ class EngineClient:
                 self._outbox.put_nowait(Cancel((request_id,)))
             self._note_idle()
 
-    def release(self) -> None:
-        """Let go of all requests, for other engines to `follow`. What they have made so far is in their streams."""
-        released = self._streams.drop_all()
+    def release(self, stream: RequestStream | None = None) -> None:
+        """Let go of a request, or of all, for other engines to `follow`: in its stream is what it has made so far."""
+        released = self._streams.drop_all() if stream is None else self._streams.drop_stream(stream)
         self._wake(released)
         if released and self.dead is None:
             self._outbox.put_nowait(Cancel(tuple(released)))
         self._note_idle()
+
+    def replicas(self) -> Sequence[ReplicaState]:
+        """They work in lockstep: all serve, or none."""
+        state: Phase = "serving" if self.dead is None else "dead"
+        return [
+            ReplicaState(replica=replica, state=state, num_requests=self.num_running)
+            for replica in range(self.info.num_replicas)
+        ]
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> asyncio.Task[None]:
+        """Raises ConfigError: one brain has all its replicas from the start to the end. See Fleet."""
+        raise ConfigError(
+            "data_parallel_size",
+            data_parallel_size,
+            f"{self.info.num_replicas}: replicas that share experts (enable_expert_parallel) cannot come and go yet",
+        )
+
+    async def resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> None:
+        """As `begin_resize`."""
+        await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s)
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.

@@ -19,7 +19,7 @@ from phalanx.engine.roster import Empty, End, Keep, Order, Phase, Replace, Resiz
 from phalanx.engine.router import Router
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.stream import OutputDelta, RequestStream
-from phalanx.errors import EngineDeadError, PhalanxError, ResizeError
+from phalanx.errors import EngineDeadError, PhalanxError, RequestError, ResizeError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
 
@@ -28,6 +28,8 @@ EMPTY_POLL_S = 0.02
 REPLACE_AFTER_S = 30.0
 """An engine that could not be started again waits so long for another one, and twice as long each time it fails."""
 REPLACE_AFTER_AT_MOST_S = 600.0
+MOVES_AT_A_TIME = 4
+"""Requests that move from one replica to another: what they have so far is computed beside what runs there."""
 MAX_DEATHS = 2
 """A request that two replicas have died with may be why they did."""
 
@@ -54,10 +56,13 @@ class Fleet:
         self.tokenizer = first.tokenizer
         self.default_sampling = first.default_sampling
         self._command = command
+        self._config = config
         self._seats = Seats(config)
         self._engines = dict(enumerate(engines))
         self._roster = Roster(len(engines), replaces_dead=True)
         self._router = Router(first.info.block_size)
+        self._requests: set[_Request] = set()
+        """Those that run."""
         self._told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
         self._work: dict[int, asyncio.Task[None]] = {}
@@ -133,7 +138,7 @@ class Fleet:
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
-        return self._deltas(prompt_token_ids, self._living()[0].check(prompt_token_ids, sampling))
+        return self._deltas(prompt_token_ids, self._engines[self._living()[0]].check(prompt_token_ids, sampling))
 
     async def resize(
         self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
@@ -172,37 +177,45 @@ class Fleet:
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
         self._living()
-        stream = RequestStream(self.tokenizer, prompt_token_ids, sampling)
-        num_deaths = 0
-        while True:
-            # Nothing comes between this and the request's beginning, from which on it counts as one of that replica.
-            engine = self._pick(prompt_token_ids)
-            try:
-                async with aclosing(engine.follow(stream)) as deltas:
+        request = _Request(RequestStream(self.tokenizer, prompt_token_ids, sampling))
+        self._requests.add(request)
+        try:
+            while True:
+                # Nothing comes between this and the request's beginning there: then it counts as one of that replica.
+                request.replica = self._pick(request.stream)
+                async with aclosing(self._follow(request)) as deltas:
                     async for delta in deltas:
                         yield delta
                         if delta.finish_reason is not None:
                             return
-            except EngineDeadError:
-                num_deaths += 1
-                if num_deaths == MAX_DEATHS or self._is_closing:
-                    raise
+        finally:
+            self._requests.remove(request)
 
-    def _pick(self, prompt_token_ids: Sequence[int]) -> EngineClient:
-        """Raises EngineDeadError if none is left."""
+    async def _follow(self, request: _Request) -> AsyncGenerator[OutputDelta, None]:
+        """What the replica makes of it, until the request has ended, or moves on."""
+        try:
+            async with aclosing(self._engines[request.replica].follow(request.stream)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except EngineDeadError:
+            request.num_deaths += 1
+            if request.num_deaths == MAX_DEATHS or self._is_closing:
+                raise
+
+    def _pick(self, stream: RequestStream) -> int:
+        """The replica that suits a request best. Raises EngineDeadError if none is left."""
         living = self._living()
-        serving = [self._engines[number] for number in self._roster.serving()]
+        serving = [number for number in self._roster.serving() if number in living]
         candidates = (
-            [engine for engine in serving if engine.condition.is_healthy]
-            or [engine for engine in serving if engine.dead is None]  # one in trouble may come out of it
+            [number for number in serving if self._engines[number].condition.is_healthy]
+            or serving  # one in trouble may come out of it
             or living  # one that leaves, if it comes to that
         )
-        num_requests = {number: one.num_running for number, one in self._engines.items() if one in candidates}
-        return self._engines[self._router.pick(prompt_token_ids, num_requests)]
+        return self._router.pick(stream.token_ids, {number: self._engines[number].num_running for number in candidates})
 
-    def _living(self) -> list[EngineClient]:
+    def _living(self) -> list[int]:
         """At least one. Raises EngineDeadError if none is left."""
-        living = [engine for engine in self._engines.values() if engine.dead is None]
+        living = [number for number, engine in self._engines.items() if engine.dead is None]
         if not living:
             raise EngineDeadError(str(self.dead))
         return living
@@ -277,8 +290,25 @@ class Fleet:
             async with asyncio.timeout(self._drain_timeout_s):
                 while engine.num_running and engine.dead is None:
                     await asyncio.sleep(EMPTY_POLL_S)
+        places = asyncio.Semaphore(MOVES_AT_A_TIME)
+        await asyncio.gather(*(self._move(one, places) for one in self._requests if one.replica == number))
         engine.release()
         self._carry_out(self._roster.emptied(number))
+
+    async def _move(self, request: _Request, places: asyncio.Semaphore) -> None:
+        """Have a request go on in another replica, which computes what there is of it while it still runs in this one.
+
+        So its client waits only for what is new since then, which is not in the other one's prefix cache.
+        """
+        async with places:
+            engine = self._engines[request.replica]
+            if engine.dead is None and self._config.cache.enable_prefix_caching:
+                ahead = self.generate(request.stream.token_ids.tolist(), SamplingParams(temperature=0.0, max_tokens=1))
+                with suppress(EngineDeadError, RequestError):  # then it has to wait for that
+                    async with aclosing(ahead):
+                        async for _ in ahead:
+                            pass
+            engine.release(request.stream)
 
     async def _end(self, number: int) -> None:
         engine = self._engines.get(number)
@@ -321,10 +351,25 @@ class Fleet:
         while True:
             for number, engine in list(self._engines.items()):
                 if engine.dead is not None and self._roster.phases[number] in ("joining", "serving", "leaving"):
-                    num_left = sum(one.dead is None for one in self._engines.values())
-                    log.error("replica %d has ended, %d of %d go on: %s", number, num_left, len(self._engines), engine.dead)
-                    self._carry_out(self._roster.died(number, engine.dead))
+                    self._note_death(number, engine.dead)
             await asyncio.sleep(DEATH_POLL_S)
+
+
+    def _note_death(self, number: int, reason: str) -> None:
+        num_alive = sum(engine.dead is None for engine in self._engines.values())
+        log.error("replica %d has ended, %d of %d go on: %s", number, num_alive, len(self._engines), reason)
+        self._carry_out(self._roster.died(number, reason))
+
+
+class _Request:
+    """A request, and where it is."""
+
+    def __init__(self, stream: RequestStream) -> None:
+        self.stream = stream
+        self.replica = -1
+        """The one that has it; none yet."""
+        self.num_deaths = 0
+        """Of replicas that had it."""
 
 
 class _Report:

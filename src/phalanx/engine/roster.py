@@ -187,7 +187,7 @@ class Roster:
     def _choose_leaving(self, count: int, named: Sequence[int], num_requests: Mapping[int, int]) -> list[int]:
         others = [number for number in self._members() if number not in named]
         others.sort(key=lambda number: (self._phases[number] != "dead", num_requests.get(number, 0), -number))
-        return ([*dict.fromkeys(named)] + others)[:count]
+        return [*dict.fromkeys(named), *others][:count]
 
     def _prepare(self, number: int) -> list[Order]:
         assert self.resize is not None

@@ -34,9 +34,9 @@ class Router:
         self._block_size = block_size
         self._given: dict[int, _Recent] = {}
 
-    def pick(self, token_ids: Sequence[int], num_requests: Mapping[int, int]) -> int:
+    def pick(self, token_ids: Sequence[int] | NDArray[np.int32], num_requests: Mapping[int, int]) -> int:
         """The replica for a request. `num_requests` are those that each has now, of all that take more."""
-        digests = self._digests(np.array(token_ids, dtype=np.int32))
+        digests = self._digests(np.asarray(token_ids, dtype=np.int32))
         for new in num_requests.keys() - self._given.keys():
             self._given[new] = _Recent()
         replicas = list(num_requests)

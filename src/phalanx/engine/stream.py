@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.engine.request import new_seed
 from phalanx.engine.tokenizer import Tokenizer
@@ -145,6 +146,11 @@ class RequestStream:
         """No more tokens are taken in."""
         return self._finish_reason is not None
 
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Prompt and output so far."""
+        return as_ints(self._prompt + self._output.tobytes())
+
     def submit(self, request_id: int) -> Submit:
         """The request as an engine is to take it: it goes on after the last token that was pushed."""
         return Submit(request_id, self._prompt, self._sampling, self._output.tobytes())
@@ -244,6 +250,13 @@ class Streams:
         """Take no more interest in any request; returns the ids of those that had not ended."""
         dropped = list(self._running)
         self._running.clear()
+        return dropped
+
+    def drop_stream(self, stream: RequestStream) -> list[int]:
+        """Take no more interest in one request; returns its id, if it had not ended."""
+        dropped = [request_id for request_id, one in self._running.items() if one is stream]
+        for request_id in dropped:
+            del self._running[request_id]
         return dropped
 
     def end_all(self, reason: FinishReason) -> list[int]:
