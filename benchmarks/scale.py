@@ -66,8 +66,12 @@ class Streams:
     async def one(self, client: httpx.AsyncClient, prompt: int) -> Output:
         """One output, from its prompt."""
         body = {
-            **{"model": MODEL_NAME, "prompt": f"Story number {prompt}. Once upon a time,", "stream": True},
-            **{"max_tokens": self._num_tokens, "temperature": 0, "ignore_eos": True},
+            "model": MODEL_NAME,
+            "prompt": f"Story number {prompt}. Once upon a time,",
+            "stream": True,
+            "max_tokens": self._num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
         }
         text, times = "", []
         async with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:

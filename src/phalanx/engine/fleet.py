@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -67,6 +68,8 @@ class Fleet:
         """What each that starts has said last."""
         self._work: dict[int, asyncio.Task[None]] = {}
         """What is being done about replicas, by their numbers: one thing at a time."""
+        self._placing = asyncio.Lock()
+        """On a Ray cluster one starts after the other has its place."""
         self._drain_timeout_s = DRAIN_TIMEOUT_S
         self._changed = asyncio.Event()
         self._is_closing = False
@@ -109,15 +112,11 @@ class Fleet:
 
     @property
     def dead(self) -> str | None:
-        reasons = [engine.dead for engine in self._engines.values()]
+        reasons = [engine.dead for engine in self._active().values()]
         return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)
 
     def conditions(self) -> Sequence[Condition]:
-        return [
-            msgspec.structs.replace(self._engines[number].condition, replica=number)
-            for number, phase in self._roster.phases.items()
-            if phase in ("serving", "leaving", "dead")
-        ]
+        return [msgspec.structs.replace(engine.condition, replica=number) for number, engine in self._active().items()]
 
     def statuses(self) -> Sequence[InstanceStatus]:
         return [status for engine in list(self._engines.values()) for status in engine.statuses()]
@@ -161,7 +160,13 @@ class Fleet:
         if resize is not None:
             log.info("resizing from %d to %d replicas", resize.size_before, resize.size_asked_for)
         self._carry_out(orders)
-        return asyncio.create_task(self._see_through(resize))
+        seeing_through = asyncio.create_task(self._see_through(resize))
+        try:
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun does nothing at all
+        except asyncio.CancelledError:
+            seeing_through.cancel()
+            raise
+        return seeing_through
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
@@ -170,8 +175,10 @@ class Fleet:
         self._note_change()
         for task in self._work.values():
             task.cancel()
-        await asyncio.gather(*self._work.values(), return_exceptions=True)
-        await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
+        try:
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+        finally:
+            await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
 
     async def _deltas(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
@@ -215,10 +222,15 @@ class Fleet:
 
     def _living(self) -> list[int]:
         """At least one. Raises EngineDeadError if none is left."""
-        living = [number for number, engine in self._engines.items() if engine.dead is None]
+        living = [number for number, engine in self._active().items() if engine.dead is None]
         if not living:
             raise EngineDeadError(str(self.dead))
         return living
+
+    def _active(self) -> dict[int, EngineClient]:
+        """Those that have requests, or would have. One that is being ended lives for a while, and takes none."""
+        phases = self._roster.phases
+        return {number: self._engines[number] for number in phases if phases[number] in ("serving", "leaving", "dead")}
 
     def _carry_out(self, orders: Sequence[Order]) -> None:
         for order in orders:
@@ -233,7 +245,7 @@ class Fleet:
 
     async def _do(self, order: Order, before: asyncio.Task[None] | None) -> None:
         if before is not None:
-            await asyncio.wait((before,))
+            await _end_of(before)
         number = order.number
         if isinstance(order, Start):
             await self._start(number)
@@ -259,12 +271,21 @@ class Fleet:
         """Start an engine for a replica. Raises what EngineClient.start does."""
         size = max(self._roster.size, self._roster.resize.size_asked_for if self._roster.resize else 0)
         own, environment = self._seats.settings(number, size, self.info.max_model_len)
-        tell = partial(self._told.__setitem__, number)
+        report = _Report(partial(self._told.__setitem__, number), 0)
+        start = partial(EngineClient.start, own, report, command=self._command, environment=environment)
+        starting: asyncio.Task[EngineClient] | None = None
         try:
-            engine = await EngineClient.start(own, tell, command=self._command, environment=environment)
+            async with self._placing:
+                starting = asyncio.create_task(start())
+                if own.executor.launcher == "ray":
+                    await report.until_placed(starting)
+            self._engines[number] = await starting
+        except asyncio.CancelledError:
+            if starting is not None:
+                await _undo(starting)
+            raise
         finally:
             self._told.pop(number, None)
-        self._engines[number] = engine
 
     async def _replace(self, number: int) -> None:
         """Start an engine in the place of one that has ended, until it is there."""
@@ -313,7 +334,10 @@ class Fleet:
     async def _end(self, number: int) -> None:
         engine = self._engines.get(number)
         if engine is not None:
-            await engine.close()
+            try:
+                await engine.close()
+            except Exception:  # nothing can be done about it, and others wait
+                log.exception("replica %d did not end", number)
             del self._engines[number]
         self._router.forget(number)
         self._carry_out(self._roster.ended(number))
@@ -354,7 +378,6 @@ class Fleet:
                     self._note_death(number, engine.dead)
             await asyncio.sleep(DEATH_POLL_S)
 
-
     def _note_death(self, number: int, reason: str) -> None:
         num_alive = sum(engine.dead is None for engine in self._engines.values())
         log.error("replica %d has ended, %d of %d go on: %s", number, num_alive, len(self._engines), reason)
@@ -393,3 +416,20 @@ class _Report:
             await asyncio.wait((placed, start), return_when=asyncio.FIRST_COMPLETED)
         finally:
             placed.cancel()
+
+
+async def _undo(starting: asyncio.Task[EngineClient]) -> None:
+    """Have an engine not start, or end if it has started by now."""
+    starting.cancel()
+    await _end_of(starting)
+    if not starting.cancelled() and starting.exception() is None:
+        await starting.result().close()
+
+
+async def _end_of(task: asyncio.Task[Any]) -> None:
+    """Wait for the end of a task that was cancelled, also if this one is cancelled as well."""
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
-from phalanx.errors import PhalanxError, ResizeUnderWayError
+from phalanx.errors import ResizeUnderWayError
 from phalanx.server.api_error import ApiError
 from phalanx.server.service import Service
 
@@ -68,7 +68,8 @@ class Scaling:
         self._service = service
         self._num_resizes = 0
         self._last: ResizeReport | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._resizing: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None  # the loop itself holds tasks weakly
         self._began_at = 0.0
 
     async def begin(self, asked: ScaleRequest) -> ScaleReport:
@@ -89,7 +90,8 @@ class Scaling:
             took_s=0.0,
         )
         self._began_at = began_at
-        self._running = asyncio.create_task(self._follow(resizing, self._last))
+        self._resizing = resizing
+        self._following = asyncio.create_task(self._follow(resizing, self._last))
         return self.report()
 
     async def drain(self, asked: DrainRequest) -> ScaleReport:
@@ -103,9 +105,9 @@ class Scaling:
 
     def cancel(self) -> ScaleReport:
         """Have the resize undone that is under way. Raises ApiError 409 if none is."""
-        if self._running is None or self._running.done():
+        if self._resizing is None or self._resizing.done():
             raise ApiError(409, "no resize is under way", code="no_resize")
-        self._running.cancel()
+        self._resizing.cancel()
         return self.report()
 
     def report(self) -> ScaleReport:
@@ -116,12 +118,9 @@ class Scaling:
         )
 
     async def _follow(self, resizing: asyncio.Task[None], report: ResizeReport) -> None:
-        state: Literal["done", "failed", "cancelled"] = "done"
-        try:
-            await resizing
-        except asyncio.CancelledError:
-            state = "cancelled"
-        except PhalanxError as error:
+        await asyncio.wait((resizing,))
+        state: Literal["done", "failed", "cancelled"] = "cancelled" if resizing.cancelled() else "done"
+        if not resizing.cancelled() and (error := resizing.exception()) is not None:
             state, report.error = "failed", str(error)
         report.state, report.took_s = state, self._taken_s()
         log.log(

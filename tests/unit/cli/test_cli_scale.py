@@ -25,7 +25,8 @@ class Server(ThreadingHTTPServer):
         self.answers: list[tuple[int, Any]] = []
         self.asked: list[tuple[str, str, Any]] = []
         self.keys: set[str | None] = set()
-        self.on_call = threading.Event()
+        self.has_asked = threading.Event()
+        """How it is: what began it was answered."""
 
     @property
     def url(self) -> str:
@@ -46,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-        self.server.on_call.set()
+        if self.command == "GET":
+            self.server.has_asked.set()
 
     do_GET = do_POST = do_DELETE = _answer
 
@@ -136,7 +138,7 @@ def test_interrupted_it_undoes_the_resize(server: Server, capsys: pytest.Capture
     server.answers = [report("running")]
 
     def interrupt() -> None:
-        server.on_call.wait(10)
+        server.has_asked.wait(10)
         server.answers = [report("running"), report("running"), report("cancelled")]
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import signal
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,54 @@ async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pyte
         await until(lambda: set(states(fleet).values()) == {"serving"})
         assert len(states(fleet)) == 3
         await asyncio.gather(*(reader.task for reader in readers))
+
+
+@pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_streams_live_through_kills_and_resizes_in_any_order(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    dice = random.Random(seed)
+
+    async def read_on(fleet: Fleet, first: int, is_over: asyncio.Event) -> int:
+        """One request after the other; how many."""
+        count = 0
+        while not is_over.is_set():
+            await Reader(fleet, first, 400).task
+            count += 1
+        return count
+
+    async def disturb(fleet: Fleet) -> None:
+        resizing: asyncio.Task[None] | None = None
+        for _ in range(8):
+            await asyncio.sleep(dice.uniform(0.0, 0.3))
+            kind = dice.choice(("kill", "resize", "resize", "cancel"))
+            serving = [number for number, state in states(fleet).items() if state == "serving"]
+            if kind == "kill" and len(serving) > 1:
+                fleet._engines[dice.choice(serving)]._child.begin_kill()
+            elif kind == "cancel" and resizing is not None:
+                resizing.cancel()
+            elif kind == "resize":
+                with suppress(ResizeUnderWayError):
+                    resizing = await fleet.begin_resize(dice.randint(1, 4), drain_timeout_s=dice.choice((0.0, 0.1)))
+        if resizing is not None:
+            await asyncio.wait((resizing,))
+            assert resizing.cancelled() or isinstance(resizing.exception(), ResizeError | None)
+
+    async def run() -> None:
+        async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+            is_over = asyncio.Event()
+            readers = [asyncio.create_task(read_on(fleet, 10 * i, is_over)) for i in range(1, 5)]
+            await disturb(fleet)
+            await until(lambda: set(states(fleet).values()) == {"serving"})
+            is_over.set()
+            assert min(await asyncio.gather(*readers)) > 0
+            assert len(fleet._engines) == fleet.info.num_replicas == len(states(fleet))
+            assert fleet.num_running == 0
+            assert not fleet._requests
+
+    asyncio.run(run())
 
 
 @in_loop

@@ -43,8 +43,12 @@ async def test_a_resize_is_begun_and_followed() -> None:
     found = answer.json()
     assert found["data_parallel_size"] == 2, "one joins, and does not serve yet"
     assert found["replicas"][2] == {
-        **{"replica": 5, "state": "joining", "num_requests": 0},
-        **{"phase": "loading", "done": 1, "total": 2},
+        "replica": 5,
+        "state": "joining",
+        "num_requests": 0,
+        "phase": "loading",
+        "done": 1,
+        "total": 2,
     }
     assert found["resize"].items() >= {"id": 1, "size_before": 2, "data_parallel_size": 3, "state": "running"}.items()
     rig.engine.resized.set()
@@ -79,6 +83,7 @@ async def test_cancelled() -> None:
     rig = Rig()
     assert (await rig.client.delete("/scale")).status_code == 409
     await rig.client.post("/scale", json={"data_parallel_size": 2})
+    await asyncio.sleep(0)
     assert (await rig.client.delete("/scale")).status_code == 202
     assert (await until_over(rig))["state"] == "cancelled"
     assert (await rig.client.delete("/scale")).json()["error"]["code"] == "no_resize"
