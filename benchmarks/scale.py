@@ -73,7 +73,8 @@ class Streams:
             "temperature": 0,
             "ignore_eos": True,
         }
-        text, times = "", []
+        text = ""
+        times: list[float] = []
         async with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():

@@ -31,8 +31,8 @@ REPLACE_AFTER_S = 30.0
 REPLACE_AFTER_AT_MOST_S = 600.0
 MOVES_AT_A_TIME = 4
 """Requests that move from one replica to another: what they have so far is computed beside what runs there."""
-MAX_DEATHS = 2
-"""A request that two replicas have died with may be why they did."""
+MAX_DEATHS = 3
+"""A request that so many replicas have died with may be why they did, and is given to no other."""
 
 log = logging.getLogger("phalanx.engine")
 

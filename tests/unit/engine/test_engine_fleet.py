@@ -162,17 +162,17 @@ async def test_requests_of_an_engine_that_dies_go_on_in_others(
 
 
 @in_loop
-async def test_a_request_that_two_replicas_died_with_ends(checkpoint: Path) -> None:
-    async with fleet_of(checkpoint) as fleet:
+async def test_a_request_that_three_replicas_died_with_ends(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=4) as fleet:
         reader = asyncio.create_task(consume(fleet, 10, ENDLESS))
-        for _ in range(2):
+        for _ in range(3):
             await until(lambda: any(counts(fleet).values()))
             (home,) = [replica for replica, count in counts(fleet).items() if count]
             fleet._engines[home]._child.begin_kill()
             await until(lambda home=home: not counts(fleet)[home])  # type: ignore[misc]
         with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
             await reader
-        assert await consume(fleet, 50, SamplingParams(max_tokens=3)) == 3
+        assert await consume(fleet, 50, SamplingParams(max_tokens=3)) == 3, "one is left"
 
 
 @in_loop
