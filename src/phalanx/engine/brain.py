@@ -18,6 +18,7 @@ from phalanx.protocol import EngineStats, FinishReason, ReplicaStats, Step, Step
 
 T = TypeVar("T", covariant=True)
 
+
 class Pending(Protocol[T]):
     """An answer to come."""
 
@@ -179,5 +180,6 @@ class Brain:
                 field, value, f"prompt and output share {room + 1} tokens: kv_cache_memory has no room for more"
             )
         if num_prompt + num_output >= max_len:  # made by an engine with a higher limit
-            raise RequestError("output", f"{num_output} tokens", f"after this prompt at most {max_len - num_prompt - 1}")
+            most = max_len - num_prompt - 1
+            raise RequestError("output", f"{num_output} tokens", f"at most {most} so far, for one more to fit in")
         return max_len

@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Why no more requests are taken; None while they are."""
 
     @property
+    def down(self) -> str | None:
+        """Why its processes are being started again, if none serves; requests wait meanwhile."""
+
+    @property
     def num_running(self) -> int:
         """Requests that were submitted and have not ended."""
 
@@ -89,6 +93,9 @@ class Engine(Protocol):
         then, and when this is cancelled, there are as many as before. Once those that leave have no requests any more
         it cannot be undone.
         """
+
+    async def until_settled(self) -> None:
+        """Wait until it is not `down`: it serves again, or is dead."""
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end all processes. May be repeated."""

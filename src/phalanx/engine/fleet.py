@@ -13,9 +13,10 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
-from phalanx.engine.client import EngineClient, OnProgress
+from phalanx.engine.client import EngineClient
 from phalanx.engine.condition import Condition
 from phalanx.engine.engine import DRAIN_TIMEOUT_S, Engine, ReplicaState
+from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.roster import Empty, End, Keep, Order, Phase, Replace, Resize, Roster, Start
 from phalanx.engine.router import Router
 from phalanx.engine.seats import Seats, settings_of_replicas
@@ -24,7 +25,7 @@ from phalanx.errors import EngineDeadError, PhalanxError, RequestError, ResizeEr
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
 
-DEATH_POLL_S = 0.1
+WATCH_POLL_S = 0.02
 EMPTY_POLL_S = 0.02
 REPLACE_AFTER_S = 30.0
 """An engine that could not be started again waits so long for another one, and twice as long each time it fails."""
@@ -54,6 +55,7 @@ class Fleet:
         """Use `start`. Takes over the engines."""
         first = engines[0]
         self._first = first.info
+        self._front = first.front
         self.tokenizer = first.tokenizer
         self.default_sampling = first.default_sampling
         self._command = command
@@ -73,7 +75,7 @@ class Fleet:
         self._drain_timeout_s = DRAIN_TIMEOUT_S
         self._changed = asyncio.Event()
         self._is_closing = False
-        self._deaths = asyncio.create_task(self._watch_deaths())
+        self._deaths = asyncio.create_task(self._watch())
         self._note_change()
 
     @classmethod
@@ -115,6 +117,12 @@ class Fleet:
         reasons = [engine.dead for engine in self._active().values()]
         return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)
 
+    @property
+    def down(self) -> str | None:
+        living = [engine for engine in self._engines.values() if engine.dead is None]
+        reasons = [engine.down for engine in living if engine.down is not None]
+        return "; ".join(reasons) if living and len(reasons) == len(living) else None
+
     def conditions(self) -> Sequence[Condition]:
         return [msgspec.structs.replace(engine.condition, replica=number) for number, engine in self._active().items()]
 
@@ -138,6 +146,17 @@ class Fleet:
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
         return self._deltas(prompt_token_ids, self._engines[self._living()[0]].check(prompt_token_ids, sampling))
+
+    async def until_settled(self) -> None:
+        """As EngineClient.until_settled, of any that is not dead."""
+        while self.down is not None:
+            living = [engine for engine in self._engines.values() if engine.dead is None]
+            waits = [asyncio.create_task(engine.until_settled()) for engine in living]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     async def resize(
         self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
@@ -272,7 +291,9 @@ class Fleet:
         size = max(self._roster.size, self._roster.resize.size_asked_for if self._roster.resize else 0)
         own, environment = self._seats.settings(number, size, self.info.max_model_len)
         report = _Report(partial(self._told.__setitem__, number), 0)
-        start = partial(EngineClient.start, own, report, command=self._command, environment=environment)
+        start = partial(
+            EngineClient.start, own, report, command=self._command, environment=environment, front=self._front
+        )
         starting: asyncio.Task[EngineClient] | None = None
         try:
             async with self._placing:
@@ -309,7 +330,7 @@ class Fleet:
         engine = self._engines[number]
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_timeout_s):
-                while engine.num_running and engine.dead is None:
+                while engine.num_running and engine.dead is None and engine.down is None:
                     await asyncio.sleep(EMPTY_POLL_S)
         places = asyncio.Semaphore(MOVES_AT_A_TIME)
         await asyncio.gather(*(self._move(one, places) for one in self._requests if one.replica == number))
@@ -323,7 +344,7 @@ class Fleet:
         """
         async with places:
             engine = self._engines[request.replica]
-            if engine.dead is None and self._config.cache.enable_prefix_caching:
+            if engine.dead is None and engine.down is None and self._config.cache.enable_prefix_caching:
                 ahead = self.generate(request.stream.token_ids.tolist(), SamplingParams(temperature=0.0, max_tokens=1))
                 with suppress(EngineDeadError, RequestError):  # then it has to wait for that
                     async with aclosing(ahead):
@@ -370,13 +391,29 @@ class Fleet:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _watch_deaths(self) -> None:
-        """As long as others go on, only one's own requests may end with an error."""
+    async def _watch(self) -> None:
+        """See that requests of a replica that has ended go on in others, and that another engine takes its place."""
         while True:
             for number, engine in list(self._engines.items()):
+                if engine.down is not None:
+                    self._move_from(number, engine)
                 if engine.dead is not None and self._roster.phases[number] in ("joining", "serving", "leaving"):
                     self._note_death(number, engine.dead)
-            await asyncio.sleep(DEATH_POLL_S)
+            await asyncio.sleep(WATCH_POLL_S)
+
+    def _move_from(self, number: int, engine: EngineClient) -> None:
+        """Let others have the requests of one that is being started again, as long as there are any that serve.
+
+        But each only once: one that has seen two engines end may be why they did. Then it stays where it is, where that
+        is found out (engine/trials.py).
+        """
+        others = [other for other in self._roster.serving() if other != number]
+        if not any(self._engines[other].condition.is_healthy for other in others):
+            return
+        for request in self._requests:
+            if request.replica == number and not request.num_deaths:
+                request.num_deaths += 1
+                engine.release(request.stream)
 
     def _note_death(self, number: int, reason: str) -> None:
         num_alive = sum(engine.dead is None for engine in self._engines.values())

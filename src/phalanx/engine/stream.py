@@ -151,6 +151,11 @@ class RequestStream:
         """Prompt and output so far."""
         return as_ints(self._prompt + self._output.tobytes())
 
+    @property
+    def num_tokens(self) -> int:
+        """Those that were pushed."""
+        return len(self._output)
+
     def submit(self, request_id: int) -> Submit:
         """The request as an engine is to take it: it goes on after the last token that was pushed."""
         return Submit(request_id, self._prompt, self._sampling, self._output.tobytes())
@@ -236,6 +241,9 @@ class Streams:
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._running
+
+    def __getitem__(self, request_id: int) -> RequestStream:
+        return self._running[request_id]
 
     def add(self, request_id: int, stream: RequestStream) -> None:
         """Tokens of `request_id` go to `stream` from now on."""

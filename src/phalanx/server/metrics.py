@@ -93,7 +93,8 @@ class _EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(self._engine.dead is None))
+        is_up = self._engine.dead is None and self._engine.down is None
+        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(is_up))
         numbers = [replica.replica for replica in self._engine.replicas()]
         replicas = self._replicas(len(numbers))
         running = [stats.num_running for stats in replicas]
@@ -135,6 +136,9 @@ class _EngineCollector(Collector):
             "phalanx_engine_seconds_since_step", "Since the last step; grows while there are none.", labels=["engine"]
         )
         watched = GaugeMetricFamily("phalanx_ledger_ranks_watched", "Ranks that the ledger watches.", labels=["engine"])
+        restarts = CounterMetricFamily(
+            "phalanx_engine_restarts", "Times that the engine was started again.", labels=["engine"]
+        )
         counts: collections.Counter[str] = collections.Counter()
         for condition in conditions:
             engine = condition.replica
@@ -142,13 +146,14 @@ class _EngineCollector(Collector):
             if condition.since_step_s is not None:
                 since.add_metric([str(engine)], condition.since_step_s)
             watched.add_metric([str(engine)], condition.num_watched)
+            restarts.add_metric([str(engine)], condition.num_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
             "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, verdicts)
+        yield from (healthy, since, watched, restarts, verdicts)
 
     def _states(self) -> Metric:
         """How many replicas are in each state."""

@@ -36,7 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(checkpoint: Path, **settings: Any) -> Config:
-    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, **settings})
+    """Its engines are not started again, unless `engine_restarts` says so."""
+    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, "engine_restarts": 0, **settings})
 
 
 @asynccontextmanager
@@ -52,7 +53,7 @@ async def fleet_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any
 
 def pids(fleet: Fleet) -> list[int]:
     """Of engines, in the order of their replicas' numbers."""
-    return [engine._child.pid for _, engine in sorted(fleet._engines.items())]
+    return [engine.condition.pid for _, engine in sorted(fleet._engines.items())]
 
 
 def counts(fleet: Fleet) -> dict[int, int]:
@@ -162,13 +163,30 @@ async def test_requests_of_an_engine_that_dies_go_on_in_others(
 
 
 @in_loop
+async def test_requests_do_not_wait_for_an_engine_that_is_started_again(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=1) as fleet:
+        readers = [Reader(fleet, 10 * i, 20000) for i in range(1, 4)]
+        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+        victim = pids(fleet)[0]
+        fleet._engines[0]._start_again = lambda _: asyncio.sleep(3600)  # it takes long
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: fleet._engines[0].down is not None)
+        await until(lambda: counts(fleet) == {0: 0, 1: 3})
+        num_tokens = [len(reader.tokens) for reader in readers]
+        await until(lambda: all(len(one.tokens) > before for one, before in zip(readers, num_tokens, strict=True)))
+        assert fleet.dead is None
+        assert fleet.down is None
+        await asyncio.gather(*(reader.task for reader in readers))
+
+
+@in_loop
 async def test_a_request_that_three_replicas_died_with_ends(checkpoint: Path) -> None:
     async with fleet_of(checkpoint, data_parallel_size=4) as fleet:
         reader = asyncio.create_task(consume(fleet, 10, ENDLESS))
         for _ in range(3):
             await until(lambda: any(counts(fleet).values()))
             (home,) = [replica for replica, count in counts(fleet).items() if count]
-            fleet._engines[home]._child.begin_kill()
+            os.kill(fleet._engines[home].condition.pid, signal.SIGKILL)
             await until(lambda home=home: not counts(fleet)[home])  # type: ignore[misc]
         with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
             await reader
@@ -281,9 +299,9 @@ async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("many_cores")
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("seed", "engine_restarts"), [(1, 0), (2, 1000)])
 def test_streams_live_through_kills_and_resizes_in_any_order(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int, engine_restarts: int
 ) -> None:
     monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
     dice = random.Random(seed)
@@ -303,7 +321,8 @@ def test_streams_live_through_kills_and_resizes_in_any_order(
             kind = dice.choice(("kill", "resize", "resize", "cancel"))
             serving = [number for number, state in states(fleet).items() if state == "serving"]
             if kind == "kill" and len(serving) > 1:
-                fleet._engines[dice.choice(serving)]._child.begin_kill()
+                with suppress(ProcessLookupError):  # it is dead already
+                    os.kill(fleet._engines[dice.choice(serving)].condition.pid, signal.SIGKILL)
             elif kind == "cancel" and resizing is not None:
                 resizing.cancel()
             elif kind == "resize":
@@ -314,7 +333,7 @@ def test_streams_live_through_kills_and_resizes_in_any_order(
             assert resizing.cancelled() or isinstance(resizing.exception(), ResizeError | None)
 
     async def run() -> None:
-        async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=engine_restarts) as fleet:
             is_over = asyncio.Event()
             readers = [asyncio.create_task(read_on(fleet, 10 * i, is_over)) for i in range(1, 5)]
             await disturb(fleet)

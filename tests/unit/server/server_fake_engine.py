@@ -49,6 +49,7 @@ class FakeEngine:
         self.tokenizer = CharacterTokenizer()
         self.default_sampling = SamplingParams(temperature=0.6, top_k=50)
         self.dead: str | None = None
+        self.down: str | None = None
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
         self.replica_states = (ReplicaState(replica=0, state="serving", num_requests=0),)
@@ -89,6 +90,10 @@ class FakeEngine:
                 raise self.resize_fails
 
         return asyncio.create_task(resize())
+
+    async def until_settled(self) -> None:
+        while self.down is not None:
+            await asyncio.sleep(0)
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         return self.instances
