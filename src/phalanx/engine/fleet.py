@@ -396,6 +396,7 @@ class Fleet:
         while True:
             for number, engine in list(self._engines.items()):
                 if engine.down is not None:
+                    self._router.forget(number)  # what it had in its cache is lost
                     self._move_from(number, engine)
                 if engine.dead is not None and self._roster.phases[number] in ("joining", "serving", "leaving"):
                     self._note_death(number, engine.dead)
