@@ -217,7 +217,7 @@ def test_a_dense_models_replicas_run_apart(tmp_path: Path) -> None:
 def test_replicas_come_and_go_while_streams_run(tmp_path: Path) -> None:
     with serving(tmp_path, "llama", "-dp", "1", "--threads-per-rank", "1") as served:
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-            alone = [served.stream(client, MANY) for client in range(2)]
+            undisturbed = list(clients.map(lambda client: served.stream(client, MANY), range(2)))
             running = [clients.submit(served.stream, client, MANY) for client in range(2)]
             await_condition(lambda: served.requests_running().get("0") == 2, 20.0)
             phalanx("scale", f"http://127.0.0.1:{served.port}", "2")
@@ -230,7 +230,7 @@ def test_replicas_come_and_go_while_streams_run(tmp_path: Path) -> None:
             assert is_alive(second)
             outcomes = [stream.result(timeout=60) for stream in running]
         assert all(finish_of(events) == "length" for events in outcomes)
-        assert [text_of(events) for events in outcomes[:2]] == [text_of(events) for events in alone]
+        assert [text_of(events) for events in outcomes[:2]] == [text_of(events) for events in undisturbed]
         assert set(served.requests_running()) == {"1"}
         served.interrupt()
 
