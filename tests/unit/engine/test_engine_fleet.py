@@ -7,7 +7,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,9 @@ async def test_a_wrong_request_is_refused_before_it_is_picked_for(checkpoint: Pa
 
 
 class Reader:
-    """Reads a request of `num_tokens` in a task of its own, and checks that every token came once, in order."""
+    """Reads a request in a task of its own: of `num_tokens`, or until `end`, and every token once, in order."""
 
-    def __init__(self, fleet: Fleet, first: int, num_tokens: int = 4000) -> None:
+    def __init__(self, fleet: Fleet, first: int, num_tokens: int | None = None) -> None:
         self.prompt = [first, first + 1, first + 2]
         self.num_tokens = num_tokens
         self.tokens: list[int] = []
@@ -131,24 +131,42 @@ class Reader:
     async def _read(self) -> None:
         async for delta in self._fleet.generate(self.prompt, SamplingParams(max_tokens=self.num_tokens)):
             self.tokens += delta.token_ids
-            if delta.finish_reason is not None:
-                assert delta.finish_reason == "length"
-        assert self.tokens == (self.prompt * self.num_tokens)[: self.num_tokens]
+            assert self.tokens == (self.prompt * len(self.tokens))[: len(self.tokens)]
+            assert delta.finish_reason in (None, "length")
+        assert len(self.tokens) == self.num_tokens
 
-    async def until_it_runs(self) -> None:
-        await until(lambda: len(self.tokens) > 20)
+    async def go_on(self) -> None:
+        """Wait for some more tokens."""
+        most = len(self.tokens) + 20
+        await until(lambda: len(self.tokens) > most or self.task.done())
+        assert not self.task.done(), self.task.result()
+
+    async def end(self) -> None:
+        await self.go_on()
+        self.task.cancel()
+        await asyncio.wait((self.task,))
+        assert self.task.cancelled()
+
+
+async def go_on(readers: Sequence[Reader]) -> None:
+    await asyncio.gather(*(reader.go_on() for reader in readers))
+
+
+async def end(readers: Sequence[Reader]) -> None:
+    await asyncio.gather(*(reader.end() for reader in readers))
 
 
 @in_loop
 async def test_requests_of_an_engine_that_dies_go_on_in_others(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with fleet_of(checkpoint) as fleet:
+    async with fleet_of(checkpoint, "is-paced") as fleet:
         readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+        await go_on(readers)
         assert counts(fleet) == {0: 1, 1: 1, 2: 1}
         os.kill(pids(fleet)[1], signal.SIGKILL)
-        await asyncio.gather(*(reader.task for reader in readers))
+        await until(lambda: states(fleet)[1] == "dead")
+        await end(readers)
         assert fleet.dead is None
         assert states(fleet) == {0: "serving", 1: "dead", 2: "serving"}
         assert re.fullmatch(r"replica 1 has ended, 2 of 3 go on: .* killed by SIGKILL.*", caplog.messages[0])
@@ -164,19 +182,16 @@ async def test_requests_of_an_engine_that_dies_go_on_in_others(
 
 @in_loop
 async def test_requests_do_not_wait_for_an_engine_that_is_started_again(checkpoint: Path) -> None:
-    async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=1) as fleet:
-        readers = [Reader(fleet, 10 * i, 20000) for i in range(1, 4)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2, engine_restarts=1) as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
         victim = pids(fleet)[0]
         fleet._engines[0]._start_again = lambda _: asyncio.sleep(3600)  # it takes long
         os.kill(victim, signal.SIGKILL)
         await until(lambda: fleet._engines[0].down is not None)
         await until(lambda: counts(fleet) == {0: 0, 1: 3})
-        num_tokens = [len(reader.tokens) for reader in readers]
-        await until(lambda: all(len(one.tokens) > before for one, before in zip(readers, num_tokens, strict=True)))
-        assert fleet.dead is None
-        assert fleet.down is None
-        await asyncio.gather(*(reader.task for reader in readers))
+        await end(readers)
+        assert (fleet.dead, fleet.down) == (None, None)
 
 
 @in_loop
@@ -215,20 +230,19 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
-    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
-        readers = [Reader(fleet, 10 * i, 6000) for i in range(1, 4)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=1) as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
         await fleet.resize(data_parallel_size=3)
         assert (fleet.info.num_replicas, fleet.info.world_size) == (3, 3)
-        readers += [Reader(fleet, 10 * i, 6000) for i in range(4, 8)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+        readers += [Reader(fleet, 10 * i) for i in range(4, 8)]
+        await go_on(readers)
         assert min(counts(fleet).values()) > 0
         first = pids(fleet)[0]
         await fleet.resize(data_parallel_size=1, leaving=[0, 2], drain_timeout_s=0.0)
         assert states(fleet) == {1: "serving"}
         assert not is_running(first)
-        assert not any(reader.task.done() for reader in readers)
-        await asyncio.gather(*(reader.task for reader in readers))
+        await end(readers)
         await fleet.resize(data_parallel_size=2)
         assert states(fleet) == {0: "serving", 1: "serving"}
 
@@ -236,22 +250,24 @@ async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_requests_of_a_leaving_replica_may_end_there(checkpoint: Path) -> None:
-    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
-        readers = [Reader(fleet, 10 * i, 3000) for i in range(1, 3)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
-        leaving = asyncio.create_task(fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=20.0))
-        await until(lambda: states(fleet)[0] == "leaving")
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
+        readers = [Reader(fleet, 10), Reader(fleet, 20, 1500)]
+        await go_on(readers)
+        assert counts(fleet) == {0: 1, 1: 1}
+        leaving = asyncio.create_task(fleet.resize(data_parallel_size=1, leaving=[1], drain_timeout_s=TIMEOUT_S))
+        await until(lambda: states(fleet)[1] == "leaving")
         assert await consume(fleet, 50, SamplingParams(max_tokens=3)) == 3
         await leaving
-        assert [reader.task.done() for reader in readers].count(True) >= 1
-        await asyncio.gather(*(reader.task for reader in readers))
+        assert readers[1].task.done()
+        await readers[1].task
+        await end(readers[:1])
 
 
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -> None:
-    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
-        reader = Reader(fleet, 10, 8000)
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=1) as fleet:
+        reader = Reader(fleet, 10)
         fleet._command = command("dies-at-start")
         with pytest.raises(ResizeError, match=r"replica [12] did not start: .*SIGKILL"):
             await fleet.resize(data_parallel_size=3)
@@ -266,9 +282,9 @@ async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -
         with pytest.raises(asyncio.CancelledError):
             await growing
         assert states(fleet) == {0: "serving"}
-        fleet._command = command("healthy")
+        fleet._command = command("is-paced")
         await fleet.resize(data_parallel_size=2)
-        endless = asyncio.create_task(consume(fleet, 30, ENDLESS))
+        other = Reader(fleet, 30)
         await until(lambda: counts(fleet)[1] == 1)
         shrinking = await fleet.begin_resize(data_parallel_size=1, leaving=[1])
         await until(lambda: states(fleet)[1] == "leaving")
@@ -276,17 +292,16 @@ async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -
         with pytest.raises(asyncio.CancelledError):
             await shrinking
         assert states(fleet) == {0: "serving", 1: "serving"}
-        endless.cancel()
-        await reader.task
+        await end([reader, other])
 
 
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
-    async with fleet_of(checkpoint) as fleet:
-        readers = [Reader(fleet, 10 * i, 12000) for i in range(1, 4)]
-        await asyncio.gather(*(reader.until_it_runs() for reader in readers))
+    async with fleet_of(checkpoint, "is-paced") as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
         shrinking = await fleet.begin_resize(data_parallel_size=1, leaving=[1, 2])
         await until(lambda: states(fleet)[1] == "leaving")
         os.kill(pids(fleet)[1], signal.SIGKILL)  # it has left now
@@ -295,7 +310,7 @@ async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pyte
             await shrinking
         await until(lambda: set(states(fleet).values()) == {"serving"})
         assert len(states(fleet)) == 3
-        await asyncio.gather(*(reader.task for reader in readers))
+        await end(readers)
 
 
 @pytest.mark.usefixtures("many_cores")
