@@ -131,6 +131,7 @@ async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Stream
     if told["state"] != "done":
         raise click.ClickException(f"{kind}: {told}")
     ended_at = time.monotonic()
+    click.echo(f"{kind}: {told['took_s']:.2f} s, {1e3 * streams.longest_gap_s(began_at, ended_at):.0f} ms", err=True)
     await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
     took_s = ended_at - began_at
     return Resize(
@@ -146,8 +147,7 @@ async def measure(url: str, rounds: int, num_streams: int, num_tokens: int) -> t
     done: list[Resize] = []
     streams = Streams(url, num_tokens)
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
-        for prompt in range(num_streams):  # what each makes when nothing happens
-            await streams.one(client, prompt)
+        await asyncio.gather(*(streams.one(client, prompt) for prompt in range(num_streams)))  # nothing happens
         async with streams.flowing(client, num_streams):
             await asyncio.sleep(2 * SETTLE_S)
             for number in range(rounds):

@@ -31,7 +31,11 @@ REPLACE_AFTER_S = 30.0
 """An engine that could not be started again waits so long for another one, and twice as long each time it fails."""
 REPLACE_AFTER_AT_MOST_S = 600.0
 MOVES_AT_A_TIME = 4
-"""Requests that move from one replica to another: what they have so far is computed beside what runs there."""
+TOKENS_AHEAD = 2048
+"""Of a request that moves, computed in one step of the other replica, beside what runs there."""
+MOVES_AT_A_TIME_ON_A_CPU = 1
+TOKENS_AHEAD_ON_A_CPU = 128
+"""There a step takes the longer the more tokens it has."""
 MAX_DEATHS = 3
 """A request that so many replicas have died with may be why they did, and is given to no other."""
 
@@ -332,7 +336,8 @@ class Fleet:
             async with asyncio.timeout(self._drain_timeout_s):
                 while engine.num_running and engine.dead is None and engine.down is None:
                     await asyncio.sleep(EMPTY_POLL_S)
-        places = asyncio.Semaphore(MOVES_AT_A_TIME)
+        on_cpu = self._first.device == "cpu"
+        places = asyncio.Semaphore(MOVES_AT_A_TIME_ON_A_CPU if on_cpu else MOVES_AT_A_TIME)
         await asyncio.gather(*(self._move(one, places) for one in self._requests if one.replica == number))
         engine.release()
         self._carry_out(self._roster.emptied(number))
@@ -344,13 +349,21 @@ class Fleet:
         """
         async with places:
             engine = self._engines[request.replica]
-            if engine.dead is None and engine.down is None and self._config.cache.enable_prefix_caching:
-                ahead = self.generate(request.stream.token_ids.tolist(), SamplingParams(temperature=0.0, max_tokens=1))
+            if self._config.cache.enable_prefix_caching:
                 with suppress(EngineDeadError, RequestError):  # then it has to wait for that
-                    async with aclosing(ahead):
-                        async for _ in ahead:
-                            pass
+                    await self._compute_ahead(request, engine)
             engine.release(request.stream)
+
+    async def _compute_ahead(self, request: _Request, engine: EngineClient) -> None:
+        step = num_done = TOKENS_AHEAD_ON_A_CPU if self._first.device == "cpu" else TOKENS_AHEAD
+        while num_done < len(token_ids := request.stream.token_ids) + step:
+            if engine.dead is not None or engine.down is not None or request not in self._requests:
+                return  # it waits already, or does so no more
+            ahead = self.generate(token_ids[:num_done].tolist(), SamplingParams(temperature=0.0, max_tokens=1))
+            async with aclosing(ahead):
+                async for _ in ahead:
+                    pass
+            num_done += step
 
     async def _end(self, number: int) -> None:
         engine = self._engines.get(number)

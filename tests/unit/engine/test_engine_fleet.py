@@ -251,7 +251,7 @@ async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
 @in_loop
 async def test_requests_of_a_leaving_replica_may_end_there(checkpoint: Path) -> None:
     async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
-        readers = [Reader(fleet, 10), Reader(fleet, 20, 1500)]
+        readers = [Reader(fleet, 10), Reader(fleet, 20, 700)]
         await go_on(readers)
         assert counts(fleet) == {0: 1, 1: 1}
         leaving = asyncio.create_task(fleet.resize(data_parallel_size=1, leaving=[1], drain_timeout_s=TIMEOUT_S))
