@@ -19,7 +19,7 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import Fleet, start_engine
-from phalanx.engine.seats import settings_of_replicas
+from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError, StartError
 from phalanx.executor import platform
 from phalanx.protocol import SamplingParams, StartProgress
@@ -443,6 +443,28 @@ def test_replicas_share_out_the_gpus(checkpoint: Path, monkeypatch: pytest.Monke
     settings = settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2))
     assert [own.executor.device for own, _ in settings] == ["cuda"] * 3
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in settings] == ["7,5", "GPU-a,3", "1,0"]
+
+
+def test_a_replica_that_joins_gets_gpus_that_nobody_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-a,3,1")
+    monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
+    seats = Seats(config_of(checkpoint, data_parallel_size=1, tensor_parallel_size=2))
+    own, environment = seats.settings(1, 2, max_model_len=500)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "GPU-a,3"}
+    assert (own.parallel.data_parallel_size, own.parallel.tensor_parallel_size) == (1, 2)
+    assert (own.executor.device, own.model.max_model_len) == ("cuda", 500)
+    assert seats.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
+    seats.check_room(2, [1], [])
+    with pytest.raises(ConfigError, match="data_parallel_size: 3 is not possible: 6 GPUs are needed and 5 can be used"):
+        seats.check_room(3, [1, 2], [])
+
+
+def test_on_ray_only_the_start_tells_whether_there_is_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 1)
+    Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1)).check_room(9, range(1, 9), [os.getpid()])
+    one_group = Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1, placement_group="mine"))
+    with pytest.raises(ConfigError, match="placement_group: 'mine' is not possible"):
+        one_group.check_room(2, [1], [])
 
 
 def test_with_ray_each_replica_knows_whether_it_is_local(checkpoint: Path) -> None:
