@@ -23,6 +23,8 @@ SILENT_SHARE = 0.5
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """At one moment."""
 
+    replica: int = 0
+    """Whose engine it is, where replicas are engines of their own."""
     pid: int
     dead: str | None = None
     """Why it has ended for good; None while it runs, and while it is started again."""

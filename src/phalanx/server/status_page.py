@@ -84,12 +84,12 @@ def _verdict(status: ServerStatus) -> str:
 def _queues(queues: Sequence[QueueStatus]) -> str:
     rows = (
         (
-            *(one.replica, one.num_running, one.num_waiting, f"{one.num_blocks_used} of {one.num_blocks}"),
+            *(one.replica, one.state, one.num_running, one.num_waiting, f"{one.num_blocks_used} of {one.num_blocks}"),
             *(one.num_steps, one.num_generated_tokens, one.num_preemptions),
         )
         for one in queues
     )
-    titles = ("replica", "running", "waiting", "KV blocks", "steps", "tokens made", "preemptions")
+    titles = ("replica", "state", "running", "waiting", "KV blocks", "steps", "tokens made", "preemptions")
     body = "".join(_numbers(map(str, row)) for row in rows)
     return f"<h2>Queues</h2><table><tr>{_titles(titles)}</tr>{body}</table>"
 
