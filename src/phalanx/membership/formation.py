@@ -7,6 +7,7 @@ under way; it is told whether the KV cache is still there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -24,6 +25,12 @@ from phalanx.membership.memory import FormationMemory
 from phalanx.membership.recovery import Recovery
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, Step, StepResult
+
+
+OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights"})
+"""Methods that leave nothing."""
+
+log = logging.getLogger("phalanx.membership")
 
 
 class Healed(NamedTuple):
@@ -73,6 +80,8 @@ class Formation:
         self._recovery = recovery
         self._ended: PhalanxError | None = None
         self._on_failure: list[OnFailure] = []
+        self._called: set[str] = set()
+        """Methods of ranks, which may have left something in them."""
 
     # ---------------------------------------------------------------------------- as an executor
 
@@ -101,6 +110,7 @@ class Formation:
         unique_reply_rank: int | None = None,
     ) -> Pending[Any]:
         """As Executor.collective_rpc with `non_block`."""
+        self._called.add(method)
         return self._line.executor.collective_rpc(
             method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
         )
@@ -139,6 +149,10 @@ class Formation:
             for tell in self._on_failure:
                 tell(failure)
             raise
+        if lost := self._called - OF_EVERY_WORKER:
+            log.warning(
+                "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
+            )
         return Healed(self._line.epoch, keeps_cache)
 
     def begin_healing(self, error: PhalanxError) -> Healing:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-
 from engine_mortal_executor import MortalExecutor
+
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import extend_digests
@@ -209,9 +209,10 @@ class Rig:
 
     def _follow(self, replica: int, plan: StepPlan) -> None:
         for new in plan.new:
-            if self._carried.pop((replica, new.slot), None) == as_ints(new.token_ids).tolist():
-                continue
             blocks = [(replica, block) for block in as_ints(new.blocks).tolist()]
+            if self._carried.pop((replica, new.slot), None) == as_ints(new.token_ids).tolist():
+                self._clean_blocks.difference_update(blocks)
+                continue
             found = set(blocks[: new.num_computed // self.block_size])
             assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
             self._unclean_slots.discard((replica, new.slot))

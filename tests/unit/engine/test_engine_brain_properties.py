@@ -72,7 +72,6 @@ class Traffic(RuleBasedStateMachine):
         self.rig.keeps_cache = keeps_cache
         self.rig.rewind()
 
-    @precondition(lambda self: self.rig.config.parallel.pipeline_parallel_size == 1)
     @rule(num_replicas=st.integers(1, 3), num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 18))
     def resize(self, num_replicas: int, num_blocks: int) -> None:
         self.rig.resize(data_parallel_size=num_replicas, num_blocks=num_blocks)
