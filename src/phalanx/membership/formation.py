@@ -26,7 +26,6 @@ from phalanx.membership.recovery import Recovery
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, Step, StepResult
 
-
 OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights"})
 """Methods that leave nothing."""
 
