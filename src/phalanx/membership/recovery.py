@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from phalanx.config import HealingConfig
-from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError
+from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
@@ -62,7 +62,10 @@ class Recovery:
         began_at = time.monotonic()
         self._is_healing = True
         self._num_faults += 1
-        log.error("the ranks of epoch %d are ended: %s", failed.epoch, error)
+        if isinstance(error, WorkerError):
+            log.error("%s", error.traceback)
+        # Of a verdict the log has the rest already.
+        log.error("the ranks of epoch %d are ended: %s", failed.epoch, str(error).partition("\n")[0])
         failed.executor.kill()
         self._retire(failed)
         climb = self.ladder.begin(began_at)
