@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -40,7 +41,7 @@ class Recovery:
         self._may_reload = True
         self._is_closing = False
         self._thread: threading.Thread | None = None
-        self._retired: list[Line] = []
+        self._retired_epoch = 0
         self._retiring: list[threading.Thread] = []
         self._num_faults = 0
         self._healed: Counter[Rung] = Counter()
@@ -67,6 +68,7 @@ class Recovery:
         # Of a verdict the log has the rest already.
         log.error("the ranks of epoch %d are ended: %s", failed.epoch, str(error).partition("\n")[0])
         failed.executor.kill()
+        forget_locals(error)
         self._retire(failed)
         climb = self.ladder.begin(began_at)
         while (attempt := self._next(climb)) is not None:
@@ -94,7 +96,7 @@ class Recovery:
 
     def has_retired(self, line: Line) -> bool:
         """Whether it has failed, and is let go of."""
-        return any(line is one for one in self._retired)
+        return line.epoch == self._retired_epoch
 
     def stats(self, epoch: int) -> FormationStats:
         return FormationStats(
@@ -184,11 +186,18 @@ class Recovery:
 
     def _retire(self, line: Line) -> None:
         """Let go of what it used, in the background: its processes are gone, and nobody waits for the rest."""
-        self._retired = [line]
+        self._retired_epoch = line.epoch
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]
         thread = threading.Thread(target=line.executor.close, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Let go of what the calls held that an error came through: the executor, and so the memory of its queue."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(progress: StartProgress) -> None:
