@@ -132,11 +132,16 @@ class FinishReason(enum.IntEnum):
 
 
 class Submit(Message, frozen=True):
-    """A checked request. `request_id` is unique among the client's running requests and grows with arrival."""
+    """A checked request. `request_id` is unique among the client's running requests and grows with arrival.
+
+    `output_token_ids` is what another engine has made of it before: this one goes on with the next token. A client that
+    may have to do so chooses the seed itself.
+    """
 
     request_id: int
     prompt_token_ids: Ints
     sampling: SamplingParams
+    output_token_ids: Ints = b""
 
 
 class Cancel(Message, frozen=True):
