@@ -16,6 +16,7 @@
     ├── CollectiveMismatchError         two ranks met in different collectives: says which, in which
     ├── DivergedError                   ranks of one group issued different collectives in a step: says which
     ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
+    ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
     ├── ResizeError                     a resize has failed and was undone: says why
     ├── FrameError                      bytes that are not a message of ours
     └── EngineDeadError                 the engine has stopped: says why
@@ -142,6 +143,10 @@ class DivergedError(PhalanxError):
 
 class HungError(PhalanxError):
     """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+
+
+class NotHealedError(PhalanxError):
+    """A fault ended the ranks, and none came up that go on. The message says which, and what was tried."""
 
 
 class ResizeError(PhalanxError):

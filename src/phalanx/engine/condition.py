@@ -11,6 +11,7 @@ import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.ledger.report import VerdictReport, utc_now
+from phalanx.protocol import FormationStats
 from phalanx.transport.liveness import Party, state_of
 
 STOPPED_AFTER_S = 1.0
@@ -41,6 +42,8 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that the ledger's watcher looks at."""
     verdicts: dict[str, int] = {}
     """How many there have been, by cause."""
+    formation: FormationStats | None = None
+    """As the engine has last told; None where a fault ends it, and before it has told anything."""
 
     @property
     def is_healthy(self) -> bool:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Engine
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
@@ -154,6 +155,7 @@ class _EngineCollector(Collector):
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
         yield from (healthy, since, watched, restarts, verdicts)
+        yield from _healing(conditions)
 
     def _states(self) -> Metric:
         """How many replicas are in each state."""
@@ -184,6 +186,40 @@ class _EngineCollector(Collector):
         if self._engine.stats is not None:
             return self._engine.stats.replicas
         return [ReplicaStats(0, 0, 0, self._engine.info.num_blocks, 0, 0, 0, 0, 0)] * count
+
+
+def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
+    """Of the engines that a fault does not end."""
+    epoch = GaugeMetricFamily(
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+    )
+    standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
+    pause = GaugeMetricFamily(
+        "phalanx_healing_last_seconds", "From the last fault to ranks that compute again.", labels=["engine"]
+    )
+    faults = CounterMetricFamily("phalanx_faults", "Faults that ended all ranks of an engine.", labels=["engine"])
+    standbys = CounterMetricFamily(
+        "phalanx_standby_faults", "Standby lines that did not come up, or did not last.", labels=["engine"]
+    )
+    tries = CounterMetricFamily(
+        "phalanx_healing_tries",
+        "What was tried after faults, and what came of it.",
+        labels=["engine", "rung", "outcome"],
+    )
+    for condition in conditions:
+        if (stats := condition.formation) is None:
+            continue
+        name = [str(condition.replica)]
+        epoch.add_metric(name, stats.epoch)
+        standby.add_metric(name, float(stats.standby == "ready"))
+        pause.add_metric(name, stats.last_pause_s)
+        faults.add_metric(name, stats.num_faults)
+        standbys.add_metric(name, stats.num_standby_faults)
+        for outcome, counts in (("healed", stats.healed), ("failed", stats.failed)):
+            for rung, count in counts.items():
+                tries.add_metric([*name, rung, outcome], count)
+    if any(condition.formation is not None for condition in conditions):
+        yield from (epoch, standby, pause, faults, standbys, tries)
 
 
 def _gauge(name: str, text: str, replicas: Sequence[int], values: Sequence[float]) -> Metric:

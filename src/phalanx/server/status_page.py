@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from phalanx.engine.condition import Condition
 from phalanx.ledger.duration import duration
 from phalanx.ledger.status import GroupStatus, InstanceStatus, RankStatus
 from phalanx.server.status import QueueStatus, ServerStatus
@@ -47,6 +48,7 @@ def page(status: ServerStatus) -> str:
         f"<p>Up for {duration(status.up_s)}; HTTP requests in flight: {status.num_in_flight}. "
         f"{_since_step(status)}</p>",
         _verdict(status),
+        *map(_healing, status.engines),
         _queues(status.queues),
         *map(_instance, status.instances),
     ]
@@ -79,6 +81,21 @@ def _verdict(status: ServerStatus) -> str:
         f"(engine {pid}): {escape(trouble.paragraph)}</div>"
         for pid, trouble in shown
     )
+
+
+def _healing(engine: Condition) -> str:
+    """Nothing of an engine that has not had to heal, and has no standby line."""
+    stats = engine.formation
+    if stats is None or (not stats.num_faults and stats.standby == "none"):
+        return ""
+    facts = [f"Engine {engine.pid}: faults {stats.num_faults}"]
+    facts += [f"healed by {rung} {count}" for rung, count in stats.healed.items()]
+    facts += [f"not healed by {rung} {count}" for rung, count in stats.failed.items()]
+    if stats.num_faults:
+        facts.append("healing now" if stats.is_healing else f"last pause {stats.last_pause_s:.2f} s")
+    if stats.standby != "none":
+        facts.append(f"standby line {stats.standby}")
+    return f"<p>{escape(', '.join(facts))}</p>"
 
 
 def _queues(queues: Sequence[QueueStatus]) -> str:
