@@ -260,7 +260,7 @@ def test_what_is_computed_ahead_takes_as_long_as_wanted() -> None:
 async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
         reader = Reader(fleet, 10)
-        await reader.go_on()
+        await until(lambda: len(reader.tokens) > 100)
         asked: list[list[int]] = []
         generate = fleet.generate
 
