@@ -33,8 +33,8 @@ REPLACE_AFTER_S = 30.0
 REPLACE_AFTER_AT_MOST_S = 600.0
 PIECE_S = 0.2
 PIECE_TOKENS = (16, 2048)
-"""A request that moves is computed ahead in pieces of so many tokens, as large as take PIECE_S: what runs beside it waits
-as long for its next token.
+"""A request that moves is computed ahead in pieces of so many tokens, as large as take PIECE_S: what runs beside it
+waits as long for its next token.
 """
 MAX_DEATHS = 3
 """A request that so many replicas have died with may be why they did, and is given to no other."""
@@ -359,14 +359,16 @@ class Fleet:
             token_ids = request.stream.token_ids
             if engine.dead is not None or engine.down is not None or request not in self._requests:
                 return  # it waits already, or does so no more
-            began_at = time.monotonic()
-            num_done = min(num_done + self._piece, token_ids.size)
+            began_at, before = time.monotonic(), num_done
+            num_done = min(before + self._piece, token_ids.size)
             is_whole = num_done == token_ids.size  # but for what is made meanwhile
             ahead = self.generate(token_ids[:num_done].tolist(), SamplingParams(temperature=0.0, max_tokens=1))
             async with aclosing(ahead):
                 async for _ in ahead:
                     pass
-            self._piece = piece_that_takes(PIECE_S, self._piece, time.monotonic() - began_at)
+            took_s = time.monotonic() - began_at
+            if not is_whole or took_s > PIECE_S:  # a rest tells only that a piece is too large
+                self._piece = piece_that_takes(PIECE_S, num_done - before, took_s)
 
     async def _end(self, number: int) -> None:
         engine = self._engines.get(number)
