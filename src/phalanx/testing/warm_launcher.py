@@ -17,6 +17,12 @@ KILL_AGAIN_S = 0.05
 class WarmLauncher(LocalLauncher):
     """A LocalLauncher that outlives its ranks: `close` ends them, and `end` what is left."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it can start no more ranks."""
+        with self._changed:
+            return self._server_exit is not None
+
     def close(self, timeout_s: float) -> None:
         """End all ranks. Raises DeadlineError if the kernel cannot."""
         expires_at = time.monotonic() + timeout_s + END_DEADLINE_S
