@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts import Network, why_no_hosts
@@ -35,15 +36,25 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is alone runs in two lanes, one of which is for hosts and Ray."""
     tests = Path(__file__).parent
     for item in items:
-        path = item.path.relative_to(tests).as_posix()
-        if path.startswith(_ALONE):
+        if item.path.relative_to(tests).as_posix().startswith(_ALONE):
             item.add_marker("alone")
-            item.add_marker(pytest.mark.xdist_group("nodes" if path.startswith(_NODES) else "here"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup` tests run in two lanes, one of which is for hosts and Ray."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InLanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "nodes" if nodeid.removeprefix("tests/").startswith(_NODES) else "here"
+
+    return InLanes(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
