@@ -26,6 +26,7 @@ Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
 Replicas = Annotated[int, Meta(ge=0, le=64)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
+Restarts = Annotated[int, Meta(ge=0, le=1000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 All2All = Literal["allgather_reducescatter", "alltoall"]
 
@@ -163,6 +164,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     """Longest time for one step before the rank that is awaited is named and the run ends. An inline rank cannot be
     interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
     15 s longer than this."""
+
+    engine_restarts: Restarts = 3
+    """How many times within 10 minutes an engine that ends before its time is started again. Its requests wait, and go
+    on where they were. 0: its end is the end of the command."""
 
     cuda_graphs: bool = True
     """On GPUs, capture decode steps in CUDA graphs at the start and replay them: steps of few requests then take much

@@ -132,11 +132,16 @@ class FinishReason(enum.IntEnum):
 
 
 class Submit(Message, frozen=True):
-    """A checked request. `request_id` is unique among the client's running requests and grows with arrival."""
+    """A checked request. `request_id` is unique among the client's running requests and grows with arrival.
+
+    `output_token_ids` is what another engine has made of it before: this one goes on with the next token. A client that
+    may have to do so chooses the seed itself.
+    """
 
     request_id: int
     prompt_token_ids: Ints
     sampling: SamplingParams
+    output_token_ids: Ints = b""
 
 
 class Cancel(Message, frozen=True):
@@ -363,7 +368,7 @@ class MeasureMemory(Message, frozen=True):
 
 
 class AllocateCache(Message, frozen=True):
-    """Allocate the KV cache and get ready to step."""
+    """Allocate the KV cache, or take over the one that is held, and get ready to step. Answered by Allocated."""
 
     num_blocks: int
     max_model_len: int
@@ -461,6 +466,17 @@ class Measured(Message, frozen=True):
     num_padding: int = 0
 
 
+class Allocated(Message, frozen=True):
+    """The worker is ready to step.
+
+    `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
+    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU, whose memory ends with the
+    process. Where experts move (`enable_eplb`) it is the KV cache alone: which experts these weights were is forgotten.
+    """
+
+    held: bytes = b""
+
+
 NO_TOKEN = -1
 """In a StepResult: the row's logits were NaN, or -inf for every token that may be chosen."""
 
@@ -506,7 +522,7 @@ class ExpertLoads(Message, frozen=True):
     layers: tuple[LayerLoad, ...]
 
 
-ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError | ExpertLoads
+ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads
 
 
 class Reply(Message, frozen=True):

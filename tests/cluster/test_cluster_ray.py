@@ -104,6 +104,7 @@ def cluster(running_ray: None) -> Iterator[None]:
 
 def on_ray(checkpoint: Path, **settings: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "kv_cache_memory": 1 << 20, "threads_per_rank": 1, "device": "cpu"}
+    settings = {"engine_restarts": 0, **settings}
     return LLM(str(checkpoint), **{"launcher": "ray", "tensor_parallel_size": 2, **sizes, **settings})
 
 

@@ -43,7 +43,8 @@ class Served:
             self.port = int(probe.getsockname()[1])
         self._log = log
         command = [sys.executable, "-m", "phalanx", "serve", str(checkpoint), "--port", str(self.port)]
-        command += ["-dp", "2", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB", "--device", "cpu", *flags]
+        command += ["-dp", "2", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB", "--device", "cpu"]
+        command += ["--engine-restarts", "0", *flags]
         with log.open("wb") as sink:
             self.server = subprocess.Popen(command, stdout=sink, stderr=sink)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)

@@ -25,9 +25,14 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
 
     pid: int
     dead: str | None = None
-    """Why it has ended; None while it runs."""
+    """Why it has ended for good; None while it runs, and while it is started again."""
+    down: str | None = None
+    """Why it is being started again; None when it is not."""
+    phase: str | None = None
+    """While it is being started again: what it does."""
+    num_restarts: int = 0
     trouble: VerdictReport | None = None
-    """Why steps do not progress; None if they do, and if there are none to make. Of a dead engine, what ended it."""
+    """Why steps do not progress; None if they do, and if there are none to make. Of one that ended, what ended it."""
     since_step_s: float | None = None
     """Since it was heard last that a step was made; None before the first."""
     num_watched: int = 0
@@ -37,7 +42,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_healthy(self) -> bool:
-        return self.dead is None and self.trouble is None
+        return self.dead is None and self.down is None and self.trouble is None
 
 
 class ProcessWatch:

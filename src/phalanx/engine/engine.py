@@ -29,6 +29,10 @@ class Engine(Protocol):
         """Why no more requests are taken; None while they are."""
 
     @property
+    def down(self) -> str | None:
+        """Why its processes are being started again, if none serves; requests wait meanwhile."""
+
+    @property
     def num_running(self) -> int:
         """Requests that were submitted and have not ended."""
 
@@ -44,6 +48,9 @@ class Engine(Protocol):
         Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
         request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as it is dead.
         """
+
+    async def until_settled(self) -> None:
+        """Wait until it is not `down`: it serves again, or is dead."""
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end all processes. May be repeated."""

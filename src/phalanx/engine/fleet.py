@@ -13,9 +13,10 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
-from phalanx.engine.client import EngineClient, OnProgress
+from phalanx.engine.client import EngineClient
 from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Engine
+from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.router import Router
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
@@ -37,7 +38,8 @@ async def start_engine(config: Config, on_progress: OnProgress | None = None) ->
 
 
 class Fleet:
-    """Gives each request to one of several engines. One that dies takes its requests along; the others go on.
+    """Gives each request to one of several engines. One that has ended is started again by itself, while the others go
+    on; one that cannot be takes its requests along.
 
     One whose steps do not progress gets no new requests as long as another one's do.
     """
@@ -92,6 +94,12 @@ class Fleet:
         reasons = [engine.dead for engine in self._engines]
         return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)
 
+    @property
+    def down(self) -> str | None:
+        living = [engine for engine in self._engines if engine.dead is None]
+        reasons = [engine.down for engine in living if engine.down is not None]
+        return "; ".join(reasons) if living and len(reasons) == len(living) else None
+
     def conditions(self) -> Sequence[Condition]:
         return [engine.condition for engine in self._engines]
 
@@ -105,6 +113,16 @@ class Fleet:
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
         return self._deltas(prompt_token_ids, self._living()[0].check(prompt_token_ids, sampling))
+
+    async def until_settled(self) -> None:
+        """As EngineClient.until_settled, of any that is not dead."""
+        while self.down is not None:
+            waits = [asyncio.create_task(engine.until_settled()) for engine in self._engines if engine.dead is None]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""

@@ -140,7 +140,7 @@ class Watching:
         try:
             for line in _lines(process):
                 self._take(_verdicts.decode(line))
-        except Exception:
+        except Exception:  # also of `on_hopeless`: a watcher that nobody listens to must not go on
             log.exception("what the watcher says is lost: nobody says any more who is to blame")
             process.kill()
         finally:

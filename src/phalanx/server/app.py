@@ -102,22 +102,23 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
-    model = {
-        "id": service.model_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "phalanx",
-        "max_model_len": service.engine.info.max_model_len,
-    }
+    def model() -> dict[str, Any]:
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "phalanx",
+            "max_model_len": service.engine.info.max_model_len,  # an engine that is started again may have another
+        }
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [model()]})
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
         service.check_model(name)
-        return json_response(model)
+        return json_response(model())
 
     @app.get("/health")
     async def get_health() -> Response:

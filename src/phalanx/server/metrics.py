@@ -92,7 +92,8 @@ class _EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(self._engine.dead is None))
+        is_up = self._engine.dead is None and self._engine.down is None
+        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(is_up))
         replicas = self._replicas()
         yield _gauge("requests_running", "Requests in the batch.", [stats.num_running for stats in replicas])
         waiting = [stats.num_waiting for stats in replicas]
@@ -131,19 +132,23 @@ class _EngineCollector(Collector):
             "phalanx_engine_seconds_since_step", "Since the last step; grows while there are none.", labels=["engine"]
         )
         watched = GaugeMetricFamily("phalanx_ledger_ranks_watched", "Ranks that the ledger watches.", labels=["engine"])
+        restarts = CounterMetricFamily(
+            "phalanx_engine_restarts", "Times that the engine was started again.", labels=["engine"]
+        )
         counts: collections.Counter[str] = collections.Counter()
         for engine, condition in enumerate(conditions):
             healthy.add_metric([str(engine)], float(condition.is_healthy))
             if condition.since_step_s is not None:
                 since.add_metric([str(engine)], condition.since_step_s)
             watched.add_metric([str(engine)], condition.num_watched)
+            restarts.add_metric([str(engine)], condition.num_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
             "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, verdicts)
+        yield from (healthy, since, watched, restarts, verdicts)
 
     def _balance(self) -> Iterator[Metric]:
         """Nothing where experts do not move, or before they were first measured."""

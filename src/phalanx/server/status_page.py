@@ -68,7 +68,13 @@ def _since_step(status: ServerStatus) -> str:
 def _verdict(status: ServerStatus) -> str:
     shown = [(one.pid, one.trouble) for one in status.engines if one.trouble is not None]
     dead = [f"<p>Engine {one.pid} has ended: {escape(one.dead)}</p>" for one in status.engines if one.dead is not None]
-    return "".join(dead) + "".join(
+    down = [
+        f"<p>Engine {one.pid} has ended and is being started again{escape(f' ({one.phase})' if one.phase else '')}: "
+        f"{escape(one.down)}</p>"
+        for one in status.engines
+        if one.down is not None
+    ]
+    return "".join(dead + down) + "".join(
         f'<div class="verdict"><strong>{escape(trouble.cause)}</strong>, for {duration(trouble.for_s)} '
         f"(engine {pid}): {escape(trouble.paragraph)}</div>"
         for pid, trouble in shown

@@ -23,7 +23,7 @@ class EchoBrain:
 
     def submit(self, request: Submit) -> None:
         self.running[request.request_id] = request
-        self.num_done[request.request_id] = 0
+        self.num_done[request.request_id] = len(as_ints(request.output_token_ids))
 
     def cancel(self, request_ids: tuple[int, ...]) -> None:
         for request_id in request_ids:

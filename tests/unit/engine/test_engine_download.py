@@ -16,7 +16,7 @@ import pytest
 
 import phalanx.engine.process as process
 from phalanx.config import Config
-from phalanx.engine.client import _await_ready
+from phalanx.engine.incarnation import _await_ready
 from phalanx.errors import ConfigError
 from phalanx.protocol import StartProgress
 from phalanx.testing.checkpoints import write_checkpoint

@@ -34,7 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(checkpoint: Path, **settings: Any) -> Config:
-    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, **settings})
+    """Its engines are not started again, unless `engine_restarts` says so."""
+    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, "engine_restarts": 0, **settings})
 
 
 @asynccontextmanager
@@ -49,7 +50,7 @@ async def fleet_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any
 
 
 def pids(fleet: Fleet) -> list[int]:
-    return [engine._child.pid for engine in fleet._engines]
+    return [engine.condition.pid for engine in fleet._engines]
 
 
 async def consume(fleet: Fleet, first: int, sampling: SamplingParams) -> int:

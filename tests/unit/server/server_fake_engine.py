@@ -48,6 +48,7 @@ class FakeEngine:
         self.tokenizer = CharacterTokenizer()
         self.default_sampling = SamplingParams(temperature=0.6, top_k=50)
         self.dead: str | None = None
+        self.down: str | None = None
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
         self.reply = reply
@@ -66,6 +67,10 @@ class FakeEngine:
         return (
             Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2, verdicts=told),
         )
+
+    async def until_settled(self) -> None:
+        while self.down is not None:
+            await asyncio.sleep(0)
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         return self.instances
