@@ -60,10 +60,10 @@ async def test_streams_go_on_and_nobody_is_sent_a_token_twice(
         async def one(number: int) -> None:
             text = f"füchse 🦊 {number} "
             ids = client.tokenizer.encode(text)
-            sampling = SamplingParams(max_tokens=300 * len(ids))
+            sampling = SamplingParams(max_tokens=200 * len(ids))
             deltas = [delta async for delta in client.generate(ids, sampling)]
-            assert "".join(delta.text for delta in deltas) == 300 * text
-            assert [token_id for delta in deltas for token_id in delta.token_ids] == 300 * ids
+            assert "".join(delta.text for delta in deltas) == 200 * text
+            assert [token_id for delta in deltas for token_id in delta.token_ids] == 200 * ids
             assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
 
         running = [asyncio.create_task(one(number)) for number in range(20)]
@@ -82,7 +82,7 @@ async def test_streams_go_on_and_nobody_is_sent_a_token_twice(
     assert "the engine serves again after" in caplog.messages[1]
 
 
-@pytest.mark.parametrize("step", range(1, 7))
+@pytest.mark.parametrize("step", [2, 3, 6])
 @in_loop
 async def test_a_stop_string_and_a_character_that_begin_before_the_end(
     checkpoint: Path, tmp_path: Path, step: int
