@@ -28,9 +28,9 @@ from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
 from phalanx.engine.work import Work
 from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
-from phalanx.executor.start import start_executor
+from phalanx.membership.formation import start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams
+from phalanx.protocol import SamplingParams, TokenBatch
 
 log = logging.getLogger("phalanx.llm")
 
@@ -88,27 +88,28 @@ class LLM:
 
     def _begin(self) -> None:
         """Load the model into new workers."""
-        executor, capacity = start_executor(
+        formation = start_formation(
             self.config, self._checkpoint, lambda told: self._report(told.rank, told.phase, told.done, told.total)
         )
         with ExitStack() as stack:
-            stack.enter_context(executor)
+            stack.enter_context(formation)
+            capacity = formation.capacity
             self.max_model_len = capacity.max_model_len
-            self._executor = executor
+            self._formation = formation
             self._weight_changing: frozenset[str] = frozenset()
             if self.config.executor.worker_extension_cls is not None:
-                names = executor.collective_rpc("methods_that_change_weights", unique_reply_rank=0)
+                names = formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
                 self._weight_changing = frozenset(names)
             self._brain = Brain(
                 self.config,
-                executor,
+                formation,
                 num_blocks=capacity.num_blocks,
                 max_model_len=capacity.max_model_len,
                 eos_token_ids=eos_token_ids(self._checkpoint.path, self._tokenizer_source),
-                balancing=Balancing(self.config, executor) if self.config.parallel.enable_eplb else None,
+                balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
             )
             if not self._restarts.most:
-                executor.on_failure(self._fail)  # at once, also when nothing is generated
+                formation.on_failure(self._fail)  # at once, also when nothing is generated
             self._resources = stack.pop_all()
 
     def generate(
@@ -168,13 +169,15 @@ class LLM:
 
         Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
         arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
-        the model, as a dead rank (PeerDiedError) does; EngineDeadError if it had ended before.
+        the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
+        ended. Raises EngineDeadError if it had ended before.
         """
         self._check_can_run()
         if method in self._weight_changing:
+            self._formation.weights_changed()
             self._brain.reset_prefix_cache()
-        pending = self._executor.collective_rpc(
-            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
+        pending = self._formation.collective_rpc(
+            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank
         )
         return pending if non_block else pending.result()
 
@@ -182,12 +185,14 @@ class LLM:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
 
         Call it when weights were changed by other means than a method that is declared to change them. From then on the
-        model is not loaded again after a fault: the checkpoint has other weights.
+        model is not loaded again after a fault, as the checkpoint has other weights: it is healed if its weights have
+        outlived the ranks (docs/healing.md), or has ended.
         """
         self._check_can_run()
+        self._formation.weights_changed()
         if self._restarts.most:
             self._restarts = Restarts(0)
-            self._executor.on_failure(self._fail)
+            self._formation.on_failure(self._fail)
         self._brain.reset_prefix_cache()
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
@@ -197,7 +202,7 @@ class LLM:
         more, and otherwise what ended the run.
         """
         self._check_can_run()
-        self._executor.check_health(timeout_s)
+        self._formation.check_health(timeout_s)
 
     def on_failure(self, callback: OnFailure) -> None:
         """Have `callback` called with the error that ends the model, at once if one has. It must not raise.
@@ -275,7 +280,7 @@ class LLM:
         try:
             self._submit_next(work)
             while self._brain.has_work():
-                batch = self._brain.step()
+                batch = self._step()
                 if batch is not None:
                     _, to_cancel = work.take(batch)
                     self._brain.cancel(to_cancel)
@@ -289,6 +294,19 @@ class LLM:
         except Exception as error:
             return error
         return None
+
+    def _step(self) -> TokenBatch | None:
+        """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
+        try:
+            batch = self._brain.step()
+        except PhalanxError as error:
+            if not self._formation.heals(error):
+                raise
+            epoch, keeps_cache = self._formation.heal(error)
+            self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            return None
+        self._formation.progressed()
+        return batch
 
     def _submit_next(self, work: Work) -> None:
         for submit in work.take_next():
@@ -305,7 +323,7 @@ class LLM:
             log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))
             if has_model:
                 self._resources.close()
-                del self._brain, self._executor
+                del self._brain, self._formation
                 has_model = False
             _forget_locals(error)  # such as the workers, and their memory
             time.sleep(delay_s)

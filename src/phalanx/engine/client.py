@@ -19,14 +19,16 @@ from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.condition import Condition
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.history import History, without_engine
 from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
 from phalanx.engine.restarts import WINDOW_S, Restarts
+from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
-from phalanx.errors import EngineDeadError, PhalanxError
+from phalanx.errors import ConfigError, EngineDeadError, PhalanxError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.protocol import Cancel, EngineStats, SamplingParams, StartProgress, TokenBatch
@@ -47,9 +49,10 @@ class EngineClient:
     requests that run, each with what it has made so far: their output only pauses. After that the client is `dead`.
     """
 
-    def __init__(self, incarnation: Incarnation, front: _Front, start_again: StartAgain, most_restarts: int) -> None:
+    def __init__(self, incarnation: Incarnation, front: Front, start_again: StartAgain, most_restarts: int) -> None:
         """Use `start`."""
         self.info = incarnation.info
+        self.front = front
         self.tokenizer = front.tokenizer
         self.default_sampling = front.default_sampling
         """For what a request leaves open: the checkpoint's advice (generation_config.json) over our defaults."""
@@ -81,22 +84,24 @@ class EngineClient:
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
+        front: Front | None = None,
     ) -> EngineClient:
         """Start the engine's process and wait until it serves.
 
-        `environment` is for the engine, besides this process's own. `on_progress` is called in the event loop. Raises
+        `environment` is for the engine, besides this process's own; `front` that of another client of the same model.
+        `on_progress` is called in the event loop. Raises
         UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
         If it raises or is cancelled, no process is left.
         """
         begin = partial(Incarnation.start, config, command=command, environment=environment)
         beginning = asyncio.create_task(begin(on_progress))
-        front = asyncio.create_task(_load_front(config, beginning))
+        reading = asyncio.create_task(_load_front(config, beginning, front))
         try:
-            incarnation, found = await asyncio.gather(beginning, front)
+            incarnation, found = await asyncio.gather(beginning, reading)
         except BaseException:
             beginning.cancel()
-            front.cancel()
-            (begun, _) = await asyncio.gather(beginning, front, return_exceptions=True)
+            reading.cancel()
+            (begun, _) = await asyncio.gather(beginning, reading, return_exceptions=True)
             if isinstance(begun, Incarnation):
                 await begun.end()
             raise
@@ -193,6 +198,30 @@ class EngineClient:
         self._wake(released)
         self._cancel(to_cancel)
         self._note_idle()
+
+    def replicas(self) -> Sequence[ReplicaState]:
+        """They work in lockstep: all serve, or none."""
+        state: Phase = "serving" if self.dead is None else "dead"
+        return [
+            ReplicaState(replica=replica, state=state, num_requests=self.num_running)
+            for replica in range(self.info.num_replicas)
+        ]
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> asyncio.Task[None]:
+        """Raises ConfigError: one brain has all its replicas from the start to the end. See Fleet."""
+        raise ConfigError(
+            "data_parallel_size",
+            data_parallel_size,
+            f"{self.info.num_replicas}: replicas that share experts (enable_expert_parallel) cannot come and go yet",
+        )
+
+    async def resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> None:
+        """As `begin_resize`."""
+        await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s)
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
@@ -320,7 +349,7 @@ class EngineClient:
             self._idle.set()
 
 
-class _Front(NamedTuple):
+class Front(NamedTuple):
     """What the client itself needs of the checkpoint; loaded while the engine starts."""
 
     tokenizer: Tokenizer
@@ -329,21 +358,23 @@ class _Front(NamedTuple):
     """Of tokens that both the tokenizer and the model have: either may have some that the other lacks."""
 
 
-async def _load_front(config: Config, beginning: asyncio.Task[Incarnation]) -> _Front:
+async def _load_front(config: Config, beginning: asyncio.Task[Incarnation], known: Front | None) -> Front:
+    if known is not None:
+        return known
     if not Path(config.model.model).expanduser().is_dir():
         await beginning  # by then the engine has fetched and converted the checkpoint
     return await asyncio.to_thread(_read_front, config)
 
 
-def _read_front(config: Config) -> _Front:
+def _read_front(config: Config) -> Front:
     with _reading:
         return _read_front_alone(config)
 
 
-def _read_front_alone(config: Config) -> _Front:
+def _read_front_alone(config: Config) -> Front:
     name, directory = config.model.model, Path(config.model.model).expanduser()
     is_local = directory.is_dir()
     checkpoint = Checkpoint(directory, name) if is_local else resolve(name, revision=config.model.revision)
     tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint.path)
     default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
-    return _Front(tokenizer, default_sampling, min(tokenizer.vocab_size, checkpoint.vocab_size))
+    return Front(tokenizer, default_sampling, min(tokenizer.vocab_size, checkpoint.vocab_size))

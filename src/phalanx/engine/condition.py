@@ -11,6 +11,7 @@ import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.ledger.report import VerdictReport, utc_now
+from phalanx.protocol import FormationStats
 from phalanx.transport.liveness import Party, state_of
 
 STOPPED_AFTER_S = 1.0
@@ -23,6 +24,8 @@ SILENT_SHARE = 0.5
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """At one moment."""
 
+    replica: int = 0
+    """Whose engine it is, where replicas are engines of their own."""
     pid: int
     dead: str | None = None
     """Why it has ended for good; None while it runs, and while it is started again."""
@@ -39,6 +42,8 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that the ledger's watcher looks at."""
     verdicts: dict[str, int] = {}
     """How many there have been, by cause."""
+    formation: FormationStats | None = None
+    """As the engine has last told; None where a fault ends it, and before it has told anything."""
 
     @property
     def is_healthy(self) -> bool:

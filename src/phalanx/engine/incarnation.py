@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import logging
 import time
@@ -90,6 +91,8 @@ class Incarnation:
         self._silent_s = 0.0
         self._process = ProcessWatch(child.pid, silence_timeout_s - SILENCE_GRACE_S)
         self._attached = _attach(child.pid)
+        self._counts_before: collections.Counter[str] = collections.Counter()
+        """Verdicts on ranks that others have come after."""
         self._stepped_at: float | None = None
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,7 +156,8 @@ class Incarnation:
             trouble=(self.ended.verdict if self.ended is not None else None) or self._trouble(),
             since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
             num_watched=notice.num_ranks if is_watched else 0,
-            verdicts={cause: notice.counts.get(cause, 0) + own.get(cause, 0) for cause in {*notice.counts, *own}},
+            verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
+            formation=self.stats.formation if self.stats is not None else None,
         )
 
     def statuses(self) -> Sequence[InstanceStatus]:
@@ -251,8 +255,22 @@ class Incarnation:
             if self.stats is None or _num_steps(message) != _num_steps(self.stats):
                 self._stepped_at = time.monotonic()
             self.stats = message
+            if message.formation is not None:
+                self._follow(message.formation.epoch)
         elif isinstance(message, EngineFailed):
             self._end(message.reason, is_user_error=message.is_user_error)
+
+    def _follow(self, epoch: int) -> None:
+        """Other ranks go on: look at these from now on."""
+        before = self._attached
+        if before is None or before.instance.epoch == epoch:
+            return
+        found = _attach(self.pid)
+        if found is None:  # it has just ended, or is about to show others
+            return
+        self._counts_before.update(before.notice().counts)
+        self._attached = found
+        before.close()
 
     def _end(self, reason: str, *, is_user_error: bool = False) -> None:
         if self.ended is None:

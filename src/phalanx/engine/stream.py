@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.engine.request import new_seed
 from phalanx.engine.tokenizer import Tokenizer
@@ -144,6 +145,11 @@ class RequestStream:
     def is_finished(self) -> bool:
         """No more tokens are taken in."""
         return self._finish_reason is not None
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Prompt and output so far."""
+        return as_ints(self._prompt + self._output.tobytes())
 
     @property
     def num_tokens(self) -> int:

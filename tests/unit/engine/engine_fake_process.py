@@ -41,6 +41,7 @@ DEADLINE_S = 20.0
 SIGN_OF_LIFE_S = 0.1
 MAX_MODEL_LEN = 100_000
 LONG_STEP_S = 0.6
+PACE_S = 0.002
 POISON = 7
 """A prompt that begins with this token, when the engine dies of one."""
 
@@ -114,6 +115,8 @@ class FakeEngine:
             time.sleep(DEADLINE_S)
         if self.behaviour == "takes-long-steps":
             time.sleep(LONG_STEP_S)
+        if self.behaviour == "is-paced":
+            time.sleep(PACE_S)
         assert batch is not None
         self.send(batch)
         if batch.finished:

@@ -27,19 +27,26 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny.save(tiny.byte_level(), tmp_path, chat_template=tiny.CHAT_TEMPLATE)
 
 
-class FakeExecutor:
+class FakeFormation:
     """Its ranks have two methods, of which one changes the weights."""
 
-    def collective_rpc(self, method: str, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        if method == "methods_that_change_weights":
-            return ["push"]
-        return SimpleNamespace(result=lambda: [method]) if non_block else [method]
+    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
+
+    def collective_rpc(self, method: str, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(result=lambda: ["push"] if method == "methods_that_change_weights" else [method])
+
+    def heals(self, error: Exception) -> bool:
+        return False
+
+    def progressed(self) -> None: ...
+
+    def weights_changed(self) -> None: ...
 
     def check_health(self, timeout_s: float) -> None: ...
 
     def on_failure(self, callback: Any) -> None: ...
 
-    def __enter__(self) -> FakeExecutor:
+    def __enter__(self) -> FakeFormation:
         return self
 
     def __exit__(self, *_: object) -> None: ...
@@ -48,11 +55,10 @@ class FakeExecutor:
 @pytest.fixture
 def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads no model."""
-    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (FakeExecutor(), capacity))
+    monkeypatch.setattr("phalanx.llm.start_formation", lambda *_: FakeFormation())
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
 
 
@@ -250,10 +256,10 @@ def test_after_a_fault_the_model_is_loaded_again_and_outputs_go_on(
         num_loads += 1
         if num_loads == 1:
             raise StartError("rank 0", "loading", "no memory")
-        return FakeExecutor(), SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
+        return FakeFormation()
 
     monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("phalanx.llm.start_executor", load_at_the_second_attempt)
+    monkeypatch.setattr("phalanx.llm.start_formation", load_at_the_second_attempt)
     first.step = fail_after_a_while
     num_tokens = 3 * len(llm.tokenizer.encode("the fox 🦊"))
     completions = llm.generate(["the fox 🦊", "the fox 🦊"], SamplingParams(max_tokens=num_tokens))
@@ -270,7 +276,7 @@ def test_what_cannot_be_loaded_again_ends_the_llm(llm: LLM, monkeypatch: pytest.
     told: list[Exception] = []
     llm.on_failure(told.append)
     monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("phalanx.llm.start_executor", refuse)
+    monkeypatch.setattr("phalanx.llm.start_formation", refuse)
     brain_of(llm).step = failing_step
     with pytest.raises(StartError, match="no memory"):
         llm.generate("fox")
