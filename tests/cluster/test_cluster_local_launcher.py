@@ -42,10 +42,9 @@ def start(checkpoint: Path, new_launcher: NewLauncher = LocalLauncher, **setting
 
 
 @pytest.fixture
-def warm() -> Iterator[NewLauncher]:
+def warm() -> NewLauncher:
     """Of a launcher that has its fork server already."""
-    with LAUNCHERS.lent() as new_launcher:
-        yield new_launcher
+    return LAUNCHERS.launcher
 
 
 @pytest.fixture
