@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-
 from engine_mortal_executor import MortalExecutor
+
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import extend_digests
