@@ -5,8 +5,8 @@
 Each round, in turns: a worker that nobody holds the memory of, one whose memory is held, which is then killed, and one
 that takes it over. Each is one rank, forked from a process that has torch and the model's code imported, as the fork
 server forks them. Times are from the fork on: until it has its weights (`loaded`), its KV cache (`ready`), and its
-first token (`token`), with the checkpoint in the page cache. `step` is the fastest of the decoding steps of one row. Memory
-is what worker and holder take of the system together once the worker has stepped.
+first token (`token`), with the checkpoint in the page cache. `step` is the fastest of the decoding steps of one row.
+Memory is what worker and holder take of the system together once the worker has stepped.
 """
 
 from __future__ import annotations

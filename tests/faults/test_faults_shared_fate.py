@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from shared_memory_names import new_names
 
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -43,6 +44,7 @@ class Family:
         self._log = log
         command = [sys.executable, "-m", "phalanx", "serve", str(checkpoint), "--port", str(self.port)]
         command += ["--tensor-parallel-size", "2", "--max-num-seqs", "8", "--kv-cache-memory", "1MiB"]
+        command += ["--engine-restarts", "0", "--no-heal"]
         with log.open("wb") as sink:
             self.server = subprocess.Popen(command, stdout=sink, stderr=sink)
 
@@ -89,7 +91,7 @@ def family(checkpoint: Path, tmp_path: Path) -> Iterator[Family]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         family.server.wait(10)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not new_names(before)
 
 
 def is_watcher(process: psutil.Process) -> bool:

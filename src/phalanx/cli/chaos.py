@@ -28,7 +28,7 @@ BRIEF_S = 5.0
 """What happens to an instance that runs lasts no longer, so that it serves again."""
 
 _STATES: tuple[State, ...] = get_args(State)
-_SET_HERE = ("launcher", "ledger", "allow_chaos", "served_model_name", "worker_extension_cls")
+_SET_HERE = ("launcher", "ledger", "allow_chaos", "engine_restarts", "served_model_name", "worker_extension_cls")
 _TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause", "group", "sequence", "operation")
 _COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.replica import Replica
-from phalanx.engine.request import Request
+from phalanx.engine.request import Request, new_seed
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.engine.suspects import Suspects
 from phalanx.errors import RequestError
@@ -30,8 +29,6 @@ from phalanx.protocol import (
 )
 
 T = TypeVar("T", covariant=True)
-
-SEED_BITS = 63
 
 
 class Pending(Protocol[T]):
@@ -112,17 +109,17 @@ class Brain:
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises RequestError if it could never run."""
-        token_ids, sampling = as_ints(request.prompt_token_ids), request.sampling
+        num_prompt, sampling = len(as_ints(request.prompt_token_ids)), request.sampling
         max_len = self._max_len(request)
         self._scheduler.add(
             Request(
                 request_id=request.request_id,
                 arrival=self._num_submitted,
-                token_ids=token_ids,
-                num_prompt=len(token_ids),
+                token_ids=as_ints(request.prompt_token_ids + request.output_token_ids),
+                num_prompt=num_prompt,
                 max_len=max_len,
                 sampling=sampling,
-                seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
+                seed=new_seed() if sampling.seed is None else sampling.seed,
                 end_token_ids=sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids),
             )
         )
@@ -271,7 +268,8 @@ class Brain:
 
     def _max_len(self, request: Submit) -> int:
         """The longest that the request can get. Raises RequestError if it is wrong or there is no room for that."""
-        num_prompt, max_tokens = len(as_ints(request.prompt_token_ids)), request.sampling.max_tokens
+        num_prompt, num_output = len(as_ints(request.prompt_token_ids)), len(as_ints(request.output_token_ids))
+        max_tokens = request.sampling.max_tokens
         if request.request_id in self._scheduler:
             raise RequestError("request_id", request.request_id, "a request with this id is running")
         if num_prompt == 0:
@@ -284,6 +282,9 @@ class Brain:
             raise RequestError(
                 field, value, f"prompt and output share {room + 1} tokens: kv_cache_memory has no room for more"
             )
+        if num_prompt + num_output >= max_len:  # made by an engine with a higher limit
+            most = max_len - num_prompt - 1
+            raise RequestError("output", f"{num_output} tokens", f"at most {most} so far, for one more to fit in")
         return max_len
 
     def _longest(self, num_prompt: int, max_tokens: int | None) -> int:

@@ -6,6 +6,7 @@ sequence, O offsets in a block, E token ids that end a sequence.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,13 @@ NO_END_TOKEN = -2
 it, nor is the NO_TOKEN of a row that gives none."""
 FREE = -1
 """In `Running.ticket_S`: nobody has the slot."""
+
+SEED_BITS = 63
+
+
+def new_seed() -> int:
+    """For a request that leaves it open."""
+    return secrets.randbits(SEED_BITS)
 
 
 @dataclass(eq=False, slots=True)

@@ -109,6 +109,12 @@ def state_of(pid: int, start_time: int) -> str | None:
     return found.state if found is not None and found.is_running and found.start_time == start_time else None
 
 
+def holds_memory(pid: int, start_time: int) -> bool:
+    """Whether a process is there that may still hold memory: it has not begun to exit, or not come to the end of it."""
+    found = _read_stat(pid)
+    return found is not None and found.state not in "ZX" and found.start_time == start_time
+
+
 class _Stat(NamedTuple):
     """A process in /proc."""
 

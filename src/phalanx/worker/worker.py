@@ -444,7 +444,19 @@ class Worker:
     @property
     def _num_padding_blocks(self) -> int:
         """Blocks of KV cache that no request gets: one where rows of padding can occur."""
-        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1)
+        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1 or self._warms_up)
+
+    @property
+    def _warms_up(self) -> bool:
+        """Whether the first step is to take no longer than others: it may come after a fault, when all wait for it.
+
+        Not where an extension may write to the weights: a line that stands ready looks at them in its first step, and
+        is to do so when no other one computes.
+        """
+        config = self.spec.config
+        return (
+            config.healing.standby > 0 and self._device.type == "cpu" and config.executor.worker_extension_cls is None
+        )
 
     def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         graphs = self._new_graphs(max_model_len, null_block)
@@ -491,8 +503,6 @@ class Worker:
             )
         )
         graphs = self._capture(max_model_len, null_block=num_blocks) if self._has_graphs else None
-        for experts in model.experts.values():
-            experts.load.reset()  # what was computed for graphs were no tokens of anybody
         self._runner = Runner(
             model,
             self._stage,
@@ -504,6 +514,10 @@ class Worker:
             replica=grid.coordinates(self.spec.rank).replica,
             graphs=graphs,
         )
+        if self._warms_up:
+            self._runner.warm_up(config.parallel.data_parallel_size)
+        for experts in model.experts.values():
+            experts.load.reset()  # what was computed for graphs, and to warm up, were no tokens of anybody
         self._enter("idle")
         if not self.spec.keeps_memory or self._device.type != "cpu":
             return Allocated()

@@ -1,7 +1,7 @@
 """A brain over real runners and samplers: sampling goes on exactly when others take their place.
 
-The model keeps token ids in its cache, and its logits follow from a row's whole context by whole numbers: two runs can be
-compared to the last bit.
+The model keeps token ids in its cache, and its logits follow from a row's whole context by whole numbers: two runs can
+be compared to the last bit.
 """
 
 from __future__ import annotations

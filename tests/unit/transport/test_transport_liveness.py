@@ -12,7 +12,7 @@ import pytest
 
 from phalanx.errors import PeerDiedError
 from phalanx.transport.futex import Doorbell
-from phalanx.transport.liveness import Party, Watch, is_running, state_of
+from phalanx.transport.liveness import Party, Watch, holds_memory, is_running, state_of
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def test_a_process_is_gone_from_the_beginning_of_its_exit(
     monkeypatch.setattr("builtins.open", lambda path, mode: io.BytesIO(stat))
     assert state_of(71, 4242) == expected
     assert is_running(71) == (expected is not None)
+    assert holds_memory(71, 4242) == (state != "Z")
+    assert not holds_memory(71, 4243)
 
 
 def test_a_death_rings_within_milliseconds(child: subprocess.Popen[bytes], watch: Watch) -> None:
