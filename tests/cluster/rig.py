@@ -46,9 +46,8 @@ class Rig:
         self.config = config = Config.build(model=str(checkpoint), dtype=settings.pop("dtype", "float32"), **settings)
         resolved = resolve(config.model.model)
         with ExitStack() as stack:
-            new_launcher = stack.enter_context(LAUNCHERS.lent())
             self.executor, self.capacity = start_executor(
-                config, resolved, lambda *_: None, new_launcher=new_launcher
+                config, resolved, lambda *_: None, new_launcher=LAUNCHERS.launcher
             )
             stack.push(self.executor)
             self.brain = Brain(
