@@ -15,43 +15,41 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 
 
 class WarmLaunchers:
-    """A fork server for each environment that a test has asked for. It stays when the test is over."""
+    """A fork server for each environment that runs have had, for any number of runs. For any thread."""
 
     def __init__(self) -> None:
-        self._made: dict[frozenset[tuple[str, str]], LocalLaunchers] = {}
-        self._making = threading.Lock()
+        self._known: list[tuple[dict[str, str], LocalLaunchers]] = []
+        self._changing = threading.Lock()
 
     def launcher(self, environment: Mapping[str, str]) -> LocalLauncher:
-        """For `start_executor`, in any thread."""
+        """For `start_executor`."""
         whole = {**os.environ, **environment}
         whole.pop("PYTEST_CURRENT_TEST", None)
-        with self._making:
-            launchers = self._made.setdefault(frozenset(whole.items()), LocalLaunchers())
-        return launchers.launcher(environment)
+        with self._changing:
+            for known, launchers in self._known:
+                if known == whole:
+                    return launchers.launcher(environment)
+            self._known.append((whole, LocalLaunchers()))
+            return self._known[-1][1].launcher(environment)
+
+    def close(self) -> None:
+        """Called at the end of a run, whose own ranks have ended: the fork servers stay."""
 
     def end(self) -> None:
-        """End the fork servers, and what is left of their ranks."""
-        with self._making:
-            while self._made:
-                self._made.popitem()[1].close()
+        """End all fork servers."""
+        with self._changing:
+            while self._known:
+                self._known.pop()[1].close()
 
 
 LAUNCHERS = WarmLaunchers()
 """Of this process; ended with the session (tests/conftest.py)."""
 
 
-class Lent:
-    """In the place of a formation's own launchers: stays when its lines have ended their ranks."""
-
-    launcher = staticmethod(LAUNCHERS.launcher)
-
-    def close(self) -> None: ...
-
-
 @contextmanager
 def warm_llm(model: str, **settings: Any) -> Iterator[LLM]:
     """An LLM whose ranks come from one of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phalanx.membership.lines.LocalLaunchers", Lent)
+        patch.setattr("phalanx.membership.lines.LocalLaunchers", lambda: LAUNCHERS)
         with LLM(model, **settings) as llm:
             yield llm
