@@ -171,8 +171,8 @@ class Hook:
         if self._library is not None:
             return
         library: Any = torch.library  # untyped
-        self._library = library.Library("c10d", "IMPL")
         try:
+            self._library = library.Library("c10d", "IMPL")
             for name, operator in OPERATORS.items():
                 packet = getattr(torch.ops.c10d, name, None)  # not every version of torch has each
                 if packet is not None:

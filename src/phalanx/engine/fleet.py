@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
@@ -30,12 +31,11 @@ EMPTY_POLL_S = 0.02
 REPLACE_AFTER_S = 30.0
 """An engine that could not be started again waits so long for another one, and twice as long each time it fails."""
 REPLACE_AFTER_AT_MOST_S = 600.0
-MOVES_AT_A_TIME = 4
-TOKENS_AHEAD = 2048
-"""Of a request that moves, computed in one step of the other replica, beside what runs there."""
-MOVES_AT_A_TIME_ON_A_CPU = 1
-TOKENS_AHEAD_ON_A_CPU = 128
-"""There a step takes the longer the more tokens it has."""
+PIECE_S = 0.2
+PIECE_TOKENS = (16, 2048)
+"""A request that moves is computed ahead in pieces of so many tokens, as large as take PIECE_S: what runs beside it
+waits as long for its next token.
+"""
 MAX_DEATHS = 3
 """A request that so many replicas have died with may be why they did, and is given to no other."""
 
@@ -74,6 +74,8 @@ class Fleet:
         """What each that starts has said last."""
         self._work: dict[int, asyncio.Task[None]] = {}
         """What is being done about replicas, by their numbers: one thing at a time."""
+        self._piece = PIECE_TOKENS[0]
+        """Tokens that are computed ahead at a time."""
         self._placing = asyncio.Lock()
         """On a Ray cluster one starts after the other has its place."""
         self._drain_timeout_s = DRAIN_TIMEOUT_S
@@ -336,34 +338,37 @@ class Fleet:
             async with asyncio.timeout(self._drain_timeout_s):
                 while engine.num_running and engine.dead is None and engine.down is None:
                     await asyncio.sleep(EMPTY_POLL_S)
-        on_cpu = self._first.device == "cpu"
-        places = asyncio.Semaphore(MOVES_AT_A_TIME_ON_A_CPU if on_cpu else MOVES_AT_A_TIME)
-        await asyncio.gather(*(self._move(one, places) for one in self._requests if one.replica == number))
+        for request in [request for request in self._requests if request.replica == number]:
+            await self._move(request, engine)
         engine.release()
         self._carry_out(self._roster.emptied(number))
 
-    async def _move(self, request: _Request, places: asyncio.Semaphore) -> None:
+    async def _move(self, request: _Request, engine: EngineClient) -> None:
         """Have a request go on in another replica, which computes what there is of it while it still runs in this one.
 
         So its client waits only for what is new since then, which is not in the other one's prefix cache.
         """
-        async with places:
-            engine = self._engines[request.replica]
-            if self._config.cache.enable_prefix_caching:
-                with suppress(EngineDeadError, RequestError):  # then it has to wait for that
-                    await self._compute_ahead(request, engine)
-            engine.release(request.stream)
+        if self._config.cache.enable_prefix_caching:
+            with suppress(EngineDeadError, RequestError):  # then it has to wait for that
+                await self._compute_ahead(request, engine)
+        engine.release(request.stream)
 
     async def _compute_ahead(self, request: _Request, engine: EngineClient) -> None:
-        step = num_done = TOKENS_AHEAD_ON_A_CPU if self._first.device == "cpu" else TOKENS_AHEAD
-        while num_done < len(token_ids := request.stream.token_ids) + step:
+        num_done, is_whole = 0, False
+        while not is_whole:
+            token_ids = request.stream.token_ids
             if engine.dead is not None or engine.down is not None or request not in self._requests:
                 return  # it waits already, or does so no more
+            began_at, before = time.monotonic(), num_done
+            num_done = min(before + self._piece, token_ids.size)
+            is_whole = num_done == token_ids.size  # but for what is made meanwhile
             ahead = self.generate(token_ids[:num_done].tolist(), SamplingParams(temperature=0.0, max_tokens=1))
             async with aclosing(ahead):
                 async for _ in ahead:
                     pass
-            num_done += step
+            took_s = time.monotonic() - began_at
+            if not is_whole or took_s > PIECE_S:  # a rest tells only that a piece is too large
+                self._piece = piece_that_takes(PIECE_S, num_done - before, took_s)
 
     async def _end(self, number: int) -> None:
         engine = self._engines.get(number)
@@ -433,6 +438,12 @@ class Fleet:
         num_alive = sum(engine.dead is None for engine in self._engines.values())
         log.error("replica %d has ended, %d of %d go on: %s", number, num_alive, len(self._engines), reason)
         self._carry_out(self._roster.died(number, reason))
+
+
+def piece_that_takes(wanted_s: float, piece: int, took_s: float) -> int:
+    """Tokens to compute at a time, when `piece` of them took `took_s`: at most twice as many, within PIECE_TOKENS."""
+    least, most = PIECE_TOKENS
+    return min(max(int(piece * min(wanted_s / max(took_s, 1e-6), 2.0)), least), most)
 
 
 class _Request:

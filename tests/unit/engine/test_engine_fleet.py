@@ -18,7 +18,7 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
-from phalanx.engine.fleet import Fleet, start_engine
+from phalanx.engine.fleet import Fleet, piece_that_takes, start_engine
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError, StartError
 from phalanx.executor import platform
@@ -245,6 +245,36 @@ async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
         await end(readers)
         await fleet.resize(data_parallel_size=2)
         assert states(fleet) == {0: "serving", 1: "serving"}
+
+
+def test_what_is_computed_ahead_takes_as_long_as_wanted() -> None:
+    assert piece_that_takes(0.2, 64, took_s=0.1) == 128
+    assert piece_that_takes(0.2, 64, took_s=0.0) == 128, "it grows slowly: the next piece has more before it"
+    assert piece_that_takes(0.2, 64, took_s=0.4) == 32
+    assert piece_that_takes(0.2, 64, took_s=60.0) == 16
+    assert piece_that_takes(0.2, 2000, took_s=0.001) == 2048
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
+        reader = Reader(fleet, 10)
+        await until(lambda: len(reader.tokens) > 100)
+        asked: list[list[int]] = []
+        generate = fleet.generate
+
+        def note(prompt: list[int], sampling: SamplingParams) -> Any:
+            assert sampling.max_tokens == 1
+            assert counts(fleet) == {0: 1, 1: 0}, "it still runs where it is"
+            asked.append(prompt)
+            return generate(prompt, sampling)
+
+        monkeypatch.setattr(fleet, "generate", note)
+        await fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=0.0)
+        assert len(asked[-1]) > len(asked[0]) >= 16
+        assert asked[-1] == ([10, 11, 12] * len(asked[-1]))[: len(asked[-1])]
+        await reader.end()
 
 
 @pytest.mark.usefixtures("many_cores")

@@ -188,3 +188,18 @@ def test_of_experts_that_move_only_the_cache_is_held(tmp_path: Path, stack: Exit
     is_cache = [name.startswith(("key.", "value.")) for name in held.regions]
     assert any(is_cache) and all(is_cache) == moves
     assert len(held.segments) == (1 if moves else 2), "the cache is apart from the weights"
+
+
+def test_with_experts_that_move_the_next_worker_reads_its_weights(tmp_path: Path, stack: ExitStack) -> None:
+    """And goes on with the cache of the one before."""
+    path = write_checkpoint(tmp_path, "mixtral")
+    holder, eplb = stack.enter_context(Holder()), {"enable_expert_parallel": True, "enable_eplb": True}
+    first = Rank(spec_of(path, stack, **eplb), stack)
+    holder.hold(0, first.allocate())
+    expected = first.generate(PROMPT, NUM_TOKENS)
+    first.kill()
+    for length in (len(PROMPT) + 1, len(PROMPT) + 5):
+        rank = Rank(spec_of(path, stack, holder.memory(0), **eplb), stack)
+        assert holder.hold(0, rank.allocate()) == holder.memory(0)
+        assert rank.generate(expected[:length], len(expected) - length, num_computed=length - 1) == expected
+        rank.kill()
