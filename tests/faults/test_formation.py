@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -34,9 +35,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """Two ranks, and two that stand ready."""
+    num_held = num_segments()
     rig = Rig(llama, tmp_path_factory.mktemp("guarded") / "report", tensor_parallel_size=2, standby=1)
     yield rig
-    expect_nothing_is_left(rig)
+    expect_nothing_is_left(rig, num_held)
 
 
 @pytest.fixture
@@ -46,11 +48,16 @@ def ready(guarded: Rig) -> Rig:
     return guarded
 
 
-def expect_nothing_is_left(rig: Rig) -> None:
+def expect_nothing_is_left(rig: Rig, num_held: int) -> None:
     pids = [rig.server_pid(), *rig.pids().values()]
     rig.close()
     assert not any(map(is_running, pids))
-    assert not [name for name in map(_target, os.listdir("/proc/self/fd")) if "memory of rank" in name]
+    assert num_segments() == num_held
+
+
+def num_segments() -> int:
+    """Of ranks' memory, that this process holds."""
+    return sum("memory of rank" in _target(descriptor) for descriptor in os.listdir("/proc/self/fd"))
 
 
 def _target(descriptor: str) -> str:
@@ -63,6 +70,7 @@ def _target(descriptor: str) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("state", ["prefill", "decode"])
 def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) -> None:
+    gc.collect()
     before, num_descriptors = ready.stats(), len(os.listdir("/proc/self/fd"))
     assert ready.run_with(Fault(kind="kill", rank=rank, state=state, step=3)) == ready.expected  # type: ignore[arg-type]
     after = ready.stats()
@@ -72,6 +80,7 @@ def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) ->
     expires_at = time.monotonic() + 5.0
     while len(os.listdir("/proc/self/fd")) > num_descriptors:  # what the failed line has used goes in the background
         assert time.monotonic() < expires_at, sorted(map(_target, os.listdir("/proc/self/fd")))
+        gc.collect()
         time.sleep(0.01)
 
 
@@ -119,6 +128,7 @@ def test_a_standby_line_that_dies_is_replaced(ready: Rig) -> None:
     ids=["pipeline", "experts"],
 )
 def test_a_killed_rank_without_a_standby_line(grid: dict[str, int], llama: Path, mixture: Path, tmp_path: Path) -> None:
+    num_held = num_segments()
     rig = Rig(mixture if "data_parallel_size" in grid else llama, tmp_path / "report", **grid)
     for rank, state in ((1, "decode"), (0, "prefill")):
         assert rig.run_with(Fault(kind="kill", rank=rank, state=state, step=2)) == rig.expected  # type: ignore[arg-type]
@@ -126,7 +136,7 @@ def test_a_killed_rank_without_a_standby_line(grid: dict[str, int], llama: Path,
     rig.formation._recovery._memory.drop()  # type: ignore[union-attr]
     assert rig.run(kill(rig.pids()[1], signal.SIGKILL)) == rig.expected, "computed again from the tokens"
     assert rig.stats().healed == {"new line": 2, "checkpoint": 1}
-    expect_nothing_is_left(rig)
+    expect_nothing_is_left(rig, num_held)
 
 
 def test_faults_while_it_heals_requests_that_kill_and_an_end_in_the_midst_of_it(llama: Path, tmp_path: Path) -> None:
