@@ -140,6 +140,10 @@ class NodeView:
             for rank, records in self._records.items()
         }
 
+    def newest_steps(self) -> list[int]:
+        """The step that each rank is in, or was in last."""
+        return [one.entries.step for one in self._ranks.values()]
+
     def _look(self, one: RankLook, most_records: int) -> RankLook:
         offset_ns = self._offset.value_ns
         before = self._moved.get(one.rank)

@@ -95,6 +95,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return self.is_hopeless or self.cause == "gone"
 
     @property
+    def is_of_a_wait(self) -> bool:
+        """Whether it is told only when somebody has waited for long. Of a node that is there, but not watched, too."""
+        return self.cause in WAITED or (self.cause == "lost" and self.sequence is not None)
+
+    @property
     def is_ambiguous(self) -> bool:
         return len(self.culprits) > 1 and self.cause != "lost"
 
@@ -165,6 +170,28 @@ def _lost(look: Look) -> Verdict | None:
         peers=look.ranks[waiting[0]].text(waits[waiting[0]][1]) if waiting else None,
         waiting=tuple(waiting),
         waited_s=(look.now_ns - min(since_ns)) / _NS if waiting else max(one.since_s for one in look.unheard.values()),
+    )
+
+
+def _unwatched(look: Look, wait: Wait) -> Verdict | None:
+    """All have come to a collective that are known of: the others are on nodes without a watcher."""
+    assert wait.group is not None and wait.record is not None
+    unknown = look.unwatched_members(wait.group)
+    if not unknown:
+        return None
+    nodes = sorted(set(unknown.values()))
+    why = "; ".join(look.unwatched[node].why for node in nodes)
+    return Verdict(
+        cause="lost",
+        culprits=tuple(unknown),
+        nodes=tuple(unknown.values()),
+        what=f"{'are' if len(nodes) > 1 else 'is'} not watched, and may be what others wait for: {why}",
+        step=wait.step,
+        group=wait.group,
+        sequence=wait.record.sequence,
+        peers=wait.what,
+        waiting=tuple(rank for rank in look.members(wait.group) if _is_in(look.ranks[rank], wait.group)),
+        waited_s=(look.now_ns - wait.since_ns) / _NS,
     )
 
 
@@ -347,7 +374,7 @@ def _awaited(look: Look) -> Verdict | None:
         last = wait_of(look, path[-1])
         if last is not None and not last.others:  # all have come: the data is on its way, and has been for long
             is_long = (look.now_ns - last.since_ns) / _NS >= HUNG_S
-            hung = hung or (_hung(look, last) if last.step and is_long else None)
+            hung = hung or (_unwatched(look, last) or _hung(look, last) if last.step and is_long else None)
             continue
         verdict = _of_awaited(look, path, wait)
         if verdict is not None:
@@ -497,7 +524,7 @@ def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
 
 def _alone(look: Look) -> Verdict | None:
     """The only rank that is still in a step, and in no collective: nobody waits for it but the engine."""
-    if len(look.ranks) == 1 or any(one.process == "ended" for one in look.ranks.values()):
+    if len(look.ranks) == 1 or look.unwatched or any(one.process == "ended" for one in look.ranks.values()):
         return None
     inside = [one for one in look.ranks.values() if not _has_left(one, one.entries.step)]
     if len(inside) != 1 or inside[0].entries.phase != "stepping" or inside[0].awaits is not None:
@@ -540,6 +567,9 @@ def _overdue(look: Look) -> Verdict | None:
         budget_s = look.limits.budget_s(last.entries.phase)
         took_s = (look.now_ns - last.entries.phase_since_ns) / _NS
         if one.entries.phase == "idle" or budget_s is None or took_s < budget_s:
+            continue
+        wait = wait_of(look, last.rank)
+        if wait is not None and look.unwatched_members(wait.group):  # it may be one of those that keeps it
             continue
         doing = f"in step {last.entries.step}" if last.entries.phase == "stepping" else last.entries.phase
         return _verdict(

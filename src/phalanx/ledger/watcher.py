@@ -28,7 +28,7 @@ from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import WAITED, Cause, Look, RankLook, Verdict, judge
+from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -190,17 +190,17 @@ class Watcher:
         ranks = {one.rank: one for one in looks if one is not None}
         if self._others is None:
             return Look(now_ns, ranks, self._order.groups, self._order.limits)
-        self._others.take(now_ns)
+        self._others.take(now_ns, [one.entries.step for one in ranks.values()])
         ranks.update(self._others.looks(most_records))
-        seen_ns = self._others.seen_ns(now_ns)
-        return Look(seen_ns, ranks, self._order.groups, self._order.limits, self._others.unheard())
+        seen_ns, unheard, unwatched = self._others.seen_ns(now_ns), self._others.unheard(), self._others.unwatched()
+        return Look(seen_ns, ranks, self._order.groups, self._order.limits, unheard, unwatched)
 
     def verdict(self, now_ns: int) -> Verdict | None:
         """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
         if now_ns - self._learned_ns >= LEARN_S * _NS:
             self._learn(now_ns)
         glance = judge(self.look(now_ns, GLANCE_RECORDS))
-        if glance is None or (glance.cause in WAITED and glance.waited_s < GLANCE_WAIT_S):
+        if glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S):
             self._found = None
         elif glance.cause in LASTING or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
@@ -254,9 +254,9 @@ class Watcher:
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer."""
-        if verdict.cause not in WAITED:
+        if not verdict.is_of_a_wait:
             return True
-        starved_s = max((look.ranks[rank].starved_s for rank in verdict.culprits), default=0.0)
+        starved_s = max((look.ranks[rank].starved_s for rank in verdict.culprits if rank in look.ranks), default=0.0)
         return verdict.waited_s - starved_s >= self._patience.of_s(look)
 
 

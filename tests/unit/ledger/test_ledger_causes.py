@@ -182,6 +182,20 @@ def test_a_store_that_does_not_answer() -> None:
     assert judge(seen(ranks, after_s=STORE_S + 1)) is None
 
 
+def test_ranks_of_a_node_without_a_watcher_are_not_judged_and_may_be_what_others_wait_for() -> None:
+    ranks = waiting_for_1()
+    look = seen(ranks, after_s=2.0)
+    known = {rank: one for rank, one in look.ranks.items() if rank != 1}
+    look = look._replace(ranks=known, unwatched={"there": Unheard((1,), 9.0, "it has no watcher")})
+    verdict = judged(look)
+    assert (verdict.cause, verdict.culprits, verdict.nodes, verdict.waiting) == ("lost", (1,), ("there",), (0, 2))
+    assert verdict.is_of_a_wait and not verdict.is_ambiguous and not verdict.is_final
+    assert str(verdict).startswith(
+        "node there (rank 1) is not watched, and may be what others wait for: it has no watcher; ranks 0, 2 waited "
+    )
+    assert judge(look._replace(now_ns=look.now_ns - 2 * NS)) is None, "nobody has waited for long"
+
+
 def test_a_node_that_is_not_heard_of() -> None:
     look = seen(waiting_for_1(), still_s=3.0)
     verdict = judged(look._replace(unheard={"here": Unheard(WORLD, 3.0, "nothing has come")}))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import NoReturn
 
 import pytest
 from ledger_ranks import WritingRank
 
 from phalanx.errors import StartError
-from phalanx.ledger.journal import JOURNAL_BYTES
-from phalanx.ledger.other_nodes import SHARE_OF_TIMEOUT, OtherNodesOrder, Silence
+from phalanx.ledger import other_nodes, reporting
+from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS
+from phalanx.ledger.other_nodes import OUTLIVED, SHARE_OF_TIMEOUT, OtherNodesOrder, Silence, _Node
+from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.reporting import Judge, ReportOrder, report
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, Watcher, WatchOrder
@@ -27,7 +31,12 @@ from phalanx.transport.shared_memory import SharedSegment
 
 NODE_TIMEOUT_S = 1.0
 SILENT_S = NODE_TIMEOUT_S * SHARE_OF_TIMEOUT
+STEPS_AHEAD = 2
 SOON_S = 5.0
+
+
+def refuse(*_: object, **__: object) -> NoReturn:
+    raise StartError("the link", "connecting", "no route to host")
 
 
 class Cluster:
@@ -44,7 +53,11 @@ class Cluster:
         listener = listen_on("127.0.0.1")
         _, self.port = address_of(listener)
         others = OtherNodesOrder(
-            listener=listener.detach(), key=self.key, ranks={"beta": (1,)}, node_timeout_s=NODE_TIMEOUT_S
+            listener=listener.detach(),
+            key=self.key,
+            ranks={"beta": (1,)},
+            node_timeout_s=NODE_TIMEOUT_S,
+            steps_ahead=STEPS_AHEAD,
         )
         order = WatchOrder(ranks=(watched[0],), groups={"tp@0": (0, 1)}, other_nodes=others)
         self.judge = stack.enter_context(Watcher(order))
@@ -55,18 +68,34 @@ class Cluster:
             watch=WatchOrder(ranks=(watched[1],), groups={}),
             judge=Judge(address="127.0.0.1", port=self.port, key=self.key),
             own_address="127.0.0.1",
-            deadline_s=SOON_S,
         )
+        self._thread = threading.Thread()
+        stack.callback(self.end_watcher)
+
+    def start_watcher(self) -> None:
+        """That of beta."""
         self._thread = threading.Thread(target=report, args=(self._report, self._stop))
         self._thread.start()
-        stack.callback(self.end_watcher)
 
     def end_watcher(self) -> None:
         """That of beta."""
         if self._stopping >= 0:
             os.close(self._stopping)
             self._stopping = -1
-            self._thread.join()
+            if self._thread.ident is not None:
+                self._thread.join()
+
+    def break_link(self) -> None:
+        """As a firewall does that forgets it: both ends have it closed."""
+        link = self.beta._link
+        assert link is not None
+        link._connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def beta(self) -> _Node:
+        """As the judge has it."""
+        assert self.judge._others is not None
+        return self.judge._others._nodes["beta"]
 
     def step(self, number: int) -> None:
         for rank in self.ranks:
@@ -83,12 +112,18 @@ class Cluster:
             time.sleep(0.01)
         raise AssertionError(f"no verdict {cause!r}")
 
-    def await_linked(self) -> None:
+    def await_peace(self) -> None:
+        """Until no verdict stands."""
         expires_at = time.monotonic() + SOON_S
-        assert self.judge._others is not None
-        while not self.judge._others._nodes["beta"].has_joined:
-            self.judge.look(time.monotonic_ns(), 1)
-            assert time.monotonic() < expires_at
+        while (verdict := self.judge.verdict(time.monotonic_ns())) is not None:
+            assert time.monotonic() < expires_at, verdict
+            time.sleep(0.01)
+
+    def await_step(self, number: int) -> None:
+        """Until the judge has seen rank 1 in it."""
+        expires_at = time.monotonic() + SOON_S
+        while self.judge.look(time.monotonic_ns(), 1).ranks[1].entries.step != number:
+            assert time.monotonic() < expires_at, f"step {number} of rank 1 is not heard of"
             time.sleep(0.01)
 
     def await_rank(self, rank: int) -> None:
@@ -102,7 +137,9 @@ class Cluster:
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with ExitStack() as stack:
-        yield Cluster(stack)
+        cluster = Cluster(stack)
+        cluster.start_watcher()
+        yield cluster
 
 
 def test_ranks_of_both_nodes_are_judged_together(cluster: Cluster) -> None:
@@ -118,7 +155,7 @@ def test_ranks_of_both_nodes_are_judged_together(cluster: Cluster) -> None:
     assert (verdict.culprits, verdict.nodes, verdict.sequence) == ((0,), ("alpha",), 20), verdict
 
 
-def test_a_watcher_that_ends_is_told_at_once_and_its_node_cannot_be_judged(cluster: Cluster) -> None:
+def test_a_watcher_that_ends_is_told_and_its_node_cannot_be_judged(cluster: Cluster) -> None:
     cluster.step(1)
     cluster.await_rank(1)
     cluster.end_watcher()
@@ -127,7 +164,103 @@ def test_a_watcher_that_ends_is_told_at_once_and_its_node_cannot_be_judged(clust
     assert str(verdict).startswith(
         "node beta (rank 1) is gone or cannot be reached: nothing comes from its watcher since"
     )
-    assert verdict.waited_s < SILENT_S
+    assert SILENT_S <= verdict.waited_s < SOON_S
+
+
+def test_a_link_that_breaks_is_dialled_again_and_all_is_told_anew(cluster: Cluster) -> None:
+    """Also what is over since then, of which a record was told that is none of the newest any more."""
+    cluster.step(1)
+    cluster.await_rank(1)
+    cluster.ranks[1].begin(2)
+    cluster.ranks[1].issue("tp@0", "all_reduce")
+    cluster.await_step(2)
+    for break_number in range(3):
+        first = cluster.beta._link
+        cluster.break_link()
+        if not break_number:
+            cluster.ranks[1].done("tp@0")
+            cluster.ranks[1].end()
+            cluster.ranks[0].begin(2)
+            cluster.ranks[0].collective("tp@0", "all_reduce")
+            cluster.ranks[0].end()
+            for number in range(3, 3 + NUM_RECORDS // 8):
+                cluster.step(number)
+        expires_at = time.monotonic() + SOON_S
+        while cluster.beta._link in (first, None) or cluster.beta._is_new:
+            assert time.monotonic() < expires_at, "nothing is heard again"
+            cluster.judge.verdict(time.monotonic_ns())
+            time.sleep(0.01)
+    cluster.await_peace()
+    records = cluster.judge.look(time.monotonic_ns()).ranks[1].entries.records
+    assert all(record.is_done for record in records), "what was told over the old link holds no more"
+
+
+def test_a_node_that_is_lost_is_no_more_when_its_watcher_is_back(cluster: Cluster) -> None:
+    cluster.step(1)
+    cluster.await_rank(1)
+    with pytest.MonkeyPatch.context() as network:
+        network.setattr(reporting, "dial", refuse)
+        cluster.break_link()
+        cluster.await_verdict("lost")
+    cluster.await_peace()
+    cluster.ranks[0].begin(2)
+    cluster.ranks[0].issue("tp@0", "all_gather")
+    cluster.ranks[1].begin(2)
+    cluster.ranks[1].issue("tp@0", "all_reduce")
+    assert cluster.await_verdict("diverged").sequence == 2, "and its ranks are judged"
+
+
+def test_a_node_without_a_watcher_is_not_lost_as_long_as_steps_go_on(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.step(1)
+    cluster.await_rank(1)
+    cluster.end_watcher()
+    cluster.await_verdict("lost")
+    for number in range(2, 3 + STEPS_AHEAD):
+        assert cluster.judge.verdict(time.monotonic_ns()) is not None, "so far ranks may come without each other"
+        cluster.step(number)
+    for _ in range(5):
+        assert cluster.judge.verdict(time.monotonic_ns()) is None
+    said = [record.getMessage() for record in caplog.records if "is not watched" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("node beta (rank 1) is not watched: nothing comes from its watcher")
+
+    cluster.ranks[0].begin(10)
+    cluster.ranks[0].issue("tp@0", "all_reduce float32 [3, 72]")
+    verdict = cluster.await_verdict("lost")
+    assert verdict.waited_s >= LEAST_S and (verdict.culprits, verdict.waiting, verdict.step) == ((1,), (0,), 10)
+    assert "is not watched, and may be what others wait for" in str(verdict)
+    cluster.ranks[0].done("tp@0")
+    cluster.ranks[0].end()
+    assert cluster.judge.verdict(time.monotonic_ns()) is None
+
+
+def test_an_idle_node_is_not_lost_when_the_run_has_outlived_its_silence(cluster: Cluster) -> None:
+    """The run's own link to it would have ended."""
+    cluster.step(1)
+    cluster.await_rank(1)
+    cluster.end_watcher()
+    cluster.await_verdict("lost")
+    cluster.await_peace()
+    assert cluster.beta._silence.seconds >= OUTLIVED * NODE_TIMEOUT_S
+
+
+def test_a_watcher_that_never_comes_is_no_verdict_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        cluster = Cluster(stack)
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(other_nodes, "JOIN_S", 0.2)
+        cluster.ranks[0].begin(1)
+        expires_at = time.monotonic() + 0.5
+        while time.monotonic() < expires_at:
+            assert cluster.judge.verdict(time.monotonic_ns()) is None
+            time.sleep(0.01)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 1 and said[0].startswith("node beta (rank 1) is not watched: its watcher has not come")
+        cluster.start_watcher()
+        cluster.step(2)
+        cluster.await_rank(1)
+        cluster.judge.verdict(time.monotonic_ns())
+    assert not cluster.beta._has_warned, "it has come at last"
 
 
 def test_a_node_that_is_silent_and_then_speaks_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,17 +271,15 @@ def test_a_node_that_is_silent_and_then_speaks_again(cluster: Cluster, monkeypat
     verdict = cluster.await_verdict("lost")
     assert verdict.nodes == ("beta",) and SILENT_S <= verdict.waited_s < SOON_S
     may_send.set()
-    expires_at = time.monotonic() + SOON_S
-    while cluster.judge.verdict(time.monotonic_ns()) is not None:
-        assert time.monotonic() < expires_at
+    cluster.await_peace()
 
 
 def test_who_has_not_the_key_or_is_not_awaited_is_no_node(cluster: Cluster) -> None:
-    cluster.await_linked()
     for key, hello, complaint in [
         (RunKey.new(), Hello(VERSION, "beta", (1,), 1, 0), "has not the key"),
         (cluster.key, Hello(VERSION, "gamma", (1,), 1, 0), "is not one of this run's nodes"),
-        (cluster.key, Hello(VERSION, "beta", (1,), 1, 0), "has a watcher already"),
+        (cluster.key, Hello(VERSION, "beta", (1, 2), 1, 0), "is not one of this run's nodes"),
+        (cluster.key, Hello("0.0", "beta", (1,), 1, 0), "has Phalanx 0.0"),
     ]:
         with pytest.raises(StartError, match=complaint):
             dial("127.0.0.1", cluster.port, key, hello, party="a stranger", deadline_s=0.3)

@@ -72,6 +72,7 @@ def keep_ledger(
             key=key,
             ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
             node_timeout_s=config.cluster.node_timeout_s,
+            steps_ahead=max(config.parallel.pipeline_parallel_size, 2),  # as the brain has under way at most
         )
         watching = _start(config, msgspec.structs.replace(order, other_nodes=others), launcher, resources)
     if watching is None:
