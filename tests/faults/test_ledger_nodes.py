@@ -140,12 +140,16 @@ def test_a_node_whose_watcher_has_ended_is_not_lost_as_long_as_steps_go_on(
     with running(ray_cluster, checkpoint) as run:
         run.tell("begin", 60)
         assert run.tell("end") == {}
+        here, there = run.tell("status")["ranks"]
+        assert (here[:3], there[:3]) == ([run.nodes[0], "running", True], [run.nodes[1], "running", False])
+        assert here[3] == there[3] > 0, "the step that it was in last is known of a rank elsewhere as well"
         run.watcher_beside(1).kill()
         lost = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
         assert (lost["cause"], lost["nodes"]) == ("lost", [run.nodes[1]]), lost
         run.tell("begin", 60)
         assert run.tell("all_is_well", HEARD_AGAIN_WITHIN_S) == {}
         assert run.tell("end") == {}
+        assert [one[1] for one in run.tell("status")["ranks"]] == ["running", "not watched"]
 
 
 def test_a_rank_that_leaves_a_step_where_none_is_beside_the_brain(ray_cluster: RayCluster, checkpoint: Path) -> None:

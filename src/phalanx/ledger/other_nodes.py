@@ -16,9 +16,18 @@ from typing import Self
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
+from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.look import RankLook, Unheard
 from phalanx.ledger.record import Record
-from phalanx.ledger.sighting import AskStacks, FromJudge, FromNode, NodeView, Sighting, TellAll
+from phalanx.ledger.sighting import (
+    AskStacks,
+    FromJudge,
+    FromNode,
+    NodeView,
+    Sighting,
+    TellAll,
+    with_their_texts,
+)
 from phalanx.transport.address import inherited_listener
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
@@ -118,6 +127,10 @@ class OtherNodes:
     def steps(self) -> dict[int, tuple[Record, ...]]:
         """The records of steps that these ranks have."""
         return {rank: steps for node in self._known() for rank, steps in node.view.steps().items()}
+
+    def seen(self, most_records: int) -> tuple[NodeSeen, ...]:
+        """All of them, to be shown to others."""
+        return tuple(node.seen(most_records) for node in self._nodes.values())
 
     def seen_ns(self, now_ns: int) -> int:
         """When all that `looks` tells of nodes that are heard was so: no rank has been waited for for longer."""
@@ -303,6 +316,17 @@ class _Node:
         else:
             why = f"nothing has come from its watcher since {since}, for {silent_s:.1f} s"
         return Unheard(self.ranks, silent_s, why)
+
+    def seen(self, most_records: int) -> NodeSeen:
+        """Texts are those of the records alone, which bounds them."""
+        looks = [] if self.is_unwatched else self.view.looks(most_records).values()
+        return NodeSeen(
+            node=self._name,
+            ranks=self.ranks,
+            word="unwatched" if self.is_unwatched else "lost" if self.is_lost else "heard",
+            seen_ns=self.view.seen_ns if self._has_seen else 0,
+            looks=tuple(with_their_texts(one) for one in looks),
+        )
 
     def close(self) -> None:
         if self._link is not None:

@@ -186,6 +186,12 @@ def _newest(records: list[Record], entries: Entries, most: int) -> list[Record]:
     return records[-most:]
 
 
+def with_their_texts(one: RankLook) -> RankLook:
+    """With no other texts than those of its records."""
+    texts, records = one.entries.texts, one.entries.records
+    return _with(one, records, {each.digest: texts[each.digest] for each in records if each.digest in texts})
+
+
 def _with(one: RankLook, records: tuple[Record, ...], texts: dict[int, str]) -> RankLook:
     entries = msgspec.structs.replace(one.entries, records=records, texts=texts)
     return msgspec.structs.replace(one, entries=entries)

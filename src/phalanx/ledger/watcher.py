@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.ledger.dump import Dumper, DumpOrder
+from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import standings
@@ -231,6 +232,10 @@ class Watcher:
         """The records of steps that the ranks of this node have."""
         return {watched.order.rank: watched.reader.steps() for watched in self._ranks}
 
+    def nodes_seen(self) -> tuple[NodeSeen, ...]:
+        """The other nodes, as they were heard last."""
+        return self._others.seen(GLANCE_RECORDS) if self._others is not None else ()
+
     def pids(self) -> list[int]:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
@@ -357,6 +362,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)
+                outlets.show(watcher.nodes_seen, now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
                 look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed

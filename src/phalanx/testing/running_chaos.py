@@ -41,7 +41,7 @@ def try_faults(instance: Instance, faults: tuple[Fault, ...], *, patience_s: flo
         for fault in faults:
             if attached.process() == "gone" or not _is_well(attached):
                 return
-            pids = {rank.rank: rank.pid for rank in attached.status(None).ranks}
+            pids = {rank.rank: rank.pid for rank in attached.status(None).ranks if rank.is_here}
             with Mailbox(pids.get(fault.rank) or instance.pid) as mailbox:
                 yield _try(attached, mailbox, fault, patience_s)
 

@@ -15,6 +15,7 @@ from ledger_ranks import WritingRank
 
 from phalanx.errors import StartError
 from phalanx.ledger import other_nodes, reporting
+from phalanx.ledger.elsewhere import ElsewhereWriter, elsewhere_bytes, read_elsewhere
 from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS
 from phalanx.ledger.other_nodes import OUTLIVED, SHARE_OF_TIMEOUT, OtherNodesOrder, Silence, _Node
 from phalanx.ledger.patience import LEAST_S
@@ -283,6 +284,41 @@ def test_who_has_not_the_key_or_is_not_awaited_is_no_node(cluster: Cluster) -> N
     ]:
         with pytest.raises(StartError, match=complaint):
             dial("127.0.0.1", cluster.port, key, hello, party="a stranger", deadline_s=0.3)
+
+
+def test_what_is_shown_of_another_node(cluster: Cluster) -> None:
+    memory = memoryview(bytearray(elsewhere_bytes(1)))
+    writer = ElsewhereWriter(memory)
+    assert read_elsewhere(memory) == ()
+    cluster.step(1)
+    cluster.await_rank(1)
+    cluster.await_step(1)
+    shown_ns = time.monotonic_ns()
+    writer.show(cluster.judge.nodes_seen, shown_ns)
+    (node,) = read_elsewhere(memory)
+    assert (node.node, node.ranks, node.word) == ("beta", (1,), "heard") and node.seen_ns
+    (rank,) = node.looks
+    newest = rank.collectives("tp@0")[1]
+    assert (rank.rank, rank.node, rank.text(newest)) == (1, "beta", "all_reduce")
+    cluster.end_watcher()
+    cluster.await_verdict("lost")
+    writer.show(cluster.judge.nodes_seen, shown_ns + 10**8)
+    assert read_elsewhere(memory)[0].word == "heard", "not at every look"
+    writer.show(cluster.judge.nodes_seen, shown_ns + 10**9)
+    (node,) = read_elsewhere(memory)
+    assert node.word == "lost" and node.looks == (rank,), "what was known last"
+    cluster.await_peace()
+    writer.show(cluster.judge.nodes_seen, shown_ns + 2 * 10**9)
+    (node,) = read_elsewhere(memory)
+    assert (node.word, node.looks) == ("unwatched", ())
+
+
+def test_what_is_too_much_to_be_shown_is_shown_without_records(cluster: Cluster) -> None:
+    cluster.step(1)
+    cluster.await_rank(1)
+    memory = memoryview(bytearray(2048))
+    ElsewhereWriter(memory).show(lambda: 2 * cluster.judge.nodes_seen(), time.monotonic_ns())
+    assert [len(node.looks[0].entries.records) for node in read_elsewhere(memory)] == [0, 0]
 
 
 def test_silence_counts_only_while_somebody_listens() -> None:

@@ -53,14 +53,14 @@ def keep_ledger(
     """
     journals = make_journals([rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
+    remote = crew.ranks_of_agents()
     order = WatchOrder(
         ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
         limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
-        outlets=open_outlets(config, resources),
+        outlets=open_outlets(config, resources, num_elsewhere=sum(map(len, remote.values()))),
         dump=dump_order(config),
     )
-    remote = crew.ranks_of_agents()
     if not remote:
         watching = _start(config, order, launcher, resources)
         return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
