@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.habit import first_deviation, is_out_of_habit, next_group, out_of_habit
+from phalanx.ledger.habit import against_plan, first_deviation, is_out_of_habit, next_group, out_of_habit
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Kind, Record
 
@@ -298,7 +298,7 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
 
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
     """The ranks to blame: the minority; in a tie those whose decisions differ, or who do what they have never done at
-    this place of a step; all, if that does not tell either."""
+    this place of a step, or in a size that the plan does not have; all, if that does not tell either."""
     records = divergence.records
     votes: dict[int, object] = {rank: (record.digest, record.step) for rank, record in records.items()}
     if len(set(votes.values())) == 1:
@@ -313,7 +313,9 @@ def _odd(look: Look, divergence: _Divergence) -> list[int]:
             if decision is not None:
                 decisions[one.rank] = decision.digest
     odd = [rank for rank in _minority(decisions) if rank in records]
-    return odd or out_of_habit(look.ranks, divergence.group, records) or sorted(records)
+    if not odd:
+        odd = out_of_habit(look.ranks, divergence.group, records) or against_plan(look.ranks, divergence.group, records)
+    return odd or sorted(records)
 
 
 def _minority(votes: Mapping[int, object]) -> list[int]:

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Literal
 
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.record import PlanSize
 from phalanx.ledger.verdict import Look, RankLook
 
 
@@ -24,9 +25,9 @@ class WritingRank:
         self._sequences = dict.fromkeys(groups, 0)
         self._step = 0
 
-    def begin(self, step: int, plan: str = "plan", num_tokens: int = 1) -> None:
+    def begin(self, step: int, plan: str = "plan", num_tokens: int = 1, size: PlanSize | None = None) -> None:
         self.journal.enter("stepping")
-        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens)
+        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens, size)
 
     def end(self) -> None:
         self.journal.done(self._step)
