@@ -41,6 +41,31 @@ def against_plan(ranks: Mapping[int, RankLook], group: str, records: Mapping[int
     return sorted(odd) if len(odd) < len(records) else []
 
 
+def odd_at(ranks: Mapping[int, RankLook], group: str, step: int, records: Mapping[int, Record | None]) -> list[int]:
+    """Of the ranks that differ at one place of a group in a step, where None is of one that has left the step without
+    anything there: those that do what they never did, or not by the plan.
+
+    Nobody, if that does not tell them apart.
+    """
+    odd = [
+        rank
+        for rank, record in records.items()
+        if (
+            _is_short(ranks[rank], group, step)
+            if record is None
+            else is_out_of_habit(ranks[rank], group, record, step) or _is_against_plan(ranks[rank], group, record)
+        )
+    ]
+    return sorted(odd) if len(odd) < len(records) else []
+
+
+def _is_short(rank: RankLook, group: str, step: int) -> bool:
+    """Whether a rank that has left a step has issued less there in a group than in any step before."""
+    steps = steps_of(rank, group)
+    usual = [len(issued) for number, issued in steps.items() if number < step]
+    return step in steps and bool(usual) and len(steps[step]) < min(usual)
+
+
 def form(text: str) -> str:
     """What is the same in every step, of a collective's description."""
 
@@ -163,11 +188,16 @@ def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]
     return [one for one in issued if before and one.step == before], [one for one in issued if one.step == step]
 
 
-def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
-    """What the rank issued in the group, by the steps of which the journal still has all."""
-    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
-    steps: dict[int, list[Record]] = {}
+def steps_of(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """What the rank issued in the group, by the steps of which the journal still has all; nothing in some, perhaps."""
+    records = rank.entries.records
+    steps: dict[int, list[Record]] = {record.step: [] for record in records if record.kind == Kind.STEP}
     for record in rank.collectives(group).values():
-        if record.step in complete:
-            steps.setdefault(record.step, []).append(record)
+        if record.step in steps:
+            steps[record.step].append(record)
     return steps
+
+
+def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """The same, without the steps in which it issued nothing there."""
+    return {step: issued for step, issued in steps_of(rank, group).items() if issued}

@@ -90,6 +90,11 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
         return self.groups[first.group], first
 
     @property
+    def is_between_steps(self) -> bool:
+        """Whether it has left every step that it has begun."""
+        return self.entries.phase == "idle" and self.awaits is None
+
+    @property
     def holds_gil(self) -> bool:
         return self.held_s >= HELD_S
 

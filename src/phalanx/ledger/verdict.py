@@ -15,11 +15,19 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.habit import against_plan, first_deviation, is_out_of_habit, next_group, out_of_habit
+from phalanx.ledger.habit import (
+    against_plan,
+    first_deviation,
+    is_out_of_habit,
+    next_group,
+    odd_at,
+    out_of_habit,
+    steps_of,
+)
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Standing, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Kind, Record
 
-__all__ = ["HOPELESS", "WAITED", "Cause", "Look", "RankLook", "Verdict", "judge"]
+__all__ = ["HOPELESS", "WAITED", "Cause", "Look", "RankLook", "Verdict", "judge", "uneven_groups"]
 
 Cause = Literal[
     "gone",
@@ -214,7 +222,7 @@ def _diverged(look: Look) -> Verdict | None:
     plan = _other_plan(look)
     if plan is not None and plan.step is not None and (first is None or plan.step <= first.began[0]):
         return plan
-    return _other_collective(look, first) if first is not None else None
+    return _other_collective(look, first) if first is not None else _uneven(look)
 
 
 def _other_plan(look: Look) -> Verdict | None:
@@ -252,6 +260,63 @@ def _other_collective(look: Look, first: _Divergence) -> Verdict:
         sequence=first.sequence,
         theirs=theirs,
         peers=peers,
+    )
+
+
+def _uneven(look: Look) -> Verdict | None:
+    """Ranks that have all left a step, where one has issued less in a group than another: nobody waits then.
+
+    A source that runs ahead of its peers goes on without them, and so does who leaves out what comes last in a step.
+    """
+    for group in uneven_groups(look):
+        issued = {rank: steps_of(look.ranks[rank], group) for rank in look.members(group)}
+        common = set.intersection(*(set(steps) for steps in issued.values()))
+        for step in sorted(common):
+            if len({len(steps[step]) for steps in issued.values()}) > 1:
+                return _uneven_in(look, group, step, {rank: steps[step] for rank, steps in issued.items()})
+    return None
+
+
+def uneven_groups(look: Look) -> dict[str, tuple[int, ...]]:
+    """Groups whose members have all left the same step, and have not come as far: how far each has.
+
+    They may have had other numbers in a method of their own, or in the step: the records tell.
+    """
+    found = {}
+    for group in look.groups:
+        members = [look.ranks[rank] for rank in look.members(group)]
+        sequences = tuple(one.entries.sequences[one.groups.index(group)] for one in members)
+        if len(set(sequences)) < 2 or len({one.entries.step for one in members}) > 1:  # nearly always
+            continue
+        if all(one.is_between_steps for one in members):
+            found[group] = sequences
+    return found
+
+
+def _uneven_in(look: Look, group: str, step: int, issued: Mapping[int, Sequence[Record]]) -> Verdict:
+    place = min(map(len, issued.values()))
+    records = {rank: records[place] if place < len(records) else None for rank, records in issued.items()}
+    votes: dict[int, object] = {rank: record and record.digest for rank, record in records.items()}
+    odd = _minority(votes) or odd_at(look.ranks, group, step, records) or sorted(records)
+    there = {rank: record for rank, record in records.items() if record is not None}
+    rank, record = next(iter(there.items()))
+    text = look.ranks[rank].text(record)
+    theirs = [records[rank] for rank in odd]
+    if len(odd) == len(records):
+        what = f"have left step {step} together, but only rank {', '.join(map(str, there))} with {text}"
+    elif theirs[0] is None:
+        what = f"has left step {step} without {text}, which its peers have issued"
+    else:
+        what = f"issued {text}, which its peers have left step {step} without"
+    return _verdict(
+        "diverged",
+        [look.ranks[rank] for rank in odd],
+        what,
+        step=step,
+        group=group,
+        sequence=record.sequence,
+        theirs=text if theirs[0] is not None else None,
+        peers=text if theirs[0] is None else None,
     )
 
 

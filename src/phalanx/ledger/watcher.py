@@ -29,7 +29,7 @@ from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge
+from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge, uneven_groups
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -170,6 +170,8 @@ class Watcher:
         self._patience = Patience(order.limits)
         self._looked_ns = self._learned_ns = 0
         self._found: Verdict | None = None
+        self._harmless: dict[str, tuple[int, ...]] = {}
+        """Groups that are uneven, and why is no concern of anybody."""
         self._stack = ExitStack()
         with ExitStack() as undo:
             others = order.other_nodes
@@ -200,16 +202,19 @@ class Watcher:
         """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
         if now_ns - self._learned_ns >= LEARN_S * _NS:
             self._learn(now_ns)
-        glance = judge(self.look(now_ns, GLANCE_RECORDS))
-        if glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S):
+        at_a_glance = self.look(now_ns, GLANCE_RECORDS)
+        glance = judge(at_a_glance)
+        if self._is_harmless(glance, at_a_glance):
             self._found = None
-        elif glance.cause in LASTING or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
+        elif (glance is not None and glance.cause in LASTING) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
             if self._others is not None and not self._others.have_told_all():
                 return None
             look = self.look(now_ns)
             found = judge(look)
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
+            if found is None:
+                self._harmless = uneven_groups(look)
         return self._found
 
     def with_stacks(self, verdict: Verdict) -> Verdict:
@@ -256,6 +261,11 @@ class Watcher:
                     continue
                 if lines := stack_of(entries.pid, entries.stacks):
                     found[watched.order.rank] = lines
+
+    def _is_harmless(self, glance: Verdict | None, look: Look) -> bool:
+        """Whether there is nothing for which to read all records: nor in groups that are uneven and were not before."""
+        is_uneven = uneven_groups(look) not in ({}, self._harmless)
+        return not is_uneven and (glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S))
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer."""

@@ -11,7 +11,7 @@ from ledger_ranks import WritingRank
 from phalanx.ledger.habit import form
 from phalanx.ledger.journal import NUM_TEXTS
 from phalanx.ledger.record import PlanSize
-from phalanx.ledger.verdict import Look, Verdict, judge
+from phalanx.ledger.verdict import Look, Verdict, judge, uneven_groups
 
 GROUP = "tp@0"
 STEP = ("reduce f32 [1, {n}, 72]", "reduce f32 [1, {n}, 72]", "gather f32 [1, 136] dim=1", "broadcast i64 [1] src=0")
@@ -151,6 +151,32 @@ def test_a_size_is_kept_in_a_word() -> None:
     for size in (PlanSize(1, 0, 0), PlanSize(2**20, 77, 2**21 - 1)):
         assert PlanSize.of_word(size.word) == size
     assert PlanSize(2**30, 1, 1).word < 2**63 and PlanSize.of_word(0) is None
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("extra", "what"), [(-1, "without broadcast i64 [1]"), (1, "which its peers have left step 4 without")]
+)
+def test_ranks_that_have_left_a_step_with_another_number_of_collectives(culprit: int, extra: int, what: str) -> None:
+    """A source that runs ahead waits for nobody, nor does who leaves out what comes last."""
+    ranks = two_ranks()
+    usual = [text.format(n=2) for text in STEP]
+    unusual = usual[:-1] if extra < 0 else [*usual, usual[-1]]
+    for rank in ranks:
+        run(rank, 4, unusual if rank.rank == culprit else usual)
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.step) == ("diverged", (culprit,), 4), verdict
+    assert what in str(verdict)
+    assert (verdict.group, verdict.sequence) == (GROUP, 16 if extra < 0 else 17)
+    assert (verdict.theirs, verdict.peers) == ((None, usual[3]) if extra < 0 else (usual[3], None))
+
+
+def test_collectives_of_a_method_may_be_uneven() -> None:
+    ranks = two_ranks()
+    ranks[0].journal.leave_step()
+    ranks[0].collective(GROUP, "broadcast i64 [1] src=0")
+    look = Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, {GROUP: (0, 1)})
+    assert uneven_groups(look) == {GROUP: (13, 12)} and judge(look) is None
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
