@@ -35,6 +35,7 @@ from phalanx.executor.shared_fate import die_with_parent
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import FaultPlan
+from phalanx.testing.faults import World as RankWorld
 from phalanx.testing.tally import happened, table
 from phalanx.testing.warm_launcher import WarmStart
 
@@ -112,8 +113,7 @@ def attempt(seed: int, index: int, models: Path, warm: WarmStart) -> Line:
     plan = FaultPlan.of_seed(
         dice.getrandbits(63),
         1,
-        size,
-        has_experts=config.parallel.enable_expert_parallel,
+        RankWorld.of(config),
         states=("start",) if in_start else ("idle", "prefill", "decode"),
     )
     outcome = try_fault(config, plan.faults[0], warm, seed=dice.getrandbits(63))

@@ -638,6 +638,8 @@ def _overdue(look: Look) -> Verdict | None:
         wait = wait_of(look, last.rank)
         if wait is not None and look.unwatched_members(wait.group):  # it may be one of those that keeps it
             continue
+        if wait is not None and wait.group is not None and wait.record is None and not _are_missing(look, wait.group):
+            return _never_joined(look, wait)
         doing = f"in step {last.entries.step}" if last.entries.phase == "stepping" else last.entries.phase
         return _verdict(
             "overdue",
@@ -648,6 +650,19 @@ def _overdue(look: Look) -> Verdict | None:
             waited_s=took_s,
         )
     return None
+
+
+def _are_missing(look: Look, group: str) -> bool:
+    """Whether members have not begun."""
+    return not set(look.groups[group]) <= look.ranks.keys()
+
+
+def _never_joined(look: Look, wait: Wait) -> Verdict:
+    """All have come, or somebody would be waited for. To blame is no rank."""
+    ranks = ", ".join(map(str, look.members(str(wait.group))))
+    what = f"ranks {ranks} have all come to join group {wait.group}, which does not end: to blame is no rank, but the"
+    what += " store by which they find each other, or what carries the data"
+    return _verdict("store", [], what, waited_s=(look.now_ns - wait.since_ns) / _NS)
 
 
 def _verdict(
