@@ -31,6 +31,7 @@ def main(model: Path, peer_python: Path | None) -> None:
         ("pipeline.py", ["--model", str(model)]),
         ("launchers.py", ["--model", str(model), *peer]),
         ("offline.py", ["--model", str(model)]),
+        ("scale.py", ["--model", str(model), "--dtype", "float32"]),
     ):
         click.echo(f"\n== {script} {' '.join(options)}")
         subprocess.run([sys.executable, str(HERE / script), *options], check=True)

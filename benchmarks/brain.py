@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -111,7 +111,7 @@ class Bench:
 
     def __init__(self, num_running: int, *, max_model_len: int, output_len: int | None, num_replicas: int = 1) -> None:
         """`num_running` are the requests of each replica."""
-        limits = {"max_num_seqs": num_running, "max_num_batched_tokens": max(2048, 2 * num_running)}
+        limits: dict[str, Any] = {"max_num_seqs": num_running, "max_num_batched_tokens": max(2048, 2 * num_running)}
         num_blocks = num_running * (-(-max_model_len // BLOCK_SIZE) + 1)
         workers = [
             SimulatedWorker(

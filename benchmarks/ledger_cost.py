@@ -1,11 +1,12 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--ranks 2] [--rounds 9] [--short]
+    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--turns 100] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: two engines with the same small random model, one with the ledger and one without, take turns; the ratio of
-  their tokens per second, of each pair of rounds, as median and quartiles.
+- *Tokens*: two engines with the same model (a small random one without --model), one with the ledger and one without,
+  decode for eight streams and take turns of a few steps; the ratio of their tokens per second, of the median steps of
+  each pair of turns, as median and quartiles.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
@@ -41,7 +42,9 @@ from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 COLLECTIVES_PER_STEP = 64
 STEP_S = 0.02
 TEXTS = 40
-STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 64
+STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 192
+STEPS_OF_TURN, FIRST_STEPS = 12, 3
+"""The first steps of a turn are not counted: one was under way while the other engine had its turn."""
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
@@ -159,15 +162,20 @@ def report_watcher(num_ranks: int, for_s: float) -> None:
     click.echo(f"watcher of {num_ranks} ranks: {idle:.4f} cores while they are idle, {works:.4f} while they decode")
 
 
-def serve(brain: Brain, dice: random.Random) -> float:
-    """Tokens per second of one round."""
+def decode(brain: Brain, dice: random.Random) -> float:
+    """Seconds of the median step of one turn."""
     sampling = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    for request_id in range(STREAMS):
-        brain.submit(Submit(request_id, ints([dice.randrange(256) for _ in range(INPUT_LEN)]), sampling))
-    began_at = time.perf_counter()
-    while brain.has_work():
+    took_s: list[float] = []
+    while len(took_s) < STEPS_OF_TURN:
+        if not brain.has_work():
+            for request_id in range(STREAMS):
+                brain.submit(Submit(request_id, ints([dice.randrange(256) for _ in range(INPUT_LEN)]), sampling))
+            for _ in range(FIRST_STEPS):  # the prompts
+                brain.step()
+        began_at = time.perf_counter()
         brain.step()
-    return STREAMS * OUTPUT_LEN / (time.perf_counter() - began_at)
+        took_s.append(time.perf_counter() - began_at)
+    return statistics.median(took_s[FIRST_STEPS:])
 
 
 @contextmanager
@@ -195,22 +203,23 @@ def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
         )
 
 
-def report_tokens(num_ranks: int, rounds: int) -> None:
+def report_tokens(model: Path | None, num_ranks: int, num_turns: int) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = write_checkpoint(folder / "model", **MODEL)
+        model = model or write_checkpoint(folder / "model", **MODEL)
         without, with_it = (stack.enter_context(engine(model, num_ranks, ledger)) for ledger in (False, True))
+        dice = random.Random(0)
         ratios, rates = [], []
-        for round_number in range(rounds + 1):
-            order = [without, with_it] if round_number % 2 else [with_it, without]
-            speed = {id(brain): serve(brain, random.Random(round_number)) for brain in order}
-            if round_number:  # the first warms up
-                ratios.append(speed[id(with_it)] / speed[id(without)])
-                rates.append(speed[id(without)])
+        for turn in range(num_turns + 2):
+            order = [without, with_it] if turn % 2 else [with_it, without]
+            took_s = {id(brain): decode(brain, dice) for brain in order}
+            if turn > 1:  # the first ones warm up
+                ratios.append(took_s[id(without)] / took_s[id(with_it)])
+                rates.append(STREAMS / took_s[id(without)])
     low, median, high = statistics.quantiles(ratios, n=4)
     click.echo(
         f"tokens/s over {num_ranks} ranks: {median:.4f} of those without the ledger "
-        f"(quartiles {low:.4f} to {high:.4f}, {rounds} pairs; {statistics.median(rates):.0f} tokens/s without)"
+        f"(quartiles {low:.4f} to {high:.4f}, {num_turns} pairs; {statistics.median(rates):.0f} tokens/s without)"
     )
 
 
@@ -277,15 +286,17 @@ def take_turn(ends: Sequence[Connection]) -> float:
 
 
 @click.command(help=__doc__)
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
+@click.option("--turns", type=click.IntRange(2), default=100, show_default=True, help="Of each of the two engines.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(ranks: int, rounds: int, short: bool) -> None:
-    rounds = 3 if short else rounds
+def main(model: Path | None, ranks: int, rounds: int, turns: int, short: bool) -> None:
+    rounds, turns = (3, 4) if short else (rounds, turns)
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(ranks, rounds)
+    report_tokens(model, ranks, turns)
     report_all_reduce(rounds)
 
 

@@ -24,8 +24,10 @@ Ranks = Annotated[int, Meta(ge=1, le=64)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Share = Annotated[float, Meta(gt=0.0, le=1024.0)]
 Replicas = Annotated[int, Meta(ge=0, le=64)]
+Standbys = Annotated[int, Meta(ge=0, le=1)]
 Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0.0, le=1e6)]  # every wait has a deadline: none is infinite
+Restarts = Annotated[int, Meta(ge=0, le=1000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 All2All = Literal["allgather_reducescatter", "alltoall"]
 
@@ -164,6 +166,10 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
     interrupted on a CPU: its step is an error when it has ended, and `phalanx serve` kills an engine that is silent for
     15 s longer than this."""
 
+    engine_restarts: Restarts = 3
+    """How many times within 10 minutes an engine that ends before its time is started again. Its requests wait, and go
+    on where they were. 0: its end is the end of the command."""
+
     cuda_graphs: bool = True
     """On GPUs, capture decode steps in CUDA graphs at the start and replay them: steps of few requests then take much
     less time. It takes some seconds and up to a few gigabytes of each GPU, depending on max-num-seqs. Models that wait
@@ -233,6 +239,19 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     those of up to half of it)."""
 
 
+class HealingConfig(Section, frozen=True, kw_only=True):
+    heal: bool = True
+    """With launcher local: when a rank dies, is stopped, hangs, diverges or fails, end all ranks and go on with new
+    ones. Requests only pause, and no token is lost or sent twice. Without it, the first fault ends the engine."""
+
+    standby: Standbys = 0
+    """1 keeps a second set of ranks ready behind the one that computes, so that a fault costs a fraction of a second
+    instead of a start. It takes a second set of processes on the same weights and KV cache; on CPUs only."""
+
+    heal_timeout_s: Seconds = 120.0
+    """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""
+
+
 class ServerConfig(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback should have an API key: see --api-key-file."""
@@ -256,6 +275,7 @@ class Config(Section, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = SchedulerConfig()
     executor: ExecutorConfig = ExecutorConfig()
     cluster: ClusterConfig = ClusterConfig()
+    healing: HealingConfig = HealingConfig()
 
     @classmethod
     def build(cls, **settings: Any) -> Config:
@@ -324,6 +344,10 @@ class Config(Section, frozen=True, kw_only=True):
                 if (value := getattr(self.cluster, name)) is not None:
                     raise ConfigError(name, value, "not with replicas that run apart: each has a group of its own")
         self._refuse_local_replicas()
+        if self.healing.standby and not self.healing.heal:
+            raise ConfigError("standby", self.healing.standby, "only with heal")
+        if self.healing.standby and self.executor.device == "cuda":
+            raise ConfigError("standby", self.healing.standby, "0 with device cuda: a GPU's memory ends with its rank")
         if parallel.enable_eplb and not parallel.enable_expert_parallel:
             raise ConfigError("enable_eplb", True, "only with enable_expert_parallel")
         if parallel.num_redundant_experts and not parallel.enable_eplb:
@@ -373,6 +397,7 @@ class Config(Section, frozen=True, kw_only=True):
             yield "ledger_events", "there is no ledger"
         if self.executor.ledger_dump is not None and not has_ledger:
             yield "ledger_dump", "there is no ledger"
+        yield from self._healing_without_effect()
         if not self.model.pack_weights and device == "cuda":
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":
@@ -388,6 +413,16 @@ class Config(Section, frozen=True, kw_only=True):
             yield "enable_eplb", "one rank has all experts of its layers"
         if self.cluster.allow_split_tensor_parallel and self.parallel.tensor_parallel_size == 1:
             yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
+
+    def _healing_without_effect(self) -> Iterator[tuple[str, str]]:
+        launcher = self.executor.launcher
+        for name in ("standby", "heal_timeout_s"):
+            if getattr(self.healing, name) == getattr(HealingConfig(), name):
+                continue
+            if launcher != "local":
+                yield name, f"with launcher {launcher} a fault ends the engine; with local it heals"
+            elif not self.healing.heal:
+                yield name, "nothing is to heal"
 
 
 def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:

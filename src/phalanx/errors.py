@@ -7,6 +7,7 @@
     │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
     │   ├── DumpError                   a dump cannot be read: says which file, and why
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
+    │   ├── ResizeUnderWayError         the fleet changes its size already: says from what to what
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
     ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
@@ -15,6 +16,8 @@
     ├── CollectiveMismatchError         two ranks met in different collectives: says which, in which
     ├── DivergedError                   ranks of one group issued different collectives in a step: says which
     ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
+    ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
+    ├── ResizeError                     a resize has failed and was undone: says why
     ├── FrameError                      bytes that are not a message of ours
     └── EngineDeadError                 the engine has stopped: says why
 
@@ -69,6 +72,13 @@ class PlacementError(UserError):
         super().__init__(f"{complaint}\n{table}")
         self.complaint = complaint
         self.table = table
+
+
+class ResizeUnderWayError(UserError):
+    """Another change of the number of replicas must end first."""
+
+    def __init__(self, size_before: int, size_asked_for: int) -> None:
+        super().__init__(f"a resize from {size_before} to {size_asked_for} replicas is under way: wait, or cancel it")
 
 
 class StartError(PhalanxError):
@@ -133,6 +143,14 @@ class DivergedError(PhalanxError):
 
 class HungError(PhalanxError):
     """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+
+
+class NotHealedError(PhalanxError):
+    """A fault ended the ranks, and none came up that go on. The message says which, and what was tried."""
+
+
+class ResizeError(PhalanxError):
+    """The number of replicas could not be changed: there are as many as before, and the message says why."""
 
 
 class FrameError(PhalanxError):

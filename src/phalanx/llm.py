@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,18 +17,22 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 
-from phalanx.config import Config
+from phalanx.config import Config, ExecutorConfig
 from phalanx.engine.admission import check_request, fitted, refusal, typed
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
-from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream, Streams
+from phalanx.engine.restarts import Restarts
+from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
-from phalanx.errors import ConfigError, EngineDeadError, RequestError
+from phalanx.engine.work import Work
+from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
-from phalanx.executor.start import start_executor
+from phalanx.membership.formation import start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FinishReason, SamplingParams, Submit, ints
+from phalanx.protocol import SamplingParams, TokenBatch
+
+log = logging.getLogger("phalanx.llm")
 
 Prompt: TypeAlias = str | Sequence[int]
 """Text, or token ids."""
@@ -56,6 +63,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class LLM:
     """A model that runs in the calling thread; ranks beyond the first run in processes that end with this thread.
 
+    When they fail while something is generated, they are started again as often as `engine_restarts` says, and the
+    outputs go on where they were; not with a `worker_extension_cls`, whose workers may know what nobody else does.
     Settings are those of `Config.build`, named like the flags of `phalanx serve`. Loading blocks for seconds or more.
     Raises UserError (such as ConfigError, CheckpointError) for the user's mistakes, StartError and others otherwise.
     """
@@ -63,35 +72,45 @@ class LLM:
     def __init__(self, model: str, *, on_progress: OnProgress | None = None, **settings: Any) -> None:
         self.config = Config.build(model=model, **settings)
         _check_one_engine(self.config)
-        report = on_progress or _say_nothing
-        checkpoint = resolve(model, revision=self.config.model.revision, progress=partial(report, 0))
-        tokenizer_source = self.config.model.tokenizer or checkpoint.path
-        self.tokenizer = Tokenizer.load(tokenizer_source)
-        self.default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
+        self._report = on_progress or _say_nothing
+        self._checkpoint = resolve(model, revision=self.config.model.revision, progress=partial(self._report, 0))
+        self._tokenizer_source = self.config.model.tokenizer or self._checkpoint.path
+        self.tokenizer = Tokenizer.load(self._tokenizer_source)
+        self.default_sampling = GenerationConfig.read(self._checkpoint.path).default_sampling()
         """What is used when no sampling is given: the checkpoint's advice (generation_config.json) over ours."""
-        self._vocab_size = min(self.tokenizer.vocab_size, checkpoint.vocab_size)  # either may have ids of its own
-        executor, capacity = start_executor(
-            self.config, checkpoint, lambda told: report(told.rank, told.phase, told.done, told.total)
+        self._vocab_size = min(self.tokenizer.vocab_size, self._checkpoint.vocab_size)  # either may have ids of its own
+        self._request_ids = itertools.count()
+        self._ended: str | None = None
+        self._failure: PhalanxError | None = None
+        self._on_failure: list[OnFailure] = []
+        self._restarts = Restarts(_num_restarts(self.config))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Load the model into new workers."""
+        formation = start_formation(
+            self.config, self._checkpoint, lambda told: self._report(told.rank, told.phase, told.done, told.total)
         )
         with ExitStack() as stack:
-            stack.enter_context(executor)
+            stack.enter_context(formation)
+            capacity = formation.capacity
             self.max_model_len = capacity.max_model_len
-            self._executor = executor
+            self._formation = formation
             self._weight_changing: frozenset[str] = frozenset()
             if self.config.executor.worker_extension_cls is not None:
-                names = executor.collective_rpc("methods_that_change_weights", unique_reply_rank=0)
+                names = formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
                 self._weight_changing = frozenset(names)
             self._brain = Brain(
                 self.config,
-                executor,
+                formation,
                 num_blocks=capacity.num_blocks,
                 max_model_len=capacity.max_model_len,
-                eos_token_ids=eos_token_ids(checkpoint.path, tokenizer_source),
-                balancing=Balancing(self.config, executor) if self.config.parallel.enable_eplb else None,
+                eos_token_ids=eos_token_ids(self._checkpoint.path, self._tokenizer_source),
+                balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
             )
+            if not self._restarts.most:
+                formation.on_failure(self._fail)  # at once, also when nothing is generated
             self._resources = stack.pop_all()
-        self._request_ids = itertools.count()
-        self._ended: str | None = None
 
     def generate(
         self,
@@ -150,22 +169,30 @@ class LLM:
 
         Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
         arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
-        the model, as a dead rank (PeerDiedError) does; EngineDeadError if it had ended before.
+        the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
+        ended. Raises EngineDeadError if it had ended before.
         """
         self._check_can_run()
         if method in self._weight_changing:
+            self._formation.weights_changed()
             self._brain.reset_prefix_cache()
-        pending = self._executor.collective_rpc(
-            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
+        pending = self._formation.collective_rpc(
+            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank
         )
         return pending if non_block else pending.result()
 
     def reset_prefix_cache(self) -> None:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
 
-        Call it when weights were changed by other means than a method that is declared to change them.
+        Call it when weights were changed by other means than a method that is declared to change them. From then on the
+        model is not loaded again after a fault, as the checkpoint has other weights: it is healed if its weights have
+        outlived the ranks (docs/healing.md), or has ended.
         """
         self._check_can_run()
+        self._formation.weights_changed()
+        if self._restarts.most:
+            self._restarts = Restarts(0)
+            self._formation.on_failure(self._fail)
         self._brain.reset_prefix_cache()
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
@@ -175,11 +202,16 @@ class LLM:
         more, and otherwise what ended the run.
         """
         self._check_can_run()
-        self._executor.check_health(timeout_s)
+        self._formation.check_health(timeout_s)
 
     def on_failure(self, callback: OnFailure) -> None:
-        """Have `callback` called with the error that ends the model, at once if one has. It must not raise."""
-        self._executor.on_failure(callback)
+        """Have `callback` called with the error that ends the model, at once if one has. It must not raise.
+
+        With `engine_restarts` that is one after which the model could not be loaded again.
+        """
+        self._on_failure.append(callback)
+        if self._failure is not None:
+            callback(self._failure)
 
     def close(self) -> None:
         """End the workers and let memory go. May be called more than once."""
@@ -203,10 +235,9 @@ class LLM:
         requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
-        submits = [Submit(next(self._request_ids), ints(ids), params) for ids, params in requests]
         outputs = [RequestStream(self.tokenizer, ids, params) for ids, params in requests]
         with _progress_bar(len(prompts), progress) as report:
-            self._run(submits, outputs, report)
+            self._run(outputs, report)
         return [
             _completion(prompt, len(ids), output.take())
             for prompt, ids, output in zip(prompts, token_ids, outputs, strict=True)
@@ -223,36 +254,91 @@ class LLM:
             raise RequestError("prompt", prompt, "it must be text or a list of token ids")
         return list(prompt)
 
-    def _run(self, submits: Sequence[Submit], outputs: Sequence[RequestStream], report: Callable[[int], None]) -> None:
-        """Submit, and step until every request has ended and the brain has nothing left to do."""
-        streams = Streams()
+    def _run(self, outputs: Sequence[RequestStream], report: Callable[[int], None]) -> None:
+        """Step until every request has ended and the brain has nothing left to do."""
+        work = Work()
+        for output in outputs:
+            work.add(next(self._request_ids), output)
         try:
             with _interrupt_between_steps() as is_interrupted:
-                for submit, output in zip(submits, outputs, strict=True):
-                    streams.add(submit.request_id, output)
-                    self._submit(submit, streams)
-                while self._brain.has_work():
-                    batch = self._brain.step()
-                    if batch is not None:
-                        _, stopped = streams.apply(batch)
-                        if stopped:
-                            self._brain.cancel(tuple(stopped))
-                        report(len(streams))
-                    if is_interrupted() and len(streams):
-                        self._brain.cancel(tuple(streams.end_all(FinishReason.CANCELLED)))
+                while (error := self._work_off(work, report, is_interrupted)) is not None:
+                    self._come_back(error, work)
         except BaseException as error:
             # A step was torn apart: nobody knows what the workers hold now.
             self._ended = str(error) or type(error).__name__
+            if isinstance(error, PhalanxError):
+                self._fail(error)
             raise
-        assert not len(streams), "the brain forgot requests"
+        assert not len(work), "the brain forgot requests"
         if is_interrupted():
             raise KeyboardInterrupt
 
-    def _submit(self, submit: Submit, streams: Streams) -> None:
+    def _work_off(
+        self, work: Work, report: Callable[[int], None], is_interrupted: Callable[[], bool]
+    ) -> Exception | None:
+        """Have the brain do what there is to do. Gives the error that ended its workers, if one did."""
         try:
-            self._brain.submit(submit)
-        except RequestError as error:
-            streams.apply(refusal(submit.request_id, error))
+            self._submit_next(work)
+            while self._brain.has_work():
+                batch = self._step()
+                if batch is not None:
+                    _, to_cancel = work.take(batch)
+                    self._brain.cancel(to_cancel)
+                    report(len(work))
+                if is_interrupted():
+                    _, to_cancel = work.cancel_all()
+                    self._brain.cancel(to_cancel)
+                self._submit_next(work)
+        except UserError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    def _step(self) -> TokenBatch | None:
+        """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
+        try:
+            batch = self._brain.step()
+        except PhalanxError as error:
+            if not self._formation.heals(error):
+                raise
+            epoch, keeps_cache = self._formation.heal(error)
+            self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            return None
+        self._formation.progressed()
+        return batch
+
+    def _submit_next(self, work: Work) -> None:
+        for submit in work.take_next():
+            try:
+                self._brain.submit(submit)
+            except RequestError as error:
+                work.take(refusal(submit.request_id, error))
+
+    def _come_back(self, error: Exception, work: Work) -> None:
+        """Load the model again, for the requests to go on. Raises the last error if it cannot be."""
+        work.engine_ended(_said(error))
+        has_model = True
+        while (delay_s := self._restarts.next_delay_s(time.monotonic())) is not None:
+            log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))
+            if has_model:
+                self._resources.close()
+                del self._brain, self._formation
+                has_model = False
+            _forget_locals(error)  # such as the workers, and their memory
+            time.sleep(delay_s)
+            try:
+                self._begin()
+                return
+            except Exception as failure:
+                error = failure
+        raise error
+
+    def _fail(self, error: PhalanxError) -> None:
+        if self._failure is None:
+            self._failure = error
+            for callback in self._on_failure:
+                callback(error)
 
 
 def _check_one_engine(config: Config) -> None:
@@ -263,6 +349,16 @@ def _check_one_engine(config: Config) -> None:
             parallel.data_parallel_size,
             "1 without enable_expert_parallel: such replicas run apart; make an LLM for each",
         )
+
+
+def _num_restarts(config: Config) -> int:
+    """What an extension's workers have been told is known to nobody else: they are not started again."""
+    asked = config.executor.engine_restarts
+    if config.executor.worker_extension_cls is None:
+        return asked
+    if asked not in (0, ExecutorConfig().engine_restarts):
+        config.warn_without_effect("engine_restarts", "workers with an extension may know what no others can")
+    return 0
 
 
 def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | None) -> Completion:
@@ -358,6 +454,17 @@ def _progress_bar(num_requests: int, is_shown: bool) -> Iterator[Callable[[int],
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("requests", total=num_requests)
         yield lambda num_running: bar.update(task, completed=num_requests - num_running)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, PhalanxError) else f"{type(error).__name__}: {error}"
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Of the functions that an error came through, and those of the errors before it: they hold what must be let go."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(rank: int, phase: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -132,11 +132,16 @@ class FinishReason(enum.IntEnum):
 
 
 class Submit(Message, frozen=True):
-    """A checked request. `request_id` is unique among the client's running requests and grows with arrival."""
+    """A checked request. `request_id` is unique among the client's running requests and grows with arrival.
+
+    `output_token_ids` is what another engine has made of it before: this one goes on with the next token. A client that
+    may have to do so chooses the seed itself.
+    """
 
     request_id: int
     prompt_token_ids: Ints
     sampling: SamplingParams
+    output_token_ids: Ints = b""
 
 
 class Cancel(Message, frozen=True):
@@ -268,12 +273,33 @@ class BalanceStats(msgspec.Struct, frozen=True, array_like=True):
     """Layers whose experts have moved since the start, each time counted."""
 
 
+class FormationStats(msgspec.Struct, frozen=True):
+    """The lines of an engine that heals, and its counts since the start."""
+
+    epoch: int
+    """Of the line that computes, or did before the fault that is being healed."""
+    is_healing: bool
+    standby: Literal["none", "preparing", "ready"]
+    num_faults: int
+    """That ended a line."""
+    healed: dict[str, int]
+    """Times that a rung brought ranks that compute again."""
+    failed: dict[str, int]
+    """Times that it did not."""
+    num_standby_faults: int
+    """Standby lines that did not come up, or did not last."""
+    last_pause_s: float
+    """From the last fault to a line that takes steps; 0 before the first."""
+
+
 class EngineStats(Message, frozen=True):
     """The engine's state, sent a few times a second: also a sign of life."""
 
     replicas: tuple[ReplicaStats, ...]
     balance: BalanceStats | None = None
     """None where experts do not move, and before the first measurement."""
+    formation: FormationStats | None = None
+    """None where a fault ends the engine."""
 
 
 EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats
@@ -363,7 +389,7 @@ class MeasureMemory(Message, frozen=True):
 
 
 class AllocateCache(Message, frozen=True):
-    """Allocate the KV cache and get ready to step."""
+    """Allocate the KV cache, or take over the one that is held, and get ready to step. Answered by Allocated."""
 
     num_blocks: int
     max_model_len: int
@@ -461,6 +487,17 @@ class Measured(Message, frozen=True):
     num_padding: int = 0
 
 
+class Allocated(Message, frozen=True):
+    """The worker is ready to step.
+
+    `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
+    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU, whose memory ends with the
+    process. Where experts move (`enable_eplb`) it is the KV cache alone: which experts these weights were is forgotten.
+    """
+
+    held: bytes = b""
+
+
 NO_TOKEN = -1
 """In a StepResult: the row's logits were NaN, or -inf for every token that may be chosen."""
 
@@ -506,7 +543,7 @@ class ExpertLoads(Message, frozen=True):
     layers: tuple[LayerLoad, ...]
 
 
-ReplyBody = Loaded | Measured | StepResult | Done | MethodResult | MethodError | ExpertLoads
+ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads
 
 
 class Reply(Message, frozen=True):

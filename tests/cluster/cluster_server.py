@@ -28,7 +28,8 @@ class ClusterServer:
         self._log = log
         command = [sys.executable, "-m", "phalanx", "serve", str(checkpoint), "--port", str(port), "--device", "cpu"]
         command += ["--launcher", "ray", "--ray-address", cluster.address]
-        command += ["--max-num-seqs", "8", "--kv-cache-memory", "16MiB", "--threads-per-rank", "1", *flags]
+        command += ["--max-num-seqs", "8", "--kv-cache-memory", "16MiB", "--threads-per-rank", "1"]
+        command += ["--engine-restarts", "0", *flags]
         with log.open("wb") as sink:
             self.process = self._host.start(*command, env=cluster.environment, stdout=sink, stderr=sink)
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_ANSWER_WITHIN_S)

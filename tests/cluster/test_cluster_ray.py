@@ -104,6 +104,7 @@ def cluster(running_ray: None) -> Iterator[None]:
 
 def on_ray(checkpoint: Path, **settings: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "kv_cache_memory": 1 << 20, "threads_per_rank": 1, "device": "cpu"}
+    settings = {"engine_restarts": 0, **settings}
     return LLM(str(checkpoint), **{"launcher": "ray", "tensor_parallel_size": 2, **sizes, **settings})
 
 
@@ -133,7 +134,7 @@ def test_the_ledger_on_one_node(
     """One process more than without it, which sees all ranks itself."""
     with on_ray(checkpoint) as llm:
         (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watching" in one.cmdline()]
-        victim = llm._brain._executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGSTOP)
         going_on = threading.Timer(1.5, os.kill, (victim.pid, signal.SIGCONT))
         going_on.start()
@@ -254,7 +255,7 @@ def test_the_current_placement_group(cluster: None, checkpoint: Path, expected: 
 
             with LLM(checkpoint, **settings) as llm:
                 sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
-                bundles = [rank.bundle for rank in llm._brain._executor._launcher._crew.placed]  # type: ignore[attr-defined]
+                bundles = [rank.bundle for rank in llm._formation._line.executor._launcher._crew.placed]  # type: ignore[attr-defined]
                 return bundles, [completion.token_ids for completion in llm.generate(prompts, sampling)]
 
     group = placement_group([{"CPU": 1}] * 3)
@@ -295,7 +296,7 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
 
 def test_a_killed_rank_is_named_with_its_log(cluster: None, checkpoint: Path) -> None:
     with on_ray(checkpoint) as llm:
-        victim = llm._brain._executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises(PeerDiedError, match=rf"rank 1 \(pid {victim.pid}\) died: its process was killed") as caught:

@@ -42,7 +42,7 @@ def running_ray() -> Iterator[None]:
 
 def on_ray(checkpoint: Path, **settings: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256, "kv_cache_memory": 1 << 22}
-    return LLM(str(checkpoint), launcher="ray", device="cuda", **sizes, **settings)
+    return LLM(str(checkpoint), launcher="ray", device="cuda", engine_restarts=0, **sizes, **settings)
 
 
 @pytest.mark.parametrize(("tp_size", "num_stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])

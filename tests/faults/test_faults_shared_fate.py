@@ -43,6 +43,7 @@ class Family:
         self._log = log
         command = [sys.executable, "-m", "phalanx", "serve", str(checkpoint), "--port", str(self.port)]
         command += ["--tensor-parallel-size", "2", "--max-num-seqs", "8", "--kv-cache-memory", "1MiB"]
+        command += ["--engine-restarts", "0", "--no-heal"]
         with log.open("wb") as sink:
             self.server = subprocess.Popen(command, stdout=sink, stderr=sink)
 

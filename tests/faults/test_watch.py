@@ -80,6 +80,39 @@ def test_torchrun_is_ended_when_its_ranks_can_never_meet(tmp_path: Path) -> None
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or ())]
 
 
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_anew_are_judged_anew(tmp_path: Path) -> None:
+    """Each start has a culprit of its own; and what torchrun ends because of it is none."""
+    program, events = tmp_path / "train.py", tmp_path / "events.jsonl"
+    program.write_text(
+        "import os, signal, sys\n"
+        "import torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "from watched_program import await_watched\n"
+        "rank, start = int(os.environ['RANK']), os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "store = os.path.join(os.path.dirname(__file__), start)\n"  # torchrun's own has what earlier ranks have left
+        "dist.init_process_group('gloo', init_method='file://' + store, rank=rank, world_size=2)\n"
+        "await_watched()\n"
+        "dist.barrier()\n"
+        "if (rank, start) == (1, '0'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if (rank, start) == (0, '1'): raise ValueError('a fault')\n"
+        "dist.barrier()\n"
+    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        watch("--events", str(events), "--", *start, str(program)),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert ended.returncode == 0, ended.stderr
+    verdicts = [msgspec.json.decode(line, type=Verdict) for line in events.read_bytes().splitlines()]
+    assert [(one.cause, one.culprits, one.waiting) for one in verdicts] == [("gone", (1,), (0,)), ("gone", (0,), (1,))]
+    assert verdicts[1].what == "has ended with ValueError: a fault" and verdicts[1].sequence == 2
+
+
 def test_the_exit_code_is_the_commands() -> None:
     for program, code in (("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137), ("print('hi')", 0)):
         ended = subprocess.run(watch(sys.executable, "-c", program), capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ import pytest
 
 from phalanx.config import Config, ServerConfig, _warn_once, convert, settings_by_name
 from phalanx.errors import ConfigError
-from phalanx.executor.start import _settle
+from phalanx.executor.start import settle
 
 
 def test_flat_names_reach_their_sections() -> None:
@@ -117,7 +117,7 @@ def test_settings_without_effect_are_named_once(
 def test_a_start_warns(caplog: pytest.LogCaptureFixture) -> None:
     _warn_once.cache_clear()
     checkpoint: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float16")
-    _settle(Config.build(model="m", device="cpu", pack_weights=False, collective_backend="gloo"), checkpoint)
+    settle(Config.build(model="m", device="cpu", pack_weights=False, collective_backend="gloo"), checkpoint)
     assert [message.split()[0] for message in caplog.messages] == ["collective_backend", "pack_weights"]
 
 
@@ -131,7 +131,7 @@ def test_dequantising_without_experts_in_four_bits(
     checkpoint: Any = SimpleNamespace(
         name="m", max_model_len=512, num_layers=3, dtype="float16", has_experts_in_four_bits=has_experts
     )
-    _settle(Config.build(model="m", dequantise_weights=True), checkpoint)
+    settle(Config.build(model="m", dequantise_weights=True), checkpoint)
     expected = "on a CPU all weights" if device == "cpu" else "m has no experts in AWQ or compressed-tensors"
     assert [expected in message for message in caplog.messages] == [True] * (device == "cpu" or not has_experts)
 
@@ -144,7 +144,7 @@ def test_a_placement_group_may_be_given_as_an_object() -> None:
 
 
 def test_no_two_sections_share_a_name() -> None:
-    sections = ("model", "parallel", "cache", "scheduler", "executor", "cluster")
+    sections = ("model", "parallel", "cache", "scheduler", "executor", "cluster", "healing")
     fields = [field for section in sections for field in _fields(section)]
     assert sorted(fields) == sorted(settings_by_name())
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from phalanx.cli.exit_codes import FAILURE
 from phalanx.cli.options import SectionedCommand, engine_options, given
@@ -27,7 +28,7 @@ BRIEF_S = 5.0
 """What happens to an instance that runs lasts no longer, so that it serves again."""
 
 _STATES: tuple[State, ...] = get_args(State)
-_SET_HERE = ("launcher", "ledger", "allow_chaos", "served_model_name", "worker_extension_cls")
+_SET_HERE = ("launcher", "ledger", "allow_chaos", "engine_restarts", "served_model_name", "worker_extension_cls")
 _TITLES = ("fault", "rank", "step", "state", "verdict", "ms", "culprit", "cause", "group", "sequence", "operation")
 _COLUMNS = "{:12} {:>4} {:>5} {:8} {:34} {:>8}  {:9} {:9} {:9} {:9} {:9}"
 
@@ -99,8 +100,9 @@ def chaos(
         raise click.UsageError("give MODEL, or --pid of an instance that runs")
     if pid is not None and given(settings):
         raise click.UsageError("--pid is of an instance that has its settings")
-    if pid is not None:  # a rank that fails says so to its engine, and no verdict is given on it
-        kinds = tuple(kind for kind in kinds if kind != "error")
+    _refuse_without_effect(has_plan=plan is not None)
+    if pid is not None:
+        kinds, states = _possible_where_it_runs(kinds, states)
     draw = partial(_faults, plan, seed, count, kinds=kinds, states=states)
     outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
     if not as_json:
@@ -114,6 +116,29 @@ def chaos(
         click.echo("no fault has happened: nothing was tried", err=True)
     if not (all_right and has_happened):
         click.get_current_context().exit(FAILURE)
+
+
+def _refuse_without_effect(*, has_plan: bool) -> None:
+    """Raises UsageError for what a seed makes a plan of, if there is a plan."""
+    if has_plan and (without := _given_of("seed", "count", "kinds", "states")):
+        raise click.UsageError(f"{', '.join(without)}: without effect, since --plan says what is to go wrong")
+
+
+def _possible_where_it_runs(
+    kinds: tuple[Kind, ...], states: tuple[State, ...]
+) -> tuple[tuple[Kind, ...], tuple[State, ...]]:
+    """What a seed may draw from for an instance that runs. Raises UsageError for what was asked for and cannot be."""
+    if "error" in kinds and _given_of("kinds"):
+        raise click.UsageError("--kinds error: not with --pid, as the engine tells it, and no verdict is given on it")
+    if "start" in states:
+        raise click.UsageError("--states start: not with --pid, as what runs has started")
+    return tuple(kind for kind in kinds if kind != "error"), states
+
+
+def _given_of(*names: str) -> list[str]:
+    """The flags, of those with these names, that the command has."""
+    context = click.get_current_context()
+    return [f"--{name}" for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> Iterator[Outcome]:
@@ -139,6 +164,8 @@ def _in_instance(pid: int, draw: Draw) -> Iterator[Outcome]:
     faults = draw(World.unknown(instance.world_size))
     if any(fault.kind == "error" for fault in faults):
         raise ConfigError("kind", "error", "not with --pid: the engine tells it, and no verdict is given on it")
+    if any(fault.state == "start" for fault in faults):
+        raise ConfigError("state", "start", "not with --pid: what runs has started")
     brief = tuple(msgspec.structs.replace(fault, seconds=min(fault.seconds, BRIEF_S)) for fault in faults)
     yield from try_faults(instance, brief)
 

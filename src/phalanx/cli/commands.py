@@ -7,6 +7,7 @@ import click
 from phalanx.cli.chaos import chaos
 from phalanx.cli.doctor import doctor
 from phalanx.cli.generate import generate
+from phalanx.cli.scale import drain, scale
 from phalanx.cli.serve import serve
 from phalanx.cli.trace import trace
 from phalanx.cli.upcycle import upcycle
@@ -30,3 +31,5 @@ phalanx.add_command(trace)
 phalanx.add_command(upcycle)
 phalanx.add_command(chaos)
 phalanx.add_command(watch)
+phalanx.add_command(scale)
+phalanx.add_command(drain)

@@ -30,6 +30,7 @@ _TITLES = {
     "scheduler": "Scheduling",
     "executor": "Execution",
     "cluster": "Cluster (with --launcher ray)",
+    "healing": "Healing",
 }
 
 

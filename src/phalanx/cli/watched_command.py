@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -16,13 +16,13 @@ import msgspec
 
 from phalanx.errors import ConfigError
 from phalanx.ledger.environment import recorded
-from phalanx.ledger.program_watcher import ProgramWatcher
+from phalanx.ledger.program_watcher import Counts, ProgramWatcher
 from phalanx.ledger.roster import Roster
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import LOOK_S
 
 GRACE_S = 10.0
-"""For a command that is to end, before it is killed."""
+"""For a command that is to end: before it is killed, or, if it was sent a signal, before it is taken to go on."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _FROM_KERNEL = 0x80
@@ -48,6 +48,31 @@ def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] 
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
+class Interruption:
+    """A signal of the user's: whether the command ends by it. As long as it may, what its ranks do is no finding."""
+
+    def __init__(self) -> None:
+        self._at_s: float | None = None
+        self._ranks_then = Counts(0, 0)
+
+    def came(self, now_s: float, ranks: Counts) -> None:
+        """There was one."""
+        if self._at_s is None:
+            self._ranks_then = ranks
+        self._at_s = now_s
+
+    def may_end(self, now_s: float, ranks: Callable[[], Counts]) -> bool:
+        """Whether the command may be ending because of it.
+
+        It goes on if in GRACE_S no rank has ended, or others have begun since.
+        """
+        if self._at_s is not None and now_s - self._at_s > GRACE_S:
+            then, now = self._ranks_then, ranks()
+            if now.begun > then.begun or now.ended == then.ended:
+                self._at_s = None
+        return self._at_s is not None
+
+
 class _Watch:
     """One run of a command."""
 
@@ -58,7 +83,7 @@ class _Watch:
         self._watcher = watcher
         self._events = events
         self._kill = kill
-        self._is_ended_by_user = False
+        self._interruption = Interruption()
         self._is_blind = False
         self._killed_at: float | None = None
 
@@ -71,7 +96,7 @@ class _Watch:
         self._look(is_last=True)
         if self._killed_at is not None:
             self._watcher.end_ranks()
-        if not self._watcher.has_ranks and not self._is_ended_by_user:
+        if not self._watcher.counts().begun and not self._may_end():
             self._say("no process of the command has used torch.distributed and been watched")
         code = self._process.returncode
         return code if code >= 0 else _KILLED - code
@@ -81,7 +106,7 @@ class _Watch:
         info = signal.sigtimedwait((*_FORWARDED, signal.SIGCHLD), LOOK_S)
         if info is None or info.si_signo == signal.SIGCHLD:
             return
-        self._is_ended_by_user = True
+        self._interruption.came(time.monotonic(), self._watcher.counts())
         if info.si_code != _FROM_KERNEL:  # the terminal's Ctrl-C goes to the command as well
             self._process.send_signal(info.si_signo)
 
@@ -89,14 +114,21 @@ class _Watch:
         if self._is_blind:
             return
         try:
+            if self._may_end():
+                self._watcher.take_news()
+                return
             verdicts = self._watcher.look(time.monotonic_ns(), is_last=is_last)
         except Exception:  # a fault of ours must not end the command
             log.exception("the command is not watched any more")
             self._is_blind = True
             return
         for verdict in verdicts:
-            if not self._is_ended_by_user and self._killed_at is None:
+            if self._killed_at is None:
                 self._tell(verdict)
+
+    def _may_end(self) -> bool:
+        """Whether the command may be ending because of a signal that was passed on."""
+        return self._interruption.may_end(time.monotonic(), self._watcher.counts)
 
     def _tell(self, verdict: Verdict) -> None:
         self._say(f"verdict: {verdict}")

@@ -60,49 +60,37 @@ class JournaledGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._issue("all_reduce", x.dtype, x.shape, 0)
-        try:
+        with self._journal:
             return self._group.all_reduce(x)
-        finally:
-            self._journal.done()
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         assert -x.dim() <= dim < x.dim(), dim
         self._issue("all_gather", x.dtype, x.shape, dim % x.dim())
-        try:
+        with self._journal:
             return self._group.all_gather(x, dim)
-        finally:
-            self._journal.done()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         assert x.shape[0] % self.size == 0, x.shape
         self._issue("reduce_scatter", x.dtype, x.shape, 0)
-        try:
+        with self._journal:
             return self._group.reduce_scatter(x)
-        finally:
-            self._journal.done()
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         RowCounts(send_counts, receive_counts).check(len(x), self.rank, self.size)
         self._issue("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
-        try:
+        with self._journal:
             return self._group.all_to_all(x, send_counts, receive_counts)
-        finally:
-            self._journal.done()
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         assert 0 <= src < self.size, src
         self._issue("broadcast", x.dtype, x.shape, src)
-        try:
+        with self._journal:
             return self._group.broadcast(x, src)
-        finally:
-            self._journal.done()
 
     def barrier(self) -> None:
         self._note(self._barrier)
-        try:
+        with self._journal:
             self._group.barrier()
-        finally:
-            self._journal.done()
 
     def close(self) -> None:
         with ExitStack() as leaving:
@@ -123,10 +111,8 @@ class JournaledGroup:
     def replaying(self, graph: Descriptor) -> Iterator[None]:
         """Meanwhile a graph is given to the device, with collectives of this group."""
         self._note(graph)
-        try:
+        with self._journal:
             yield
-        finally:
-            self._journal.done()
 
     def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
         key = (operation, dtype, shape, argument)
@@ -152,8 +138,8 @@ class JournaledGroup:
     def _agree(self, agreement: Agreement, descriptor: Descriptor) -> None:
         try:
             agreement.agree(descriptor)
-        except BaseException:
-            self._journal.done()
+        except BaseException:  # whatever ends it, as an interrupt does: it goes on
+            self._journal.failed()
             raise
 
 

@@ -99,12 +99,12 @@ class Hook:
             if not self._is_sick:
                 try:
                     number = notes.issue(group, describe(*args, **kwargs))
-                except Exception:
+                except Exception:  # arguments of any version of torch
                     self._give_up()
             inside.now = True
             try:
                 work = original(group, *args, **kwargs)
-            except BaseException:
+            except BaseException:  # whatever it is, it goes on: an interrupt, too, has ended the call
                 notes.failed(number)
                 raise
             finally:
@@ -128,7 +128,7 @@ class Hook:
             notes.awaited(number)
             try:
                 is_done = original(work, *args, **kwargs)
-            except BaseException:
+            except BaseException:  # it goes on
                 notes.failed(number)
                 raise
             notes.done(number)
@@ -168,14 +168,18 @@ class Hook:
 
     def _catch_operators(self) -> None:
         """Note what C++ calls, too. Functionality keys come before those of devices, and this one is always on."""
-        if self._library is None:
-            library: Any = torch.library  # untyped
+        if self._library is not None:
+            return
+        library: Any = torch.library  # untyped
+        try:
             self._library = library.Library("c10d", "IMPL")
             for name, operator in OPERATORS.items():
                 packet = getattr(torch.ops.c10d, name, None)  # not every version of torch has each
                 if packet is not None:
                     kernel = self._kernel(operator, packet.default)
                     self._library.impl(name, kernel, "BackendSelect", with_keyset=True)
+        except Exception:  # internals of any version of torch
+            self._give_up()
 
     def _kernel(self, operator: Operator, overload: Any) -> Callable[..., Any]:
         describe, redispatch = METHODS[operator.method], overload.redispatch
@@ -190,11 +194,11 @@ class Hook:
                 call = describe(*(args[i] for i in operator.arguments))
                 if call.device != "meta":
                     number = notes.issue(_c10d.ProcessGroup.unbox(args[operator.group]), call)
-            except Exception:
+            except Exception:  # arguments of any version of torch
                 self._give_up()
             try:
                 result = redispatch(keys & below, *args)
-            except BaseException:
+            except BaseException:  # it goes on
                 notes.failed(number)
                 raise
             notes.done(number)
@@ -205,11 +209,11 @@ class Hook:
     def _begin(self, rank: int) -> None:
         try:
             self._notes.begin(rank)
-        except Exception:
+        except Exception:  # no memory, no descriptor, a watcher of another version
             self._give_up()
 
     def _give_up(self) -> None:
-        """A fault of ours must not become one of the program."""
+        """A fault of ours must not become one of the program, so whoever calls this has caught any `Exception`."""
         self._is_sick = True
         log.exception("collectives are not recorded any more")
 

@@ -81,16 +81,21 @@ class Balancing:
         self._num_redundant = config.parallel.num_redundant_experts
         self._interval_steps = config.parallel.eplb_interval_steps
         self._deadline_s = config.executor.step_timeout_s
+        self._num_moves = 0
+        self.stats: BalanceStats | None = None
+        self.begin(FIRST_EPOCH)
+
+    def begin(self, epoch: int) -> None:
+        """There are new ranks: they have the experts where these are at first, and have counted nothing."""
+        self._epoch = epoch
         self._layers: dict[str, _Layer] = {}
         self._steps_left = self._interval_steps
         self._measuring: Pending[list[ReplyBody]] | None = None
         self._due: deque[str] = deque()
         """Layers that are still to be looked at since the last measurement."""
         self._measured = self._expected = _Ratio()
-        self._num_moves = 0
         self._num_moved = 0
         """Layers, since the last measurement."""
-        self.stats: BalanceStats | None = None
 
     def before_step(self) -> Pending[list[ReplyBody]] | None:
         """Do what there is to do before a step. Gives the exchange that the step comes after, if there is one.
@@ -139,7 +144,7 @@ class Balancing:
             layer.placement = placement
             layer.num_moves += 1
             self._num_moved += 1
-            move = MoveExperts(FIRST_EPOCH, name, layer.num_moves, ints(placement))
+            move = MoveExperts(self._epoch, name, layer.num_moves, ints(placement))
             moving = self._executor.submit(move, deadline_s=self._deadline_s)
         if not self._due:
             self._tell()

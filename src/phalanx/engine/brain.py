@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -12,14 +12,23 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.replica import Replica
-from phalanx.engine.request import Request
+from phalanx.engine.request import Request, new_seed
 from phalanx.engine.scheduler import PlannedStep, Scheduler
+from phalanx.engine.suspects import Suspects
 from phalanx.errors import RequestError
-from phalanx.protocol import EngineStats, FinishReason, ReplicaStats, Step, StepResult, Submit, TokenBatch, as_ints
+from phalanx.protocol import (
+    FIRST_EPOCH,
+    EngineStats,
+    FinishReason,
+    ReplicaStats,
+    Step,
+    StepResult,
+    Submit,
+    TokenBatch,
+    as_ints,
+)
 
 T = TypeVar("T", covariant=True)
-
-SEED_BITS = 63
 
 
 class Pending(Protocol[T]):
@@ -62,13 +71,26 @@ class Brain:
         balancing: Balancing | None = None,
     ) -> None:
         """`balancing`: with `enable_eplb`."""
-        assert (balancing is not None) == config.parallel.enable_eplb
         self._executor = executor
+        self._eos_token_ids = eos_token_ids
+        self._build(config, FIRST_EPOCH, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
+        self._in_flight: deque[_InFlight] = deque()
+        self._suspects = Suspects()
+        self._ended: list[tuple[int, FinishReason]] = []
+        """Not by a step, which would tell."""
+        self._errors: list[tuple[int, str]] = []
+        """Why, for some of these."""
+        self._num_submitted = 0
+
+    def _build(
+        self, config: Config, epoch: int, *, num_blocks: int, max_model_len: int, balancing: Balancing | None
+    ) -> None:
+        """What depends on the workers that there are."""
+        assert (balancing is not None) == config.parallel.enable_eplb
         self._balancing = balancing
         self._max_model_len = max_model_len
         self._block_size = config.cache.block_size
         self._num_blocks = num_blocks
-        self._eos_token_ids = eos_token_ids
         num_stages = config.parallel.pipeline_parallel_size
         self._depth = max(num_stages, 2) if config.scheduler.async_scheduling else 1
         self._scheduler = Scheduler(
@@ -78,28 +100,26 @@ class Brain:
             block_size=config.cache.block_size,
             num_blocks=num_blocks,
             is_prefix_caching=config.cache.enable_prefix_caching,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=self._eos_token_ids,
             is_pipelined=num_stages > 1,
             num_micro_batches=self._depth if num_stages > 1 else 1,
             num_replicas=config.parallel.data_parallel_size,
+            epoch=epoch,
         )
-        self._in_flight: deque[_InFlight] = deque()
-        self._cancelled: list[int] = []
-        self._num_submitted = 0
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises RequestError if it could never run."""
-        token_ids, sampling = as_ints(request.prompt_token_ids), request.sampling
+        num_prompt, sampling = len(as_ints(request.prompt_token_ids)), request.sampling
         max_len = self._max_len(request)
         self._scheduler.add(
             Request(
                 request_id=request.request_id,
                 arrival=self._num_submitted,
-                token_ids=token_ids,
-                num_prompt=len(token_ids),
+                token_ids=as_ints(request.prompt_token_ids + request.output_token_ids),
+                num_prompt=num_prompt,
                 max_len=max_len,
                 sampling=sampling,
-                seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
+                seed=new_seed() if sampling.seed is None else sampling.seed,
                 end_token_ids=sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids),
             )
         )
@@ -110,7 +130,10 @@ class Brain:
 
         The next `step` tells that they have ended.
         """
-        self._cancelled += self._scheduler.cancel(request_ids)
+        for request_id in self._scheduler.cancel(request_ids):
+            self._ended.append((request_id, FinishReason.CANCELLED))
+            self._suspects.ended([request_id])
+        self._scheduler.run_alone(self._suspects.alone)
 
     def reset_prefix_cache(self) -> None:
         """Call it when the weights change: requests that come in from now on compute their prompts anew.
@@ -121,35 +144,113 @@ class Brain:
 
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(len(self._scheduler) or self._in_flight or self._cancelled)
+        return bool(len(self._scheduler) or self._in_flight or self._ended)
 
     def step(self) -> TokenBatch | None:
         """One turn: send plans as far as they may run ahead, then wait for the oldest step and commit it.
 
         Gives what left the brain in this turn, if anything did. Blocks for as long as that step takes; raises what the
-        executor raises (WorkerError, PeerDiedError, DeadlineError), after which the brain is of no use any more.
+        executor raises (WorkerError, PeerDiedError, DeadlineError). Then nothing has left, and after `rewind` it goes
+        on as if the steps under way had never been planned.
         """
         while len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
             moving = None if self._balancing is None else self._balancing.before_step()
             self._in_flight.append(_InFlight(planned, moving, self._executor.step(planned.step)))
         batch = TokenBatch(b"", b"")
         if self._in_flight:
-            oldest = self._in_flight.popleft()
+            oldest = self._in_flight[0]
             if oldest.moving is not None:
                 oldest.moving.result()
-            batch = self._scheduler.commit(oldest.planned, oldest.pending.result())
+            batch = self._commit(oldest.planned, oldest.pending.result())
+            self._in_flight.popleft()
         else:
             assert not len(self._scheduler), "requests are left that can never run"
-        if self._cancelled:
-            ended = tuple((request_id, FinishReason.CANCELLED) for request_id in self._cancelled)
-            batch = msgspec.structs.replace(batch, finished=batch.finished + ended)
-            self._cancelled = []
+        if self._ended:
+            finished, errors = batch.finished + tuple(self._ended), batch.errors + tuple(self._errors)
+            batch = msgspec.structs.replace(batch, finished=finished, errors=errors)
+            self._ended, self._errors = [], []
         return batch if batch.tokens or batch.finished else None
+
+    def rewind(self, epoch: int, *, keeps_cache: bool, failure: str | None = None) -> None:
+        """Forget the steps under way, and go on with new workers from what is committed: every token leaves once.
+
+        `epoch` is that of the new workers, which know nothing and come to the executor before the next `step`. Those
+        before them must have ended, or at least write to the KV cache no more. `keeps_cache`: the new ones have it as
+        these left it; otherwise theirs is empty, and every request is computed anew from its tokens.
+
+        `failure` says what went wrong, if anything did. A request that is in steps that fail again and again, and fails
+        alone as well, ends with an error that quotes it: the next `step` tells.
+        """
+        self._drop_in_flight(failure)
+        self._scheduler.rewind(epoch, keeps_cache=keeps_cache)
+        if self._balancing is not None:
+            self._balancing.begin(epoch)
+        self._scheduler.run_alone(self._suspects.alone)
+
+    def restructure(
+        self,
+        config: Config,
+        epoch: int,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        balancing: Balancing | None = None,
+        failure: str | None = None,
+    ) -> None:
+        """Like `rewind`, for new workers of another number or with other limits, whose KV cache is empty.
+
+        All requests move over, in order of arrival, and totals go on. Requests have the room that they would have if
+        they came in now. One that has more tokens already than there is room for ends with an error that says so.
+        """
+        self._drop_in_flight(failure)
+        before = self._scheduler
+        self._build(config, epoch, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
+        self._scheduler.go_on_after(before)
+        for request in before.dismiss():
+            self._move(request)
+        self._scheduler.run_alone(self._suspects.alone)
 
     def stats(self) -> EngineStats:
         """What there is now, and counts since the start."""
         balance = None if self._balancing is None else self._balancing.stats
         return EngineStats(tuple(map(self._stats_of, self._scheduler.replicas)), balance)
+
+    def _commit(self, planned: PlannedStep, results: tuple[StepResult, ...]) -> TokenBatch:
+        if not self._suspects:
+            return self._scheduler.commit(planned, results)
+        reach = self._scheduler.reach(planned)
+        batch = self._scheduler.commit(planned, results)
+        self._suspects.committed(reach)
+        self._suspects.ended(request_id for request_id, _ in batch.finished)
+        self._scheduler.run_alone(self._suspects.alone)
+        return batch
+
+    def _drop_in_flight(self, failure: str | None) -> None:
+        """`failure`: why they will never be committed, if it may be the fault of a request in them."""
+        self._in_flight.clear()
+        if failure is None:
+            return
+        errors = self._suspects.failed(self._scheduler.under_way(), failure)
+        for request_id in self._scheduler.cancel(errors):
+            self._end_with_error(request_id, errors[request_id])
+
+    def _move(self, request: Request) -> None:
+        """Queue a request that was here before there were other workers."""
+        num_tokens, room = len(request.token_ids), self._room + 1  # the last token is never computed
+        max_len = min(self._longest(request.num_prompt, request.sampling.max_tokens), room)
+        if num_tokens >= max_len:
+            self._suspects.ended([request.request_id])
+            self._end_with_error(
+                request.request_id,
+                f"the engine has changed its size: it now has room for {max_len} tokens of prompt and output, and this "
+                f"request has {num_tokens}",
+            )
+            return
+        self._scheduler.add(replace(request, max_len=max_len, digests=[]))  # blocks may be of another size
+
+    def _end_with_error(self, request_id: int, error: str) -> None:
+        self._ended.append((request_id, FinishReason.ERROR))
+        self._errors.append((request_id, error))
 
     def _stats_of(self, replica: Replica) -> ReplicaStats:
         totals, p = self._scheduler.totals, replica.index
@@ -167,18 +268,30 @@ class Brain:
 
     def _max_len(self, request: Submit) -> int:
         """The longest that the request can get. Raises RequestError if it is wrong or there is no room for that."""
-        num_prompt, max_tokens = len(as_ints(request.prompt_token_ids)), request.sampling.max_tokens
+        num_prompt, num_output = len(as_ints(request.prompt_token_ids)), len(as_ints(request.output_token_ids))
+        max_tokens = request.sampling.max_tokens
         if request.request_id in self._scheduler:
             raise RequestError("request_id", request.request_id, "a request with this id is running")
         if num_prompt == 0:
             raise RequestError("prompt", [], "it must have at least one token")
         if num_prompt >= self._max_model_len:
             raise RequestError("prompt", f"{num_prompt} tokens", f"at most {self._max_model_len - 1}")
-        max_len = self._max_model_len if max_tokens is None else min(num_prompt + max_tokens, self._max_model_len)
-        room = self._num_blocks * self._block_size
+        max_len, room = self._longest(num_prompt, max_tokens), self._room
         if max_len - 1 > room:  # the last token is never computed
             field, value = ("prompt", num_prompt) if num_prompt > room else ("max_tokens", max_tokens)
             raise RequestError(
                 field, value, f"prompt and output share {room + 1} tokens: kv_cache_memory has no room for more"
             )
+        if num_prompt + num_output >= max_len:  # made by an engine with a higher limit
+            most = max_len - num_prompt - 1
+            raise RequestError("output", f"{num_output} tokens", f"at most {most} so far, for one more to fit in")
         return max_len
+
+    def _longest(self, num_prompt: int, max_tokens: int | None) -> int:
+        """How long a request can get, as far as it is for the model and the request to say."""
+        return self._max_model_len if max_tokens is None else min(num_prompt + max_tokens, self._max_model_len)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of one request that the KV cache can hold."""
+        return self._num_blocks * self._block_size

@@ -1,13 +1,15 @@
-"""The engine as the server has it: a process of its own, reached over one stream."""
+"""The engine as the server has it: a process of its own, and another one when it has ended before its time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,96 +17,64 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
-from phalanx.engine.child import ENGINE_COMMAND, EngineChild
-from phalanx.engine.condition import Condition, ProcessWatch
+from phalanx.engine.child import ENGINE_COMMAND
+from phalanx.engine.condition import Condition
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
 from phalanx.engine.generation_config import GenerationConfig
-from phalanx.engine.stream import OutputDelta, RequestStream, Streams
+from phalanx.engine.history import History, without_engine
+from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
+from phalanx.engine.restarts import WINDOW_S, Restarts
+from phalanx.engine.roster import Phase
+from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.errors import EngineDeadError, FrameError, PeerDiedError, PhalanxError, StartError, UserError
-from phalanx.ledger.attach import SILENT_WATCHER_S, Attached, silent_s
-from phalanx.ledger.board import Notice
-from phalanx.ledger.instance import shown_by
-from phalanx.ledger.report import VerdictReport
+from phalanx.engine.work import Work
+from phalanx.errors import ConfigError, EngineDeadError, PhalanxError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.models.checkpoint import Checkpoint, resolve
-from phalanx.protocol import (
-    Cancel,
-    ClientMessage,
-    EngineFailed,
-    EngineMessage,
-    EngineReady,
-    EngineStats,
-    FinishReason,
-    SamplingParams,
-    Shutdown,
-    StartProgress,
-    Submit,
-    TokenBatch,
-    ints,
-)
-from phalanx.transport.liveness import Party
-from phalanx.transport.stream import AsyncStream
+from phalanx.protocol import Cancel, EngineStats, SamplingParams, StartProgress, TokenBatch
 
-OnProgress = Callable[[StartProgress], None]
-
-NAME = "the engine"
-START_GRACE_S = 10.0
-"""Beyond the start's own deadline: that the engine reports it says more than its silence."""
-SHUTDOWN_TIMEOUT_S = 10.0
-LAST_WORDS_S = 1.0
-"""Between the end of the engine's stream and the end of its process."""
-LISTEN_S = 0.25
-SILENCE_GRACE_S = 15.0
-"""Beyond the time for a step, in which the engine is silent in good order. It is more than any other wait of its loop
-takes (HEARTBEAT_DEADLINE_S of process.py is the longest): that it tells which rank it waits for says more than silence.
-"""
+log = logging.getLogger("phalanx.engine")
 
 _reading = threading.Lock()
 """transformers imports its parts when they are asked for, and loses names when several threads ask at once."""
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode: Callable[[bytes], EngineMessage] = msgspec.msgpack.Decoder(EngineMessage).decode
+StartAgain = Callable[[OnProgress], Awaitable[Incarnation]]
 
 
 class EngineClient:
     """Starts the engine's process, submits requests to it, and hands their output out.
 
     For one event loop, in a thread that lives as long as the engine: the kernel kills the engine with that thread. An
-    engine that is silent for longer than a step may take, and SILENCE_GRACE_S, is killed: then it is `dead`.
+    engine that ends (it was killed, hung, or failed) is started again as often as `engine_restarts` says, and gets the
+    requests that run, each with what it has made so far: their output only pauses. After that the client is `dead`.
     """
 
-    def __init__(
-        self,
-        child: EngineChild,
-        stream: AsyncStream,
-        info: EngineReady,
-        front: _Front,
-        silence_timeout_s: float,
-    ) -> None:
+    def __init__(self, incarnation: Incarnation, front: Front, start_again: StartAgain, most_restarts: int) -> None:
         """Use `start`."""
-        self.info = info
+        self.info = incarnation.info
+        self.front = front
         self.tokenizer = front.tokenizer
         self.default_sampling = front.default_sampling
         """For what a request leaves open: the checkpoint's advice (generation_config.json) over our defaults."""
-        self.stats: EngineStats | None = None
         self.dead: str | None = None
-        """Why the engine takes no more requests; None while it does."""
+        """Why no more requests are taken; None while they are."""
+        self.down: str | None = None
+        """Why the engine is being started again; None when it is not. Requests wait meanwhile."""
+        self._phase: str | None = None
         self._vocab_size = front.vocab_size
-        self._child = child
-        self._stream = stream
-        self._streams = Streams()
+        self._incarnation = incarnation
+        self._start_again = start_again
+        self._restarts = Restarts(most_restarts)
+        self._restarting: asyncio.Task[None] | None = None
+        self._history = History()
+        self._work = Work()
         self._news: dict[int, asyncio.Event] = {}
         self._idle = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._is_closing = False
-        self._silence_timeout_s = silence_timeout_s
-        self._silent_s = 0.0
-        self._process = ProcessWatch(child.pid, silence_timeout_s - SILENCE_GRACE_S)
-        self._attached = _attach(child.pid)
-        self._ended_by: VerdictReport | None = None
-        self._stepped_at: float | None = None
-        self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._request_ids = itertools.count()
-        self._tasks: list[asyncio.Task[None]] = []
+        incarnation.attend(self._take, self._on_end)
 
     @classmethod
     async def start(
@@ -114,68 +84,51 @@ class EngineClient:
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
+        front: Front | None = None,
     ) -> EngineClient:
         """Start the engine's process and wait until it serves.
 
-        `environment` is for the engine, besides this process's own. `on_progress` is called in the event loop. Raises
+        `environment` is for the engine, besides this process's own; `front` that of another client of the same model.
+        `on_progress` is called in the event loop. Raises
         UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
         If it raises or is cancelled, no process is left.
         """
-        child = EngineChild.spawn(command, environment)
-        async with contextlib.AsyncExitStack() as on_failure:
-            on_failure.callback(child.kill)
-            stream = await AsyncStream.open(child.descriptor, Party(NAME, child.pid, start_time=0))
-            on_failure.push_async_callback(stream.close)
-            try:
-                client = await cls._start(config, on_progress, child, stream)
-            except PhalanxError:
-                await stream.close()  # tells the engine that its last words were heard
-                await child.wait(LAST_WORDS_S)  # it is ending its workers
-                raise
-            on_failure.pop_all()
-            return client
-
-    @classmethod
-    async def _start(
-        cls, config: Config, on_progress: OnProgress | None, child: EngineChild, stream: AsyncStream
-    ) -> EngineClient:
-        silence_s = config.executor.start_timeout_s + START_GRACE_S
-        frames = aiter(stream)
-        with contextlib.suppress(PeerDiedError):  # it ended at once: the end of `frames` will tell
-            await stream.send(_encode(config))
-        ready = asyncio.create_task(_await_ready(frames, child, on_progress, silence_s))
-        front = asyncio.create_task(_load_front(config, ready))
+        begin = partial(Incarnation.start, config, command=command, environment=environment)
+        beginning = asyncio.create_task(begin(on_progress))
+        reading = asyncio.create_task(_load_front(config, beginning, front))
         try:
-            info, found = await asyncio.gather(ready, front)
-        finally:
-            ready.cancel()
-            front.cancel()
-        # A turn of the engine may wait for an exchange of experts, and then for the step after it.
-        num_waits = 2 if config.parallel.enable_eplb else 1
-        client = cls(child, stream, info, found, num_waits * config.executor.step_timeout_s + SILENCE_GRACE_S)
-        work = (client._read(frames), client._write(), client._listen())
-        client._tasks = [asyncio.create_task(task) for task in work]
-        return client
+            incarnation, found = await asyncio.gather(beginning, reading)
+        except BaseException:
+            beginning.cancel()
+            reading.cancel()
+            (begun, _) = await asyncio.gather(beginning, reading, return_exceptions=True)
+            if isinstance(begun, Incarnation):
+                await begun.end()
+            raise
+        return cls(incarnation, found, begin, config.executor.engine_restarts)
 
     @property
     def num_running(self) -> int:
         """Requests that were submitted and have not ended."""
-        return len(self._streams)
+        return len(self._work)
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The latest that was heard; None before. Counts are those of all its processes."""
+        stats = self._history.stats_with(self._incarnation.stats)
+        return stats if stats is None or self.down is None else without_engine(stats, self.num_running)
 
     @property
     def condition(self) -> Condition:
         """How the engine is, also when its process is stopped or hangs. Takes microseconds."""
-        notice = self._attached.notice() if self._attached is not None else Notice()
-        silent = silent_s(notice, time.monotonic_ns())
-        is_watched = silent is not None and silent < SILENT_WATCHER_S and self.dead is None
-        own = self._process.counts
-        return Condition(
-            pid=self._child.pid,
+        now = self._incarnation.condition
+        return msgspec.structs.replace(
+            now,
             dead=self.dead,
-            trouble=self._ended_by or self._trouble(),
-            since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
-            num_watched=notice.num_ranks if is_watched else 0,
-            verdicts={cause: notice.counts.get(cause, 0) + own.get(cause, 0) for cause in {*notice.counts, *own}},
+            down=self.down,
+            phase=self._phase,
+            num_restarts=self._history.num_restarts,
+            verdicts=self._history.verdicts_with(now.verdicts),
         )
 
     def conditions(self) -> Sequence[Condition]:
@@ -183,13 +136,17 @@ class EngineClient:
 
     def statuses(self) -> Sequence[InstanceStatus]:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
-        return () if self._attached is None else (self._attached.status(self._trouble()),)
+        return self._incarnation.statuses()
+
+    async def until_settled(self) -> None:
+        """Wait while the engine is being started again."""
+        await self._settled.wait()
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.
 
         Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
-        request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as the engine dies.
+        request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as it is dead.
         """
         return self.generate_checked(prompt_token_ids, self.check(prompt_token_ids, sampling))
 
@@ -201,15 +158,21 @@ class EngineClient:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
         return sampling
 
-    async def generate_checked(
+    def generate_checked(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
         """As `generate`, of what this engine or one of the same model has checked."""
+        return self.follow(RequestStream(self.tokenizer, prompt_token_ids, sampling))
+
+    async def follow(self, stream: RequestStream) -> AsyncGenerator[OutputDelta, None]:
+        """What is still to come of a request, which another engine of the same model may have begun. As `generate`.
+
+        `release` ends the iteration without a `finish_reason`: then another engine can go on with the stream.
+        """
         request_id = next(self._request_ids)
-        stream = RequestStream(self.tokenizer, prompt_token_ids, sampling)
-        self._streams.add(request_id, stream)
+        self._work.add(request_id, stream)
         self._news[request_id] = news = asyncio.Event()
-        self._outbox.put_nowait(Submit(request_id, ints(prompt_token_ids), sampling))
+        self._submit_next()
         try:
             while True:
                 delta = stream.take()
@@ -217,6 +180,8 @@ class EngineClient:
                     yield delta
                     if delta.finish_reason is not None:
                         return
+                elif request_id not in self._work:  # it was released
+                    return
                 elif self.dead is not None:
                     raise EngineDeadError(self.dead)
                 else:
@@ -224,9 +189,39 @@ class EngineClient:
                 news.clear()
         finally:
             del self._news[request_id]
-            if self._streams.drop(request_id) and self.dead is None:
-                self._outbox.put_nowait(Cancel((request_id,)))
+            self._cancel(self._work.drop(request_id))
             self._note_idle()
+
+    def release(self, stream: RequestStream | None = None) -> None:
+        """Let go of a request, or of all, for other engines to `follow`: in its stream is what it has made so far."""
+        released, to_cancel = self._work.release(stream)
+        self._wake(released)
+        self._cancel(to_cancel)
+        self._note_idle()
+
+    def replicas(self) -> Sequence[ReplicaState]:
+        """They work in lockstep: all serve, or none."""
+        state: Phase = "serving" if self.dead is None else "dead"
+        return [
+            ReplicaState(replica=replica, state=state, num_requests=self.num_running)
+            for replica in range(self.info.num_replicas)
+        ]
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> asyncio.Task[None]:
+        """Raises ConfigError: one brain has all its replicas from the start to the end. See Fleet."""
+        raise ConfigError(
+            "data_parallel_size",
+            data_parallel_size,
+            f"{self.info.num_replicas}: replicas that share experts (enable_expert_parallel) cannot come and go yet",
+        )
+
+    async def resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> None:
+        """As `begin_resize`."""
+        await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s)
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
@@ -237,18 +232,15 @@ class EngineClient:
         try:
             if self.dead is None:
                 await self._end_running(grace_s)
-                self._outbox.put_nowait(Shutdown())
-            # An engine that failed ends by itself too, when it has ended its workers.
-            await self._child.wait(SHUTDOWN_TIMEOUT_S)
         finally:
-            self._child.kill()
-            self._die(f"{NAME} was shut down")
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks)
-            await self._stream.close()
-            if self._attached is not None:
-                self._attached.close()
+            try:
+                if self._restarting is not None:
+                    self._restarting.cancel()
+                    await asyncio.wait([self._restarting])
+            finally:
+                await self._incarnation.end()
+                self._die(f"{NAME} was shut down")
+                self._incarnation.forget()
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -256,79 +248,97 @@ class EngineClient:
                 while self.num_running:
                     self._idle.clear()
                     await self._idle.wait()
-        cancelled = self._streams.end_all(FinishReason.CANCELLED)
+        cancelled, to_cancel = self._work.cancel_all()
         self._wake(cancelled)
-        if cancelled:
-            self._outbox.put_nowait(Cancel(tuple(cancelled)))
+        self._cancel(to_cancel)
 
-    async def _read(self, frames: AsyncIterator[bytes]) -> None:
-        try:
-            async for frame in frames:
-                self._take(_decode(frame))
-                if self.dead is not None:
-                    await self._stream.close()  # tells the engine that its last words were heard
-        except PeerDiedError:
-            await self._child.wait(LAST_WORDS_S)
-            self._die(f"{NAME}'s process (pid {self._child.pid}) ended: {self._child.how_it_ended()}")
-        finally:
-            # Whatever else ends this task, nobody may go on waiting for what it would have read.
-            self._die(f"{NAME}'s messages cannot be read any more")
+    def _submit_next(self) -> None:
+        """Give the engine the requests that it may have now, if there is one."""
+        if self.down is None and self.dead is None:
+            for submit in self._work.take_next():
+                self._incarnation.send(submit)
 
-    async def _listen(self) -> None:
-        """End the run when the engine is silent: its process is stopped, or its loop hangs."""
-        while self.dead is None:
-            began_at = time.monotonic()
-            await asyncio.sleep(LISTEN_S)
-            # Whatever kept this process itself from running was no silence of the engine: what came is yet to be read.
-            self._silent_s += min(time.monotonic() - began_at, 2 * LISTEN_S)
-            self._process.look(self._silent_s)
-            if self._silent_s > self._silence_timeout_s and self.dead is None:
-                steps = (
-                    f"after {self.stats.replicas[0].num_steps} steps"
-                    if self.stats is not None
-                    else "before its first step"
-                )
-                silence = f"was silent for {self._silent_s:.3g} s, {steps}"
-                self._die(f"{NAME}'s process (pid {self._child.pid}) {silence}: it was killed")
-                self._child.begin_kill()
+    def _cancel(self, request_ids: Sequence[int]) -> None:
+        if request_ids and self.dead is None:
+            self._incarnation.send(Cancel(tuple(request_ids)))
+        self._submit_next()
 
-    async def _write(self) -> None:
+    def _take(self, batch: TokenBatch) -> None:
+        touched, to_cancel = self._work.take(batch)
+        self._cancel(to_cancel)
+        self._wake(touched)
+        self._note_idle()
+
+    def _on_end(self, end: End) -> None:
+        """The engine has ended: this is the end of all, or the time until there is another one begins."""
+        if self._is_closing or end.is_user_error:
+            self._die(end.reason)
+            return
+        self._wake(self._work.engine_ended(end.reason))
+        delay_s = self._restarts.next_delay_s(time.monotonic())
+        if delay_s is None:
+            self._die(end.reason + self._told_restarts())
+            return
+        self.down = end.reason
+        self._settled.clear()
+        self._restarting = asyncio.create_task(self._restart(delay_s))
+
+    async def _restart(self, delay_s: float) -> None:
+        """Until there is an engine again, or no more restarts are left."""
+        began_at = time.monotonic()
         try:
             while True:
-                await self._stream.send(_encode(await self._outbox.get()))
-        except PeerDiedError:
-            pass  # the reading task says so, with the reason
+                log.error(
+                    "%s; it is started again (%d of %d within %g s), requests that wait for it: %d",
+                    self.down,
+                    self._restarts.num_recent,
+                    self._restarts.most,
+                    WINDOW_S,
+                    self.num_running,
+                )
+                await self._incarnation.end()
+                await self._incarnation.until_ranks_are_gone()
+                await asyncio.sleep(delay_s)
+                try:
+                    incarnation = await self._start_again(self._note_phase)
+                    break
+                except (PhalanxError, OSError) as error:
+                    self.down = str(error)
+                    next_delay_s = self._restarts.next_delay_s(time.monotonic())
+                    if next_delay_s is None:
+                        self._die(self.down + self._told_restarts())
+                        return
+                    delay_s = next_delay_s
         except Exception as error:
-            # Such as a frame beyond the stream's limit. Whatever comes after it would be waited for in vain.
-            self._die(f"nothing can be sent to {NAME} any more: {error}")
+            self._die(f"{NAME} cannot be started again: {error!r}")
             raise
+        taken_s = time.monotonic() - began_at
+        log.warning("%s serves again after %.1f s, requests that go on: %d", NAME, taken_s, self.num_running)
+        self._succeed(incarnation)
 
-    def _take(self, message: EngineMessage) -> None:
-        self._silent_s = 0.0
-        if isinstance(message, TokenBatch):
-            self._stepped_at = time.monotonic()
-            touched, stopped = self._streams.apply(message)
-            self._wake(touched)
-            if stopped:
-                self._outbox.put_nowait(Cancel(tuple(stopped)))
-            self._note_idle()
-        elif isinstance(message, EngineStats):
-            if self.stats is None or _num_steps(message) != _num_steps(self.stats):
-                self._stepped_at = time.monotonic()
-            self.stats = message
-        elif isinstance(message, EngineFailed):
-            self._die(message.reason)
+    def _succeed(self, incarnation: Incarnation) -> None:
+        before, self._incarnation = self._incarnation, incarnation
+        self._history.add(before.stats, before.condition.verdicts)
+        before.forget()
+        self.info = incarnation.info
+        self.down = self._phase = None
+        self._settled.set()
+        incarnation.attend(self._take, self._on_end)
+        self._submit_next()
+
+    def _note_phase(self, progress: StartProgress) -> None:
+        self._phase = progress.phase
+
+    def _told_restarts(self) -> str:
+        num = self._restarts.num_recent
+        return f" (it was started again {num} times within {WINDOW_S:.0f} s)" if num else ""
 
     def _die(self, reason: str) -> None:
         if self.dead is None:
-            self._ended_by = self._trouble()
             self.dead = reason
+            self.down = None
+            self._settled.set()
             self._wake(list(self._news))
-
-    def _trouble(self) -> VerdictReport | None:
-        """What keeps steps from progressing: a rank, says the ledger, or the engine's own process."""
-        found = self._attached.standing() if self._attached is not None else None
-        return found or self._process.trouble()
 
     def _wake(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
@@ -339,49 +349,7 @@ class EngineClient:
             self._idle.set()
 
 
-def _attach(pid: int) -> Attached | None:
-    """To what the engine's process shows of itself; None if it shows nothing, or has just ended."""
-    with contextlib.suppress(PeerDiedError, FrameError):
-        for found in shown_by(pid):
-            if found.instance is not None:
-                return Attached(found.instance)
-    return None
-
-
-def _num_steps(stats: EngineStats) -> int:
-    return max((replica.num_steps for replica in stats.replicas), default=0)
-
-
-async def _await_ready(
-    frames: AsyncIterator[bytes], child: EngineChild, on_progress: OnProgress | None, silence_s: float
-) -> EngineReady:
-    phase = "starting"
-    while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                message = _decode(await anext(frames))
-        except TimeoutError:
-            raise StartError(NAME, phase, f"nothing was heard of it for {silence_s:.0f} s") from None
-        except PeerDiedError:
-            await child.wait(LAST_WORDS_S)
-            raise StartError(NAME, phase, child.how_it_ended()) from None
-        if isinstance(message, EngineReady):
-            return message
-        if isinstance(message, EngineFailed):
-            raise _start_failure(message, phase)
-        assert isinstance(message, StartProgress), message
-        phase = message.phase
-        if on_progress is not None:
-            on_progress(message)
-
-
-def _start_failure(message: EngineFailed, phase: str) -> PhalanxError:
-    if message.setting is not None:
-        return message.setting.error()
-    return UserError(message.reason) if message.is_user_error else StartError(NAME, phase, message.reason)
-
-
-class _Front(NamedTuple):
+class Front(NamedTuple):
     """What the client itself needs of the checkpoint; loaded while the engine starts."""
 
     tokenizer: Tokenizer
@@ -390,21 +358,23 @@ class _Front(NamedTuple):
     """Of tokens that both the tokenizer and the model have: either may have some that the other lacks."""
 
 
-async def _load_front(config: Config, ready: asyncio.Task[EngineReady]) -> _Front:
+async def _load_front(config: Config, beginning: asyncio.Task[Incarnation], known: Front | None) -> Front:
+    if known is not None:
+        return known
     if not Path(config.model.model).expanduser().is_dir():
-        await ready  # by then the engine has fetched and converted the checkpoint
+        await beginning  # by then the engine has fetched and converted the checkpoint
     return await asyncio.to_thread(_read_front, config)
 
 
-def _read_front(config: Config) -> _Front:
+def _read_front(config: Config) -> Front:
     with _reading:
         return _read_front_alone(config)
 
 
-def _read_front_alone(config: Config) -> _Front:
+def _read_front_alone(config: Config) -> Front:
     name, directory = config.model.model, Path(config.model.model).expanduser()
     is_local = directory.is_dir()
     checkpoint = Checkpoint(directory, name) if is_local else resolve(name, revision=config.model.revision)
     tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint.path)
     default_sampling = GenerationConfig.read(checkpoint.path).default_sampling()
-    return _Front(tokenizer, default_sampling, min(tokenizer.vocab_size, checkpoint.vocab_size))
+    return Front(tokenizer, default_sampling, min(tokenizer.vocab_size, checkpoint.vocab_size))

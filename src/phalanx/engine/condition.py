@@ -11,6 +11,7 @@ import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.ledger.report import VerdictReport, utc_now
+from phalanx.protocol import FormationStats
 from phalanx.transport.liveness import Party, state_of
 
 STOPPED_AFTER_S = 1.0
@@ -23,21 +24,30 @@ SILENT_SHARE = 0.5
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """At one moment."""
 
+    replica: int = 0
+    """Whose engine it is, where replicas are engines of their own."""
     pid: int
     dead: str | None = None
-    """Why it has ended; None while it runs."""
+    """Why it has ended for good; None while it runs, and while it is started again."""
+    down: str | None = None
+    """Why it is being started again; None when it is not."""
+    phase: str | None = None
+    """While it is being started again: what it does."""
+    num_restarts: int = 0
     trouble: VerdictReport | None = None
-    """Why steps do not progress; None if they do, and if there are none to make. Of a dead engine, what ended it."""
+    """Why steps do not progress; None if they do, and if there are none to make. Of one that ended, what ended it."""
     since_step_s: float | None = None
     """Since it was heard last that a step was made; None before the first."""
     num_watched: int = 0
     """Ranks that the ledger's watcher looks at."""
     verdicts: dict[str, int] = {}
     """How many there have been, by cause."""
+    formation: FormationStats | None = None
+    """As the engine has last told; None where a fault ends it, and before it has told anything."""
 
     @property
     def is_healthy(self) -> bool:
-        return self.dead is None and self.trouble is None
+        return self.dead is None and self.down is None and self.trouble is None
 
 
 class ProcessWatch:

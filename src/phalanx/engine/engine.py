@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+import msgspec
+
 from phalanx.engine.condition import Condition
+from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineReady, EngineStats, SamplingParams
+
+DRAIN_TIMEOUT_S = 30.0
+"""So long may requests of a replica that leaves still take there, before another one takes them over."""
+
+
+class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica of an engine, or of a fleet of them."""
+
+    replica: int
+    """Its number, which it keeps as long as it is there."""
+    state: Phase
+    num_requests: int
+    """That are submitted to it and have not ended; of a replica in lockstep those of all."""
+    phase: str | None = None
+    """While it starts: what one of its ranks has begun last."""
+    done: int = 0
+    """Of `total` bytes, if that counts any."""
+    total: int = 0
 
 
 class Engine(Protocol):
@@ -22,11 +44,15 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> EngineStats | None:
-        """The latest that was heard; None before."""
+        """The latest that was heard, of each of `replicas` in their order; None before."""
 
     @property
     def dead(self) -> str | None:
         """Why no more requests are taken; None while they are."""
+
+    @property
+    def down(self) -> str | None:
+        """Why its processes are being started again, if none serves; requests wait meanwhile."""
 
     @property
     def num_running(self) -> int:
@@ -34,6 +60,9 @@ class Engine(Protocol):
 
     def conditions(self) -> Sequence[Condition]:
         """How each of its processes is that drives ranks. Takes microseconds, whatever they do."""
+
+    def replicas(self) -> Sequence[ReplicaState]:
+        """What each replica is up to: they may come and go. Takes microseconds."""
 
     def statuses(self) -> Sequence[InstanceStatus]:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
@@ -44,6 +73,29 @@ class Engine(Protocol):
         Deltas that were not read merge. Closing the iterator early, or cancelling the task that reads it, cancels the
         request. Raises RequestError at once; EngineDeadError at once or from the iterator, as soon as it is dead.
         """
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> asyncio.Task[None]:
+        """Begin what `resize` does. The task ends with it; cancelling that undoes the resize.
+
+        Raises ConfigError when capacity is missing, RequestError for replicas that do not exist, and
+        ResizeUnderWayError.
+        """
+
+    async def resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> None:
+        """Have so many replicas, while requests go on. Returns when they serve, or those that leave are gone.
+
+        Replicas in `leaving` leave first. One that leaves ends its requests, for up to `drain_timeout_s`; then others
+        take them over and go on with the next token. Raises what `begin_resize` does, and ResizeError if it fails:
+        then, and when this is cancelled, there are as many as before. Once those that leave have no requests any more
+        it cannot be undone.
+        """
+
+    async def until_settled(self) -> None:
+        """Wait until it is not `down`: it serves again, or is dead."""
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end all processes. May be repeated."""

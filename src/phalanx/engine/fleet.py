@@ -1,58 +1,88 @@
-"""Independent replicas: an engine each, in processes of its own, and one front for all of them."""
+"""Independent replicas: an engine each, in processes of its own, and one front for all of them, of any number."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any
 
 import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
-from phalanx.engine.client import EngineClient, OnProgress
+from phalanx.engine.client import EngineClient
 from phalanx.engine.condition import Condition
-from phalanx.engine.engine import Engine
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, Engine, ReplicaState
+from phalanx.engine.incarnation import OnProgress
+from phalanx.engine.roster import Empty, End, Keep, Order, Phase, Replace, Resize, Roster, Start
 from phalanx.engine.router import Router
-from phalanx.engine.stream import OutputDelta
-from phalanx.errors import EngineDeadError
-from phalanx.executor.platform import num_cores, pick_device, visible_gpus
+from phalanx.engine.seats import Seats, settings_of_replicas
+from phalanx.engine.stream import OutputDelta, RequestStream
+from phalanx.errors import EngineDeadError, PhalanxError, RequestError, ResizeError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
 
-DEATH_POLL_S = 0.1
+WATCH_POLL_S = 0.02
+EMPTY_POLL_S = 0.02
+REPLACE_AFTER_S = 30.0
+"""An engine that could not be started again waits so long for another one, and twice as long each time it fails."""
+REPLACE_AFTER_AT_MOST_S = 600.0
+PIECE_S = 0.2
+PIECE_TOKENS = (16, 2048)
+"""A request that moves is computed ahead in pieces of so many tokens, as large as take PIECE_S: what runs beside it
+waits as long for its next token.
+"""
+MAX_DEATHS = 3
+"""A request that so many replicas have died with may be why they did, and is given to no other."""
 
 log = logging.getLogger("phalanx.engine")
 
 
 async def start_engine(config: Config, on_progress: OnProgress | None = None) -> Engine:
-    """Start what the configuration asks for: an engine, or a fleet of them. Raises what `EngineClient.start` does."""
-    parallel = config.parallel
-    if parallel.data_parallel_size == 1 or parallel.enable_expert_parallel:
+    """Start what the configuration asks for. Raises what `EngineClient.start` does."""
+    if config.parallel.enable_expert_parallel:  # replicas that share experts have one brain
         return await EngineClient.start(config, on_progress)
     return await Fleet.start(config, on_progress)
 
 
 class Fleet:
-    """Gives each request to one of several engines. One that dies takes its requests along; the others go on.
+    """Gives each request to one of several engines, and to another one when that one leaves or dies.
 
     One whose steps do not progress gets no new requests as long as another one's do.
     """
 
-    def __init__(self, engines: Sequence[EngineClient]) -> None:
+    def __init__(self, config: Config, engines: Sequence[EngineClient], command: Sequence[str]) -> None:
         """Use `start`. Takes over the engines."""
         first = engines[0]
-        self.info = msgspec.structs.replace(
-            first.info, world_size=sum(engine.info.world_size for engine in engines), num_replicas=len(engines)
-        )
+        self._first = first.info
+        self._front = first.front
         self.tokenizer = first.tokenizer
         self.default_sampling = first.default_sampling
-        self._engines = tuple(engines)
-        self._router = Router(first.info.block_size, len(engines))
-        self._deaths = asyncio.create_task(self._tell_deaths())
+        self._command = command
+        self._config = config
+        self._seats = Seats(config)
+        self._engines = dict(enumerate(engines))
+        self._roster = Roster(len(engines), replaces_dead=True)
+        self._router = Router(first.info.block_size)
+        self._requests: set[_Request] = set()
+        """Those that run."""
+        self._told: dict[int, StartProgress] = {}
+        """What each that starts has said last."""
+        self._work: dict[int, asyncio.Task[None]] = {}
+        """What is being done about replicas, by their numbers: one thing at a time."""
+        self._piece = PIECE_TOKENS[0]
+        """Tokens that are computed ahead at a time."""
+        self._placing = asyncio.Lock()
+        """On a Ray cluster one starts after the other has its place."""
+        self._drain_timeout_s = DRAIN_TIMEOUT_S
+        self._changed = asyncio.Event()
+        self._is_closing = False
+        self._deaths = asyncio.create_task(self._watch())
+        self._note_change()
 
     @classmethod
     async def start(
@@ -71,7 +101,7 @@ class Fleet:
                 starting.append(asyncio.create_task(start))
                 if own.executor.launcher == "ray":
                     await report.until_placed(starting[-1])
-            return cls(await asyncio.gather(*starting))
+            return cls(config, await asyncio.gather(*starting), command)
         except BaseException:
             for task in starting:
                 task.cancel()
@@ -81,98 +111,350 @@ class Fleet:
 
     @property
     def stats(self) -> EngineStats | None:
-        found = [engine.stats.replicas[0] if engine.stats is not None else None for engine in self._engines]
-        if not any(found):
+        found = {number: engine.stats for number, engine in self._engines.items() if engine.stats is not None}
+        if not found:
             return None
         nothing = ReplicaStats(0, 0, 0, self.info.num_blocks, 0, 0, 0, 0, 0)
-        return EngineStats(tuple(stats or nothing for stats in found))
+        replicas = [found[number].replicas[0] if number in found else nothing for number in self._roster.phases]
+        return EngineStats(tuple(replicas))
 
     @property
     def dead(self) -> str | None:
-        reasons = [engine.dead for engine in self._engines]
+        reasons = [engine.dead for engine in self._active().values()]
         return None if None in reasons else "; ".join(reason for reason in reasons if reason is not None)
 
+    @property
+    def down(self) -> str | None:
+        living = [engine for engine in self._engines.values() if engine.dead is None]
+        reasons = [engine.down for engine in living if engine.down is not None]
+        return "; ".join(reasons) if living and len(reasons) == len(living) else None
+
     def conditions(self) -> Sequence[Condition]:
-        return [engine.condition for engine in self._engines]
+        return [msgspec.structs.replace(engine.condition, replica=number) for number, engine in self._active().items()]
 
     def statuses(self) -> Sequence[InstanceStatus]:
-        return [status for engine in self._engines for status in engine.statuses()]
+        return [status for engine in list(self._engines.values()) for status in engine.statuses()]
+
+    def replicas(self) -> Sequence[ReplicaState]:
+        return [self._state_of(number, phase) for number, phase in self._roster.phases.items()]
+
+    def _state_of(self, number: int, phase: Phase) -> ReplicaState:
+        engine, told = self._engines.get(number), self._told.get(number)
+        state = ReplicaState(replica=number, state=phase, num_requests=engine.num_running if engine is not None else 0)
+        if told is None:
+            return state
+        return msgspec.structs.replace(state, phase=told.phase, done=told.done, total=told.total)
 
     @property
     def num_running(self) -> int:
-        return sum(engine.num_running for engine in self._engines)
+        return sum(engine.num_running for engine in self._engines.values())
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
-        return self._deltas(prompt_token_ids, self._living()[0].check(prompt_token_ids, sampling))
+        return self._deltas(prompt_token_ids, self._engines[self._living()[0]].check(prompt_token_ids, sampling))
+
+    async def until_settled(self) -> None:
+        """As EngineClient.until_settled, of any that is not dead."""
+        while self.down is not None:
+            living = [engine for engine in self._engines.values() if engine.dead is None]
+            waits = [asyncio.create_task(engine.until_settled()) for engine in living]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+    async def resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> None:
+        await (await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s))
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> asyncio.Task[None]:
+        self._roster.check(data_parallel_size, leaving)
+        pids = [engine.condition.pid for engine in self._engines.values() if engine.dead is None]
+        joining = self._roster.free_numbers(max(data_parallel_size - self._roster.size, 0))
+        await asyncio.to_thread(self._seats.check_room, data_parallel_size, joining, pids)
+        if self._is_closing:
+            raise EngineDeadError("the engine is shutting down")
+        num_requests = {number: engine.num_running for number, engine in self._engines.items()}
+        orders = self._roster.begin(data_parallel_size, leaving, num_requests)
+        self._drain_timeout_s = drain_timeout_s
+        resize = self._roster.resize
+        if resize is not None:
+            log.info("resizing from %d to %d replicas", resize.size_before, resize.size_asked_for)
+        self._carry_out(orders)
+        seeing_through = asyncio.create_task(self._see_through(resize))
+        try:
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun does nothing at all
+        except asyncio.CancelledError:
+            seeing_through.cancel()
+            raise
+        return seeing_through
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
+        self._is_closing = True
         self._deaths.cancel()
-        await asyncio.gather(*(engine.close(grace_s) for engine in self._engines))
+        self._note_change()
+        for task in self._work.values():
+            task.cancel()
+        try:
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+        finally:
+            await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
 
     async def _deltas(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
     ) -> AsyncGenerator[OutputDelta, None]:
         self._living()
-        takes_more = [condition.is_healthy for condition in self.conditions()]
-        if not any(takes_more):  # one in trouble may come out of it
-            takes_more = [engine.dead is None for engine in self._engines]
-        num_requests = [
-            engine.num_running if takes else None for engine, takes in zip(self._engines, takes_more, strict=True)
-        ]
-        # Nothing comes between this and the request's beginning, from which on it counts as one of that replica.
-        engine = self._engines[self._router.pick(prompt_token_ids, num_requests)]
-        async with aclosing(engine.generate_checked(prompt_token_ids, sampling)) as deltas:
-            async for delta in deltas:
-                yield delta
+        request = _Request(RequestStream(self.tokenizer, prompt_token_ids, sampling))
+        self._requests.add(request)
+        try:
+            while True:
+                # Nothing comes between this and the request's beginning there: then it counts as one of that replica.
+                request.replica = self._pick(request.stream)
+                async with aclosing(self._follow(request)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                        if delta.finish_reason is not None:
+                            return
+        finally:
+            self._requests.remove(request)
 
-    def _living(self) -> list[EngineClient]:
+    async def _follow(self, request: _Request) -> AsyncGenerator[OutputDelta, None]:
+        """What the replica makes of it, until the request has ended, or moves on."""
+        try:
+            async with aclosing(self._engines[request.replica].follow(request.stream)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except EngineDeadError:
+            request.num_deaths += 1
+            if request.num_deaths == MAX_DEATHS or self._is_closing:
+                raise
+
+    def _pick(self, stream: RequestStream) -> int:
+        """The replica that suits a request best. Raises EngineDeadError if none is left."""
+        living = self._living()
+        serving = [number for number in self._roster.serving() if number in living]
+        candidates = (
+            [number for number in serving if self._engines[number].condition.is_healthy]
+            or serving  # one in trouble may come out of it
+            or living  # one that leaves, if it comes to that
+        )
+        return self._router.pick(stream.token_ids, {number: self._engines[number].num_running for number in candidates})
+
+    def _living(self) -> list[int]:
         """At least one. Raises EngineDeadError if none is left."""
-        living = [engine for engine in self._engines if engine.dead is None]
+        living = [number for number, engine in self._active().items() if engine.dead is None]
         if not living:
             raise EngineDeadError(str(self.dead))
         return living
 
-    async def _tell_deaths(self) -> None:
-        """Say which engine has died: as long as others go on, only its own requests end with an error."""
-        alive = dict(enumerate(self._engines))
-        while alive:
-            for replica in [replica for replica, engine in alive.items() if engine.dead is not None]:
-                reason = alive.pop(replica).dead
-                log.error("replica %d has ended, %d of %d go on: %s", replica, len(alive), len(self._engines), reason)
-            await asyncio.sleep(DEATH_POLL_S)
+    def _active(self) -> dict[int, EngineClient]:
+        """Those that have requests, or would have. One that is being ended lives for a while, and takes none."""
+        phases = self._roster.phases
+        return {number: self._engines[number] for number in phases if phases[number] in ("serving", "leaving", "dead")}
+
+    def _carry_out(self, orders: Sequence[Order]) -> None:
+        for order in orders:
+            number = order.number
+            before = self._work.pop(number, None)
+            if before is asyncio.current_task():
+                before = None
+            if before is not None:
+                before.cancel()
+            self._work[number] = asyncio.create_task(self._do(order, before))
+        self._note_change()
+
+    async def _do(self, order: Order, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await _end_of(before)
+        number = order.number
+        if isinstance(order, Start):
+            await self._start(number)
+        elif isinstance(order, Empty):
+            await self._empty(number)
+        elif isinstance(order, Replace):
+            await self._replace(number)
+        elif isinstance(order, End):
+            await self._end(number)
+        else:
+            assert isinstance(order, Keep), order
+
+    async def _start(self, number: int) -> None:
+        try:
+            await self._launch(number)
+        except Exception as error:  # whatever it is, the others go on, and who waits has to be told
+            log.error("replica %d did not start: %s", number, error, exc_info=not isinstance(error, PhalanxError))
+            self._carry_out(self._roster.failed(number, str(error) or type(error).__name__))
+        else:
+            self._carry_out(self._roster.ready(number))
+
+    async def _launch(self, number: int) -> None:
+        """Start an engine for a replica. Raises what EngineClient.start does."""
+        size = max(self._roster.size, self._roster.resize.size_asked_for if self._roster.resize else 0)
+        own, environment = self._seats.settings(number, size, self.info.max_model_len)
+        report = _Report(partial(self._told.__setitem__, number), 0)
+        start = partial(
+            EngineClient.start, own, report, command=self._command, environment=environment, front=self._front
+        )
+        starting: asyncio.Task[EngineClient] | None = None
+        try:
+            async with self._placing:
+                starting = asyncio.create_task(start())
+                if own.executor.launcher == "ray":
+                    await report.until_placed(starting)
+            self._engines[number] = await starting
+        except asyncio.CancelledError:
+            if starting is not None:
+                await _undo(starting)
+            raise
+        finally:
+            self._told.pop(number, None)
+
+    async def _replace(self, number: int) -> None:
+        """Start an engine in the place of one that has ended, until it is there."""
+        await self._engines[number].close()
+        delay_s = REPLACE_AFTER_S
+        while True:
+            await asyncio.sleep(delay_s)
+            try:
+                await self._launch(number)
+            except Exception as error:
+                delay_s = min(2 * delay_s, REPLACE_AFTER_AT_MOST_S)
+                log.error("replica %d could not be replaced, next try in %.0f s: %s", number, delay_s, error)
+            else:
+                self._router.forget(number)
+                log.info("replica %d has been replaced", number)
+                self._carry_out(self._roster.ready(number))
+                return
+
+    async def _empty(self, number: int) -> None:
+        """Let a replica's requests end, and give those that take too long to others."""
+        engine = self._engines[number]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_timeout_s):
+                while engine.num_running and engine.dead is None and engine.down is None:
+                    await asyncio.sleep(EMPTY_POLL_S)
+        for request in [request for request in self._requests if request.replica == number]:
+            await self._move(request, engine)
+        engine.release()
+        self._carry_out(self._roster.emptied(number))
+
+    async def _move(self, request: _Request, engine: EngineClient) -> None:
+        """Have a request go on in another replica, which computes what there is of it while it still runs in this one.
+
+        So its client waits only for what is new since then, which is not in the other one's prefix cache.
+        """
+        if self._config.cache.enable_prefix_caching:
+            with suppress(EngineDeadError, RequestError):  # then it has to wait for that
+                await self._compute_ahead(request, engine)
+        engine.release(request.stream)
+
+    async def _compute_ahead(self, request: _Request, engine: EngineClient) -> None:
+        num_done, is_whole = 0, False
+        while not is_whole:
+            token_ids = request.stream.token_ids
+            if engine.dead is not None or engine.down is not None or request not in self._requests:
+                return  # it waits already, or does so no more
+            began_at, before = time.monotonic(), num_done
+            num_done = min(before + self._piece, token_ids.size)
+            is_whole = num_done == token_ids.size  # but for what is made meanwhile
+            ahead = self.generate(token_ids[:num_done].tolist(), SamplingParams(temperature=0.0, max_tokens=1))
+            async with aclosing(ahead):
+                async for _ in ahead:
+                    pass
+            took_s = time.monotonic() - began_at
+            if not is_whole or took_s > PIECE_S:  # a rest tells only that a piece is too large
+                self._piece = piece_that_takes(PIECE_S, num_done - before, took_s)
+
+    async def _end(self, number: int) -> None:
+        engine = self._engines.get(number)
+        if engine is not None:
+            try:
+                await engine.close()
+            except Exception:  # nothing can be done about it, and others wait
+                log.exception("replica %d did not end", number)
+            del self._engines[number]
+        self._router.forget(number)
+        self._carry_out(self._roster.ended(number))
+
+    async def _see_through(self, resize: Resize | None) -> None:
+        """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""
+        if resize is None:  # there are as many as asked for
+            return
+        try:
+            await self._until_over(resize)
+        except asyncio.CancelledError:
+            self._carry_out(self._roster.cancel("it was cancelled"))
+            await self._until_over(resize)
+            if resize.outcome is not None and resize.outcome.ending == "cancelled":
+                raise
+        assert resize.outcome is not None
+        if resize.outcome.ending != "done":
+            raise ResizeError(str(resize.outcome.reason))
+
+    async def _until_over(self, resize: Resize) -> None:
+        while self._roster.resize is resize:
+            if self._is_closing:
+                raise EngineDeadError("the engine is shutting down")
+            await self._changed.wait()
+
+    def _note_change(self) -> None:
+        """Something about the replicas has changed."""
+        size, one = self._roster.size, self._first.world_size
+        self.info = msgspec.structs.replace(self._first, world_size=size * one, num_replicas=size)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _watch(self) -> None:
+        """See that requests of a replica that has ended go on in others, and that another engine takes its place."""
+        while True:
+            for number, engine in list(self._engines.items()):
+                if engine.down is not None:
+                    self._router.forget(number)  # what it had in its cache is lost
+                    self._move_from(number, engine)
+                if engine.dead is not None and self._roster.phases[number] in ("joining", "serving", "leaving"):
+                    self._note_death(number, engine.dead)
+            await asyncio.sleep(WATCH_POLL_S)
+
+    def _move_from(self, number: int, engine: EngineClient) -> None:
+        """Let others have the requests of one that is being started again, as long as there are any that serve.
+
+        But each only once: one that has seen two engines end may be why they did. Then it stays where it is, where that
+        is found out (engine/trials.py).
+        """
+        others = [other for other in self._roster.serving() if other != number]
+        if not any(self._engines[other].condition.is_healthy for other in others):
+            return
+        for request in self._requests:
+            if request.replica == number and not request.num_deaths:
+                request.num_deaths += 1
+                engine.release(request.stream)
+
+    def _note_death(self, number: int, reason: str) -> None:
+        num_alive = sum(engine.dead is None for engine in self._engines.values())
+        log.error("replica %d has ended, %d of %d go on: %s", number, num_alive, len(self._engines), reason)
+        self._carry_out(self._roster.died(number, reason))
 
 
-def settings_of_replicas(config: Config) -> list[tuple[Config, Mapping[str, str]]]:
-    """Each replica's own configuration and environment: they share out this host's cores and GPUs.
-
-    With Ray every replica gets a placement group of its own, and the GPUs are for a Ray of its own, if it starts one.
-    Raises ConfigError if there are too few GPUs.
-    """
-    replicas = config.of_engines()
-    if config.executor.launcher == "ray":
-        return [(own, share) for own, share in zip(replicas, _shares_of_gpus(config), strict=True)]
-    device = pick_device(config)
-    threads = config.executor.threads_per_rank or max(1, num_cores() // config.parallel.world_size)
-    executor = msgspec.structs.replace(config.executor, device=device, threads_per_rank=threads)
-    shares = _shares_of_gpus(config) if device == "cuda" else [{}] * len(replicas)
-    return [
-        (msgspec.structs.replace(own, executor=executor), share) for own, share in zip(replicas, shares, strict=True)
-    ]
+def piece_that_takes(wanted_s: float, piece: int, took_s: float) -> int:
+    """Tokens to compute at a time, when `piece` of them took `took_s`: at most twice as many, within PIECE_TOKENS."""
+    least, most = PIECE_TOKENS
+    return min(max(int(piece * min(wanted_s / max(took_s, 1e-6), 2.0)), least), most)
 
 
-def _shares_of_gpus(config: Config) -> list[Mapping[str, str]]:
-    """Variables that let each replica see GPUs of its own; none at all if there are too few for all of them."""
-    gpus, parallel, per_rank = visible_gpus(), config.parallel, config.cluster.ray_per_worker_gpus
-    if not gpus:
-        return [{}] * parallel.data_parallel_size
-    size = math.ceil(parallel.engine_size * max(per_rank, 1.0))
-    if len(gpus) < max(size, parallel.world_size * per_rank):
-        size = 0
-    dealt = itertools.cycle(gpus)  # at less than a GPU for each rank, replicas may share one
-    shares = [list(itertools.islice(dealt, size)) for _ in range(parallel.data_parallel_size)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+class _Request:
+    """A request, and where it is."""
+
+    def __init__(self, stream: RequestStream) -> None:
+        self.stream = stream
+        self.replica = -1
+        """The one that has it; none yet."""
+        self.num_deaths = 0
+        """Of replicas that had it."""
 
 
 class _Report:
@@ -196,3 +478,20 @@ class _Report:
             await asyncio.wait((placed, start), return_when=asyncio.FIRST_COMPLETED)
         finally:
             placed.cancel()
+
+
+async def _undo(starting: asyncio.Task[EngineClient]) -> None:
+    """Have an engine not start, or end if it has started by now."""
+    starting.cancel()
+    await _end_of(starting)
+    if not starting.cancelled() and starting.exception() is None:
+        await starting.result().close()
+
+
+async def _end_of(task: asyncio.Task[Any]) -> None:
+    """Wait for the end of a task that was cancelled, also if this one is cancelled as well."""
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise

@@ -20,11 +20,10 @@ from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
-from phalanx.executor.executor import Executor
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
-from phalanx.executor.start import start_executor
 from phalanx.ledger.stacks import offer_stacks
+from phalanx.membership.formation import Formation, start_formation
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     Cancel,
@@ -54,6 +53,8 @@ SIGN_OF_LIFE_S = 1.0
 IDLE_CHECK_S = 0.5
 """How often an idle engine looks after its workers."""
 HEARTBEAT_DEADLINE_S = 10.0
+HEALING_LOOK_S = 0.005
+"""How often the client is listened to while other ranks come."""
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -124,29 +125,53 @@ class EngineLoop:
     it lives: that would say nothing of this loop.
     """
 
-    def __init__(self, link: ClientLink, make_brain: Callable[[StepExecutor], Brain], executor: Executor) -> None:
+    def __init__(self, link: ClientLink, make_brain: Callable[[StepExecutor], Brain], formation: Formation) -> None:
         self._link = link
-        self._brain = make_brain(_SignedExecutor(executor, self._send_stats))
-        self._executor = executor
+        self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
+        self._formation = formation
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
         self._sign_due_at = 0.0
 
     def run(self) -> None:
-        """Return at Shutdown. Raises ClientGone, and whatever ends a step."""
-        while self._take_messages():
-            if self._brain.has_work():
-                batch = self._brain.step()
-                if batch is not None:
-                    self._link.send(batch)
-            else:
-                self._check_workers()
+        """Return at Shutdown. Raises ClientGone, and whatever ends a step and is not healed."""
+        while self._take_messages(0.0 if self._brain.has_work() else IDLE_CHECK_S):
+            try:
+                self._turn()
+            except PhalanxError as error:
+                if not self._formation.heals(error):
+                    raise
+                if not self._heal(error):
+                    return
             self._send_stats()
 
-    def _take_messages(self) -> bool:
+    def _turn(self) -> None:
+        if not self._brain.has_work():
+            self._check_workers()
+            return
+        batch = self._brain.step()
+        self._formation.progressed()
+        if batch is not None:
+            self._link.send(batch)
+
+    def _heal(self, error: PhalanxError) -> bool:
+        """Have other ranks go on from what is committed. False after Shutdown. Raises what keeps them from it."""
+        healing = self._formation.begin_healing(error)
+        self._heartbeat = None
+        self._stats_due_at = 0.0
+        while not healing.wait(HEALING_LOOK_S):
+            self._send_stats()
+            if not self._take_messages(0.0):
+                return False
+        epoch, keeps_cache = healing.result()
+        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+        self._stats_due_at = self._sign_due_at = 0.0
+        return True
+
+    def _take_messages(self, timeout_s: float) -> bool:
         """False after Shutdown."""
-        for message in self._link.receive(0.0 if self._brain.has_work() else IDLE_CHECK_S):
+        for message in self._link.receive(timeout_s):
             if isinstance(message, Submit):
                 self._submit(message)
             elif isinstance(message, Cancel):
@@ -163,15 +188,18 @@ class EngineLoop:
 
     def _check_workers(self) -> None:
         """Between requests nobody awaits a worker, so one that died or was stopped has to be looked for."""
-        if self._heartbeat is None or self._heartbeat.done():
-            self._heartbeat = self._executor.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
+        if self._heartbeat is not None and self._heartbeat.done():
+            self._heartbeat = None
+            self._formation.progressed()
+        if self._heartbeat is None:
+            self._heartbeat = self._formation.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
 
     def _send_stats(self) -> None:
         now = time.monotonic()
         if now < self._stats_due_at:
             return
         self._stats_due_at = now + STATS_INTERVAL_S
-        stats = self._brain.stats()
+        stats = msgspec.structs.replace(self._brain.stats(), formation=self._formation.stats())
         if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)
             self._sent_stats = stats
@@ -233,15 +261,15 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         on_progress(StartProgress(0, phase, done, total))
 
     checkpoint = resolve(config.model.model, revision=config.model.revision, progress=on_fetch)
-    executor, capacity = start_executor(config, checkpoint, on_progress)
-    resources.enter_context(executor)
+    formation = resources.enter_context(start_formation(config, checkpoint, on_progress))
+    capacity = formation.capacity
     make_brain = partial(
         Brain,
         config,
         num_blocks=capacity.num_blocks,
         max_model_len=capacity.max_model_len,
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
-        balancing=Balancing(config, executor) if config.parallel.enable_eplb else None,
+        balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
     )
     link.send(
         EngineReady(
@@ -254,7 +282,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
             num_replicas=config.parallel.data_parallel_size,
         )
     )
-    return EngineLoop(link, make_brain, executor)
+    return EngineLoop(link, make_brain, formation)
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Replica:
         self._block_size = block_size
         self._is_prefix_caching = is_prefix_caching
         self._dropped: list[int] = []
-        self._new: list[NewRequest] = []
+        self._new: dict[int, NewRequest] = {}
 
     def find_cached(self, request: Request) -> Blocks:
         """Blocks that hold the beginning of the request's tokens. Never all: the last token's logits are wanted."""
@@ -33,13 +34,23 @@ class Replica:
         extend_digests(request.digests, request.token_ids, self._block_size, num_full)
         return np.array(self.cache.find(request.digests[:num_full]), dtype=np.int32)
 
+    def requeue(self, requests: Iterable[Request]) -> None:
+        """Let requests wait again, among those that wait, in order of arrival."""
+        waiting = sorted((*requests, *self.waiting.values()), key=lambda request: request.arrival)
+        self.waiting = OrderedDict((request.request_id, request) for request in waiting)
+
     def tell_dropped(self, slot: int) -> None:
-        """The next plan is to say that the slot is free."""
-        self._dropped.append(slot)
+        """The next plan is to say that the slot is free, unless no plan has said yet that somebody has it."""
+        if self._new.pop(slot, None) is None:
+            self._dropped.append(slot)
 
     def tell_new(self, request: NewRequest) -> None:
         """The next plan is to say who has the slot now."""
-        self._new.append(request)
+        self._new[request.slot] = request
+
+    def tell_nothing(self) -> None:
+        """Those who were to be told are gone, and who comes after them knows nothing."""
+        self._dropped, self._new = [], {}
 
     def take_dropped(self) -> Ints:
         """Slots that the next plan is to call free."""
@@ -48,5 +59,5 @@ class Replica:
 
     def take_new(self) -> tuple[NewRequest, ...]:
         """Requests that the next plan is to bring."""
-        new, self._new = tuple(self._new), []
+        new, self._new = tuple(self._new.values()), {}
         return new

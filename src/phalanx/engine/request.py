@@ -6,6 +6,7 @@ sequence, O offsets in a block, E token ids that end a sequence.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,13 @@ NO_END_TOKEN = -2
 it, nor is the NO_TOKEN of a row that gives none."""
 FREE = -1
 """In `Running.ticket_S`: nobody has the slot."""
+
+SEED_BITS = 63
+
+
+def new_seed() -> int:
+    """For a request that leaves it open."""
+    return secrets.randbits(SEED_BITS)
 
 
 @dataclass(eq=False, slots=True)
@@ -144,11 +152,11 @@ class Running:
         return request
 
     def describe(self, slot: int, eos_token_ids: tuple[int, ...]) -> NewRequest:
-        """What the workers must know of a request that was just added."""
+        """What workers must know of a request that they do not know, and of which nothing is under way."""
         request = self.request(slot)
         return NewRequest(
             slot=int(self.worker_slot_S[slot]),
-            token_ids=ints(request.token_ids),
+            token_ids=self.token_ids_SL[slot, : self.num_given_S[slot]].tobytes(),
             num_prompt=request.num_prompt,
             num_computed=int(self.num_computed_S[slot]),
             blocks=ints(self.block_ids_SB[slot, : self.num_blocks_S[slot]]),
@@ -208,6 +216,11 @@ class Running:
         """Known tokens that are still to be computed."""
         return int(self.num_known_S[slot] - self.num_computed_S[slot])
 
+    def occupied(self) -> list[int]:
+        """The slots of all that run."""
+        slots: list[int] = (self.ticket_S != FREE).nonzero()[0].tolist()
+        return slots
+
     def any_ending(self, replica: int) -> bool:
         """Whether the last token of a request is under way."""
         own = self._slots_P[replica]
@@ -243,6 +256,15 @@ class Running:
         self.num_computed_S[slots_R] = ends_R
         self.num_known_S[slots_R] += samples_R
         return ends_R, samples_R
+
+    def take_back(self, slots_R: Slots, num_tokens_R: Counts) -> None:
+        """These tokens are not computed after all, and no sample is under way any more."""
+        self.num_computed_S[slots_R] -= num_tokens_R
+        self.num_known_S[slots_R] = self.num_committed_S[slots_R]
+
+    def begin_with_committed(self) -> None:
+        """There are new workers, which are given all tokens that are known."""
+        self.num_given_S[:] = self.num_committed_S
 
     def append_tokens(self, slots_R: Slots, tokens_R: NDArray[np.int32]) -> Counts:
         """Commit one sampled token for each; gives the lengths."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +30,24 @@ def choose(num_cached: Sequence[int], num_requests: Sequence[int]) -> int:
 class Router:
     """For replicas in other processes: takes what each was given lately for what its cache holds."""
 
-    def __init__(self, block_size: int, num_replicas: int) -> None:
+    def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._given = [_Recent(MAX_DIGESTS // num_replicas) for _ in range(num_replicas)]
+        self._given: dict[int, _Recent] = {}
 
-    def pick(self, token_ids: Sequence[int], num_requests: Sequence[int | None]) -> int:
-        """The replica for a request. `num_requests` are those that each has now; None for one that takes no more."""
-        digests = self._digests(np.array(token_ids, dtype=np.int32))
-        alive = [replica for replica, count in enumerate(num_requests) if count is not None]
-        cached = [self._given[replica].num_leading(digests) * self._block_size for replica in alive]
-        replica = alive[choose(cached, [count for count in num_requests if count is not None])]
-        self._given[replica].note(digests)
+    def pick(self, token_ids: Sequence[int] | NDArray[np.int32], num_requests: Mapping[int, int]) -> int:
+        """The replica for a request. `num_requests` are those that each has now, of all that take more."""
+        digests = self._digests(np.asarray(token_ids, dtype=np.int32))
+        for new in num_requests.keys() - self._given.keys():
+            self._given[new] = _Recent()
+        replicas = list(num_requests)
+        cached = [self._given[replica].num_leading(digests) * self._block_size for replica in replicas]
+        replica = replicas[choose(cached, list(num_requests.values()))]
+        self._given[replica].note(digests, MAX_DIGESTS // len(self._given))
         return replica
+
+    def forget(self, replica: int) -> None:
+        """It is gone, or has a new cache."""
+        self._given.pop(replica, None)
 
     def _digests(self, token_ids: NDArray[np.int32]) -> list[bytes]:
         digests: list[bytes] = []
@@ -52,8 +58,7 @@ class Router:
 class _Recent:
     """Digests of the blocks that one replica was given, the latest first to stay."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._digests: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -63,10 +68,11 @@ class _Recent:
         """Of a request's first blocks, how many are here."""
         return next((i for i, digest in enumerate(digests) if digest not in self._digests), len(digests))
 
-    def note(self, digests: Sequence[bytes]) -> None:
+    def note(self, digests: Sequence[bytes], most: int) -> None:
+        """They were given now; of all, `most` are kept."""
         # The last block first: without its beginning the rest of a request is of no use.
         for digest in reversed(digests):
             self._digests[digest] = None
             self._digests.move_to_end(digest)
-        while len(self._digests) > self._most:
+        while len(self._digests) > most:
             self._digests.popitem(last=False)

@@ -13,6 +13,7 @@ Shape suffixes: P replicas; R rows of a step; S rows of it that sample; B blocks
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,12 +57,18 @@ class PlannedStep:
 class Totals:
     """Counts since the start, of each replica."""
 
-    def __init__(self, num_replicas: int) -> None:
-        self.num_steps = 0
-        self.num_preemptions_P = np.zeros(num_replicas, dtype=np.int64)
-        self.num_prompt_tokens_P = np.zeros(num_replicas, dtype=np.int64)
-        self.num_cached_tokens_P = np.zeros(num_replicas, dtype=np.int64)
-        self.num_generated_tokens_P = np.zeros(num_replicas, dtype=np.int64)
+    def __init__(self, num_replicas: int, before: Totals | None = None) -> None:
+        """Those of `before` go on. A replica that is gone leaves its own to the next one with its number."""
+        self.num_steps: int = 0 if before is None else before.num_steps
+        earlier_P = np.zeros((4, 0), dtype=np.int64) if before is None else before._counts_P
+        num_missing = max(num_replicas - earlier_P.shape[1], 0)
+        self._counts_P: Counts = np.pad(earlier_P, ((0, 0), (0, num_missing)))
+        (
+            self.num_preemptions_P,
+            self.num_prompt_tokens_P,
+            self.num_cached_tokens_P,
+            self.num_generated_tokens_P,
+        ) = self._counts_P[:, :num_replicas]
 
 
 class Scheduler:
@@ -85,6 +92,7 @@ class Scheduler:
         is_pipelined: bool = False,
         num_micro_batches: int = 1,
         num_replicas: int = 1,
+        epoch: int = FIRST_EPOCH,
     ) -> None:
         """The limits and `num_blocks` are those of each replica."""
         assert is_pipelined or num_micro_batches == 1, num_micro_batches
@@ -106,7 +114,11 @@ class Scheduler:
         self._num_micro_batches = num_micro_batches
         self._first_cached_ticket = 0
         """Who came in before does not fill the prefix cache: some of its keys and values are from before a reset."""
+        self._epoch = epoch
         self._next_step = 0
+        self._under_way: deque[PlannedStep] = deque()
+        self._alone: int | None = None
+        """The one request that may run, if the others are held back."""
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -152,6 +164,56 @@ class Scheduler:
             replica.pool.reset_cache()
         self._first_cached_ticket = self.running.next_ticket
 
+    def under_way(self) -> dict[int, int]:
+        """The requests that steps under way compute for; by id, to how many tokens in the KV cache they bring each."""
+        return {request_id: end for step in self._under_way for request_id, end in self.reach(step).items()}
+
+    def reach(self, step: PlannedStep) -> dict[int, int]:
+        """Of a step that is not committed: by request, how many tokens are in the KV cache after it."""
+        rows = self._live(step).nonzero()[0]
+        request_ids_R = self.running.request_id_S[step.slots_R[rows]]
+        return dict(zip(request_ids_R.tolist(), step.ends_R[rows].tolist(), strict=True))
+
+    def rewind(self, epoch: int, *, keeps_cache: bool) -> None:
+        """Forget the steps under way, and go on from what is committed with workers that know nothing.
+
+        `keeps_cache`: these find the KV cache as the workers before them left it. Then every running request keeps its
+        slot and its blocks, and the next plan brings them all, each with what committed steps have computed for it.
+        Otherwise all wait again, in order of arrival, and no block holds anything.
+        """
+        self._epoch = epoch
+        for step in self._under_way:
+            is_live_R = self._live(step)
+            self.running.take_back(step.slots_R[is_live_R], step.num_tokens_R[is_live_R])
+        self._under_way.clear()
+        if not keeps_cache:
+            self._requeue(self.running.occupied())
+            for replica in self.replicas:
+                replica.pool.reset_cache()
+        for replica in self.replicas:
+            replica.tell_nothing()
+        self.running.begin_with_committed()
+        for slot in self.running.occupied():
+            self._introduce(slot)
+
+    def dismiss(self) -> list[Request]:
+        """All requests in order of arrival, with their committed tokens, for a scheduler that comes after this one."""
+        self._requeue(self.running.occupied())
+        return sorted(self._requests.values(), key=lambda request: request.arrival)
+
+    def go_on_after(self, before: Scheduler) -> None:
+        """Go on with the totals and the step numbers of a scheduler that plans no more."""
+        self.totals = Totals(len(self.replicas), before.totals)
+        self._next_step = before._next_step
+
+    def run_alone(self, request_id: int | None) -> None:
+        """From the next plan on only this request runs, and the others wait. None: all may run."""
+        self._alone = request_id
+        if request_id is not None:
+            self._requeue(
+                slot for slot in self.running.occupied() if self.running.request(slot).request_id != request_id
+            )
+
     def plan(self) -> PlannedStep | None:
         """The next step, or None if there is nothing to compute before an earlier step is committed.
 
@@ -178,9 +240,10 @@ class Scheduler:
     def commit(self, step: PlannedStep, results: Sequence[StepResult]) -> TokenBatch:
         """Take in what a step made; gives the tokens that may leave now and the requests that they end."""
         tokens_S, logprobs = _outcome(step.step, results)
+        oldest = self._under_way.popleft()
+        assert step is oldest, f"step {step.step.number} is committed before step {oldest.step.number}"
         failed = self._fail_without_token(step, tokens_S)
-        # Rows whose request ended, was cancelled or gave way after the step was planned have no effect.
-        is_live_R = self.running.ticket_S[step.slots_R] == step.tickets_R
+        is_live_R = self._live(step)
         if self._is_prefix_caching:
             self._cache_filled_blocks(step, is_live_R)
         is_live_S = is_live_R[step.samples_R]
@@ -248,11 +311,16 @@ class Scheduler:
         return chunks
 
     def _admit_next(self, replica: Replica) -> int | None:
-        """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room."""
+        """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room.
+
+        If one is to be alone, it is the only one.
+        """
         running, pool = self.running, replica.pool
         if not running.has_free_slot(replica.index):
             return None
-        request = next(iter(replica.waiting.values()))
+        request = replica.waiting.get(self._alone) if self._alone is not None else next(iter(replica.waiting.values()))
+        if request is None:
+            return None
         found_B = replica.find_cached(request)
         num_missing = self._num_blocks(len(request.token_ids)) - len(found_B)
         # Everyone that runs soon needs its next block: without these to spare, who comes in now would give way at once.
@@ -266,8 +334,12 @@ class Scheduler:
             request.num_cached = num_computed
         del replica.waiting[request.request_id]
         slot = running.add(request, blocks_B, num_computed)
-        replica.tell_new(running.describe(slot, self._eos_token_ids))
+        self._introduce(slot)
         return slot
+
+    def _introduce(self, slot: int) -> None:
+        replica = self.replicas[self.running.request(slot).replica]
+        replica.tell_new(self.running.describe(slot, self._eos_token_ids))
 
     def _preempt(self, slot: int) -> None:
         """Back to the front of the queue. What is under way for it is lost: it is computed again with the rest."""
@@ -276,6 +348,12 @@ class Scheduler:
         replica.waiting[request.request_id] = request
         replica.waiting.move_to_end(request.request_id, last=False)
         self.totals.num_preemptions_P[request.replica] += 1
+
+    def _requeue(self, slots: Iterable[int]) -> None:
+        """Back to the queues, without a lack of memory: each to its place in the order of arrival."""
+        requests = [self._vacate(slot) for slot in slots]
+        for replica in self.replicas if requests else ():
+            replica.requeue(request for request in requests if request.replica == replica.index)
 
     def _vacate(self, slot: int) -> Request:
         request, blocks_B = self.running.remove(slot)
@@ -314,7 +392,7 @@ class Scheduler:
         counts_R = num_tokens_R.astype(np.int32)
         plans = tuple(
             StepPlan(
-                epoch=FIRST_EPOCH,
+                epoch=self._epoch,
                 step=self._next_step,
                 shape=StepShape(num_tokens, rows.stop - rows.start, int(np.count_nonzero(samples_R[rows]))),
                 slots=worker_slot_S[slots_R[rows]].tobytes(),
@@ -336,7 +414,14 @@ class Scheduler:
             )
         )
         self._next_step += 1
-        return PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+        planned = PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+        self._under_way.append(planned)
+        return planned
+
+    def _live(self, step: PlannedStep) -> NDArray[np.bool_]:
+        """Its rows that count: not those whose request ended, was cancelled or gave way after the step was planned."""
+        is_live_R: NDArray[np.bool_] = self.running.ticket_S[step.slots_R] == step.tickets_R
+        return is_live_R
 
     def _fail_without_token(self, step: PlannedStep, tokens_S: NDArray[np.int32]) -> list[int]:
         """End the requests that no token could be chosen for; gives their ids. The others go on."""

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from phalanx.engine.request import new_seed
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.protocol import FinishReason, LogprobColumns, SamplingParams, TokenBatch, as_floats, as_ints
+from phalanx.protocol import (
+    FinishReason,
+    LogprobColumns,
+    SamplingParams,
+    Submit,
+    TokenBatch,
+    as_floats,
+    as_ints,
+    ints,
+)
 
 FinishName = Literal["stop", "length", "cancelled", "error"]
 
@@ -106,14 +118,20 @@ class StopStrings:
 
 
 class RequestStream:
-    """Output of one request: takes tokens, gives deltas. Unread deltas merge: a slow reader costs its text only."""
+    """Output of one request: takes tokens, gives deltas. Unread deltas merge: a slow reader costs its text only.
+
+    Outlives the engine that makes the tokens: it knows all that another one needs to go on, seed included.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=new_seed())
         self._tokenizer = tokenizer
+        self._prompt = ints(prompt_token_ids)
         self._sampling = sampling
         self._detokenizer = tokenizer.detokenizer(prompt_token_ids)
         self._stops = StopStrings(sampling.stop)
-        self._num_tokens = 0
+        self._output = array("i")
         self._finish_reason: FinishName | None = None
         self._stop_reason: str | int | None = None
         self._error: str | None = None
@@ -128,10 +146,24 @@ class RequestStream:
         """No more tokens are taken in."""
         return self._finish_reason is not None
 
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Prompt and output so far."""
+        return as_ints(self._prompt + self._output.tobytes())
+
+    @property
+    def num_tokens(self) -> int:
+        """Those that were pushed."""
+        return len(self._output)
+
+    def submit(self, request_id: int) -> Submit:
+        """The request as an engine is to take it: it goes on after the last token that was pushed."""
+        return Submit(request_id, self._prompt, self._sampling, self._output.tobytes())
+
     def push(self, token_id: int, reason: FinishReason | None = None, row: LogprobRow | None = None) -> None:
         """Take in one token; `reason` if it is the last one."""
         assert not self.is_finished, "a token came after the end"
-        self._num_tokens += 1
+        self._output.append(token_id)
         self._token_ids.append(token_id)
         if row is not None and self._sampling.logprobs is not None:
             self._logprobs.append(self._position(token_id, row))
@@ -176,7 +208,7 @@ class RequestStream:
 
     def _show(self, piece: str) -> None:
         # A stop string, too, ends the output only after so many tokens, though it may begin before.
-        shown, stop = self._stops.feed(piece, may_stop=self._num_tokens > self._sampling.min_tokens)
+        shown, stop = self._stops.feed(piece, may_stop=len(self._output) > self._sampling.min_tokens)
         self._text.append(shown)
         if stop is not None:
             self._finish_reason, self._stop_reason = "stop", stop
@@ -210,6 +242,9 @@ class Streams:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._running
 
+    def __getitem__(self, request_id: int) -> RequestStream:
+        return self._running[request_id]
+
     def add(self, request_id: int, stream: RequestStream) -> None:
         """Tokens of `request_id` go to `stream` from now on."""
         assert request_id not in self._running, request_id
@@ -218,6 +253,19 @@ class Streams:
     def drop(self, request_id: int) -> bool:
         """Take no more interest in a request. False if it has ended already."""
         return self._running.pop(request_id, None) is not None
+
+    def drop_all(self) -> list[int]:
+        """Take no more interest in any request; returns the ids of those that had not ended."""
+        dropped = list(self._running)
+        self._running.clear()
+        return dropped
+
+    def drop_stream(self, stream: RequestStream) -> list[int]:
+        """Take no more interest in one request; returns its id, if it had not ended."""
+        dropped = [request_id for request_id, one in self._running.items() if one is stream]
+        for request_id in dropped:
+            del self._running[request_id]
+        return dropped
 
     def end_all(self, reason: FinishReason) -> list[int]:
         """End every request that still runs; returns their ids."""

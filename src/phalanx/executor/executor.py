@@ -28,6 +28,7 @@ from phalanx.executor.guarding import Guarding
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
 from phalanx.executor.watching import Watching
+from phalanx.ledger.watcher import WatchOrder
 from phalanx.protocol import (
     Call,
     CallMethod,
@@ -191,6 +192,26 @@ class Executor:
         """Return when every rank has answered. Raises what ended the run, or DeadlineError naming who is silent."""
         self.submit(Ping(), deadline_s=timeout_s).result()
 
+    @property
+    def failure(self) -> PhalanxError | None:
+        """What has ended the run, if something has: the very error that was raised. `close` is no failure."""
+        return None if isinstance(self._error, EngineDeadError) else self._error
+
+    @property
+    def watched(self) -> WatchOrder | None:
+        """Where the journals of the ranks on this host are; None if none are kept."""
+        return self._watching.order if self._watching is not None else None
+
+    def kill(self) -> None:
+        """End the ranks, whatever they do: none is left when this returns, and `close` has the rest to do.
+
+        Raises DeadlineError if the kernel cannot end one.
+        """
+        self._error = self._error or EngineDeadError("the ranks can run no more: they were killed")
+        if self._watching is not None:  # before ranks end that shall end
+            self._watching.silence()
+        self._launcher.close(0.0)
+
     def await_loaded(self, on_progress: OnProgress, deadline_s: float) -> list[Loaded]:
         """Wait until every rank has its weights. Raises StartError, or the user's mistake that a rank reported.
 
@@ -323,8 +344,9 @@ class Executor:
 
     def _judged(self, error: PhalanxError) -> PhalanxError:
         """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
-        if self._watching is not None and self._watching.ends_ranks:
-            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if _is_divergence(error) else 0.0)
+        if self._watching is not None:
+            will_tell = self._watching.ends_diverged and _is_divergence(error)
+            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if will_tell else 0.0)
             if verdict is not None:  # then the ranks were killed for it
                 hung = HungError(str(verdict))
                 hung.__cause__ = error

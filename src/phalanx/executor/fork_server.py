@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -36,23 +36,42 @@ class Warm(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
-    """Start this worker."""
+    """Start this worker. `line` is a number that its launcher has given all workers of one line."""
 
+    line: int
     spec: WorkerSpec
 
 
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    """Kill the workers of a line that were to be forked by the orders before this one."""
+
+    line: int
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Answer with the same number: whoever asks wants to know whether orders are carried out."""
+
+    number: int
+
+
 class Forked(msgspec.Struct, frozen=True, tag=True):
+    line: int
     rank: int
     pid: int
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
+    line: int
     rank: int
     how: str
 
 
-Order = Warm | Fork
-Event = Forked | Exited
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    number: int
+
+
+Order = Warm | Fork | Kill | Ask
+Event = Forked | Exited | Answered
 
 HEADER_BYTES = 4
 _orders = msgspec.msgpack.Decoder(Order)
@@ -76,6 +95,12 @@ def split_frames(pending: bytearray) -> Iterator[bytes]:
         del pending[:end]
 
 
+class _Child(NamedTuple):
+    line: int
+    rank: int
+    pid: int
+
+
 class ForkServer:
     """Serves orders from descriptor `orders` until it is closed; reports on descriptor `events`."""
 
@@ -84,45 +109,53 @@ class ForkServer:
         self._events = events
         self._selector = selectors.DefaultSelector()
         self._selector.register(orders, selectors.EVENT_READ)
-        self._ranks: dict[int, tuple[int, int]] = {}  # pidfd: (pid, rank)
+        self._children: dict[int, _Child] = {}  # by pidfd
         self._kills_before = OutOfMemoryKills.now()
         self._unread = bytearray()
 
     def serve(self) -> None:
         while True:
             for key, _ in self._selector.select():
-                if key.fd in self._ranks:
+                if key.fd in self._children:
                     self._reap(key.fd)
                 elif not self._read_orders():
-                    self._kill_all()
+                    self._end_all()
                     return
 
     def _read_orders(self) -> bool:
         data = os.read(self._orders, 1 << 16)
         self._unread += data
         for frame in split_frames(self._unread):
-            order = _orders.decode(frame)
-            if isinstance(order, Warm):
-                _warm(order)
-            else:
-                self._fork(order.spec)
+            self._carry_out(_orders.decode(frame))
         return bool(data)
 
-    def _fork(self, spec: WorkerSpec) -> None:
+    def _carry_out(self, order: Order) -> None:
+        if isinstance(order, Warm):
+            _warm(order)
+        elif isinstance(order, Fork):
+            self._fork(order)
+        elif isinstance(order, Kill):
+            self._kill(order.line)
+        else:
+            send(self._events, Answered(order.number))
+
+    def _fork(self, order: Fork) -> None:
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(spec, server_pid)
+            self._become_worker(order.spec, server_pid)
         pidfd = os.pidfd_open(pid)
-        self._ranks[pidfd] = (pid, spec.rank)
+        self._children[pidfd] = _Child(order.line, order.spec.rank, pid)
         self._selector.register(pidfd, selectors.EVENT_READ)
-        send(self._events, Forked(spec.rank, pid))
+        send(self._events, Forked(order.line, order.spec.rank, pid))
 
     def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
         code = 1
         try:
             die_with_parent(server_pid)
             self._selector.close()
+            for pidfd in self._children:
+                os.close(pidfd)
             os.close(self._orders)
             os.close(self._events)
             from phalanx.worker.process import run
@@ -136,18 +169,24 @@ class ForkServer:
             os._exit(code)
 
     def _reap(self, pidfd: int) -> None:
-        pid, rank = self._ranks.pop(pidfd)
+        child = self._children.pop(pidfd)
         self._selector.unregister(pidfd)
         os.close(pidfd)
-        _, status = os.waitpid(pid, 0)
-        send(self._events, Exited(rank, describe_exit(os.waitstatus_to_exitcode(status), self._kills_before)))
+        _, status = os.waitpid(child.pid, 0)
+        how = describe_exit(os.waitstatus_to_exitcode(status), self._kills_before)
+        send(self._events, Exited(child.line, child.rank, how))
 
-    def _kill_all(self) -> None:
-        for pid, _ in self._ranks.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid, _ in self._ranks.values():
-            os.waitpid(pid, 0)
+    def _kill(self, line: int | None = None) -> None:
+        """Those of a line, or all; they are reaped when they have ended."""
+        for child in self._children.values():
+            if line is None or child.line == line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+
+    def _end_all(self) -> None:
+        self._kill()
+        for child in self._children.values():
+            os.waitpid(child.pid, 0)
 
 
 def _warm(order: Warm) -> None:

@@ -13,13 +13,13 @@ COLLECTIVE_TIMEOUT_SHARE = 0.75
 """Of a step's: ranks that wait for a peer give up, and say for which, before the brain, which knows of no peers."""
 
 
-def describe_group(config: Config, members: GroupMembers, *, one_host: bool) -> GroupSpec:
+def describe_group(config: Config, members: GroupMembers, *, one_host: bool, epoch: int = FIRST_EPOCH) -> GroupSpec:
     """The group without its rendezvous, which ranks of one host also need. Raises ConfigError."""
     return GroupSpec(
         members.name,
         _backend(config, members, one_host),
         members.ranks,
-        FIRST_EPOCH,
+        epoch,
         timeout_s=config.executor.step_timeout_s * COLLECTIVE_TIMEOUT_SHARE,
         join_timeout_s=config.executor.start_timeout_s * COLLECTIVE_TIMEOUT_SHARE,
         runs_ahead=members.is_link,

@@ -7,6 +7,7 @@ when it is, or with the next message of any rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -19,6 +20,8 @@ from phalanx.ledger.look import RankLook
 from phalanx.ledger.step_digests import BOARD_BYTES, Issued, StepDigestReader, told
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
+
+log = logging.getLogger("phalanx.executor")
 
 
 class Guarding:
@@ -82,11 +85,18 @@ class Guarding:
 
 
 def with_boards(specs: Sequence[WorkerSpec], here: Collection[int], resources: ExitStack) -> list[WorkerSpec]:
-    """The same workers, where those of the ranks `here`, on this host, have a board that this process holds, too."""
-    boards = {
-        rank: resources.enter_context(SharedSegment.create(BOARD_BYTES, f"board of rank {rank}")).handle
-        for rank in here
-    }
+    """The same workers, where those of the ranks `here`, on this host, have a board that this process holds, too.
+
+    None has one, with a warning, if there is no such memory here: then ranks send what they would write there.
+    """
+    try:
+        boards = {
+            rank: resources.enter_context(SharedSegment.create(BOARD_BYTES, f"board of rank {rank}")).handle
+            for rank in here
+        }
+    except OSError as error:
+        log.warning("what ranks have issued is sent in a message for each step: there is no memory for it: %s", error)
+        boards = {}
     return [msgspec.structs.replace(spec, board=boards.get(spec.rank)) for spec in specs]
 
 

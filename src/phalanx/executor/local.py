@@ -2,164 +2,110 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import IO
-
-import msgspec
 
 from phalanx.errors import DeadlineError, StartError
-from phalanx.executor.fork_server import Event, Exited, Fork, Forked, Warm, send, split_frames
-from phalanx.executor.shared_fate import describe_exit
+from phalanx.executor.fork_server_process import ForkServerProcess
 from phalanx.worker.spec import WorkerSpec
 
-SPAWN_DEADLINE_S = 30.0
-REAP_DEADLINE_S = 1.0
-"""For the fork server to see its workers' end. Without it they die too, but perhaps a moment after `close` returned."""
+END_DEADLINE_S = 10.0
+"""For the kernel to end ranks after SIGKILL; freeing a GPU's memory takes a second or two."""
 
-KILL_DEADLINE_S = 10.0
-"""For the kernel to end the fork server, and with it the ranks; freeing a GPU's memory takes a second or two."""
-
-_events = msgspec.msgpack.Decoder(Event)
+ASK_S = 3.0
+"""A fork server that carries out no order for so long is stopped, or worse."""
 
 
 class LocalLauncher:
-    """Starts the fork server at once, so that torch is imported while the caller still reads its configuration."""
+    """The ranks of one line on this host."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._ranks: set[int] = set()
-        self._pids: dict[int, int] = {}
-        self._exits: dict[int, str] = {}
-        self._server_exit: str | None = None
-        self._changed = threading.Condition()
-        orders_read, self._orders = os.pipe()
-        spawned: Future[subprocess.Popen[bytes]] = Future()
-        # The kernel kills the fork server when the *thread* that started it ends, so the thread that starts it is one
-        # that lives as long as the launcher: the same that reads its events.
-        self._thread = threading.Thread(
-            target=self._run, args=(spawned, orders_read, dict(environment)), name="phalanx-launcher", daemon=True
-        )
-        self._thread.start()
-        try:
-            self._process = spawned.result(SPAWN_DEADLINE_S)
-        except OSError as error:  # TimeoutError is one
-            os.close(self._orders)
-            self._thread.join(SPAWN_DEADLINE_S)  # it closes the pipe's other end
-            raise StartError("the fork server", "starting", str(error) or f"waited {SPAWN_DEADLINE_S} s") from error
+    def __init__(self, environment: Mapping[str, str], server: ForkServerProcess | None = None) -> None:
+        """On `server`, which outlives the ranks and has its own environment, or on one that ends with them."""
+        self._server = server if server is not None else ForkServerProcess(environment)
+        self._owns_server = server is None
+        self._line: int | None = None
 
     def warm(self, checkpoint: str) -> None:
         """Have the model's code imported before the first worker is forked."""
-        self._send(Warm(checkpoint))
+        self._server.warm(checkpoint)
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
-        """As Launcher says. Again only when all that were started before have ended."""
-        with self._changed:
-            assert self._exits.keys() >= self._ranks, "ranks of the last start are left"
-            self._ranks = {spec.rank for spec in specs}
-            self._pids.clear()
-            self._exits.clear()
-        for spec in specs:
-            self._send(Fork(spec))
+        """As Launcher says. Once only."""
+        assert self._line is None, "started twice"
+        self._line = self._server.fork(specs)
 
     def exits(self) -> dict[int, str]:
-        with self._changed:
-            return dict(self._exits)
+        return self._server.exits(self._line) if self._line is not None else {}
 
     def pids(self) -> dict[int, int]:
         """Process ids of the workers forked so far, by rank."""
-        with self._changed:
-            return dict(self._pids)
+        return self._server.pids(self._line) if self._line is not None else {}
 
     def kill(self) -> None:
         """Have every rank's process killed; returns before they have ended. For any thread."""
-        with self._changed:
-            for rank in self._pids.keys() - self._exits.keys():
-                with suppress(ProcessLookupError):
-                    os.kill(self._pids[rank], signal.SIGKILL)
+        if self._line is not None:
+            self._server.kill(self._line)
 
     def await_exits(self, timeout_s: float) -> bool:
         """Wait until every rank that was started has ended; False if one has not after `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: self._server_exit is not None or self._exits.keys() >= self._ranks, timeout=timeout_s
-            )
+        return self._line is None or self._server.await_exits(self._line, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """As Launcher says. Raises DeadlineError if the kernel cannot end the processes."""
         expires_at = time.monotonic() + timeout_s
         self.await_exits(timeout_s)
-        if self._orders >= 0:
-            os.close(self._orders)  # the server then kills what is left and ends
-            self._orders = -1
-        self._thread.join(max(expires_at - time.monotonic(), REAP_DEADLINE_S if self._ranks else 0.0))
-        if self._thread.is_alive():
-            self._process.kill()
-            self._thread.join(KILL_DEADLINE_S)
-            if self._thread.is_alive():
-                server = f"the fork server (pid {self._process.pid})"
-                raise DeadlineError("the end after SIGKILL", server, KILL_DEADLINE_S)
+        if self._owns_server:
+            self._server.close(max(expires_at - time.monotonic(), 0.0))
+        elif not self.await_exits(0.0):
+            self._end_ranks()
 
-    def _send(self, order: Warm | Fork) -> None:
-        try:
-            send(self._orders, order)
-        except BrokenPipeError:
-            self._thread.join(1.0)
-            raise StartError("the fork server", "starting", self._server_exit or "it closed its pipe") from None
-
-    def _run(self, spawned: Future[subprocess.Popen[bytes]], orders_read: int, environment: dict[str, str]) -> None:
-        try:
-            process, events = _spawn(orders_read, environment)
-        except OSError as error:
-            spawned.set_exception(error)
+    def _end_ranks(self) -> None:
+        self.kill()
+        if self.await_exits(ASK_S):
             return
-        finally:
-            os.close(orders_read)
-        spawned.set_result(process)
-        with events:
-            self._read_events(events)
-        how = describe_exit(process.wait())
-        with self._changed:
-            self._server_exit = how
-            for rank in self._ranks - self._exits.keys():  # some may never have been forked
-                self._exits[rank] = f"its fork server ended: {how}"
-            self._changed.notify_all()
-
-    def _read_events(self, events: IO[bytes]) -> None:
-        unread = bytearray()
-        while data := events.read(1 << 16):
-            unread += data
-            with self._changed:
-                for frame in split_frames(unread):
-                    event = _events.decode(frame)
-                    if isinstance(event, Forked):
-                        self._pids[event.rank] = event.pid
-                    else:
-                        assert isinstance(event, Exited)
-                        self._exits[event.rank] = event.how
-                self._changed.notify_all()
+        if not self._server.answers(ASK_S):  # nobody says whether they have ended, nor forks any more
+            self._server.kill_server()
+        if not self.await_exits(END_DEADLINE_S):
+            pids = ", ".join(f"rank {rank} (pid {pid})" for rank, pid in self.pids().items())
+            raise DeadlineError("the end after SIGKILL", pids or "ranks", END_DEADLINE_S)
 
 
-def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start the fork server; returns it and the end at which its events come out. Raises OSError."""
-    events_read, events_write = os.pipe()
-    events = os.fdopen(events_read, "rb", buffering=0)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "phalanx.executor.fork_server", *map(str, (os.getpid(), orders_read, events_write))],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
-            pass_fds=(orders_read, events_write),
-        )
-    except OSError:
-        events.close()
-        raise
-    finally:
-        os.close(events_write)
-    return process, events
+class LocalLaunchers:
+    """Launchers of any number of lines on one fork server: torch is imported once, a line then starts in a moment.
+
+    A fork server that has ended, or does nothing any more, is replaced. The first launcher's environment is that of
+    all. For any thread. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._server: ForkServerProcess | None = None
+        self._making = threading.Lock()
+        self._is_closed = False
+
+    def launcher(self, environment: Mapping[str, str]) -> LocalLauncher:
+        """For `start_executor`. Raises StartError."""
+        with self._making:
+            if self._server is not None and not self._server.answers(ASK_S):
+                self._server.close(0.0)
+                self._server = None
+            if self._is_closed:
+                raise StartError("the fork server", "starting", "it was closed")
+            if self._server is None:
+                self._server = ForkServerProcess(environment)
+            return LocalLauncher(environment, self._server)
+
+    def close(self) -> None:
+        """End all ranks, those of lines that are just starting, too. May be called more than once."""
+        self._is_closed = True
+        if (server := self._server) is not None:
+            server.close(0.0)
+        with self._making:  # who waits for an answer of that server has none now
+            if self._server is not None:
+                self._server.close(0.0)
+
+    def __enter__(self) -> LocalLaunchers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

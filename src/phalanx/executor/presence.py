@@ -16,7 +16,7 @@ from phalanx.ledger.events import open_events
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.outlets import Outlets
 from phalanx.ledger.watcher import WatchOrder
-from phalanx.protocol import FIRST_EPOCH
+from phalanx.transport.beacon import Beacon
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 from phalanx.version import __version__
@@ -41,8 +41,11 @@ def open_outlets(config: Config, resources: ExitStack, *, num_elsewhere: int = 0
     return Outlets(board=board.handle, events=events, model=config.model.model, elsewhere=elsewhere)
 
 
-def show_instance(config: Config, order: WatchOrder | None, resources: ExitStack) -> None:
-    """Let others find this engine until `resources` are let go. `order` says where the journals on this host are."""
+def show_instance(config: Config, order: WatchOrder | None, epoch: int, started_at: float | None = None) -> Beacon:
+    """Let others find this engine until what is returned is closed. `order`: where journals on this host are.
+
+    `started_at`, in seconds since 1970, is now by default.
+    """
     me, parallel = Party.me("the engine"), config.parallel
     sizes = {
         "data_parallel_size": parallel.data_parallel_size,
@@ -59,9 +62,29 @@ def show_instance(config: Config, order: WatchOrder | None, resources: ExitStack
         layout={name: size for name, size in sizes.items() if size > 1},
         launcher=config.executor.launcher,
         device=config.executor.device,
-        epoch=FIRST_EPOCH,
-        started_at=time.time(),
+        epoch=epoch,
+        started_at=started_at or time.time(),
         # How other nodes report is nobody else's business: there is a key in it.
         order=msgspec.structs.replace(order, other_nodes=None) if order is not None else None,
     )
-    resources.callback(show(instance).close)
+    return show(instance)
+
+
+class Presence:
+    """What this process shows of one engine, whose lines come one after the other. Not thread-safe."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._started_at = time.time()
+        self._beacon: Beacon | None = None
+
+    def show(self, order: WatchOrder | None, epoch: int) -> None:
+        """Another line is the one that is shown: `order` says where its journals on this host are."""
+        self.close()
+        self._beacon = show_instance(self._config, order, epoch, self._started_at)
+
+    def close(self) -> None:
+        """Be found no more. May be called more than once."""
+        if self._beacon is not None:
+            self._beacon.close()
+            self._beacon = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,11 +21,15 @@ from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.executor.presence import open_outlets, show_instance
-from phalanx.executor.watching import dump_order, start_watching, watch_order, with_journals
+from phalanx.executor.watching import ENDS_WITHOUT_HOPE, dump_order, start_watching, watch_order, with_journals
+from phalanx.ledger.verdict import HOPELESS, Cause
+from phalanx.ledger.watcher import WatchOrder
+from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (
     FIRST_EPOCH,
     AllocateCache,
+    Allocated,
     Call,
     Loaded,
     Measured,
@@ -40,6 +45,8 @@ from phalanx.worker.spec import WorkerSpec
 
 NewLauncher = Callable[[Mapping[str, str]], LocalLauncher]
 """Makes the launcher of local ranks; gets the environment that they are to have."""
+
+ShowOrder = Callable[[WatchOrder | None], None]
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,26 +64,58 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
 
 
+class LinePlan(NamedTuple):
+    """What is particular to a line among others of a formation; as it stands, one that is alone."""
+
+    epoch: int = FIRST_EPOCH
+    capacity: Capacity | None = None
+    """What its KV cache is to hold; None to find out."""
+    memory: Mapping[int, HeldMemory] = {}
+    """What ranks find of the lines before."""
+    keeps_memory: bool = False
+    """Whether ranks are to make memory that lines after this one can have."""
+    tell_memory: Callable[[Mapping[int, HeldMemory]], None] | None = None
+    """Called, when all is allocated, with what ranks have that can be held."""
+    ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE
+    """How long verdicts of the ledger may stand before the ranks are killed for them."""
+    show: ShowOrder | None = None
+    """Called, before ranks start, with where their journals on this host are. Without it, this process shows the
+    instance until the executor is closed."""
+    timeout_s: float | None = None
+    """For the whole start; the configuration's if None."""
+
+
+ALONE = LinePlan()
+
+
 def start_executor(
-    config: Config, checkpoint: Checkpoint, on_progress: OnProgress, *, new_launcher: NewLauncher = LocalLauncher
+    config: Config,
+    checkpoint: Checkpoint,
+    on_progress: OnProgress,
+    *,
+    new_launcher: NewLauncher = LocalLauncher,
+    line: LinePlan = ALONE,
 ) -> tuple[Executor, Capacity]:
     """Start the workers, load the model into them and allocate the KV cache. Blocks until they are ready to step.
 
     Raises ConfigError or another UserError for the user's mistakes, StartError, WorkerError, PeerDiedError or
     DeadlineError naming the rank that failed. Nothing is left behind when it raises.
     """
-    config = _settle(config, checkpoint)
-    deadline = Deadline(config.executor.start_timeout_s)
+    config = settle(config, checkpoint)
+    deadline = Deadline(line.timeout_s or config.executor.start_timeout_s)
     with ExitStack() as stack:
-        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline, new_launcher))
+        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline, new_launcher, line))
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
-        capacity = _allocate(executor, config, checkpoint, loaded, deadline)
+        capacity = _allocate(executor, config, checkpoint, loaded, deadline, line)
         stack.pop_all()
         return executor, capacity
 
 
-def _settle(config: Config, checkpoint: Checkpoint) -> Config:
-    """Replace what is `auto` in the model and executor sections. Raises ConfigError for what the model cannot do."""
+def settle(config: Config, checkpoint: Checkpoint) -> Config:
+    """Replace what is `auto` in the model and executor sections. Raises ConfigError for what the model cannot do.
+
+    What is settled stays as it is.
+    """
     Grid.of(config.parallel).stage_layers(checkpoint.num_layers, stage=0)
     _check_experts(config, checkpoint)
     limit = checkpoint.max_model_len
@@ -111,20 +150,30 @@ def _check_experts(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def _launch(
-    config: Config, checkpoint: Checkpoint, on_progress: OnProgress, deadline: Deadline, new_launcher: NewLauncher
+    config: Config,
+    checkpoint: Checkpoint,
+    on_progress: OnProgress,
+    deadline: Deadline,
+    new_launcher: NewLauncher,
+    line: LinePlan,
 ) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
     grid = Grid.of(config.parallel)
     with ExitStack() as stack:
         if config.executor.launcher == "inline":
-            placed = _place_inline(config, checkpoint, grid, partial(_report_inline, on_progress, deadline), stack)
+            report = partial(_report_inline, on_progress, deadline)
+            placed = _place_inline(config, checkpoint, grid, report, line, stack)
         elif config.executor.launcher == "ray":
             placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
         else:
-            placed = _place_local(config, checkpoint, grid, new_launcher, stack)
+            placed = _place_local(config, checkpoint, grid, new_launcher, line, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
         guarding = Guarding(placed.specs, stack) if guards else None
-        show_instance(config, placed.watching.order if placed.watching is not None else None, stack)
+        watched = placed.watching.order if placed.watching is not None else None
+        if line.show is not None:
+            line.show(watched)
+        else:
+            stack.enter_context(show_instance(config, watched, line.epoch))
         placed.launcher.start(placed.specs)
         return Executor(
             placed.launcher,
@@ -139,19 +188,30 @@ def _launch(
 
 
 def _place_inline(
-    config: Config, checkpoint: Checkpoint, grid: Grid, report: Callable[[Progress], None], resources: ExitStack
+    config: Config,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    report: Callable[[Progress], None],
+    line: LinePlan,
+    resources: ExitStack,
 ) -> Placed:
     """The one rank in this process."""
     threads = pick_threads(config)
     rank = InlineRank(thread_environment(threads), threads, report)
-    return Placed(rank, rank, _specs(config, checkpoint, _open_groups(config, grid, resources), [None]))
+    groups = _open_groups(config, grid, resources, line.epoch)
+    return Placed(rank, rank, _specs(config, checkpoint, groups, [None], line))
 
 
 def _place_local(
-    config: Config, checkpoint: Checkpoint, grid: Grid, new_launcher: NewLauncher, resources: ExitStack
+    config: Config,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    new_launcher: NewLauncher,
+    line: LinePlan,
+    resources: ExitStack,
 ) -> Placed:
     """A process for each rank, all on this host."""
-    groups = _open_groups(config, grid, resources)
+    groups = _open_groups(config, grid, resources, line.epoch)
     launcher = new_launcher(thread_environment(pick_threads(config)))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
@@ -160,7 +220,7 @@ def _place_local(
     )
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
-    specs = _specs(config, checkpoint, groups, handles)
+    specs = _specs(config, checkpoint, groups, handles, line)
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, range(grid.world_size), resources)
     if not config.executor.ledger:
@@ -168,11 +228,18 @@ def _place_local(
     specs = with_journals(specs, resources)
     order = watch_order(specs, dump_order(config))
     order = msgspec.structs.replace(order, outlets=open_outlets(config, resources))
-    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
-    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank)) if order.ranks else None
+    ends_after_s = line.ends_after_s
+    if config.executor.collective_guard == "strict":  # then the ranks themselves say it, in the call that is wrong
+        ends_after_s = {cause: stands_s for cause, stands_s in ends_after_s.items() if cause not in HOPELESS}
+    ending_of = partial(_ending_of, launcher)
+    watching = start_watching(order, launcher.kill, ending_of, ends_after_s) if order.ranks else None
     if watching is not None:
         resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
+
+
+def _ending_of(launcher: LocalLauncher, rank: int) -> str | None:
+    return launcher.exits().get(rank)
 
 
 def _place_on_ray(
@@ -190,9 +257,9 @@ def _place_on_ray(
     return place_on_ray(config, checkpoint, grid, on_progress, deadline, resources)
 
 
-def _open_groups(config: Config, grid: Grid, resources: ExitStack) -> list[GroupSpec]:
+def _open_groups(config: Config, grid: Grid, resources: ExitStack, epoch: int = FIRST_EPOCH) -> list[GroupSpec]:
     """Every group of the grid, all of whose ranks are on this host."""
-    described = [describe_group(config, members, one_host=True) for members in grid.groups()]
+    described = [describe_group(config, members, one_host=True, epoch=epoch) for members in grid.groups()]
     return [resources.enter_context(open_group(group)).spec for group in described]
 
 
@@ -204,7 +271,11 @@ def _report_inline(on_progress: OnProgress, deadline: Deadline, progress: Progre
 
 
 def _specs(
-    config: Config, checkpoint: Checkpoint, groups: Sequence[GroupSpec], queues: Sequence[QueueHandle | None]
+    config: Config,
+    checkpoint: Checkpoint,
+    groups: Sequence[GroupSpec],
+    queues: Sequence[QueueHandle | None],
+    line: LinePlan = ALONE,
 ) -> list[WorkerSpec]:
     return [
         WorkerSpec(
@@ -214,18 +285,20 @@ def _specs(
             device=config.executor.device,
             config=config,
             checkpoint=str(checkpoint.path),
-            epoch=FIRST_EPOCH,
+            epoch=line.epoch,
             groups=tuple(group for group in groups if rank in group.ranks),
             queue=queue,
+            held=line.memory.get(rank),
+            keeps_memory=line.keeps_memory,
         )
         for rank, queue in enumerate(queues)
     ]
 
 
-def _allocate(
+def _measure(
     executor: Executor, config: Config, checkpoint: Checkpoint, loaded: Sequence[Loaded], deadline: Deadline
 ) -> Capacity:
-    """Give every rank as many KV cache blocks as the one with the least room can hold."""
+    """As many KV cache blocks for every rank as the one with the least room can hold."""
     measured = [
         reply
         for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
@@ -234,18 +307,37 @@ def _allocate(
     num_padding = max(rank.num_padding for rank in measured)
     num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
     block_bytes = max(rank.block_bytes for rank in measured)
-    max_model_len = _fit_model_len(config, checkpoint, num_blocks, block_bytes, num_padding)
-    executor.submit(AllocateCache(num_blocks, max_model_len), deadline_s=deadline.remaining_s).result()
     return Capacity(
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
-        max_model_len=max_model_len,
+        max_model_len=_fit_model_len(config, checkpoint, num_blocks, block_bytes, num_padding),
         world_size=executor.world_size,
         weight_bytes=tuple(rank.weight_bytes for rank in loaded),
         block_bytes=tuple(rank.block_bytes for rank in measured),
         device=loaded[0].device,
         dtype=loaded[0].dtype,
     )
+
+
+def _allocate(
+    executor: Executor,
+    config: Config,
+    checkpoint: Checkpoint,
+    loaded: Sequence[Loaded],
+    deadline: Deadline,
+    line: LinePlan = ALONE,
+) -> Capacity:
+    """Give every rank its KV cache: as large as those of the lines before, or as it can be."""
+    capacity = line.capacity
+    if capacity is None or config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
+        found = _measure(executor, config, checkpoint, loaded, deadline)
+        capacity = capacity or found
+    order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
+    replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
+    if line.tell_memory is not None:
+        told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
+        line.tell_memory({rank: decode_held(held) for rank, held in told.items() if held})
+    return capacity
 
 
 def _fit_model_len(

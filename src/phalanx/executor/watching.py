@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 
@@ -23,7 +23,7 @@ from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
-from phalanx.ledger.verdict import Verdict
+from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
@@ -33,6 +33,9 @@ END_DEADLINE_S = 5.0
 
 ENDING_S = 0.25
 """Who collects a rank's end knows how it was within milliseconds of it."""
+
+ENDS_WITHOUT_HOPE: Mapping[Cause, float] = dict.fromkeys(HOPELESS, 0.0)
+"""Ranks that live and can never meet again are ended at once."""
 
 _POLL_S = 0.005
 _verdicts = msgspec.json.Decoder(Verdict | None)
@@ -48,21 +51,26 @@ class Watching:
         order: WatchOrder | ReportOrder,
         on_hopeless: Callable[[], None] | None,
         ending_of: Callable[[int], str | None] = lambda rank: None,
+        ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE,
     ) -> None:
-        """Calls `on_hopeless`, in another thread, once it is known that ranks can never meet. Raises StartError.
+        """Calls `on_hopeless`, in another thread, once a verdict has stood for as long as `ends_after_s` says of its
+        cause; of others it does nothing but tell. By default those are the ones that ranks can never meet after.
+        Raises StartError.
 
-        None where the ranks themselves say it, in the call that is wrong, and for a watcher that reports to another
-        node's. `ending_of` says how a rank has ended, as far as is known by now; it must not block.
+        None where nothing is done about any, such as in a watcher that reports to another node's. `ending_of` says how
+        a rank has ended, as far as is known by now; it must not block.
         """
-        self.ends_ranks = on_hopeless is not None
+        self._ends_after_s = ends_after_s if on_hopeless is not None else {}
         self.order = None if isinstance(order, ReportOrder) else msgspec.structs.replace(order, other_nodes=None)
         """What other processes may know of it: without the key of the other nodes' watchers."""
         self._on_hopeless = on_hopeless
         self._ending_of = ending_of
         self._found: Verdict | None = None
         self._standing: Verdict | None = None
+        self._ended_for: Verdict | None = None
+        self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._is_closing = self._is_silent = False
         self._process: subprocess.Popen[bytes] | None = None
         stop_read, self._stop_write = os.pipe()
         spawned: Future[subprocess.Popen[bytes]] = Future()
@@ -83,6 +91,11 @@ class Watching:
             raise
 
     @property
+    def ends_diverged(self) -> bool:
+        """Whether ranks are ended that have diverged, instead of saying so themselves in the call that is wrong."""
+        return "diverged" in self._ends_after_s
+
+    @property
     def verdict(self) -> Verdict | None:
         """What was found last, whether it still stands or not."""
         return self._found
@@ -99,10 +112,15 @@ class Watching:
             return self._found
 
     def await_hopeless(self, timeout_s: float) -> Verdict | None:
-        """Block until there is one that ends the run, or can be none, for `timeout_s` at most."""
+        """Block until ranks were ended for one, or will be for none, for `timeout_s` at most."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_settled or not self._thread.is_alive(), timeout_s)
-            return self._found if self._found is not None and self._found.is_hopeless else None
+            return self._ended_for
+
+    def silence(self) -> None:
+        """Tell nothing from now on: ranks end that shall end. Returns at once; `close` sees to the watcher's end."""
+        self._is_silent = True
+        self._stop()
 
     def close(self) -> None:
         """End the watcher; none is left when this returns. Raises DeadlineError if the kernel cannot end it."""
@@ -117,11 +135,15 @@ class Watching:
 
     @property
     def _is_settled(self) -> bool:
-        return self._found is not None and self._found.is_final
+        found = self._found
+        is_over = found is not None and found.is_final and found.cause not in self._ends_after_s
+        return self._ended_for is not None or is_over
 
     def _stop(self) -> None:
         """Have the watcher end, whoever else has inherited the pipe."""
-        self._is_closing = True
+        with self._changed:
+            self._is_closing = True
+            self._be_patient(None)
         if self._stop_write >= 0:
             stop, self._stop_write = self._stop_write, -1
             with suppress(BrokenPipeError):
@@ -140,7 +162,7 @@ class Watching:
         try:
             for line in _lines(process):
                 self._take(_verdicts.decode(line))
-        except Exception:
+        except Exception:  # also of `on_hopeless`: a watcher that nobody listens to must not go on
             log.exception("what the watcher says is lost: nobody says any more who is to blame")
             process.kill()
         finally:
@@ -153,6 +175,8 @@ class Watching:
     def _take(self, verdict: Verdict | None) -> None:
         if verdict is not None and verdict.cause == "gone":
             verdict = self._with_ending(verdict)
+        if self._is_silent:
+            return
         if verdict is not None:
             log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
         elif self._standing is not None:
@@ -160,9 +184,31 @@ class Watching:
         with self._changed:
             self._standing = verdict
             self._found = verdict or self._found
+            self._be_patient(verdict)
             self._changed.notify_all()
-        if verdict is not None and verdict.is_hopeless and self._on_hopeless is not None:
-            self._on_hopeless()
+        if verdict is not None and self._ends_after_s.get(verdict.cause) == 0.0:
+            self._end_ranks(verdict)
+
+    def _be_patient(self, verdict: Verdict | None) -> None:
+        """From now on this one stands: ranks are to be ended for it, and for none before it."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        stands_s = self._ends_after_s.get(verdict.cause) if verdict is not None else None
+        if not stands_s or self._is_closing:
+            return
+        self._patience = threading.Timer(stands_s, self._end_ranks, (verdict,))
+        self._patience.daemon = True
+        self._patience.start()
+
+    def _end_ranks(self, verdict: Verdict) -> None:
+        with self._changed:
+            if self._is_closing or self._standing is not verdict:
+                return
+            self._ended_for = verdict
+            self._changed.notify_all()
+        assert self._on_hopeless is not None
+        self._on_hopeless()
 
     def _with_ending(self, verdict: Verdict) -> Verdict:
         """With how the process ended, which only its parent is told."""
@@ -177,10 +223,11 @@ def start_watching(
     order: WatchOrder | ReportOrder,
     on_hopeless: Callable[[], None] | None = None,
     ending_of: Callable[[int], str | None] = lambda rank: None,
+    ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE,
 ) -> Watching | None:
     """A watcher, or none, with a warning, if it cannot be started: the ranks do without."""
     try:
-        return Watching(order, on_hopeless, ending_of)
+        return Watching(order, on_hopeless, ending_of, ends_after_s)
     except StartError as error:
         log.warning("no ledger: %s", error)
         return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look, waiting_ranks
-from phalanx.ledger.verdict import Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 WAITED_LONG_S = 1.0
 """Of ranks that a dump has caught on their way to each other, those that wait for less are not held against anybody."""

@@ -20,7 +20,7 @@ from phalanx.ledger.stacks import STACKS, stack_of
 from phalanx.ledger.status import InstanceStatus, instance_status, with_stacks
 from phalanx.ledger.watcher import Confirmation, WatchedRank, Watcher, WatchOrder
 from phalanx.transport.beacon import descriptors_of
-from phalanx.transport.liveness import state_of
+from phalanx.transport.liveness import holds_memory, state_of
 from phalanx.transport.shared_memory import SharedSegment
 
 LOOKS_OF_A_JUDGE = 20
@@ -72,6 +72,12 @@ class Attached:
     def process(self) -> Literal["running", "stopped", "gone"]:
         """How the engine's process is."""
         return _process_of(self.instance.pid, self.instance.start_time)
+
+    def ranks_left(self) -> list[int]:
+        """Those of this host that may still hold memory, also if they have begun to exit."""
+        with self._looking:
+            found = [(one.rank, read(journal, 1)) for one, journal in self._journals]
+        return [rank for rank, entries in found if entries.pid and holds_memory(entries.pid, entries.start_time)]
 
     def status(self, verdict: VerdictReport | None) -> InstanceStatus:
         """How all is now. Takes a millisecond or two for each rank."""

@@ -145,7 +145,7 @@ def write(directory: Path, look: Look, verdict: Verdict | None, settings: Mappin
             (partial / _file_of(rank)).write_bytes(msgspec.msgpack.encode(one))
         (partial / WHOLE).write_bytes(msgspec.json.format(msgspec.json.encode(_whole(look, verdict, settings or {}))))
         partial.rename(path)
-    except BaseException:
+    except BaseException:  # an interrupt leaves nothing half written either
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _clear_up(directory)

@@ -54,7 +54,7 @@ _MOST_TEXT = TEXT_BYTES - _WORD_BYTES - 1
 _DONE = DONE_AT // _WORD_BYTES
 _COLLECTIVE, _BEGUN_STEP, _CAPTURED = int(Kind.COLLECTIVE), int(Kind.STEP), int(Kind.CAPTURED)
 _ISSUED = ISSUED_AT // _WORD_BYTES
-_pack, _now_ns = LAYOUT.pack_into, time.monotonic_ns
+_pack = LAYOUT.pack_into
 
 WriteOnDevice = Callable[[int, int], None]
 """Has the device write a number to the word at an offset in bytes, when it has come so far in what it was given."""
@@ -91,11 +91,12 @@ ASKED_AT, ANSWERED_AT, ANSWERER_AT = _ASKED * _WORD_BYTES, _ANSWERED * _WORD_BYT
 class Journal:
     """The end that writes. For the use of one thread."""
 
-    def __init__(self, memory: memoryview, epoch: int) -> None:
-        """`memory`: JOURNAL_BYTES, zeroed."""
+    def __init__(self, memory: memoryview, epoch: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        """`memory`: JOURNAL_BYTES, zeroed. `now_ns`: the clock of its times, which is that of whoever looks."""
         self._memory = memory[:JOURNAL_BYTES]
         self._words = self._memory.cast("Q")
         self._epoch = epoch
+        self._now_ns = now_ns
         self._fence = new_fence()
         self._last = 0
         self._step = 0
@@ -117,7 +118,7 @@ class Journal:
 
     def enter(self, phase: str) -> None:
         """Say what the rank does from now on."""
-        self._words[_PHASE_SINCE] = time.monotonic_ns()
+        self._words[_PHASE_SINCE] = self._now_ns()
         self._words[_PHASE] = PHASES.index(phase) if phase in PHASES else len(PHASES) - 1
 
     @contextmanager
@@ -125,7 +126,7 @@ class Journal:
         """While this lasts, the rank waits for something that is no collective: one of OUTSIDE, for a group if any."""
         words = self._words
         before = words[_OUTSIDE], words[_OUTSIDE_SINCE]
-        words[_OUTSIDE_SINCE] = time.monotonic_ns()
+        words[_OUTSIDE_SINCE] = self._now_ns()
         words[_OUTSIDE] = OUTSIDE.index(what) | group << _GROUP_SHIFT
         try:
             yield
@@ -172,11 +173,17 @@ class Journal:
             self._write_on_device(_BEGUN * _WORD_BYTES, number)
         return number
 
+    def failed(self, number: int) -> None:
+        """What was begun has ended with an error. A device is told nothing: it may be what has failed."""
+        word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        if self._words[word] == number:
+            self._words[word + _DONE] = self._now_ns()
+
     def done(self, number: int) -> None:
         """What was begun is over; of a collective on a device, the device has it."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:  # else another record is there by now
-            self._words[word + _DONE] = _now_ns()
+            self._words[word + _DONE] = self._now_ns()
             # A graph of several groups is over in all of them at once: what the newest one's marks say stays.
             if (
                 self._write_on_device is not None
@@ -194,7 +201,7 @@ class Journal:
         """What was over for this rank, as it had only been given away, is waited for from now on."""
         word = (_RECORDS + number % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
         if self._words[word] == number:
-            self._words[word + _ISSUED] = _now_ns()
+            self._words[word + _ISSUED] = self._now_ns()
             self._words[word + _DONE] = 0
 
     def explain(self, digest: int, describe: Callable[[], str]) -> None:
@@ -216,14 +223,14 @@ class Journal:
         words, word, fence = self._words, at // _WORD_BYTES, self._fence
         words[word] = 0
         fence()
-        _pack(self._memory, at, 0, self._epoch, group, kind, self._step, sequence, digest, rolling, _now_ns(), 0)
+        _pack(self._memory, at, 0, self._epoch, group, kind, self._step, sequence, digest, rolling, self._now_ns(), 0)
         fence()
         words[word] = words[_LAST] = number
         return number
 
 
 class GroupJournal:
-    """One group's part of a rank's journal."""
+    """One group's part of a rank's journal. As a context manager: what was issued last, while it is under way."""
 
     def __init__(self, journal: Journal, group: int) -> None:
         assert 0 < group < MAX_GROUPS, group
@@ -254,6 +261,19 @@ class GroupJournal:
         if self._newest:
             self._journal.done(self._newest)
 
+    def failed(self) -> None:
+        """It has ended with an error. Raises none of its own, which would hide that."""
+        if self._newest:
+            self._journal.failed(self._newest)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            self.failed()
+        elif self._newest:  # `done`, for each collective a call less
+            self._journal.done(self._newest)
+
 
 class DeviceMarks(msgspec.Struct, frozen=True):
     """How far a rank's collectives are on its device: numbers of records, each the newest of its kind."""
@@ -274,6 +294,13 @@ class NoJournal:
 
     def done(self) -> None:
         """Nothing."""
+
+    def failed(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Entries(msgspec.Struct, frozen=True, kw_only=True):

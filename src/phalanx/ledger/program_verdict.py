@@ -10,16 +10,17 @@ or to C++: but only if nobody gets through that before all have come, and with p
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from phalanx.ledger.journal import Entries
+from phalanx.ledger.minority import minority
 from phalanx.ledger.program import ALL_MEET, ENDED_STEP, ENDING, number_of
 from phalanx.ledger.record import Kind, Record
-from phalanx.ledger.verdict import Cause, Verdict
+from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
 
 CERTAIN_S = 1.0
 """After so long a wait is no chance any more, where the cause can be seen."""
@@ -136,14 +137,12 @@ def _needed_but_ended(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict |
     culprit, wait = look.ranks[first], missed[first]
     peers = _peers_in(look, wait, waits, but=first)
     text = look.ranks[peers[0]].text(wait.record)
-    return _verdict(
+    return blame(
         "skipped" if culprit.has_ended_in_order else "gone",
         [culprit],
         f"has ended without {text}" if culprit.has_ended_in_order else _how(culprit),
-        wait=wait,
-        peers=text,
-        waiting=peers,
-        waited_s=look.since_s(wait.record),
+        _at(wait, peers=text),
+        Waiting(peers, look.since_s(wait.record)),
     )
 
 
@@ -166,7 +165,7 @@ def _gone(look: ProgramLook) -> Verdict | None:
     if not gone or all(one.has_ended for one in look.ranks.values()) or max(one.gone_s for one in gone) < CERTAIN_S:
         return None
     first = min(gone, key=_last_sign)
-    return _verdict("gone", [first], _how(first), step=first.entries.step)
+    return blame("gone", [first], _how(first), Place(number_of(first.entries.step)))
 
 
 def _how(one: ProgramRank) -> str:
@@ -184,20 +183,17 @@ def _diverged(look: ProgramLook) -> Verdict | None:
     if not found:
         return None
     lane, records = min(found, key=lambda one: min(record.issued_ns for record in one[1].values()))
-    odd = _minority(records) or sorted(records)
+    odd = minority({rank: record.digest for rank, record in records.items()}) or sorted(records)
     others = sorted(rank for rank in records if rank not in odd)
     waiting = [rank for rank in others if not records[rank].is_done]
     culprit, peer = odd[0], (others or odd[1:])[0]
     theirs, peers = (look.ranks[rank].text(records[rank]) for rank in (culprit, peer))
-    return _verdict(
+    return blame(
         "diverged",
         [look.ranks[rank] for rank in odd],
         f"issued {theirs} where " + (f"its peers issued {peers}" if others else f"the other issued {peers}"),
-        wait=Wait(lane, records[culprit], is_blocked=True),
-        theirs=theirs,
-        peers=peers,
-        waiting=waiting,
-        waited_s=max((look.since_s(records[rank]) for rank in waiting), default=0.0),
+        _at(Wait(lane, records[culprit], is_blocked=True), theirs=theirs, peers=peers),
+        Waiting(waiting, max((look.since_s(records[rank]) for rank in waiting), default=0.0)),
     )
 
 
@@ -210,14 +206,6 @@ def _first_difference(look: ProgramLook, lane: str) -> dict[int, Record] | None:
     return None
 
 
-def _minority(records: Mapping[int, Record]) -> list[int]:
-    """Those in another collective than most; nobody if there is no majority."""
-    (winner, count), *_ = Counter(record.digest for record in records.values()).most_common(1)
-    return (
-        sorted(rank for rank, record in records.items() if record.digest != winner) if 2 * count > len(records) else []
-    )
-
-
 def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:
     """Of those that others wait for: a whole program that is stopped is not hung."""
     for rank, one in look.ranks.items():
@@ -226,9 +214,8 @@ def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:
             continue
         peers = [other for other in _peers_in(look, wait, waits, but=rank) if look.ranks[other].process == "running"]
         if peers:
-            text, waited_s = look.ranks[peers[0]].text(wait.record), look.since_s(wait.record)
-            what = "is stopped by a signal"
-            return _verdict("stopped", [one], what, wait=wait, peers=text, waiting=peers, waited_s=waited_s)
+            place = _at(wait, peers=look.ranks[peers[0]].text(wait.record))
+            return blame("stopped", [one], "is stopped by a signal", place, Waiting(peers, look.since_s(wait.record)))
     return None
 
 
@@ -270,8 +257,7 @@ def _of_awaited(look: ProgramLook, culprit: ProgramRank, wait: Wait, waits: Mapp
         is_ahead = theirs > needed
         cause = "skipped" if is_ahead else "behind"
         what = f"has left step {number} without {text}" if is_ahead else f"has not begun step {number}"
-    waited_s = look.since_s(wait.record)
-    return _verdict(cause, [culprit], what, wait=wait, peers=text, waiting=peers, waited_s=waited_s)
+    return blame(cause, [culprit], what, _at(wait, peers=text), Waiting(peers, look.since_s(wait.record)))
 
 
 def _circle(look: ProgramLook, path: Sequence[int], waits: Mapping[int, Wait]) -> Verdict:
@@ -279,37 +265,14 @@ def _circle(look: ProgramLook, path: Sequence[int], waits: Mapping[int, Wait]) -
     where = "; ".join(
         f"rank {rank} in {look.ranks[rank].text(waits[rank].record)} of {waits[rank].lane}" for rank in path
     )
-    return _verdict(
+    return blame(
         "circle",
         [look.ranks[rank] for rank in sorted(path)],
         f"wait for each other: {where}",
-        wait=waits[first],
-        waited_s=look.since_s(waits[first].record),
+        _at(waits[first]),
+        Waiting(for_s=look.since_s(waits[first].record)),
     )
 
 
-def _verdict(
-    cause: Cause,
-    culprits: Sequence[ProgramRank],
-    what: str,
-    *,
-    wait: Wait | None = None,
-    step: int = 0,
-    theirs: str | None = None,
-    peers: str | None = None,
-    waiting: Sequence[int] = (),
-    waited_s: float = 0.0,
-) -> Verdict:
-    return Verdict(
-        cause=cause,
-        culprits=tuple(one.rank for one in culprits),
-        nodes=tuple(one.node for one in culprits),
-        what=what,
-        step=number_of(wait.record.step if wait is not None else step),
-        group=wait.lane if wait is not None else None,
-        sequence=wait.record.sequence if wait is not None else None,
-        theirs=theirs,
-        peers=peers,
-        waiting=tuple(waiting),
-        waited_s=waited_s,
-    )
+def _at(wait: Wait, *, theirs: str | None = None, peers: str | None = None) -> Place:
+    return Place(number_of(wait.record.step), wait.lane, wait.record.sequence, theirs, peers)

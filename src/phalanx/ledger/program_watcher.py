@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -26,6 +27,11 @@ from phalanx.transport.shared_memory import SharedSegment
 
 LOOKS_A_WHOLE = 16
 """One of so many looks is at all records: a program may have gone on since it gave away what it waits for."""
+
+ENDED_S = 2.0
+"""A world that has ended for so long is forgotten: it has been looked at as a whole meanwhile."""
+
+_NS = 10**9
 
 log = logging.getLogger("phalanx.ledger")
 
@@ -43,6 +49,18 @@ class _Rank:
         self.lanes: dict[int, str] = {}
         self._gone_since_ns = 0
 
+    @property
+    def started_ns(self) -> int:
+        """When its process was, by the clock of journals."""
+        since_boot_ns = self._start_time * _NS // os.sysconf("SC_CLK_TCK")
+        return since_boot_ns - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns())
+
+    @property
+    def last_sign_ns(self) -> int:
+        """When it has noted something last."""
+        entries = self._reader.read(1)
+        return max(entries.phase_since_ns, *(max(one.issued_ns, one.done_ns) for one in entries.records), 0)
+
     def look(self, now_ns: int, most_records: int) -> ProgramRank:
         process = self._process()  # before what it noted: that is all if it is gone
         entries = self._reader.read(most_records)
@@ -57,6 +75,10 @@ class _Rank:
             gone_s=gone_s,
             entries=entries,
         )
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process() == "gone"
 
     def end(self) -> None:
         """Kill its process, if that lives."""
@@ -81,8 +103,17 @@ class _World:
     def __init__(self) -> None:
         self.ranks: dict[int, _Rank] = {}
         self.lanes: dict[str, tuple[int, ...]] = {}
+        self.has_ended = False
+        """Whether all its ranks have, long ago."""
         self._confirmation = Confirmation()
         self._is_over = False
+
+    def is_before(self, rank: _Rank) -> bool:
+        """Whether a rank belongs to those that come in place of these: there is one in its place, or none is left."""
+        others = self.ranks.values()
+        return rank.notice.rank in self.ranks or all(
+            one.has_ended and one.last_sign_ns < rank.started_ns for one in others
+        )
 
     def look(self, now_ns: int, most_records: int) -> ProgramLook:
         ranks = {rank: one.look(now_ns, most_records) for rank, one in self.ranks.items()}
@@ -90,9 +121,11 @@ class _World:
 
     def verdict(self, now_ns: int, most_records: int, patience_s: float, *, is_last: bool) -> Verdict | None:
         """What is to be told now."""
+        look = self.look(now_ns, most_records)
+        self.has_ended = most_records == NUM_RECORDS and all(one.gone_s > ENDED_S for one in look.ranks.values())
         if self._is_over:
             return None
-        found = judge_program(self.look(now_ns, most_records), patience_s)
+        found = judge_program(look, patience_s)
         told = self._confirmation.take(found, now_ns)
         if is_last and found is not None and found.is_final:
             told = found
@@ -113,6 +146,13 @@ class _World:
             one.segment.close()
 
 
+class Counts(NamedTuple):
+    """How many processes have become ranks, and how many of these have ended."""
+
+    begun: int
+    ended: int
+
+
 class ProgramWatcher:
     """For the use of one thread. A context manager: journals stay mapped until it ends."""
 
@@ -123,10 +163,9 @@ class ProgramWatcher:
         self._by_pid: dict[int, tuple[_World, _Rank]] = {}
         self._num_looks = 0
 
-    @property
-    def has_ranks(self) -> bool:
-        """Whether a process has become a rank so far."""
-        return bool(self._by_pid)
+    def counts(self) -> Counts:
+        """Of the ranks so far, as far as their news were taken."""
+        return Counts(len(self._by_pid), sum(rank.has_ended for _, rank in self._by_pid.values()))
 
     def __enter__(self) -> ProgramWatcher:
         return self
@@ -140,15 +179,17 @@ class ProgramWatcher:
 
         With `is_last` what has ended is not waited for any more. Raises FrameError if the roster has been spoiled.
         """
-        self._take_news()
+        self.take_news()
         self._num_looks += 1
         is_whole = is_last or self._num_looks % LOOKS_A_WHOLE == 0
         most_records = NUM_RECORDS if is_whole else GLANCE_RECORDS
         told = []
-        for world in self._worlds.values():
+        for name, world in list(self._worlds.items()):
             verdict = world.verdict(now_ns, most_records, self._patience_s, is_last=is_last)
             if verdict is not None:
                 told.append(world.with_stacks(verdict, now_ns))
+            if world.has_ended:
+                self._worlds.pop(name).close()
         return told
 
     def end_ranks(self) -> None:
@@ -156,7 +197,8 @@ class ProgramWatcher:
         for _, rank in self._by_pid.values():
             rank.end()
 
-    def _take_news(self) -> None:
+    def take_news(self) -> None:
+        """See which processes have become ranks. Raises FrameError if the roster has been spoiled."""
         for notice in self._roster.news():
             if isinstance(notice, RankNotice):
                 self._add(notice)
@@ -164,17 +206,18 @@ class ProgramWatcher:
                 self._add_lane(notice)
 
     def _add(self, notice: RankNotice) -> None:
+        try:
+            rank = _Rank(notice)
+        except (PeerDiedError, FrameError) as error:
+            log.warning("rank %d is not watched: %s", notice.rank, error)
+            return
         world = self._worlds.get(notice.world)
-        if world is not None and notice.rank in world.ranks:
+        if world is not None and world.is_before(rank):
             world.close()
             world = None
         if world is None:
             world = self._worlds[notice.world] = _World()
-        try:
-            rank = world.ranks[notice.rank] = _Rank(notice)
-        except (PeerDiedError, FrameError) as error:
-            log.warning("rank %d is not watched: %s", notice.rank, error)
-            return
+        world.ranks[notice.rank] = rank
         self._by_pid[notice.journal.pid] = world, rank
 
     def _add_lane(self, notice: LaneNotice) -> None:

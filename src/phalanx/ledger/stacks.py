@@ -4,6 +4,8 @@ A process that offers its stacks has Python's faulthandler write them, at a sign
 but no name. The handler needs neither the interpreter nor the GIL, so it answers from within a call into C, from an
 endless loop, and while it waits for a peer. One that is stopped cannot answer.
 
+Those who ask take turns, and each clears away first what was told before: so the memory stays small.
+
 The signal is a real-time one that nobody is known to use. A program that has a handler for it keeps it: it is not sent
 to a process that does not handle it, or whose Python has another handler than ours.
 """
@@ -11,11 +13,13 @@ to a process that does not handle it, or whose Python has another handler than o
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import functools
 import os
 import re
 import signal
 import time
+from contextlib import suppress
 
 STACKS = "stacks"
 """The name of the memory, as descriptors show it."""
@@ -39,6 +43,7 @@ def offer_stacks() -> int:
     if not descriptor:  # the program has closed its standard input; 0 says that there is none
         descriptor = os.dup(0)
         os.close(0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # what is told after it was cleared is told from its start on
     faulthandler.register(STACKS_SIGNAL, file=descriptor, all_threads=False, chain=False)
     return descriptor
 
@@ -53,31 +58,47 @@ def stack_of(pid: int, descriptor: int, timeout_s: float = _ANSWER_S) -> tuple[s
 
     Blocks for `timeout_s` at most. Empty if it does not answer, or is gone.
     """
-    path = f"/proc/{pid}/fd/{descriptor}"
+    path, expires_at = f"/proc/{pid}/fd/{descriptor}", time.monotonic() + timeout_s
     try:
-        with open(path, "rb") as file:
-            if not _handles_signal(pid):  # it would be killed by it
+        with open(path, "r+b", buffering=0) as file:
+            if not _has_signal_in(pid, b"SigCgt:"):  # it would be killed by it
                 return ()
+            if _is_our_turn(file.fileno(), expires_at - timeout_s / 2):
+                os.ftruncate(file.fileno(), 0)
             told = file.seek(0, os.SEEK_END)
             os.kill(pid, STACKS_SIGNAL)
-            return _frames(_await(file.fileno(), told, timeout_s))
+            return _frames(_await(pid, file.fileno(), told, expires_at))
     except OSError:  # it is gone, or may not be looked at
         return ()
 
 
-def _handles_signal(pid: int) -> bool:
+def _is_our_turn(descriptor: int, expires_at: float) -> bool:
+    """Whether nobody else reads until the file is closed. If somebody does for so long, both may read what comes."""
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > expires_at:
+            return False
+        time.sleep(_LOOK_S)
+
+
+def _has_signal_in(pid: int, *sets: bytes) -> bool:
+    """Whether one of these sets of signals, by the kernel's names for them, has ours. Of the main thread."""
     with open(f"/proc/{pid}/status", "rb") as file:
-        caught = next(line for line in file if line.startswith(b"SigCgt:"))
-    return bool(int(caught.split()[1], 16) >> STACKS_SIGNAL - 1 & 1)
+        found = [int(line.split()[1], 16) for line in file if line.startswith(sets)]
+    return any(one >> STACKS_SIGNAL - 1 & 1 for one in found)
 
 
-def _await(descriptor: int, told: int, timeout_s: float) -> str:
-    """What is written from `told` on, once nothing more comes."""
-    expires_at, size = time.monotonic() + timeout_s, told
+def _await(pid: int, descriptor: int, told: int, expires_at: float) -> str:
+    """What is written from `told` on, once nothing more comes: while the handler runs, its signal is blocked."""
+    size = told
     while time.monotonic() < expires_at:
         time.sleep(_LOOK_S)
         before, size = size, os.fstat(descriptor).st_size
-        if size == before > told:
+        if size < told:  # somebody whose turn it was has cleared it
+            told = 0
+        if size == before > told and not _has_signal_in(pid, b"SigPnd:", b"ShdPnd:", b"SigBlk:"):
             break
     return os.pread(descriptor, size - told, told).decode(errors="replace")
 

@@ -21,15 +21,17 @@ import msgspec
 from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
+from phalanx.ledger.judge import judge
 from phalanx.ledger.limits import Limits
-from phalanx.ledger.look import standings
+from phalanx.ledger.look import Look, RankLook, standings
 from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import Cause, Look, RankLook, Verdict, judge, uneven_groups
+from phalanx.ledger.uneven import uneven_groups
+from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -268,10 +270,11 @@ class Watcher:
         return not is_uneven and (glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S))
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
-        """A rank that had no core for a while has that much longer."""
+        """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if not verdict.is_of_a_wait:
             return True
-        starved_s = max((look.ranks[rank].starved_s for rank in verdict.culprits if rank in look.ranks), default=0.0)
+        awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
+        starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
         return verdict.waited_s - starved_s >= self._patience.of_s(look)
 
 

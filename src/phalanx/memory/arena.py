@@ -1,75 +1,111 @@
 """Storage for what is costly to make again: weights and KV cache.
 
-On a CPU it is anonymous shared memory (a memfd), not the process's own heap, so that another process can hold it and it
-outlives the worker that filled it. It has no name in the file system, so nothing can be left behind. On a GPU it comes
-from torch's allocator.
+On a CPU it is anonymous shared memory, not the process's own heap, so that it can outlive the worker that filled it: a
+Holder keeps it, and the next worker's arena is made from what the Holder says. It has no name in the file system, so
+nothing can be left behind. On a GPU it comes from torch's allocator, and ends with the process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 
-SEGMENT_BYTES = 64 << 20
-"""Small tensors share a segment of this size: a model has hundreds of them, and a process may hold few files."""
+from phalanx.memory.held import HeldMemory, Region
+from phalanx.transport.shared_memory import SharedSegment
+
+SEGMENT_BYTES = 1 << 30
+"""Tensors share segments of this size: whoever holds the memory of a host's ranks has a descriptor for each, and may
+have a thousand. What is not written to takes no memory."""
 
 ALIGNMENT = 64
 """One cache line, and what vector loads want."""
 
 
-class Region(NamedTuple):
-    """Where a tensor lies: segment number, offset and size in bytes."""
-
-    segment: int
-    offset_bytes: int
-    size_bytes: int
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
+"""What Arena.allocate is."""
 
 
 class Arena:
-    """Allocates tensors that live as long as the arena. Not thread-safe."""
+    """Allocates tensors, which live as long as somebody has them. Not thread-safe."""
 
-    def __init__(self, label: str, device: torch.device) -> None:
+    def __init__(self, label: str, device: torch.device, held: HeldMemory | None = None) -> None:
+        """With `held`, what it names is there already, on a CPU: `allocate` gives that memory, with what is in it.
+
+        Raises PeerDiedError if whoever holds it is gone, FrameError if they have let go of it.
+        """
+        assert held is None or device.type == "cpu", "only a CPU's memory can be held"
         self.device = device
         self.regions: dict[str, Region] = {}
+        """Of what was allocated."""
+        self.held: dict[str, Region] = dict(held.regions) if held is not None else {}
+        """What was there before."""
         self._label = label
-        self._segments: list[mmap.mmap] = []
+        self._segments: list[SharedSegment] = []
         self._shared: int | None = None
-        """The segment that small tensors go into."""
+        """The segment that small tensors go into: one of those that are made here."""
         self._free_from = 0
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for handle in held.segments if held is not None else ():
+                self._segments.append(SharedSegment.attach(handle))
+            undo.pop_all()
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor. Memory is taken from the system only when it is first written.
+        """A tensor: one that was held as it is, else an uninitialised one.
 
-        Raises torch.OutOfMemoryError on a GPU and OSError on a CPU when there is no room.
+        Memory is taken from the system only when it is first written. Raises torch.OutOfMemoryError on a GPU and
+        OSError on a CPU when there is no room.
         """
         assert name not in self.regions, f"{name} is allocated twice"
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=self.device)
         size_bytes = math.prod(shape) * dtype.itemsize
-        region = self._reserve(size_bytes)
+        region = self.held.get(name) or self._reserve(size_bytes)
+        assert region.size_bytes == size_bytes, f"{name}: {region.size_bytes} bytes are held, {size_bytes} are needed"
         self.regions[name] = region
         if size_bytes == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(
-            self._segments[region.segment], dtype=dtype, count=math.prod(shape), offset=region.offset_bytes
-        ).view(shape)
+        end = region.offset_bytes + size_bytes
+        memory = self._segments[region.segment].buf[region.offset_bytes : end]
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def begin_part(self) -> None:
+        """What is allocated from now on lies in other segments than what was before, and can be held without it."""
+        self._shared = None
 
     def release(self, names: Sequence[str]) -> None:
         """Give the memory of these tensors back to the system, in whole pages; they need not be adjacent.
 
-        They stay where they are, and may read as zeros from now on; what is written to them takes memory again. On a
-        GPU nothing is given back.
+        They stay where they are, and may read as zeros from now on, for all who share them; what is written to them
+        takes memory again. On a GPU nothing is given back.
         """
         for run in _adjacent([self.regions[name] for name in names] if self.device.type == "cpu" else []):
-            start = -(-run.offset_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            stop = (run.offset_bytes + run.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if start < stop:
-                self._segments[run.segment].madvise(mmap.MADV_REMOVE, start, stop - start)
+            self._segments[run.segment].release(run.offset_bytes, _end(run))
+
+    def describe(self, is_kept: Callable[[str], bool] = lambda name: True) -> HeldMemory:
+        """What can be held of it: tensors whose names are to be kept, and no segment without one. Only on a CPU."""
+        assert self.device.type == "cpu"
+        kept = {name: region for name, region in self.regions.items() if is_kept(name)}
+        used = sorted({region.segment for region in kept.values() if region.size_bytes})
+        number = {segment: i for i, segment in enumerate(used)}
+        return HeldMemory(
+            segments=tuple(self._segments[segment].handle for segment in used),
+            regions={name: region._replace(segment=number.get(region.segment, 0)) for name, region in kept.items()},
+        )
+
+    def close(self) -> None:
+        """Nobody can hold it from now on who does not already. Tensors stay usable. May be called more than once."""
+        for segment in self._segments:
+            segment.close()
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _reserve(self, size_bytes: int) -> Region:
         if size_bytes > SEGMENT_BYTES:
@@ -81,7 +117,7 @@ class Arena:
         return region
 
     def _add_segment(self, size_bytes: int) -> int:
-        self._segments.append(_map_anonymous(self._label, size_bytes))
+        self._segments.append(SharedSegment.create(size_bytes, self._label))
         return len(self._segments) - 1
 
 
@@ -101,12 +137,3 @@ def _adjacent(regions: Iterable[Region]) -> Iterator[Region]:
 
 def _end(region: Region) -> int:
     return region.offset_bytes + region.size_bytes
-
-
-def _map_anonymous(label: str, size_bytes: int) -> mmap.mmap:
-    descriptor = os.memfd_create(f"phalanx-{label}", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-        return mmap.mmap(descriptor, size_bytes)  # holds a descriptor of its own
-    finally:
-        os.close(descriptor)

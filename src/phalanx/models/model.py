@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
+from phalanx.memory.arena import Allocate
 from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from phalanx.models.definition import build, definition_class, keep_stage
 from phalanx.models.four_bit_experts import Form, Part, install_four_bits, log_dequantised, plan_four_bits
 from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
 from phalanx.models.packed import Packable, Packing, Product, Release, can_pack
+from phalanx.models.packed_memory import PackedMemory
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
 from phalanx.models.parameters import Parameters
 from phalanx.models.precision import kept_dtype
@@ -39,7 +41,6 @@ from phalanx.moe.four_bits import FourBitWeight
 from phalanx.moe.shared_experts import SharedExperts
 from phalanx.topology.sharding import ExpertShare, Span
 
-Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 OnProgress = Callable[[int, int], None]
 
 
@@ -174,8 +175,13 @@ def load_model(
     release: Release | None = None,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
     dequantise: bool = True,
+    filled: Mapping[str, int] | None = None,
+    shares_packed: bool = False,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
+
+    What `allocate` gives for names in `filled`, which has their sizes in bytes, has its weights already, and they are
+    not read. With `shares_packed` packed weights come from `allocate` too, so that they can be found there like this.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
@@ -188,6 +194,7 @@ def load_model(
     Raises CheckpointError if tensors are missing or of the wrong shape, ConfigError naming `tensor_parallel_size` if
     the model cannot be shared out over that many ranks, UnsupportedModelError for a layout that is not known.
     """
+    filled = filled or {}
     definition = build(checkpoint, dtype)
     share, dispatcher = experts or (None, None)
     sharding = Sharding(definition, group.rank, group.size, share)
@@ -197,7 +204,7 @@ def load_model(
     shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
     with WeightReader(checkpoint.tensors) as reader:
         if definition.config.tie_word_embeddings:
-            _tie(sharding, shards, sources, reader)
+            _tie(sharding, shards, sources, reader, filled)
         if missing := [name for name in shards if name not in sources]:
             some = ", ".join(missing[:4])
             raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
@@ -208,7 +215,7 @@ def load_model(
         if in_four_bits and not four_bits.can_multiply(device):
             log_dequantised("there is no Triton here, which computes them")
             in_four_bits = {}
-        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress)
+        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress, filled)
     shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
@@ -220,7 +227,8 @@ def load_model(
         head = VocabParallelHead(head_name.removesuffix(".weight"), weights[head_name], checkpoint.vocab_size, group)
     packing = None
     if release is not None and can_pack(dtype, device):
-        packing = _pack(definition, head, release, kept=sharding.embedding_name)
+        memory = PackedMemory(allocate, filled) if shares_packed else None
+        packing = _pack(definition, head, release, memory, kept=sharding.embedding_name)
     return CausalLM(
         definition,
         head,
@@ -244,13 +252,23 @@ def _parameters(definition: Any) -> dict[str, Tensor]:
     return found
 
 
-def _tie(sharding: Sharding, shards: dict[str, Shard], sources: dict[str, list[Source]], reader: WeightReader) -> None:
+def _tie(
+    sharding: Sharding,
+    shards: dict[str, Shard],
+    sources: dict[str, list[Source]],
+    reader: WeightReader,
+    filled: Mapping[str, int],
+) -> None:
     """Have head and embedding read the same tensor, once where one rank has both.
 
     As in transformers, a checkpoint that has two different ones is believed.
     """
     embedding, head = sources.get(sharding.embedding_name), sources.get(sharding.head_name)
-    if embedding and head and not reader.are_equal(embedding[0].key, head[0].key):
+    if sharding.embedding_name in shards and sharding.embedding_name in filled:
+        are_equal = sharding.head_name not in filled  # as whoever filled them has found
+    else:
+        are_equal = not (embedding and head) or reader.are_equal(embedding[0].key, head[0].key)
+    if not are_equal:
         return
     if found := embedding or head:
         sources[sharding.embedding_name] = sources[sharding.head_name] = found
@@ -266,6 +284,7 @@ def _read(
     in_four_bits: dict[str, Form],
     allocate: Allocate,
     on_progress: OnProgress,
+    filled: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """This rank's parameters by name; of those in 4 bits the parts."""
     parts = {
@@ -277,7 +296,9 @@ def _read(
     weights: dict[str, Tensor] = {}
     for name, shard in shards.items():
         targets = [allocate(*part) for part in parts[name]]
-        if name in in_four_bits:
+        if all(part.name in filled for part in parts[name]):
+            pass
+        elif name in in_four_bits:
             reader.fill_four_bits(FourBitWeight(*targets), shard, sources[name])
         else:
             reader.fill(targets[0], shard, sources[name])
@@ -346,7 +367,9 @@ def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits
     return {name.rpartition(".")[0] for name in in_four_bits}
 
 
-def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, kept: str) -> Packing:
+def _pack(
+    definition: Any, head: VocabParallelHead | None, release: Release, memory: PackedMemory | None, *, kept: str
+) -> Packing:
     products: list[Packable] = []
     for module in definition.modules():
         if isinstance(product := getattr(module, "product", None), Product):
@@ -355,8 +378,11 @@ def _pack(definition: Any, head: VocabParallelHead | None, release: Release, *, 
             products.extend(experts.linears.values())
     if head is not None:
         products.append(head.product)
-    packing = Packing(products, release, kept=kept)
-    packing.pack()
+    packing = Packing(products, release, kept=kept, memory=memory)
+    if memory is not None and memory.is_filled:
+        packing.prepare()
+    else:
+        packing.pack()
     return packing
 
 

@@ -12,11 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from phalanx.errors import UserError
+from phalanx.models.packed_memory import PackedMemory, PackedPlace
+
+Keep = Callable[[int, Tensor], Tensor]
+"""Copy a packed weight, the one of this number, to its place, and give the one that lies there."""
 
 Release = Callable[[Sequence[str]], None]
 """Give back the memory of these parameters. They read as zeros from now on, and take memory again when written to."""
@@ -40,8 +45,15 @@ class Packable(Protocol):
     def biases(self) -> Sequence[Tensor]:
         """What is copied with them, and stays."""
 
-    def pack(self) -> None:
-        """Copy the weights into packed ones."""
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        """How many packed weights there are, and their [O, I]."""
+
+    def pack(self, keep: Keep | None = None) -> None:
+        """Copy the weights into packed ones; with `keep` these lie where it puts them."""
+
+    def use(self, packed: Sequence[Tensor]) -> None:
+        """Compute by these, which were packed before."""
 
     def unpack(self) -> None:
         """Write the weights back where they were, bit for bit."""
@@ -74,11 +86,20 @@ class Product:
         """Those of the layers that have one."""
         return [layer.bias for layer in self.layers if layer.bias is not None]
 
-    def pack(self) -> None:
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        """One [O, I]."""
+        return 1, sum(self._splits), self.layers[0].weight.shape[1]
+
+    def pack(self, keep: Keep | None = None) -> None:
         """Copy the weights into a packed one. The plain ones are not read any more, and may be lost."""
-        assert self._packed is None
         weights = [layer.weight for layer in self.layers]
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        self.use([packed if keep is None else keep(0, packed)])
+
+    def use(self, packed: Sequence[Tensor]) -> None:
+        """Compute by this one, and the biases as they are now."""
+        (self._packed,) = packed
         if any(layer.bias is not None for layer in self.layers):
             self._bias_O = torch.cat(
                 [
@@ -104,14 +125,29 @@ class Product:
 
 
 class Packing:
-    """The weights of a model: packed while it computes, plain while somebody reads or writes them."""
+    """The weights of a model: packed while it computes, plain while somebody reads or writes them.
 
-    def __init__(self, products: Sequence[Packable], release: Release, *, kept: str) -> None:
+    With a PackedMemory the packed weights, and whether a product's weights are packed, are shared with all processes
+    that have it. One of them may step or write to weights at a time. The one after it finds, whenever the one before
+    was killed, each product either packed or plain, and what was written to weights before.
+    """
+
+    def __init__(
+        self, products: Sequence[Packable], release: Release, *, kept: str, memory: PackedMemory | None = None
+    ) -> None:
         """The parameter `kept` is read by others too, and never released."""
         self._products = tuple(products)
         self._release = release
         self._kept = kept
-        self._is_packed = False
+        self._places = [_place(product, memory) if memory is not None else None for product in products]
+        size = 1 + len(products)
+        state = memory.state(size) if memory is not None else np.zeros(size, dtype=np.int64)
+        self._is_packed_P = state[1:]
+        """Of each product: a packed weight counts from then on, a plain one until then."""
+        self._num_lent = state[:1]
+        """How often weights were made plain for somebody: then nothing counts that was made of them before."""
+        self._seen: int | None = None
+        """That number when this process had them packed; None if it has not."""
         self._lent: list[tuple[str, Tensor]] = []
         self._returned: list[tuple[str, Tensor, int]] = []
         """Tensors that were lent the last time, with their versions when the weights were packed after that."""
@@ -126,6 +162,15 @@ class Packing:
             if name == self._kept
         )
 
+    def prepare(self) -> None:
+        """Take over what others have packed, and write nothing: they may be at it. The first step does what is left."""
+        seen = int(self._num_lent[0])
+        if self._is_packed_P.all():
+            for product, place in zip(self._products, self._places, strict=True):
+                assert place is not None
+                product.use(place.found())
+            self._seen = seen
+
     def pack(self) -> None:
         """Get ready for a step. Raises UserError if what was lent for the time before an earlier step was written to.
 
@@ -134,12 +179,17 @@ class Packing:
         for name, tensor, version in self._returned:
             if tensor._version != version:
                 raise UserError(f"{name} was written to after a step began: ask named_parameters() for it again")
-        if self._is_packed:
+        if self._seen == self._num_lent[0]:
             return
-        for product in self._products:
-            product.pack()
-            self._release([name for name in product.weights if name != self._kept])
-        self._is_packed = True
+        for i, (product, place) in enumerate(zip(self._products, self._places, strict=True)):
+            if self._is_packed_P[i]:
+                assert place is not None, "packed by somebody else"
+                product.use(place.found())
+            else:
+                product.pack(place.keep if place is not None else None)
+                self._is_packed_P[i] = 1  # before the plain ones are lost
+                self._release([name for name in product.weights if name != self._kept])
+        self._seen = int(self._num_lent[0])
         for _, tensor in self._lent:
             tensor.set_(torch.empty(0, dtype=tensor.dtype))  # type: ignore[call-overload]
         self._returned = [(name, tensor, tensor._version) for name, tensor in self._lent]
@@ -147,11 +197,20 @@ class Packing:
 
     def lend(self, parameters: Mapping[str, Tensor]) -> None:
         """Make these hold the weights until the next step, which packs what is in them then."""
-        if self._is_packed:
-            for product in self._products:
+        for i, (product, place) in enumerate(zip(self._products, self._places, strict=True)):
+            if self._is_packed_P[i]:
+                if self._seen != self._num_lent[0]:
+                    assert place is not None, "packed by somebody else"
+                    product.use(place.found())
                 product.unpack()
-            self._is_packed = False
+                self._is_packed_P[i] = 0  # not before the plain ones are whole
+        self._num_lent[0] += 1
         packed = {
             part.data_ptr() for product in self._products for part in (*product.weights.values(), *product.biases)
         }
         self._lent += [(name, tensor) for name, tensor in parameters.items() if tensor.data_ptr() in packed]
+
+
+def _place(product: Packable, memory: PackedMemory) -> PackedPlace:
+    name, weight = next(iter(product.weights.items()))
+    return PackedPlace(name, product.packed_shape, weight.dtype, memory)

@@ -9,7 +9,7 @@ expert, S this rank's experts, I inputs, O outputs, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,23 @@ class ExpertLinear:
         """None is packed."""
         return ()
 
-    def pack(self) -> None:
-        """Copy the weights into packed ones. The plain ones are not read any more, and may be lost."""
-        assert self._packed is None
-        self._packed = [_pack(weight_OI) for weight_OI in self._weight_SOI]
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        """[S, O, I]."""
+        num_experts, num_outputs, num_inputs = self._weight_SOI.shape
+        return num_experts, num_outputs, num_inputs
+
+    def pack(self, keep: Callable[[int, Tensor], Tensor] | None = None) -> None:
+        """Copy the weights into packed ones, which with `keep` lie where it puts those of each expert.
+
+        The plain ones are not read any more, and may be lost.
+        """
+        packed = map(_pack, self._weight_SOI)
+        self.use([*packed] if keep is None else [keep(slot, one) for slot, one in enumerate(packed)])
+
+    def use(self, packed: Sequence[Tensor]) -> None:
+        """Compute by these, one of each expert."""
+        self._packed = [*packed]
 
     def unpack(self) -> None:
         """Write the weights back where they were, bit for bit, and use those."""

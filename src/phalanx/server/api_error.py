@@ -11,6 +11,9 @@ from starlette.responses import Response
 
 from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
 
+RETRY_AFTER_S = "5"
+"""While an engine is started again, which takes some seconds at least."""
+
 
 class ErrorBody(msgspec.Struct, frozen=True):
     message: str
@@ -55,6 +58,11 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 def engine_dead(reason: str) -> ApiError:
     return ApiError(503, f"the engine has stopped: {reason}", code="engine_dead")
+
+
+def engine_restarting(reason: str) -> ApiError:
+    message = f"the engine is being started again: {reason}"
+    return ApiError(503, message, code="engine_restarting", headers={"Retry-After": RETRY_AFTER_S})
 
 
 def as_api_error(error: Exception) -> ApiError:

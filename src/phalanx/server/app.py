@@ -21,12 +21,14 @@ from phalanx.server.health import health
 from phalanx.server.openapi import describe_bodies
 from phalanx.server.request_body import read_request
 from phalanx.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from phalanx.server.scaling import DrainRequest, ScaleRequest, Scaling
 from phalanx.server.service import Service
 from phalanx.server.status import StatusReader
 from phalanx.server.status_page import HEADERS, page
 from phalanx.server.tokenization import detokenize, tokenize, tokenize_chat
 from phalanx.version import __version__
 
+ACCEPTED = 202
 CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer: nobody reads it."""
 
@@ -35,6 +37,8 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/scale": ScaleRequest,
+    "/drain": DrainRequest,
 }
 
 
@@ -47,6 +51,7 @@ def create_app(service: Service, keys: ApiKeys) -> ASGIApp:
     app.add_exception_handler(Exception, _error_handler(service))
     _add_generation(app, service)
     _add_tokenization(app, service)
+    _add_scaling(app, service)
     _add_information(app, service)
     describe_bodies(app, _BODIES)
     return app
@@ -101,23 +106,44 @@ def _add_tokenization(app: FastAPI, service: Service) -> None:
         return json_response({"prompt": text})
 
 
+def _add_scaling(app: FastAPI, service: Service) -> None:
+    scaling = Scaling(service)
+
+    @app.post("/scale")
+    async def scale(request: Request) -> Response:
+        return json_response(await scaling.begin(await read_request(request, ScaleRequest, service)), ACCEPTED)
+
+    @app.post("/drain")
+    async def drain(request: Request) -> Response:
+        return json_response(await scaling.drain(await read_request(request, DrainRequest, service)), ACCEPTED)
+
+    @app.get("/scale")
+    async def get_scale() -> Response:
+        return json_response(scaling.report(), headers={"Cache-Control": "no-store"})
+
+    @app.delete("/scale")
+    async def cancel_scale() -> Response:
+        return json_response(scaling.cancel(), ACCEPTED)
+
+
 def _add_information(app: FastAPI, service: Service) -> None:
-    model = {
-        "id": service.model_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "phalanx",
-        "max_model_len": service.engine.info.max_model_len,
-    }
+    def model() -> dict[str, Any]:
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "phalanx",
+            "max_model_len": service.engine.info.max_model_len,  # an engine that is started again may have another
+        }
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [model]})
+        return json_response({"object": "list", "data": [model()]})
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
         service.check_model(name)
-        return json_response(model)
+        return json_response(model())
 
     @app.get("/health")
     async def get_health() -> Response:

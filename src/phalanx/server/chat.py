@@ -19,6 +19,7 @@ from phalanx.server.request_body import read_request
 from phalanx.server.requests import ChatRequest
 from phalanx.server.service import Service
 from phalanx.server.tokenization import tokenize_chat
+from phalanx.server.waiting_room import wait_for_engine
 
 RESERVED_VARIABLES = frozenset(
     {
@@ -103,6 +104,7 @@ async def create_chat_completion(request: Request, service: Service) -> Response
             continue_final_message=asked.continue_final_message,
             template_variables=asked.chat_template_kwargs,
         )
+        await wait_for_engine(request, service)
         generation = Generation(service, [prompt], sampling, asked.n)
     return await deliver(request, service, asked, generation, ChatForm())
 

@@ -19,6 +19,7 @@ from phalanx.server.request_body import read_request
 from phalanx.server.requests import CompletionRequest
 from phalanx.server.service import Service
 from phalanx.server.tokenization import detokenize, tokenize
+from phalanx.server.waiting_room import wait_for_engine
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ async def create_completion(request: Request, service: Service) -> Response:
     prompts = await tokenize(tokenizer, asked.prompts(), add_special_tokens=asked.add_special_tokens)
     if asked.max_tokens is UNSET:  # the default gives way where the model's limit is near; what was asked for does not
         sampling = _fitted(sampling, service.engine.info.max_model_len - max(map(len, prompts)))
+    await wait_for_engine(request, service)
     generation = Generation(service, prompts, sampling, asked.n)
     form = CompletionForm(await _echoes(asked, tokenizer))
     return await deliver(request, service, asked, generation, form)

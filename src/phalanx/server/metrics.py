@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Engine
+from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.ledger.verdict import Cause
 from phalanx.protocol import ReplicaStats
@@ -92,13 +94,16 @@ class _EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(self._engine.dead is None))
-        replicas = self._replicas()
-        yield _gauge("requests_running", "Requests in the batch.", [stats.num_running for stats in replicas])
+        is_up = self._engine.dead is None and self._engine.down is None
+        yield GaugeMetricFamily("phalanx_engine_up", "1 while the engine serves.", float(is_up))
+        numbers = [replica.replica for replica in self._engine.replicas()]
+        replicas = self._replicas(len(numbers))
+        running = [stats.num_running for stats in replicas]
+        yield _gauge("requests_running", "Requests in the batch.", numbers, running)
         waiting = [stats.num_waiting for stats in replicas]
-        yield _gauge("requests_waiting", "Requests that wait for room in the batch.", waiting)
+        yield _gauge("requests_waiting", "Requests that wait for room in the batch.", numbers, waiting)
         used = [stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0 for stats in replicas]
-        yield _gauge("kv_cache_used_ratio", "Share of KV cache blocks in use.", used)
+        yield _gauge("kv_cache_used_ratio", "Share of KV cache blocks in use.", numbers, used)
         for name, text, counts in (
             ("prompt_tokens", "Tokens of prompts.", [stats.num_prompt_tokens for stats in replicas]),
             (
@@ -115,9 +120,10 @@ class _EngineCollector(Collector):
             ),
         ):
             family = CounterMetricFamily(f"phalanx_{name}", text, labels=["replica"])
-            for replica, count in enumerate(counts):
+            for replica, count in zip(numbers, counts, strict=True):
                 family.add_metric([str(replica)], count)
             yield family
+        yield self._states()
         yield from self._balance()
         yield from self._progress()
 
@@ -131,19 +137,33 @@ class _EngineCollector(Collector):
             "phalanx_engine_seconds_since_step", "Since the last step; grows while there are none.", labels=["engine"]
         )
         watched = GaugeMetricFamily("phalanx_ledger_ranks_watched", "Ranks that the ledger watches.", labels=["engine"])
+        restarts = CounterMetricFamily(
+            "phalanx_engine_restarts", "Times that the engine was started again.", labels=["engine"]
+        )
         counts: collections.Counter[str] = collections.Counter()
-        for engine, condition in enumerate(conditions):
+        for condition in conditions:
+            engine = condition.replica
             healthy.add_metric([str(engine)], float(condition.is_healthy))
             if condition.since_step_s is not None:
                 since.add_metric([str(engine)], condition.since_step_s)
             watched.add_metric([str(engine)], condition.num_watched)
+            restarts.add_metric([str(engine)], condition.num_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
             "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, verdicts)
+        yield from (healthy, since, watched, restarts, verdicts)
+        yield from _healing(conditions)
+
+    def _states(self) -> Metric:
+        """How many replicas are in each state."""
+        counts = collections.Counter(replica.state for replica in self._engine.replicas())
+        family = GaugeMetricFamily("phalanx_replicas", "Replicas, by what they are up to.", labels=["state"])
+        for state in get_args(Phase):
+            family.add_metric([state], counts[state])
+        return family
 
     def _balance(self) -> Iterator[Metric]:
         """Nothing where experts do not move, or before they were first measured."""
@@ -162,15 +182,48 @@ class _EngineCollector(Collector):
         text = "Layers whose experts have moved, each time counted."
         yield CounterMetricFamily("phalanx_expert_moves", text, value=balance.num_moves)
 
-    def _replicas(self) -> Sequence[ReplicaStats]:
+    def _replicas(self, count: int) -> Sequence[ReplicaStats]:
         if self._engine.stats is not None:
             return self._engine.stats.replicas
-        info = self._engine.info
-        return [ReplicaStats(0, 0, 0, info.num_blocks, 0, 0, 0, 0, 0)] * info.num_replicas
+        return [ReplicaStats(0, 0, 0, self._engine.info.num_blocks, 0, 0, 0, 0, 0)] * count
 
 
-def _gauge(name: str, text: str, values: Sequence[float]) -> Metric:
+def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
+    """Of the engines that a fault does not end."""
+    epoch = GaugeMetricFamily(
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+    )
+    standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
+    pause = GaugeMetricFamily(
+        "phalanx_healing_last_seconds", "From the last fault to ranks that compute again.", labels=["engine"]
+    )
+    faults = CounterMetricFamily("phalanx_faults", "Faults that ended all ranks of an engine.", labels=["engine"])
+    standbys = CounterMetricFamily(
+        "phalanx_standby_faults", "Standby lines that did not come up, or did not last.", labels=["engine"]
+    )
+    tries = CounterMetricFamily(
+        "phalanx_healing_tries",
+        "What was tried after faults, and what came of it.",
+        labels=["engine", "rung", "outcome"],
+    )
+    for condition in conditions:
+        if (stats := condition.formation) is None:
+            continue
+        name = [str(condition.replica)]
+        epoch.add_metric(name, stats.epoch)
+        standby.add_metric(name, float(stats.standby == "ready"))
+        pause.add_metric(name, stats.last_pause_s)
+        faults.add_metric(name, stats.num_faults)
+        standbys.add_metric(name, stats.num_standby_faults)
+        for outcome, counts in (("healed", stats.healed), ("failed", stats.failed)):
+            for rung, count in counts.items():
+                tries.add_metric([*name, rung, outcome], count)
+    if any(condition.formation is not None for condition in conditions):
+        yield from (epoch, standby, pause, faults, standbys, tries)
+
+
+def _gauge(name: str, text: str, replicas: Sequence[int], values: Sequence[float]) -> Metric:
     family = GaugeMetricFamily(f"phalanx_{name}", text, labels=["replica"])
-    for replica, value in enumerate(values):
+    for replica, value in zip(replicas, values, strict=True):
         family.add_metric([str(replica)], value)
     return family

@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeVar
 import uvicorn
 
 from phalanx.config import Config, ServerConfig
-from phalanx.engine.client import OnProgress
 from phalanx.engine.engine import Engine
 from phalanx.engine.fleet import start_engine as start
+from phalanx.engine.incarnation import OnProgress
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.instance import show_server
 from phalanx.protocol import EngineReady, StartProgress
@@ -61,8 +61,8 @@ def run_server(
 ) -> None:
     """Serve until a signal. Blocks; must run in the main thread. A stop during the start ends the start.
 
-    Raises ConfigError before anything is loaded; what `start_engine` raises; EngineDeadError if the engine dies,
-    after the requests in flight have their errors.
+    Raises ConfigError before anything is loaded; what `start_engine` raises; EngineDeadError if the engine is
+    dead for good, after the requests in flight have their errors.
     """
     keys = ApiKeys.load(server)
     _raise_file_limit()

@@ -22,6 +22,8 @@ class Service:
         self.created = int(time.time())
         self.cut_off: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         """Resolves when requests in flight must end at once, to the error that they get."""
+        self.num_waiting = 0
+        """Requests that have not reached the engine, because it is being started again."""
         self._num_in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -49,6 +51,15 @@ class Service:
             self._num_in_flight -= 1
             if self._num_in_flight == 0:
                 self._idle.set()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the time in which a request in flight waits for an engine that is started again."""
+        self.num_waiting += 1
+        try:
+            yield
+        finally:
+            self.num_waiting -= 1
 
     @property
     def num_in_flight(self) -> int:

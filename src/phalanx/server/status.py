@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from phalanx.engine.condition import Condition
+from phalanx.engine.roster import Phase
 from phalanx.errors import DeadlineError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.server.health import HealthBody, health
@@ -23,6 +24,7 @@ class QueueStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Of one replica."""
 
     replica: int
+    state: Phase
     num_running: int
     num_waiting: int
     num_blocks_used: int
@@ -70,7 +72,8 @@ def status_of(service: Service, instances: tuple[InstanceStatus, ...]) -> Server
     stats = service.engine.stats
     queues = (
         QueueStatus(
-            replica=replica,
+            replica=replica.replica,
+            state=replica.state,
             num_running=one.num_running,
             num_waiting=one.num_waiting,
             num_blocks_used=one.num_blocks_used,
@@ -79,7 +82,7 @@ def status_of(service: Service, instances: tuple[InstanceStatus, ...]) -> Server
             num_preemptions=one.num_preemptions,
             num_generated_tokens=one.num_generated_tokens,
         )
-        for replica, one in enumerate(stats.replicas if stats is not None else ())
+        for replica, one in zip(service.engine.replicas(), stats.replicas if stats is not None else (), strict=False)
     )
     return ServerStatus(
         version=__version__,

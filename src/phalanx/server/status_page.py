@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from phalanx.engine.condition import Condition
 from phalanx.ledger.duration import duration
 from phalanx.ledger.status import GroupStatus, InstanceStatus, RankStatus
 from phalanx.server.status import QueueStatus, ServerStatus
@@ -47,6 +48,7 @@ def page(status: ServerStatus) -> str:
         f"<p>Up for {duration(status.up_s)}; HTTP requests in flight: {status.num_in_flight}. "
         f"{_since_step(status)}</p>",
         _verdict(status),
+        *map(_healing, status.engines),
         _queues(status.queues),
         *map(_instance, status.instances),
     ]
@@ -68,22 +70,43 @@ def _since_step(status: ServerStatus) -> str:
 def _verdict(status: ServerStatus) -> str:
     shown = [(one.pid, one.trouble) for one in status.engines if one.trouble is not None]
     dead = [f"<p>Engine {one.pid} has ended: {escape(one.dead)}</p>" for one in status.engines if one.dead is not None]
-    return "".join(dead) + "".join(
+    down = [
+        f"<p>Engine {one.pid} has ended and is being started again{escape(f' ({one.phase})' if one.phase else '')}: "
+        f"{escape(one.down)}</p>"
+        for one in status.engines
+        if one.down is not None
+    ]
+    return "".join(dead + down) + "".join(
         f'<div class="verdict"><strong>{escape(trouble.cause)}</strong>, for {duration(trouble.for_s)} '
         f"(engine {pid}): {escape(trouble.paragraph)}</div>"
         for pid, trouble in shown
     )
 
 
+def _healing(engine: Condition) -> str:
+    """Nothing of an engine that has not had to heal, and has no standby line."""
+    stats = engine.formation
+    if stats is None or (not stats.num_faults and stats.standby == "none"):
+        return ""
+    facts = [f"Engine {engine.pid}: faults {stats.num_faults}"]
+    facts += [f"healed by {rung} {count}" for rung, count in stats.healed.items()]
+    facts += [f"not healed by {rung} {count}" for rung, count in stats.failed.items()]
+    if stats.num_faults:
+        facts.append("healing now" if stats.is_healing else f"last pause {stats.last_pause_s:.2f} s")
+    if stats.standby != "none":
+        facts.append(f"standby line {stats.standby}")
+    return f"<p>{escape(', '.join(facts))}</p>"
+
+
 def _queues(queues: Sequence[QueueStatus]) -> str:
     rows = (
         (
-            *(one.replica, one.num_running, one.num_waiting, f"{one.num_blocks_used} of {one.num_blocks}"),
+            *(one.replica, one.state, one.num_running, one.num_waiting, f"{one.num_blocks_used} of {one.num_blocks}"),
             *(one.num_steps, one.num_generated_tokens, one.num_preemptions),
         )
         for one in queues
     )
-    titles = ("replica", "running", "waiting", "KV blocks", "steps", "tokens made", "preemptions")
+    titles = ("replica", "state", "running", "waiting", "KV blocks", "steps", "tokens made", "preemptions")
     body = "".join(_numbers(map(str, row)) for row in rows)
     return f"<h2>Queues</h2><table><tr>{_titles(titles)}</tr>{body}</table>"
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
 import msgspec
 
-from phalanx.errors import UserError
+from phalanx.errors import FrameError, PeerDiedError, UserError
 from phalanx.ledger.attach import Attached
-from phalanx.ledger.instance import Instance, running
+from phalanx.ledger.instance import Instance, running, shown_by
 from phalanx.ledger.verdict import Verdict
 from phalanx.testing.chaos import Outcome
 from phalanx.testing.faults import Fault, Injected
 from phalanx.testing.mailbox import Mailbox
 from phalanx.testing.oracle import NOTHING, assess
+from phalanx.transport.liveness import is_running
 
 LOOK_S = 0.002
 AGAIN_S = 10.0
@@ -33,17 +35,19 @@ def find_instance(pid: int) -> Instance:
 
 
 def try_faults(instance: Instance, faults: tuple[Fault, ...], *, patience_s: float = 20.0) -> Iterator[Outcome]:
-    """One after the other, as long as the instance lives; waits `patience_s` for each to happen, and for its verdict.
+    """One after the other, as long as the instance lives, in the ranks that it has by then; waits `patience_s` for each
+    to happen, and for its verdict.
 
     Raises UserError if the instance does not allow it.
     """
-    with Attached(instance) as attached:
-        for fault in faults:
-            if attached.process() == "gone" or not _is_well(attached):
+    for fault in faults:
+        with ExitStack() as stack:
+            attached = _well(instance, stack)
+            if attached is None:
                 return
             pids = {rank.rank: rank.pid for rank in attached.status(None).ranks if rank.is_here}
-            with Mailbox(pids.get(fault.rank) or instance.pid) as mailbox:
-                yield _try(attached, mailbox, fault, patience_s)
+            mailbox = stack.enter_context(Mailbox(pids.get(fault.rank) or instance.pid))
+            yield _try(attached, mailbox, fault, patience_s)
 
 
 def _try(attached: Attached, mailbox: Mailbox, fault: Fault, patience_s: float) -> Outcome:
@@ -79,11 +83,20 @@ def _outcome(fault: Fault, injected: list[Injected], verdict: Verdict | None, to
     )
 
 
-def _is_well(attached: Attached) -> bool:
-    """Whether no verdict stands any more."""
+def _well(instance: Instance, stack: ExitStack) -> Attached | None:
+    """Attached to the ranks that it has now, when no verdict stands any more and all are there; None if that never is.
+
+    After a fault that is healed these are others than before.
+    """
     expires_at = time.monotonic() + AGAIN_S
-    while attached.standing() is not None:
-        if time.monotonic() > expires_at:
-            return False
+    while time.monotonic() < expires_at and is_running(instance.pid):
+        with ExitStack() as attaching, suppress(PeerDiedError, FrameError):
+            for found in shown_by(instance.pid):
+                if found.instance is not None and found.instance.order is not None:
+                    attached = attaching.enter_context(Attached(found.instance))
+                    ranks = attached.status(None).ranks
+                    if attached.standing() is None and all(rank.phase in ("idle", "stepping") for rank in ranks):
+                        stack.push(attaching.pop_all())
+                        return attached
         time.sleep(LOOK_S)
-    return True
+    return None

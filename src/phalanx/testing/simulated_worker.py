@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.protocol import (
+    FIRST_EPOCH,
     Call,
     FinishReason,
     LogprobColumns,
@@ -32,6 +33,7 @@ from phalanx.protocol import (
 Hashes = NDArray[np.uint64]
 Slots = NDArray[np.intp]
 Counts = NDArray[np.int64]
+Places = NDArray[np.int64]
 
 _BITS = 2**64
 _START = 0x9E3779B97F4A7C15
@@ -54,15 +56,21 @@ class SimulatedWorker:
         num_blocks: int,
         vocab_size: int = 50,
         num_stages: int = 1,
+        epoch: int = FIRST_EPOCH,
+        cells_BO: Hashes | None = None,
     ) -> None:
+        """`cells_BO`: the KV cache of a worker before it, which is gone."""
+        self.epoch = epoch
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.cells_BO: Hashes = np.zeros((num_blocks, block_size), dtype=np.uint64)
+        self.cells_BO: Hashes = np.zeros((num_blocks, block_size), dtype=np.uint64) if cells_BO is None else cells_BO
         """The KV cache: for each place the hash of the tokens up to the one that is stored there."""
+        self.written: tuple[Places, Places] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        """Blocks and offsets of the cells that the last step has written."""
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._is_pipelined = num_stages > 1
-        self._next_step = 0
+        self._next_step: int | None = None
         self._num_holders_B = np.zeros(num_blocks, dtype=np.int64)
         self._requests: dict[int, NewRequest] = {}
         # What the cells of a slot's blocks must hold, by position.
@@ -77,25 +85,32 @@ class SimulatedWorker:
 
     def run(self, plan: StepPlan) -> StepResult:
         """Carry out one step."""
-        assert plan.step == self._next_step, f"step {plan.step} comes where step {self._next_step} is due"
-        self._next_step += 1
+        assert plan.epoch == self.epoch, f"a plan of epoch {plan.epoch}"
+        assert self._next_step in (None, plan.step), f"step {plan.step} comes where step {self._next_step} is due"
+        is_first, self._next_step = self._next_step is None, plan.step + 1
         for slot in as_ints(plan.dropped).tolist():
             self._drop(slot)
         for request in plan.new:
-            self._admit(request)
+            self._admit(request, is_first)
         for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
             self._append_block(slot, block)
         return self._compute(plan)
+
+    def rows(self, plan: StepPlan) -> list[tuple[SamplingParams, int]]:
+        """Of a step that it has run: what each row's request asked for, and how many of its tokens are computed."""
+        slots = as_ints(plan.slots).tolist()
+        return [(self._requests[slot].sampling, int(self._num_computed_S[slot])) for slot in slots]
 
     def _drop(self, slot: int) -> None:
         del self._requests[slot]
         self._num_holders_B[self._block_ids_SB[slot, : self._num_blocks_S[slot]]] -= 1
 
-    def _admit(self, request: NewRequest) -> None:
+    def _admit(self, request: NewRequest, is_first: bool) -> None:
+        """The first plan also brings requests that workers before this one were in the midst of."""
         slot, token_ids = request.slot, as_ints(request.token_ids).tolist()
         assert slot not in self._requests, f"slot {slot} is given twice"
         assert request.num_computed < len(token_ids), "the last token's logits are wanted"
-        assert request.num_computed % self.block_size == 0, "a shared block would be written"
+        assert is_first or request.num_computed % self.block_size == 0, "a shared block would be written"
         assert 0 < request.num_prompt <= len(token_ids)
         self._requests[slot] = request
         self._hashes_SL[slot, : len(token_ids)] = token_hashes(token_ids)
@@ -155,7 +170,8 @@ class SimulatedWorker:
         slots_T, positions_T = _flatten(slots_R, starts_R, num_tokens_R)
         blocks_T = self._block_ids_SB[slots_T, positions_T // self.block_size]
         assert (self._num_holders_B[blocks_T] == 1).all(), "a block is written that another request holds"
-        self.cells_BO[blocks_T, positions_T % self.block_size] = self._hashes_SL[slots_T, positions_T]
+        self.written = blocks_T, positions_T % self.block_size
+        self.cells_BO[self.written] = self._hashes_SL[slots_T, positions_T]
 
     def _check_contexts(self, slots_R: Slots, ends_R: Counts) -> None:
         slots_T, positions_T = _flatten(slots_R, np.zeros_like(ends_R), ends_R)

@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from types import TracebackType
 
-from phalanx.errors import DeadlineError
-from phalanx.executor.local import LocalLauncher
-
-END_DEADLINE_S = 10.0
-KILL_AGAIN_S = 0.05
-"""A rank may not even have been forked when the others were killed."""
-
-
-class WarmLauncher(LocalLauncher):
-    """A LocalLauncher that outlives its ranks: `close` ends them, and `end` what is left."""
-
-    def close(self, timeout_s: float) -> None:
-        """End all ranks. Raises DeadlineError if the kernel cannot."""
-        expires_at = time.monotonic() + timeout_s + END_DEADLINE_S
-        self.await_exits(timeout_s)
-        self.kill()
-        while not self.await_exits(KILL_AGAIN_S):
-            if time.monotonic() > expires_at:
-                raise DeadlineError("the end after SIGKILL", "ranks", END_DEADLINE_S)
-            self.kill()
-
-    def end(self) -> None:
-        """End the fork server, too."""
-        super().close(0.0)
+from phalanx.executor.local import LocalLauncher, LocalLaunchers
 
 
 class WarmStart:
-    """Gives every run the same launcher. The first one's environment is that of all."""
+    """Gives every run a launcher on the same fork server, and knows the last one. A context manager."""
 
     def __init__(self) -> None:
-        self._launcher: WarmLauncher | None = None
+        self._launchers = LocalLaunchers()
+        self._last: LocalLauncher | None = None
 
     def launcher(self, environment: Mapping[str, str]) -> LocalLauncher:
         """For `start_executor`."""
-        if self._launcher is None:
-            self._launcher = WarmLauncher(environment)
-        return self._launcher
+        self._last = self._launchers.launcher(environment)
+        return self._last
 
     def pid(self, rank: int) -> int | None:
         """Of a rank that has been forked and has not ended."""
-        if self._launcher is None or rank in self._launcher.exits():
+        if self._last is None or rank in self._last.exits():
             return None
-        return self._launcher.pids().get(rank)
+        return self._last.pids().get(rank)
 
     def kill(self) -> None:
         """Kill all ranks."""
-        if self._launcher is not None:
-            self._launcher.kill()
+        if self._last is not None:
+            self._last.kill()
 
     def __enter__(self) -> WarmStart:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._launcher is not None:
-            self._launcher.end()
+    def __exit__(self, *_: object) -> None:
+        self._launchers.close()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.transport.futex import Doorbell
 from phalanx.transport.readiness import Poller
+
+_EXITING = 0x4
+"""PF_EXITING of the kernel's task flags: it has begun to end the process. What it gives back first may take long: a
+GPU's memory a tenth of a second, in which the process is no zombie yet."""
 
 
 class Party(msgspec.Struct, frozen=True):
@@ -33,7 +38,7 @@ class Party(msgspec.Struct, frozen=True):
         return cls(name, pid, start_time)
 
     def is_alive(self) -> bool:
-        """False once it exited, also while it is a zombie."""
+        """False from the beginning of its exit, also while it is a zombie."""
         return _start_time_of_running(self.pid) == self.start_time
 
     def died(self, detail: str = "") -> PeerDiedError:
@@ -94,27 +99,49 @@ class Watch:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process, which is not a zombie, has this pid."""
+    """Whether a process that has not begun to exit has this pid."""
     return _start_time_of_running(pid) is not None
 
 
 def state_of(pid: int, start_time: int) -> str | None:
     """The kernel's letter for what a process does, such as "R", "S" or "T" (stopped); None if it is gone."""
-    found = _state_and_start_time(pid)
-    return None if found is None or found[0] in "ZX" or found[1] != start_time else found[0]
+    found = _read_stat(pid)
+    return found.state if found is not None and found.is_running and found.start_time == start_time else None
+
+
+def holds_memory(pid: int, start_time: int) -> bool:
+    """Whether a process is there that may still hold memory: it has not begun to exit, or not come to the end of it."""
+    found = _read_stat(pid)
+    return found is not None and found.state not in "ZX" and found.start_time == start_time
+
+
+class _Stat(NamedTuple):
+    """A process in /proc."""
+
+    state: str
+    is_exiting: bool
+    start_time: int
+
+    @property
+    def is_running(self) -> bool:
+        return self.state not in "ZX" and not self.is_exiting
+
+
+def _parse_stat(stat: bytes) -> _Stat:
+    """What is told in /proc/PID/stat."""
+    # The second field is the command's name in parentheses, and may itself hold spaces and parentheses.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return _Stat(fields[0].decode(), bool(int(fields[6]) & _EXITING), int(fields[19]))
 
 
 def _start_time_of_running(pid: int) -> int | None:
-    found = _state_and_start_time(pid)
-    return None if found is None or found[0] in "ZX" else found[1]
+    found = _read_stat(pid)
+    return found.start_time if found is not None and found.is_running else None
 
 
-def _state_and_start_time(pid: int) -> tuple[str, int] | None:
+def _read_stat(pid: int) -> _Stat | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
+            return _parse_stat(file.read())
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field is the command's name in parentheses, and may itself hold spaces and parentheses.
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return fields[0].decode(), int(fields[19])

@@ -70,16 +70,22 @@ class SharedSegment:
         Raises PeerDiedError when its owner is gone, FrameError when the owner closed it or the descriptor is now
         something else (pids and descriptors are used again).
         """
-        with ExitStack() as undo:
-            fd = _open_of_owner(handle)
-            undo.callback(os.close, fd)  # the mapping keeps a descriptor of its own
-            if os.fstat(fd).st_size != _HEADER_BYTES + handle.size_bytes:
-                raise _not_the_segment(handle)
+        fd = _open_segment(handle)
+        try:
             mapping = mmap.mmap(fd, _HEADER_BYTES + handle.size_bytes)
-            if _HEADER.unpack_from(mapping, 0) != (_MAGIC, handle.nonce, handle.size_bytes):
-                mapping.close()
-                raise _not_the_segment(handle)
+        finally:
+            os.close(fd)  # the mapping keeps a descriptor of its own
         return cls(None, mapping, handle)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the whole pages between these places in `buf` back to the system, for all who map them.
+
+        They read as zeros from now on, and take memory again when they are written to.
+        """
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            self._mapping.madvise(mmap.MADV_REMOVE, _HEADER_BYTES + start, stop - start)
 
     def close(self) -> None:
         """Drop the descriptor and the mapping. May be called more than once."""
@@ -95,6 +101,40 @@ class SharedSegment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class SegmentHold:
+    """Keeps a segment of another process alive, without mapping it. `handle` is how others attach to it from now on."""
+
+    def __init__(self, handle: SegmentHandle) -> None:
+        """Raises what SharedSegment.attach does."""
+        self._fd: int | None = _open_segment(handle)
+        self.handle = msgspec.structs.replace(handle, pid=os.getpid(), fd=self._fd)
+
+    def close(self) -> None:
+        """Let go of it. May be called more than once."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> SegmentHold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_segment(handle: SegmentHandle) -> int:
+    """A new descriptor of the segment, once it is sure that it is this one."""
+    with ExitStack() as undo:
+        fd = _open_of_owner(handle)
+        undo.callback(os.close, fd)
+        if os.fstat(fd).st_size != _HEADER_BYTES + handle.size_bytes:
+            raise _not_the_segment(handle)
+        if _HEADER.unpack(os.pread(fd, _HEADER.size, 0)) != (_MAGIC, handle.nonce, handle.size_bytes):
+            raise _not_the_segment(handle)
+        undo.pop_all()
+    return fd
 
 
 def _open_of_owner(handle: SegmentHandle) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phalanx.models.model import Allocate, LayerCache
+from phalanx.memory.arena import Allocate
+from phalanx.models.model import LayerCache
 
 
 def block_bytes(layers: Sequence[LayerCache], block_size: int, dtype: torch.dtype) -> int:

@@ -106,6 +106,18 @@ class Runner:
             sampled = self._sample(rows, hidden_TD, logits_TV)
         return self._send_home(plan.step, sampled)
 
+    @torch.inference_mode()
+    def warm_up(self, num_replicas: int) -> None:
+        """Compute a token that is nobody's, on a CPU: a process's first step takes several times as long as others.
+
+        All ranks do it together, before the first step. The cache must have a block for padding.
+        """
+        hidden_TD = self._forward(StepInputs.padding(self._slots), [1] * num_replicas)
+        if self._stage.downstream is not None:
+            self._stage.send(hidden_TD)
+        else:
+            self._model.logits(hidden_TD)
+
     def finish(self, flight: InFlight) -> StepResult:
         """The outcome of a step; waits for a GPU to come to its end. Only the output rank's is complete.
 

@@ -6,6 +6,7 @@ import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
+from phalanx.memory.held import HeldMemory
 from phalanx.transport.queue import QueueHandle
 from phalanx.transport.shared_memory import SegmentHandle
 
@@ -33,3 +34,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where the rank says what it has issued in each step, if the brain is on the same host and compares it."""
     node_address: str = "127.0.0.1"
     """An IP address of this host that the other ranks' hosts reach; loopback will do when all are on one host."""
+    held: HeldMemory | None = None
+    """Weights and KV cache of a worker of this rank before it, with the same configuration, checkpoint and number of
+    blocks: then they are taken over instead of read and made. As Holder.memory gives it; only on a CPU."""
+    keeps_memory: bool = False
+    """Whether somebody is going to hold the rank's memory, so that it tells what there is (protocol.Allocated)."""

@@ -33,11 +33,13 @@ from phalanx.ledger.record import PlanSize
 from phalanx.ledger.stacks import may_offer, offer_stacks
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.memory.arena import Arena
+from phalanx.memory.held import encode_held
 from phalanx.memory.sizing import cache_bytes
 from phalanx.models.model import CausalLM, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
     AllocateCache,
+    Allocated,
     Call,
     CallMethod,
     CommandBody,
@@ -133,7 +135,7 @@ class Worker:
         if self._journal is not None and self._segment is not None and self._device.type == "cuda":
             _follow_device(self._journal, self._segment, self._device)
         self._checkpoint = find_checkpoint(spec, self._enter)
-        self._arena = Arena(f"rank{spec.rank}", self._device)
+        self._arena = Arena(f"memory of rank {spec.rank}", self._device, spec.held)
         self._groups: dict[str, Group] = {}
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
@@ -167,6 +169,8 @@ class Worker:
             release=self._arena.release if config.model.pack_weights else None,
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
+            filled={name: region.size_bytes for name, region in self._arena.held.items()},
+            shares_packed=self.spec.keeps_memory and not grid.moves_experts,
         )
         for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
             if extension is not None:
@@ -308,6 +312,7 @@ class Worker:
     def close(self) -> None:
         self.phase = "leaving"
         with ExitStack() as leaving:
+            leaving.callback(self._arena.close)
             for segment in (self._segment, self._board):
                 if segment is not None:
                     leaving.callback(segment.close)
@@ -366,12 +371,12 @@ class Worker:
         if isinstance(body, MeasureMemory):
             return self._measure()
         if isinstance(body, AllocateCache):
-            self._allocate_cache(body.num_blocks, body.max_model_len)
-        elif isinstance(body, CallMethod):
+            return self._allocate_cache(body.num_blocks, body.max_model_len)
+        if isinstance(body, CallMethod):
             return self._call_method(body)
-        elif isinstance(body, MeasureExperts):
+        if isinstance(body, MeasureExperts):
             return self._measure_experts()
-        elif isinstance(body, MoveExperts):
+        if isinstance(body, MoveExperts):
             self._move_experts(body)
         elif isinstance(body, Stop):
             self.stopped = True
@@ -443,7 +448,19 @@ class Worker:
     @property
     def _num_padding_blocks(self) -> int:
         """Blocks of KV cache that no request gets: one where rows of padding can occur."""
-        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1)
+        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1 or self._warms_up)
+
+    @property
+    def _warms_up(self) -> bool:
+        """Whether the first step is to take no longer than others: it may come after a fault, when all wait for it.
+
+        Not where an extension may write to the weights: a line that stands ready looks at them in its first step, and
+        is to do so when no other one computes.
+        """
+        config = self.spec.config
+        return (
+            config.healing.standby > 0 and self._device.type == "cpu" and config.executor.worker_extension_cls is None
+        )
 
     def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         graphs = self._new_graphs(max_model_len, null_block)
@@ -473,10 +490,13 @@ class Worker:
         experts.move(as_ints(move.placement).tolist(), group)
         self.phase = "idle"
 
-    def _allocate_cache(self, num_blocks: int, max_model_len: int) -> None:
+    def _allocate_cache(self, num_blocks: int, max_model_len: int) -> Allocated:
         assert self._model is not None and self._stage is not None
         self._enter("allocating")
         config, model = self.spec.config, self._model
+        grid = Grid.of(config.parallel)
+        weights = frozenset(self._arena.regions)
+        self._arena.begin_part()
         model.bind_cache(
             allocate_cache(
                 model.cache_layers,
@@ -487,8 +507,6 @@ class Worker:
             )
         )
         graphs = self._capture(max_model_len, null_block=num_blocks) if self._has_graphs else None
-        for experts in model.experts.values():
-            experts.load.reset()  # what was computed for graphs were no tokens of anybody
         self._runner = Runner(
             model,
             self._stage,
@@ -500,7 +518,15 @@ class Worker:
             replica=self._replica,
             graphs=graphs,
         )
+        if self._warms_up:
+            self._runner.warm_up(config.parallel.data_parallel_size)
+        for experts in model.experts.values():
+            experts.load.reset()  # what was computed for graphs, and to warm up, were no tokens of anybody
         self._enter("idle")
+        if not self.spec.keeps_memory or self._device.type != "cpu":
+            return Allocated()
+        without = weights if grid.moves_experts else frozenset()
+        return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
 
 
 def _device(spec: WorkerSpec) -> torch.device:

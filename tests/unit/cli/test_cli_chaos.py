@@ -29,10 +29,16 @@ def run(*arguments: str) -> Result:
         (("--pid", "1", "-tp", "2"), "--pid is of an instance that has its settings"),
         (("model", "--kinds", "stop,explode"), "'explode' is none of kill, stop"),
         (("model", "--states", "asleep"), "'asleep' is none of idle, prefill"),
+        (("--pid", "1", "--states", "decode,start"), "--states start: not with --pid"),
+        (("--pid", "1", "--kinds", "stop,error"), "--kinds error: not with --pid"),
+        (("model", "--plan", "PLAN", "--seed", "1"), "--seed: without effect, since --plan says"),
+        (("--pid", "1", "--plan", "PLAN", "--states", "idle"), "--states: without effect"),
+        (("model", "--plan", "PLAN", "--kinds", "stop", "--count", "3"), "--count, --kinds: without effect"),
     ],
 )
-def test_a_wrong_command(arguments: tuple[str, ...], complaint: str) -> None:
-    result = run(*arguments)
+def test_a_wrong_command(arguments: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text('[[faults]]\nkind = "kill"\nrank = 0\n')
+    result = run(*(str(tmp_path / "plan.toml") if one == "PLAN" else one for one in arguments))
     assert result.exit_code == 2 and complaint in result.output
 
 

@@ -42,3 +42,26 @@ def test_a_call_that_is_refused_is_not_noted(wrong: Callable[[Any], object]) -> 
     group.barrier()
     entries = read(memory)
     assert entries.sequences[1] == 1 and [record.sequence for record in entries.records] == [1]
+
+
+def test_an_error_is_not_hidden_by_what_is_told_to_the_device() -> None:
+    """A CUDA error leaves a stream that takes no more writes: who catches the error must see that one."""
+    memory = memoryview(bytearray(JOURNAL_BYTES))
+    journal, inner, is_broken = Journal(memory, epoch=1), partner(), False
+
+    def write(offset: int, number: int) -> None:
+        if is_broken:
+            raise RuntimeError("cuStreamWriteValue64 failed")
+
+    def all_reduce(x: torch.Tensor) -> torch.Tensor:
+        nonlocal is_broken
+        is_broken = True
+        raise RuntimeError("an illegal memory access")
+
+    journal.follow_device(write)
+    inner.all_reduce = all_reduce  # type: ignore[method-assign]
+    group = JournaledGroup(inner, GroupJournal(journal, 1))
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        group.all_reduce(torch.zeros(3))
+    assert caught.value.__context__ is None
+    assert [record.is_done for record in read(memory).records] == [False]

@@ -64,3 +64,20 @@ def test_all_that_there_is(tmp_path: Path) -> None:
     lanes = {name: {group for _, group, *_ in calls} for name, calls in found[0].items()}
     assert lanes["send"] != lanes["isend"] < lanes["batch"], "a lane for each tag and direction"
     assert lanes["group"].isdisjoint(lanes["all_reduce"] | lanes["batch"])
+
+
+def test_operators_that_cannot_be_caught_keep_nobody_from_going_on() -> None:
+    """As with a torch whose internals are others; in a process of its own, which the hook changes."""
+    program = (
+        "import torch\n"
+        "from phalanx.collectives import torch_hook\n"
+        "def kernel(*_): raise RuntimeError('other internals')\n"
+        "torch_hook.Hook._kernel = kernel\n"
+        "torch_hook.install()\n"
+        "from torch.distributed import _functional_collectives\n"
+        "torch_hook._hook()._catch_operators()\n"  # as a DistributedDataParallel does
+        "print('goes on')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "goes on\n", ended.stderr
+    assert "collectives are not recorded any more" in ended.stderr and "other internals" in ended.stderr

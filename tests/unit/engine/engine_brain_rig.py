@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
+from engine_mortal_executor import MortalExecutor
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import extend_digests
-from phalanx.protocol import FinishReason, ReplicaStats, SamplingParams, StepPlan, Submit, TokenBatch, as_ints, ints
-from phalanx.testing.simulated_worker import SimulatedExecutor, SimulatedWorker, expected_output, token_hashes
+from phalanx.errors import PeerDiedError
+from phalanx.protocol import (
+    FIRST_EPOCH,
+    FinishReason,
+    ReplicaStats,
+    SamplingParams,
+    StepPlan,
+    Submit,
+    TokenBatch,
+    as_floats,
+    as_ints,
+    ints,
+)
+from phalanx.testing.simulated_worker import SimulatedWorker, expected_logprob, expected_output, token_hashes
 
 EOS = (3, 7)
 VOCAB_SIZE = 50
@@ -45,39 +59,37 @@ class Rig:
         data_parallel_size: int = 1,
     ) -> None:
         self.max_model_len = max_model_len
-        self.block_size = block_size
-        limits = {
-            "block_size": block_size,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-        self.workers = [
-            SimulatedWorker(
-                **limits,
-                max_model_len=max_model_len,
-                num_blocks=num_blocks,
-                vocab_size=VOCAB_SIZE,
-                num_stages=pipeline_parallel_size,
-            )
-            for _ in range(data_parallel_size)
-        ]
-        self.executor = SimulatedExecutor(*self.workers)
-        config = Config.build(
+        self.num_blocks = num_blocks
+        self.config = Config.build(
             model="simulated",
-            **limits,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             async_scheduling=async_scheduling,
             enable_prefix_caching=enable_prefix_caching,
             pipeline_parallel_size=pipeline_parallel_size,
             data_parallel_size=data_parallel_size,
             enable_expert_parallel=data_parallel_size > 1,
         )
-        self.brain = Brain(config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS)
+        self.epoch = FIRST_EPOCH
+        self.executor = MortalExecutor(self._make_workers())
+        self.brain = Brain(
+            self.config, self.executor, num_blocks=num_blocks, max_model_len=max_model_len, eos_token_ids=EOS
+        )
         self.clients: dict[int, Client] = {}
+        self.errors: dict[int, str] = {}
+        self.keeps_cache = True
+        """Whether workers find the KV cache of those that were killed."""
+        self._num_generated: dict[int, int] = {}
+        """By replica; of those that are gone, when they were last there."""
         self._num_followed = 0
-        self._clean_slots: set[tuple[int, int]] = set()
-        """Of requests that came in after the last reset of the prefix cache."""
+        self._told_epoch = FIRST_EPOCH
+        self._carried: dict[tuple[int, int], list[int]] = {}
+        """The tokens of those in unclean slots whom the first plan of an epoch is to bring."""
+        self._unclean_slots: set[tuple[int, int]] = set()
+        """Replica and slot of requests that ran at the last reset of the prefix cache."""
         self._clean_blocks: set[tuple[int, int]] = set()
-        """Blocks that only these have written to since then."""
+        """Blocks that only others have written to since then."""
 
     def submit(self, prompt: Sequence[int], **sampling: object) -> int:
         request_id = len(self.clients)
@@ -87,17 +99,62 @@ class Rig:
         return request_id
 
     def step(self) -> TokenBatch | None:
-        batch = self.brain.step()
+        try:
+            batch = self.brain.step()
+        except PeerDiedError as error:
+            self._follow_plans()
+            self.rewind(failure=str(error) if self.executor.is_blamed else None)
+            return None
         if batch is not None:
             self._take(batch)
         self._follow_plans()
         self.check_cache()
         return batch
 
+    def rewind(self, failure: str | None = None) -> None:
+        """Go on with other workers."""
+        self.epoch += 1
+        self.executor.replace(self._make_workers(self.workers if self.keeps_cache else ()))
+        self.brain.rewind(self.epoch, keeps_cache=self.keeps_cache, failure=failure)
+        self._carry()
+        if not self.keeps_cache:
+            self._clean_blocks.clear()
+        self.check_cache()
+
+    def resize(
+        self,
+        *,
+        data_parallel_size: int | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        """Go on with workers of another number or with other limits."""
+        self.epoch += 1
+        self._note_generated()
+        self.num_blocks = num_blocks or self.num_blocks
+        self.max_model_len = max_model_len or self.max_model_len
+        parallel, cache = self.config.parallel, self.config.cache
+        size = data_parallel_size or parallel.data_parallel_size
+        parallel = msgspec.structs.replace(parallel, data_parallel_size=size, enable_expert_parallel=size > 1)
+        cache = msgspec.structs.replace(cache, block_size=block_size or cache.block_size)
+        self.config = msgspec.structs.replace(self.config, parallel=parallel, cache=cache)
+        self.executor.replace(self._make_workers())
+        self.brain.restructure(self.config, self.epoch, num_blocks=self.num_blocks, max_model_len=self.max_model_len)
+        self._carry()
+        self._clean_blocks.clear()
+        self.check_cache()
+
+    @property
+    def workers(self) -> Sequence[SimulatedWorker]:
+        """One of each replica."""
+        return self.executor.workers
+
     def reset_prefix_cache(self) -> None:
         self.brain.reset_prefix_cache()
-        self._clean_slots.clear()
+        self._unclean_slots = set(self._tokens_by_slot())
         self._clean_blocks.clear()
+        self._carry()
         self.check_cache()
 
     def finish(self) -> None:
@@ -112,8 +169,8 @@ class Rig:
         replicas = self.brain.stats().replicas
         for stats in replicas:
             assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
-        num_tokens = sum(len(client.output) for client in self.clients.values())
-        assert sum(stats.num_generated_tokens for stats in replicas) == num_tokens
+        self._note_generated()
+        assert sum(self._num_generated.values()) == sum(len(client.output) for client in self.clients.values())
 
     @property
     def stats(self) -> ReplicaStats:
@@ -146,21 +203,67 @@ class Rig:
         for step in self.executor.steps[self._num_followed :]:
             for replica, plan in enumerate(step.plans):
                 self._follow(replica, plan)
+            self._carried = {}
+            self._told_epoch = step.epoch
         self._num_followed = len(self.executor.steps)
 
     def _follow(self, replica: int, plan: StepPlan) -> None:
-        self._clean_slots.difference_update((replica, slot) for slot in as_ints(plan.dropped).tolist())
         for new in plan.new:
             blocks = [(replica, block) for block in as_ints(new.blocks).tolist()]
+            if self._carried.pop((replica, new.slot), None) == as_ints(new.token_ids).tolist():
+                self._clean_blocks.difference_update(blocks)
+                continue
             found = set(blocks[: new.num_computed // self.block_size])
             assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
-            self._clean_slots.add((replica, new.slot))
+            self._unclean_slots.discard((replica, new.slot))
             self._clean_blocks.update(blocks)
         for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
-            if (replica, slot) in self._clean_slots:
-                self._clean_blocks.add((replica, block))
-            else:
+            if (replica, slot) in self._unclean_slots:
                 self._clean_blocks.discard((replica, block))
+            else:
+                self._clean_blocks.add((replica, block))
+
+    @property
+    def block_size(self) -> int:
+        return self.config.cache.block_size
+
+    def _make_workers(self, before: Sequence[SimulatedWorker] = ()) -> list[SimulatedWorker]:
+        """With the KV cache of those before them, if there is one."""
+        config = self.config
+        return [
+            SimulatedWorker(
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                block_size=self.block_size,
+                num_blocks=self.num_blocks,
+                vocab_size=VOCAB_SIZE,
+                num_stages=config.parallel.pipeline_parallel_size,
+                epoch=self.epoch,
+                cells_BO=before[replica].cells_BO if before else None,
+            )
+            for replica in range(config.parallel.data_parallel_size)
+        ]
+
+    def _note_generated(self) -> None:
+        for replica, stats in enumerate(self.brain.stats().replicas):
+            self._num_generated[replica] = stats.num_generated_tokens
+
+    def _carry(self) -> None:
+        if self._told_epoch != self.epoch:
+            tokens = self._tokens_by_slot()
+            self._unclean_slots &= tokens.keys()
+            self._carried = {place: tokens[place] for place in self._unclean_slots}
+
+    def _tokens_by_slot(self) -> dict[tuple[int, int], list[int]]:
+        """Of those who run, by replica and slot."""
+        running = self.brain._scheduler.running
+        return {
+            (int(running.replica_S[slot]), int(running.worker_slot_S[slot])): running.token_ids_SL[
+                slot, : running.num_committed_S[slot]
+            ].tolist()
+            for slot in running.occupied()
+        }
 
     def _take(self, batch: TokenBatch) -> None:
         request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()
@@ -168,12 +271,16 @@ class Rig:
         for request_id, token in zip(request_ids, as_ints(batch.tokens).tolist(), strict=True):
             assert self.clients[request_id].reason is None, "a token after the end"
             self.clients[request_id].output.append(token)
+        if batch.logprobs is not None:
+            chosen = as_ints(batch.tokens)[as_ints(batch.logprobs.entries)]
+            assert (as_floats(batch.logprobs.chosen) == expected_logprob(chosen)).all()
         for request_id, num_cached in batch.cached:
             assert len(self.clients[request_id].output) == 1
             self.clients[request_id].num_cached = num_cached
         for request_id, reason in batch.finished:
             assert self.clients[request_id].reason is None, "ended twice"
             self.clients[request_id].reason = reason
+        self.errors.update(batch.errors)
 
     def _check_output(self, client: Client) -> None:
         expected, reason = expected_output(
@@ -183,7 +290,12 @@ class Rig:
             max_model_len=self.max_model_len,
             vocab_size=VOCAB_SIZE,
         )
-        if client.reason is FinishReason.CANCELLED:
+        num_computed, kills_at = len(client.prompt) + len(expected) - 1, client.sampling.top_k or self.max_model_len + 1
+        if client.reason is FinishReason.ERROR:  # its last token may have been computed while it was not known as such
+            assert num_computed + 1 >= kills_at, "it has killed nobody"
+        else:
+            assert num_computed < kills_at or client.reason is FinishReason.CANCELLED, "who has computed it?"
+        if client.reason in (FinishReason.CANCELLED, FinishReason.ERROR):
             assert client.output == expected[: len(client.output)]
         else:
             assert (client.output, client.reason) == (expected, reason)

@@ -19,11 +19,12 @@ class EchoBrain:
         self.cancelled: list[int] = []
         self.num_steps = 0
         self.num_resets = 0
+        self.rewinds: list[tuple[int, bool, str | None]] = []
         self._finished: list[tuple[int, FinishReason]] = []
 
     def submit(self, request: Submit) -> None:
         self.running[request.request_id] = request
-        self.num_done[request.request_id] = 0
+        self.num_done[request.request_id] = len(as_ints(request.output_token_ids))
 
     def cancel(self, request_ids: tuple[int, ...]) -> None:
         for request_id in request_ids:
@@ -33,6 +34,9 @@ class EchoBrain:
 
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def rewind(self, epoch: int, *, keeps_cache: bool, failure: str | None = None) -> None:
+        self.rewinds.append((epoch, keeps_cache, failure))
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)

@@ -1,15 +1,20 @@
 """The engine's process without a model: speaks the protocol around an EchoBrain, and fails as it is told to.
 
 Usage, as for the real one: python engine_fake_process.py BEHAVIOUR DESCRIPTOR SERVER_PID
+
+BEHAVIOUR `FILE:first,second,third` is another one each time that it is started, which is counted in FILE; the last one
+stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -27,6 +32,7 @@ from phalanx.protocol import (
     StartProgress,
     Submit,
     WrongSetting,
+    as_ints,
 )
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
@@ -35,6 +41,9 @@ DEADLINE_S = 20.0
 SIGN_OF_LIFE_S = 0.1
 MAX_MODEL_LEN = 100_000
 LONG_STEP_S = 0.6
+PACE_S = 0.002
+POISON = 7
+"""A prompt that begins with this token, when the engine dies of one."""
 
 
 class FakeEngine:
@@ -69,6 +78,9 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.behaviour == "hangs-at-start":
             time.sleep(DEADLINE_S)
+        if self.behaviour.startswith("waits-for "):
+            while not Path(self.behaviour.removeprefix("waits-for ")).exists():
+                time.sleep(0.005)
         self.send(EngineReady(MAX_MODEL_LEN, 10, config.cache.block_size, 1, "cpu", "float32"))
 
     def serve(self) -> None:
@@ -79,6 +91,8 @@ class FakeEngine:
             for frame in self.stream.poll():
                 message = decoder.decode(frame)
                 if isinstance(message, Submit):
+                    if self.behaviour == "dies-when-asked":
+                        os.kill(os.getpid(), signal.SIGKILL)
                     self.brain.submit(message)
                 elif isinstance(message, Cancel):
                     self.brain.cancel(message.request_ids)
@@ -91,7 +105,9 @@ class FakeEngine:
         batch = self.brain.step()
         if self.brain.num_steps == 5 and self.behaviour == "fails-in-step-5":
             self.fail("step 5: rank 0 died")
-        if self.brain.num_steps == 5 and self.behaviour == "dies-in-step-5":
+        if self.behaviour == f"dies-in-step-{self.brain.num_steps}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.behaviour == "dies-of-a-poison" and any(map(is_poison, self.brain.running.values())):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.brain.num_steps == 5 and self.behaviour == "stops-in-step-5":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -99,14 +115,31 @@ class FakeEngine:
             time.sleep(DEADLINE_S)
         if self.behaviour == "takes-long-steps":
             time.sleep(LONG_STEP_S)
+        if self.behaviour == "is-paced":
+            time.sleep(PACE_S)
         assert batch is not None
         self.send(batch)
         if batch.finished:
             self.send(self.brain.stats())
 
 
+def is_poison(request: Submit) -> bool:
+    return as_ints(request.prompt_token_ids)[0] == POISON
+
+
+def behaviour_now(told: str) -> str:
+    found = re.fullmatch(r"(.+):(.+)", told)
+    if found is None:
+        return told
+    starts, behaviours = Path(found[1]), found[2].split(",")
+    with starts.open("a+b") as counted:
+        counted.write(b".")
+        counted.flush()
+        return behaviours[min(counted.tell(), len(behaviours)) - 1]
+
+
 def main() -> None:
-    behaviour, descriptor, server_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    behaviour, descriptor, server_pid = behaviour_now(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     die_with_parent(server_pid)
     with Stream(descriptor, Party.of("the server", server_pid)) as stream:
         engine = FakeEngine(stream, behaviour)

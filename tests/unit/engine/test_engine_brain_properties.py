@@ -26,6 +26,7 @@ _samplings = st.fixed_dictionaries(
         "logprobs": st.integers(0, 3),
     },
 )
+_killing = st.tuples(_samplings, st.integers(1, MAX_MODEL_LEN)).map(lambda both: {**both[0], "top_k": both[1]})
 _rigs = st.builds(
     Rig,
     block_size=st.just(BLOCK_SIZE),
@@ -41,7 +42,7 @@ _rigs = st.builds(
 
 
 class Traffic(RuleBasedStateMachine):
-    """Arrivals, cancellations, resets of the prefix cache and steps in any order."""
+    """Arrivals, cancellations, resets of the prefix cache, deaths of the workers and steps in any order."""
 
     @initialize(rig=_rigs)
     def start(self, rig: Rig) -> None:
@@ -56,6 +57,24 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(count):
             if self.rig.brain.has_work():
                 self.rig.step()
+
+    @rule(prompt=_prompts, sampling=_killing)
+    def submit_what_kills(self, prompt: list[int], sampling: dict[str, object]) -> None:
+        self.rig.submit(prompt, **sampling)
+
+    @rule(num_answered=st.integers(0, 4), keeps_cache=st.booleans())
+    def kill(self, num_answered: int, keeps_cache: bool) -> None:
+        self.rig.keeps_cache = keeps_cache
+        self.rig.executor.kill(num_answered=num_answered, is_blamed=False)
+
+    @rule(keeps_cache=st.booleans())
+    def rewind(self, keeps_cache: bool) -> None:
+        self.rig.keeps_cache = keeps_cache
+        self.rig.rewind()
+
+    @rule(num_replicas=st.integers(1, 3), num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 18))
+    def resize(self, num_replicas: int, num_blocks: int) -> None:
+        self.rig.resize(data_parallel_size=num_replicas, num_blocks=num_blocks)
 
     @precondition(lambda self: self.rig.clients)
     @rule(data=st.data())

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from phalanx.config import Config
 from phalanx.engine.child import EngineChild
 from phalanx.engine.client import EngineClient
-from phalanx.engine.stream import OutputDelta
+from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError, UserError
 from phalanx.protocol import SamplingParams, StartProgress
 from phalanx.server.api_keys import ApiKeys
@@ -67,13 +67,15 @@ def command(behaviour: str) -> tuple[str, ...]:
 
 @asynccontextmanager
 async def client_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any) -> AsyncIterator[EngineClient]:
+    """Of an engine that is not started again, unless `engine_restarts` says so."""
     async with asyncio.timeout(TIMEOUT_S):
-        client = await EngineClient.start(Config.build(model=str(checkpoint), **settings), command=command(behaviour))
+        config = Config.build(model=str(checkpoint), **{"engine_restarts": 0, **settings})
+        client = await EngineClient.start(config, command=command(behaviour))
         try:
             yield client
         finally:
             await client.close()
-            assert not is_running(client._child.pid)
+            assert not is_running(client.condition.pid)
 
 
 async def text_of(client: EngineClient, text: str, sampling: SamplingParams) -> tuple[str, OutputDelta]:
@@ -223,9 +225,26 @@ async def test_a_token_that_only_the_tokenizer_has_is_refused(tmp_path: Path) ->
 @in_loop
 async def test_when_nothing_can_be_sent_any_more_nobody_waits(checkpoint: Path) -> None:
     async with client_of(checkpoint) as client:
-        client._stream._max_frame_bytes = 1000
+        client._incarnation._stream._max_frame_bytes = 1000
         with pytest.raises(EngineDeadError, match=r"nothing can be sent.*1000"):
             await text_of(client, "fox", SamplingParams(stop=("x" * 1000,), max_tokens=1))
+
+
+@in_loop
+async def test_an_engine_goes_on_with_what_another_one_has_let_go(checkpoint: Path) -> None:
+    async with client_of(checkpoint) as first, client_of(checkpoint) as second:
+        prompt = first.tokenizer.encode("the quick brown fox. ")
+        stream = RequestStream(first.tokenizer, prompt, SamplingParams(max_tokens=50 * len(prompt)))
+        deltas = []
+        async for delta in first.follow(stream):
+            first.release(stream)
+            deltas.append(delta)
+        assert 0 < sum(len(delta.token_ids) for delta in deltas) < 50 * len(prompt)
+        assert first.num_running == 0
+        deltas += [delta async for delta in second.follow(stream)]
+        assert "".join(delta.text for delta in deltas) == 50 * "the quick brown fox. "
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+        await until(lambda: first.stats is not None and first.stats.replicas[0].num_generated_tokens == 1)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +266,7 @@ async def test_an_engine_killed_from_outside_is_noticed_at_once(checkpoint: Path
     async with client_of(checkpoint) as client:
         deltas = client.generate(client.tokenizer.encode("fox"), ENDLESS)
         await anext(deltas)
-        os.kill(client._child.pid, signal.SIGKILL)
+        os.kill(client.condition.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             async for _ in deltas:
@@ -258,7 +277,7 @@ async def test_an_engine_killed_from_outside_is_noticed_at_once(checkpoint: Path
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `step_timeout_s` of half a second, silence is noticed after one and a half."""
-    monkeypatch.setattr("phalanx.engine.client.SILENCE_GRACE_S", 1.0)
+    monkeypatch.setattr("phalanx.engine.incarnation.SILENCE_GRACE_S", 1.0)
 
 
 @pytest.mark.parametrize("behaviour", ["stops-in-step-5", "hangs-in-step-5"])
@@ -273,12 +292,12 @@ async def test_a_silent_engine_is_noticed_and_killed_and_health_tells(
         assert (await app.get("/health")).status_code == 200
         results = await asyncio.gather(*(text_of(client, "fox", ENDLESS) for _ in range(5)), return_exceptions=True)
         assert 1.5 <= time.monotonic() - began_at < 4.0
-        reason = rf"the engine's process \(pid {client._child.pid}\) was silent for [1-3]\.?\d* s, .*: it was killed"
+        reason = rf"the engine's process \(pid {client.condition.pid}\) was silent for [1-3]\.?\d* s, .*: it was killed"
         for result in results:
             assert isinstance(result, EngineDeadError) and re.fullmatch(reason, str(result)), result
         health = await app.get("/health")
         assert health.status_code == 503 and "was silent for" in health.text
-        assert await client._child.wait(1.0)
+        assert await client._incarnation._child.wait(1.0)
         with pytest.raises(EngineDeadError, match=reason):
             client.generate([1], ENDLESS)
 
@@ -288,7 +307,7 @@ async def test_silence_tells_how_far_the_engine_had_come(checkpoint: Path, short
     async with client_of(checkpoint, step_timeout_s=0.5) as client:
         await text_of(client, "fox", SamplingParams(max_tokens=3))
         await until(lambda: client.stats is not None and client.stats.replicas[0].num_steps == 3)
-        os.kill(client._child.pid, signal.SIGSTOP)
+        os.kill(client.condition.pid, signal.SIGSTOP)
         await until(lambda: client.dead is not None)
         assert "after 3 steps" in str(client.dead)
 
@@ -365,7 +384,7 @@ async def test_a_cancelled_start_leaves_no_process(checkpoint: Path, spawned: li
 
 @in_loop
 async def test_silence_at_start_has_a_deadline(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.client.START_GRACE_S", 0.5)
+    monkeypatch.setattr("phalanx.engine.incarnation.START_GRACE_S", 0.5)
     config = Config.build(model=str(checkpoint), start_timeout_s=0.5)
     async with asyncio.timeout(TIMEOUT_S):
         with pytest.raises(StartError, match="nothing was heard"):
@@ -397,10 +416,10 @@ async def test_close_cancels_what_outlasts_its_grace(checkpoint: Path) -> None:
 
 @in_loop
 async def test_an_engine_that_does_not_end_is_killed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.client.SHUTDOWN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("phalanx.engine.incarnation.SHUTDOWN_TIMEOUT_S", 0.1)
     async with client_of(checkpoint, "ignores-shutdown") as client:
         await client.close()
-        assert not is_running(client._child.pid)
+        assert not is_running(client.condition.pid)
 
 
 @in_loop

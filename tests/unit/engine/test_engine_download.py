@@ -16,7 +16,7 @@ import pytest
 
 import phalanx.engine.process as process
 from phalanx.config import Config
-from phalanx.engine.client import _await_ready
+from phalanx.engine.incarnation import _await_ready
 from phalanx.errors import ConfigError
 from phalanx.protocol import StartProgress
 from phalanx.testing.checkpoints import write_checkpoint
@@ -46,10 +46,10 @@ def slow_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_client_waits_while_bytes_come(slow_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start_executor(*_: object) -> None:
+    def start_formation(*_: object) -> None:
         raise ConfigError("model", "some/model", "this test goes no further")
 
-    monkeypatch.setattr(process, "start_executor", start_executor)
+    monkeypatch.setattr(process, "start_formation", start_formation)
     seen: list[StartProgress] = []
 
     async def be_client(ours: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import signal
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
-from phalanx.engine.fleet import Fleet, settings_of_replicas, start_engine
-from phalanx.errors import EngineDeadError, RequestError, StartError
+from phalanx.engine.fleet import Fleet, piece_that_takes, start_engine
+from phalanx.engine.seats import Seats, settings_of_replicas
+from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError, StartError
 from phalanx.executor import platform
 from phalanx.protocol import SamplingParams, StartProgress
 from phalanx.server.generation import Generation
@@ -34,7 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(checkpoint: Path, **settings: Any) -> Config:
-    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, **settings})
+    """Its engines are not started again, unless `engine_restarts` says so."""
+    return Config.build(model=str(checkpoint), **{"data_parallel_size": 3, "engine_restarts": 0, **settings})
 
 
 @asynccontextmanager
@@ -49,7 +52,17 @@ async def fleet_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any
 
 
 def pids(fleet: Fleet) -> list[int]:
-    return [engine._child.pid for engine in fleet._engines]
+    """Of engines, in the order of their replicas' numbers."""
+    return [engine.condition.pid for _, engine in sorted(fleet._engines.items())]
+
+
+def counts(fleet: Fleet) -> dict[int, int]:
+    """Requests of each replica."""
+    return {one.replica: one.num_requests for one in fleet.replicas()}
+
+
+def states(fleet: Fleet) -> dict[int, str]:
+    return {one.replica: one.state for one in fleet.replicas()}
 
 
 async def consume(fleet: Fleet, first: int, sampling: SamplingParams) -> int:
@@ -63,7 +76,7 @@ async def test_requests_are_shared_out_and_counted_by_replica(checkpoint: Path) 
     async with fleet_of(checkpoint) as fleet:
         assert (fleet.info.num_replicas, fleet.info.world_size) == (3, 3)
         running = [asyncio.create_task(consume(fleet, 10 * i, ENDLESS)) for i in range(6)]
-        await until(lambda: [engine.num_running for engine in fleet._engines] == [2, 2, 2])
+        await until(lambda: counts(fleet) == {0: 2, 1: 2, 2: 2})
         assert fleet.num_running == 6
         for task in running:
             task.cancel()
@@ -86,7 +99,7 @@ def test_all_outputs_of_one_http_request_are_shared_out(
             assert fleet.num_running == 0
             async with aclosing(generation.deltas()) as deltas:
                 async for _ in deltas:
-                    assert [engine.num_running for engine in fleet._engines] == [2, 2]
+                    assert counts(fleet) == {0: 2, 1: 2}
                     break
 
     asyncio.run(run())
@@ -105,21 +118,58 @@ async def test_a_wrong_request_is_refused_before_it_is_picked_for(checkpoint: Pa
             await anext(deltas)
 
 
+class Reader:
+    """Reads a request in a task of its own: of `num_tokens`, or until `end`, and every token once, in order."""
+
+    def __init__(self, fleet: Fleet, first: int, num_tokens: int | None = None) -> None:
+        self.prompt = [first, first + 1, first + 2]
+        self.num_tokens = num_tokens
+        self.tokens: list[int] = []
+        self._fleet = fleet
+        self.task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for delta in self._fleet.generate(self.prompt, SamplingParams(max_tokens=self.num_tokens)):
+            self.tokens += delta.token_ids
+            assert self.tokens == (self.prompt * len(self.tokens))[: len(self.tokens)]
+            assert delta.finish_reason in (None, "length")
+        assert len(self.tokens) == self.num_tokens
+
+    async def go_on(self) -> None:
+        """Wait for some more tokens."""
+        most = len(self.tokens) + 20
+        await until(lambda: len(self.tokens) > most or self.task.done())
+        assert not self.task.done(), self.task.result()
+
+    async def end(self) -> None:
+        await self.go_on()
+        self.task.cancel()
+        await asyncio.wait((self.task,))
+        assert self.task.cancelled()
+
+
+async def go_on(readers: Sequence[Reader]) -> None:
+    await asyncio.gather(*(reader.go_on() for reader in readers))
+
+
+async def end(readers: Sequence[Reader]) -> None:
+    await asyncio.gather(*(reader.end() for reader in readers))
+
+
 @in_loop
-async def test_an_engine_that_dies_takes_its_own_requests_along(
+async def test_requests_of_an_engine_that_dies_go_on_in_others(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with fleet_of(checkpoint) as fleet:
-        running = [asyncio.create_task(consume(fleet, 10 * i, ENDLESS)) for i in range(3)]
-        await until(lambda: fleet.num_running == 3)
+    async with fleet_of(checkpoint, "is-paced") as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
+        assert counts(fleet) == {0: 1, 1: 1, 2: 1}
         os.kill(pids(fleet)[1], signal.SIGKILL)
-        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        (failed,) = [task for task in running if task.done()]
-        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
-            failed.result()
+        await until(lambda: states(fleet)[1] == "dead")
+        await end(readers)
         assert fleet.dead is None
-        await until(lambda: bool(caplog.messages))
-        assert re.fullmatch(r"replica \d has ended, 2 of 3 go on: .* killed by SIGKILL.*", caplog.messages[0])
+        assert states(fleet) == {0: "serving", 1: "dead", 2: "serving"}
+        assert re.fullmatch(r"replica 1 has ended, 2 of 3 go on: .* killed by SIGKILL.*", caplog.messages[0])
         for i in range(4):
             assert await consume(fleet, 50 + i, SamplingParams(max_tokens=3)) == 3
         for pid in pids(fleet)[::2]:
@@ -128,7 +178,259 @@ async def test_an_engine_that_dies_takes_its_own_requests_along(
         assert str(fleet.dead).count("killed by SIGKILL") == 3
         with pytest.raises(EngineDeadError):
             fleet.generate([1], ENDLESS)
-        await asyncio.gather(*running, return_exceptions=True)
+
+
+@in_loop
+async def test_requests_do_not_wait_for_an_engine_that_is_started_again(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2, engine_restarts=1) as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
+        victim = pids(fleet)[0]
+        fleet._engines[0]._start_again = lambda _: asyncio.sleep(3600)  # it takes long
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: fleet._engines[0].down is not None)
+        await until(lambda: counts(fleet) == {0: 0, 1: 3})
+        await end(readers)
+        assert (fleet.dead, fleet.down) == (None, None)
+
+
+@in_loop
+async def test_a_request_that_three_replicas_died_with_ends(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=4) as fleet:
+        reader = asyncio.create_task(consume(fleet, 10, ENDLESS))
+        for _ in range(3):
+            await until(lambda: any(counts(fleet).values()))
+            (home,) = [replica for replica, count in counts(fleet).items() if count]
+            os.kill(fleet._engines[home].condition.pid, signal.SIGKILL)
+            await until(lambda home=home: not counts(fleet)[home])  # type: ignore[misc]
+        with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
+            await reader
+        assert await consume(fleet, 50, SamplingParams(max_tokens=3)) == 3, "one is left"
+
+
+@in_loop
+async def test_a_replica_that_died_is_replaced(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        before = pids(fleet)
+        os.kill(before[0], signal.SIGKILL)
+        await until(lambda: states(fleet)[0] == "dead")
+        await until(lambda: states(fleet) == {0: "serving", 1: "serving"})
+        assert pids(fleet)[0] != before[0]
+        assert pids(fleet)[1] == before[1]
+        readers = [Reader(fleet, 10 * i, 100) for i in range(1, 5)]
+        await asyncio.gather(*(reader.task for reader in readers))
+
+
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 64)
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=1) as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
+        await fleet.resize(data_parallel_size=3)
+        assert (fleet.info.num_replicas, fleet.info.world_size) == (3, 3)
+        readers += [Reader(fleet, 10 * i) for i in range(4, 8)]
+        await go_on(readers)
+        assert min(counts(fleet).values()) > 0
+        first = pids(fleet)[0]
+        await fleet.resize(data_parallel_size=1, leaving=[0, 2], drain_timeout_s=0.0)
+        assert states(fleet) == {1: "serving"}
+        assert not is_running(first)
+        await end(readers)
+        await fleet.resize(data_parallel_size=2)
+        assert states(fleet) == {0: "serving", 1: "serving"}
+
+
+def test_what_is_computed_ahead_takes_as_long_as_wanted() -> None:
+    assert piece_that_takes(0.2, 64, took_s=0.1) == 128
+    assert piece_that_takes(0.2, 64, took_s=0.0) == 128, "it grows slowly: the next piece has more before it"
+    assert piece_that_takes(0.2, 64, took_s=0.4) == 32
+    assert piece_that_takes(0.2, 64, took_s=60.0) == 16
+    assert piece_that_takes(0.2, 2000, took_s=0.001) == 2048
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
+        reader = Reader(fleet, 10)
+        await until(lambda: len(reader.tokens) > 100)
+        asked: list[list[int]] = []
+        generate = fleet.generate
+
+        def note(prompt: list[int], sampling: SamplingParams) -> Any:
+            assert sampling.max_tokens == 1
+            assert counts(fleet) == {0: 1, 1: 0}, "it still runs where it is"
+            asked.append(prompt)
+            return generate(prompt, sampling)
+
+        monkeypatch.setattr(fleet, "generate", note)
+        await fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=0.0)
+        assert len(asked[-1]) > len(asked[0]) >= 16
+        assert asked[-1] == ([10, 11, 12] * len(asked[-1]))[: len(asked[-1])]
+        await reader.end()
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_requests_of_a_leaving_replica_may_end_there(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
+        readers = [Reader(fleet, 10), Reader(fleet, 20, 700)]
+        await go_on(readers)
+        assert counts(fleet) == {0: 1, 1: 1}
+        leaving = asyncio.create_task(fleet.resize(data_parallel_size=1, leaving=[1], drain_timeout_s=TIMEOUT_S))
+        await until(lambda: states(fleet)[1] == "leaving")
+        assert await consume(fleet, 50, SamplingParams(max_tokens=3)) == 3
+        await leaving
+        assert readers[1].task.done()
+        await readers[1].task
+        await end(readers[:1])
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=1) as fleet:
+        reader = Reader(fleet, 10)
+        fleet._command = command("dies-at-start")
+        with pytest.raises(ResizeError, match=r"replica [12] did not start: .*SIGKILL"):
+            await fleet.resize(data_parallel_size=3)
+        assert states(fleet) == {0: "serving"}
+        fleet._command = command("hangs-at-start")
+        growing = await fleet.begin_resize(data_parallel_size=2)
+        await until(lambda: fleet.replicas()[1].phase == "loading")
+        assert states(fleet) == {0: "serving", 1: "joining"}
+        with pytest.raises(ResizeUnderWayError, match="from 1 to 2 replicas"):
+            await fleet.resize(data_parallel_size=3)
+        growing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await growing
+        assert states(fleet) == {0: "serving"}
+        fleet._command = command("is-paced")
+        await fleet.resize(data_parallel_size=2)
+        other = Reader(fleet, 30)
+        await until(lambda: counts(fleet)[1] == 1)
+        shrinking = await fleet.begin_resize(data_parallel_size=1, leaving=[1])
+        await until(lambda: states(fleet)[1] == "leaving")
+        shrinking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shrinking
+        assert states(fleet) == {0: "serving", 1: "serving"}
+        await end([reader, other])
+
+
+@pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    async with fleet_of(checkpoint, "is-paced") as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
+        shrinking = await fleet.begin_resize(data_parallel_size=1, leaving=[1, 2])
+        await until(lambda: states(fleet)[1] == "leaving")
+        os.kill(pids(fleet)[1], signal.SIGKILL)  # it has left now
+        os.kill(pids(fleet)[0], signal.SIGKILL)  # nobody but replica 2 is there
+        with pytest.raises(ResizeError, match="replica 0, which was to stay, died"):
+            await shrinking
+        await until(lambda: set(states(fleet).values()) == {"serving"})
+        assert len(states(fleet)) == 3
+        await end(readers)
+
+
+@pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize(("seed", "engine_restarts"), [(1, 0), (2, 1000)])
+def test_streams_live_through_kills_and_resizes_in_any_order(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int, engine_restarts: int
+) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    dice = random.Random(seed)
+
+    async def read_on(fleet: Fleet, first: int, is_over: asyncio.Event) -> int:
+        """One request after the other; how many."""
+        count = 0
+        while not is_over.is_set():
+            await Reader(fleet, first, 400).task
+            count += 1
+        return count
+
+    async def disturb(fleet: Fleet) -> None:
+        resizing: asyncio.Task[None] | None = None
+        for _ in range(8):
+            await asyncio.sleep(dice.uniform(0.0, 0.3))
+            kind = dice.choice(("kill", "resize", "resize", "cancel"))
+            serving = [number for number, state in states(fleet).items() if state == "serving"]
+            if kind == "kill" and len(serving) > 1:
+                with suppress(ProcessLookupError):  # it is dead already
+                    os.kill(fleet._engines[dice.choice(serving)].condition.pid, signal.SIGKILL)
+            elif kind == "cancel" and resizing is not None:
+                resizing.cancel()
+            elif kind == "resize":
+                with suppress(ResizeUnderWayError):
+                    resizing = await fleet.begin_resize(dice.randint(1, 4), drain_timeout_s=dice.choice((0.0, 0.1)))
+        if resizing is not None:
+            await asyncio.wait((resizing,))
+            assert resizing.cancelled() or isinstance(resizing.exception(), ResizeError | None)
+
+    async def run() -> None:
+        async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=engine_restarts) as fleet:
+            is_over = asyncio.Event()
+            readers = [asyncio.create_task(read_on(fleet, 10 * i, is_over)) for i in range(1, 5)]
+            await disturb(fleet)
+            await until(lambda: set(states(fleet).values()) == {"serving"})
+            is_over.set()
+            assert min(await asyncio.gather(*readers)) > 0
+            assert len(fleet._engines) == fleet.info.num_replicas == len(states(fleet))
+            assert fleet.num_running == 0
+            assert not fleet._requests
+
+    asyncio.run(run())
+
+
+@in_loop
+async def test_what_has_no_room_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        with pytest.raises(RequestError, match="there are the replicas 0"):
+            await fleet.resize(data_parallel_size=1, leaving=[3])
+        with pytest.raises(ConfigError, match="data_parallel_size: 99 is not possible: at most 64"):
+            await fleet.resize(data_parallel_size=99)
+        monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 3)
+        with pytest.raises(ConfigError, match="there are 3 cores, too few for 4 ranks"):
+            await fleet.resize(data_parallel_size=4)
+        monkeypatch.setattr("phalanx.engine.seats.bytes_of_family", lambda pid: 3 << 30)
+        monkeypatch.setattr("phalanx.engine.seats.free_host_bytes", lambda: 5 << 30)
+        with pytest.raises(ConfigError, match=r"that takes 6.00 GiB more memory, and 5.00 GiB are free"):
+            await fleet.resize(data_parallel_size=3)
+        await fleet.resize(data_parallel_size=1)
+        assert states(fleet) == {0: "serving"}
+
+
+@in_loop
+async def test_replicas_that_share_experts_cannot_come_and_go(checkpoint: Path) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        config = config_of(checkpoint, enable_expert_parallel=True)
+        engine = await EngineClient.start(config, command=command("healthy"))
+        try:
+            with pytest.raises(ConfigError, match="share experts"):
+                await engine.resize(data_parallel_size=2)
+        finally:
+            await engine.close()
+
+
+@in_loop
+async def test_closed_during_a_resize_it_leaves_nothing(checkpoint: Path, many_cores: None) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        fleet._command = command("hangs-at-start")
+        growing = await fleet.begin_resize(data_parallel_size=2)
+        await until(lambda: fleet.replicas()[1].phase == "loading")
+        await fleet.close()
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            await growing
 
 
 @in_loop
@@ -141,7 +443,7 @@ async def test_one_that_does_not_start_leaves_none(checkpoint: Path) -> None:
 
 
 @in_loop
-async def test_one_replica_needs_no_fleet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_replicas_that_share_experts_are_no_fleet(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[str, Config]] = []
 
     async def start(config: Config, on_progress: Any) -> Any:
@@ -154,11 +456,11 @@ async def test_one_replica_needs_no_fleet(checkpoint: Path, monkeypatch: pytest.
     monkeypatch.setattr(Fleet, "start", start_fleet)
     for settings in ({"data_parallel_size": 1}, {"enable_expert_parallel": True}, {}):
         await start_engine(config_of(checkpoint, **settings))
-    assert [kind for kind, _ in started] == ["engine", "engine", "fleet"]
+    assert [kind for kind, _ in started] == ["fleet", "engine", "fleet"]
 
 
 def test_replicas_share_out_the_cores(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.num_cores", lambda: 12)
+    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 12)
     for own, environment in settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2, device="cpu")):
         assert own.parallel.world_size == 2
         assert own.executor.threads_per_rank == 2
@@ -171,6 +473,28 @@ def test_replicas_share_out_the_gpus(checkpoint: Path, monkeypatch: pytest.Monke
     settings = settings_of_replicas(config_of(checkpoint, tensor_parallel_size=2))
     assert [own.executor.device for own, _ in settings] == ["cuda"] * 3
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in settings] == ["7,5", "GPU-a,3", "1,0"]
+
+
+def test_a_replica_that_joins_gets_gpus_that_nobody_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-a,3,1")
+    monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
+    seats = Seats(config_of(checkpoint, data_parallel_size=1, tensor_parallel_size=2))
+    own, environment = seats.settings(1, 2, max_model_len=500)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "GPU-a,3"}
+    assert (own.parallel.data_parallel_size, own.parallel.tensor_parallel_size) == (1, 2)
+    assert (own.executor.device, own.model.max_model_len) == ("cuda", 500)
+    assert seats.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
+    seats.check_room(2, [1], [])
+    with pytest.raises(ConfigError, match="data_parallel_size: 3 is not possible: 6 GPUs are needed and 5 can be used"):
+        seats.check_room(3, [1, 2], [])
+
+
+def test_on_ray_only_the_start_tells_whether_there_is_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 1)
+    Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1)).check_room(9, range(1, 9), [os.getpid()])
+    one_group = Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1, placement_group="mine"))
+    with pytest.raises(ConfigError, match="placement_group: 'mine' is not possible"):
+        one_group.check_room(2, [1], [])
 
 
 def test_with_ray_each_replica_knows_whether_it_is_local(checkpoint: Path) -> None:

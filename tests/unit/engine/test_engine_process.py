@@ -20,7 +20,7 @@ from engine_echo_brain import EchoBrain
 
 import phalanx.engine.process as process
 from phalanx.config import Config
-from phalanx.errors import CheckpointError, ConfigError, PeerDiedError, RequestError, WorkerError
+from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.protocol import (
     Cancel,
     EngineFailed,
@@ -28,6 +28,7 @@ from phalanx.protocol import (
     EngineReady,
     EngineStats,
     FinishReason,
+    FormationStats,
     Message,
     ReplicaStats,
     SamplingParams,
@@ -54,10 +55,31 @@ class FakePing:
         return True
 
 
-class FakeExecutor:
+class FakeHealing:
+    """A recovery that ends when a test says so."""
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+        self.error: Exception | None = None
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.is_over.wait(timeout_s)
+
+    def result(self) -> tuple[int, bool]:
+        if self.error is not None:
+            raise self.error
+        return 2, True
+
+
+class FakeFormation:
     """No workers; `error` is what looking after them finds."""
 
     def __init__(self) -> None:
+        self.capacity: Any = None
+        self.heals_error: Exception | None = None
+        self.healing = FakeHealing()
+        self.num_progressed = 0
+        self.told: FormationStats | None = None
         self.error: Exception | None = None
         self.is_closed = False
         self.pinged = threading.Event()
@@ -66,11 +88,23 @@ class FakeExecutor:
         """As an inline rank: it is carried out here and now."""
         time.sleep(0.2)
 
+    def heals(self, error: Exception) -> bool:
+        return error is self.heals_error
+
+    def begin_healing(self, error: Exception) -> FakeHealing:
+        return self.healing
+
+    def progressed(self) -> None:
+        self.num_progressed += 1
+
+    def stats(self) -> FormationStats | None:
+        return self.told
+
     def submit(self, body: Message, *, deadline_s: float) -> FakePing:
         self.pinged.set()
         return FakePing(self.error)
 
-    def __enter__(self) -> FakeExecutor:
+    def __enter__(self) -> FakeFormation:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,11 +115,11 @@ class Engine:
     """`process.serve` in a thread, and the client's end of its stream."""
 
     def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-        self.executor = FakeExecutor()
+        self.executor = FakeFormation()
         self.start_error: Exception | None = None
         self.brain = EchoBrain()
         monkeypatch.setattr(process, "resolve", lambda *_, **__: SimpleNamespace(path=path))
-        monkeypatch.setattr(process, "start_executor", self._start_executor)
+        monkeypatch.setattr(process, "start_formation", self._start_formation)
         monkeypatch.setattr(process, "Brain", self._make_brain)
         ours, theirs = stream_pair()
         self.stream = Stream(ours, Party.of("the engine", os.getpid()))
@@ -108,16 +142,17 @@ class Engine:
         self.start()
         self.receive(EngineReady)
 
-    def _start_executor(self, config: Config, checkpoint: Any, on_progress: Any) -> tuple[FakeExecutor, Any]:
+    def _start_formation(self, config: Config, checkpoint: Any, on_progress: Any) -> FakeFormation:
         try:
             on_progress(StartProgress(1, "loading", 1, 2))
         except Exception as error:  # as the inline rank does with whatever comes out of its worker
             raise WorkerError(0, "here", type(error).__name__, str(error), "traceback") from error
         if self.start_error is not None:
             raise self.start_error
-        return self.executor, SimpleNamespace(
+        self.executor.capacity = SimpleNamespace(
             max_model_len=64, num_blocks=8, block_size=config.cache.block_size, world_size=2, device="cpu", dtype="f"
         )
+        return self.executor
 
     def _make_brain(self, config: Config, executor: Any, **_: Any) -> EchoBrain:
         self.executor_of_brain = executor
@@ -204,6 +239,58 @@ def test_an_engine_gives_a_sign_of_life_between_two_steps_of_one_turn(
     before_the_second_step = EngineStats((ReplicaStats(1, 0, 0, 10, 0, 0, 0, 0, 0),))
     assert engine.receive(EngineMessage) == before_the_second_step
     assert isinstance(engine.receive(EngineMessage), TokenBatch)
+
+
+HEALING = FormationStats(1, True, "none", 1, {}, {}, 0, 0.0)
+
+
+def break_a_step(engine: Engine) -> PeerDiedError:
+    """The first step raises what the formation heals."""
+    step, error = engine.brain.step, PeerDiedError("rank 1", 7)
+    engine.executor.heals_error, engine.executor.told = error, HEALING
+
+    def fail_once() -> TokenBatch | None:
+        engine.brain.step = step  # type: ignore[method-assign]
+        raise error
+
+    engine.brain.step = fail_once  # type: ignore[method-assign]
+    return error
+
+
+def test_a_fault_that_is_healed_is_a_pause_in_which_requests_come(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    error = break_a_step(engine)
+    engine.send(submit(3, max_tokens=1))
+    assert engine.receive(EngineStats).formation == HEALING, "the client hears of it, and that the engine lives"
+    engine.send(submit(4, max_tokens=1))
+    while engine.receive(EngineStats).replicas[0].num_running < 2:
+        pass
+    assert not engine.brain.rewinds and not engine.brain.num_steps
+    engine.executor.told = FormationStats(2, False, "none", 1, {"new line": 1}, {}, 0, 0.5)
+    engine.executor.healing.is_over.set()
+    assert {request_id for request_id, _ in engine.receive(TokenBatch).finished} == {3, 4}
+    assert engine.brain.rewinds == [(2, True, str(error))]
+    while engine.receive(EngineStats).formation != engine.executor.told:
+        pass
+
+
+def test_an_engine_ends_in_good_order_while_it_heals(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    break_a_step(engine)
+    engine.send(submit(3, max_tokens=1))
+    assert engine.receive(EngineStats).formation == HEALING
+    engine.send(Shutdown())
+    assert engine.exit_code() == 0 and engine.executor.is_closed
+
+
+def test_a_fault_that_is_not_healed_ends_the_engine_and_says_what_was_tried(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    break_a_step(engine)
+    engine.executor.healing.error = NotHealedError("rank 1 died; it could not be healed: new line: no memory")
+    engine.executor.healing.is_over.set()
+    engine.send(submit(3, max_tokens=1))
+    assert "could not be healed: new line: no memory" in engine.receive(EngineFailed).reason
+    assert engine.exit_code() == 1
 
 
 def test_cancel_reaches_the_brain(engine: Engine) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from engine_echo_brain import EchoBrain
 
-from phalanx.errors import ConfigError, EngineDeadError, RequestError
+from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError
 from phalanx.llm import LLM
 from phalanx.protocol import SamplingParams, Submit, TokenBatch
 
@@ -27,17 +27,26 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny.save(tiny.byte_level(), tmp_path, chat_template=tiny.CHAT_TEMPLATE)
 
 
-class FakeExecutor:
+class FakeFormation:
     """Its ranks have two methods, of which one changes the weights."""
 
-    def collective_rpc(self, method: str, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        if method == "methods_that_change_weights":
-            return ["push"]
-        return SimpleNamespace(result=lambda: [method]) if non_block else [method]
+    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
+
+    def collective_rpc(self, method: str, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(result=lambda: ["push"] if method == "methods_that_change_weights" else [method])
+
+    def heals(self, error: Exception) -> bool:
+        return False
+
+    def progressed(self) -> None: ...
+
+    def weights_changed(self) -> None: ...
 
     def check_health(self, timeout_s: float) -> None: ...
 
-    def __enter__(self) -> FakeExecutor:
+    def on_failure(self, callback: Any) -> None: ...
+
+    def __enter__(self) -> FakeFormation:
         return self
 
     def __exit__(self, *_: object) -> None: ...
@@ -46,11 +55,10 @@ class FakeExecutor:
 @pytest.fixture
 def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads no model."""
-    capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_executor", lambda *_: (FakeExecutor(), capacity))
+    monkeypatch.setattr("phalanx.llm.start_formation", lambda *_: FakeFormation())
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
 
 
@@ -222,15 +230,84 @@ def test_ctrl_c_lets_the_step_end_and_the_llm_live(llm: LLM) -> None:
     assert llm.generate("fox", SamplingParams(max_tokens=1))[0].finish_reason == "length"
 
 
-def test_after_a_fault_the_llm_says_why_it_can_run_no_more(llm: LLM) -> None:
-    def failing_step() -> TokenBatch | None:
-        raise RuntimeError("rank 1 is gone")
+def failing_step() -> TokenBatch | None:
+    raise RuntimeError("rank 1 is gone")
 
+
+def test_after_a_fault_the_llm_says_why_it_can_run_no_more(checkpoint: Path, faked: None) -> None:
+    with LLM(str(checkpoint), engine_restarts=0) as llm:
+        brain_of(llm).step = failing_step
+        with pytest.raises(RuntimeError):
+            llm.generate("fox")
+        with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+            llm.generate("fox")
+
+
+def test_after_a_fault_the_model_is_loaded_again_and_outputs_go_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, num_loads = brain_of(llm), 0
+
+    def fail_after_a_while() -> TokenBatch | None:
+        return failing_step() if first.num_steps == 4 else EchoBrain.step(first)
+
+    def load_at_the_second_attempt(*_: Any) -> Any:
+        nonlocal num_loads
+        num_loads += 1
+        if num_loads == 1:
+            raise StartError("rank 0", "loading", "no memory")
+        return FakeFormation()
+
+    monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("phalanx.llm.start_formation", load_at_the_second_attempt)
+    first.step = fail_after_a_while
+    num_tokens = 3 * len(llm.tokenizer.encode("the fox 🦊"))
+    completions = llm.generate(["the fox 🦊", "the fox 🦊"], SamplingParams(max_tokens=num_tokens))
+    assert [completion.text for completion in completions] == 2 * [3 * "the fox 🦊"]
+    assert brain_of(llm) is not first and not brain_of(llm).has_work()
+    assert caplog.messages[0] == "RuntimeError: rank 1 is gone; the model is loaded again, outputs that wait for it: 2"
+    assert "no memory" in caplog.messages[1]
+
+
+def test_what_cannot_be_loaded_again_ends_the_llm(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise StartError("rank 0", "loading", "no memory")
+
+    told: list[Exception] = []
+    llm.on_failure(told.append)
+    monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("phalanx.llm.start_formation", refuse)
     brain_of(llm).step = failing_step
-    with pytest.raises(RuntimeError):
+    with pytest.raises(StartError, match="no memory"):
         llm.generate("fox")
-    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+    with pytest.raises(EngineDeadError, match="no memory"):
         llm.generate("fox")
+    assert len(told) == 1
+    llm.on_failure(told.append)
+    assert len(told) == 2
+
+
+def test_workers_that_know_more_than_the_checkpoint_are_not_made_anew(extended: LLM) -> None:
+    brain_of(extended).step = failing_step
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        extended.generate("fox")
+
+
+def test_changed_weights_are_not_exchanged_for_the_checkpoints(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    brain_of(llm).step = failing_step
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        llm.generate("fox")
+
+
+def test_restarts_that_would_not_happen_are_no_silent_option(
+    checkpoint: Path, faked: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for asked in (0, 3):
+        LLM(str(checkpoint), worker_extension_cls="probes:Probe", engine_restarts=asked).close()
+    assert not caplog.messages
+    LLM(str(checkpoint), worker_extension_cls="probes:Probe", engine_restarts=9).close()
+    assert "engine_restarts = 9 has no effect" in caplog.text
 
 
 def test_a_closed_llm_says_so(llm: LLM) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-import phalanx.executor.local as local
+import phalanx.executor.fork_server_process as fork_server_process
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
@@ -34,13 +34,13 @@ def spec(rank: int) -> WorkerSpec:
 def test_it_may_be_closed_as_soon_as_it_is_made() -> None:
     launcher = LocalLauncher({})
     launcher.close(0.0)
-    assert launcher._process.returncode == -signal.SIGKILL
+    assert launcher._server._process.returncode == -signal.SIGKILL
 
 
 def test_a_fork_server_that_dies_before_it_forks_is_the_end_of_every_rank() -> None:
     launcher = LocalLauncher({})
     launcher.start([spec(0), spec(1)])
-    launcher._process.kill()  # torch's import takes longer than this
+    launcher._server._process.kill()  # torch's import takes longer than this
     expires_at = time.monotonic() + 5
     while len(launcher.exits()) < 2:
         assert time.monotonic() < expires_at
@@ -53,15 +53,15 @@ def test_a_fork_server_that_dies_before_it_forks_is_the_end_of_every_rank() -> N
 def test_a_fork_server_that_cannot_be_killed_is_an_error_and_not_a_wait_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local, "KILL_DEADLINE_S", 0.1)
+    monkeypatch.setattr(fork_server_process, "KILL_DEADLINE_S", 0.1)
     launcher = LocalLauncher({})
-    os.kill(launcher._process.pid, signal.SIGSTOP)
+    os.kill(launcher._server._process.pid, signal.SIGSTOP)
     with monkeypatch.context() as kernel:
-        kernel.setattr(launcher._process, "kill", lambda: None)
+        kernel.setattr(launcher._server._process, "kill", lambda: None)
         with pytest.raises(DeadlineError, match=r"waited 0\.1 s for the end after SIGKILL from the fork server \(pid"):
             launcher.close(0.0)
     launcher.close(0.0)
-    assert launcher._process.returncode == -signal.SIGKILL
+    assert launcher._server._process.returncode == -signal.SIGKILL
 
 
 def test_a_fork_server_that_cannot_be_started_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from phalanx.executor.start import (
     _fit_model_len,
     _open_groups,
     _report_inline,
-    _settle,
     _specs,
+    settle,
     start_executor,
 )
 from phalanx.protocol import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory, Progress, StartProgress
@@ -86,7 +86,7 @@ def test_a_stage_of_one_rank_needs_no_memory_to_meet_in() -> None:
 
 def test_more_stages_than_layers_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"pipeline_parallel_size: 4 .* at most 3"):
-        _settle(Config.build(model="m", pipeline_parallel_size=4, device="cpu"), CHECKPOINT)
+        settle(Config.build(model="m", pipeline_parallel_size=4, device="cpu"), CHECKPOINT)
 
 
 class Stages:

@@ -177,3 +177,34 @@ def test_a_death_is_a_death(pretend: Any) -> None:
     pretend(saying(verdict("gone")))
     watcher = Watching(NOBODY, lambda: None)
     assert isinstance(failure(watcher, PeerDiedError("node alpha", 7)), PeerDiedError)
+
+
+def test_ranks_are_ended_for_what_has_stood_for_as_long_as_asked(pretend: Any) -> None:
+    pretend(saying(verdict("stopped")))
+    ended = threading.Event()
+    watcher = Watching(NOBODY, ended.set, ends_after_s={"stopped": 0.01})
+    assert ended.wait(WITHIN_S) and watcher.await_hopeless(WITHIN_S) == verdict("stopped")
+    error = failure(watcher, PeerDiedError("rank 1", 7))
+    assert isinstance(error, HungError) and str(error).startswith("rank 1 on here does")
+
+
+def test_ranks_live_that_come_back_in_time(pretend: Any) -> None:
+    pretend(saying(verdict("stopped"), None, verdict("late")))
+    ended = threading.Event()
+    watcher = Watching(NOBODY, ended.set, ends_after_s={"stopped": 60.0, "skipped": 0.0})
+    while watcher.standing != verdict("late"):
+        time.sleep(0.01)
+    assert watcher._patience is None and watcher.await_hopeless(0.0) is None
+    watcher.close()
+    assert not ended.is_set()
+
+
+def test_a_watcher_that_is_told_to_be_silent_tells_nothing_of_what_is_done_next(
+    pretend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = msgspec.json.encode(verdict("gone")).decode()
+    pretend(f"cat > /dev/null; read stop < /proc/self/fd/$4; echo '{told}'")
+    watcher = Watching(NOBODY, lambda: None)
+    watcher.silence()
+    watcher.close()
+    assert watcher.verdict is None and "verdict" not in caplog.text

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Literal
 
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.record import PlanSize
-from phalanx.ledger.verdict import Look, RankLook
 
 
 class WritingRank:
     """A rank with a journal in plain memory, unless it is given some."""
 
-    def __init__(self, rank: int, groups: Sequence[str], memory: memoryview | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        groups: Sequence[str],
+        memory: memoryview | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self.rank = rank
         self.memory = memoryview(bytearray(JOURNAL_BYTES)) if memory is None else memory
-        self.journal = Journal(self.memory, epoch=1)
+        self.journal = Journal(self.memory, epoch=1, now_ns=now_ns)
         self.process: Literal["running", "stopped", "gone", "ended"] = "running"
         self._groups = ("", *groups)
         self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(groups, start=1)}
@@ -39,6 +45,9 @@ class WritingRank:
 
     def done(self, group: str) -> None:
         self._journals[group].done()
+
+    def fail(self, group: str) -> None:
+        self._journals[group].failed()
 
     def collective(self, group: str, what: str) -> None:
         self.issue(group, what)
@@ -66,5 +75,20 @@ def hash_of(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def look_at(ranks: Sequence[WritingRank], groups: dict[str, Sequence[int]]) -> Look:
-    return Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups)
+class Clock:
+    """Stands still, but for what a test moves it by: nobody waits for longer because the test had no core."""
+
+    def __init__(self) -> None:
+        self.ns = time.monotonic_ns()
+
+    def __call__(self) -> int:
+        return self.ns
+
+    def pass_s(self, seconds: float) -> None:
+        self.ns += int(seconds * 1e9)
+
+
+def look_at(
+    ranks: Sequence[WritingRank], groups: dict[str, Sequence[int]], now_ns: Callable[[], int] = time.monotonic_ns
+) -> Look:
+    return Look(now_ns(), {rank.rank: rank.look() for rank in ranks}, groups)

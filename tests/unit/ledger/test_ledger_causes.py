@@ -10,12 +10,14 @@ from itertools import count
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_ranks import WritingRank, look_at
+from ledger_ranks import Clock, WritingRank, look_at
 
+from phalanx.ledger.awaited import HUNG_S
 from phalanx.ledger.journal import PHASES
+from phalanx.ledger.judge import STORE_S, judge
 from phalanx.ledger.limits import BUDGETS_S, Limits
 from phalanx.ledger.look import Look, Unheard, standings
-from phalanx.ledger.verdict import STORE_S, Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 WORLD = (0, 1, 2)
 GROUPS: dict[str, Sequence[int]] = {"tp@0": WORLD}
@@ -76,6 +78,20 @@ def test_a_gil_that_is_held_where_none_is_needed(phase: str) -> None:
     ranks = world()
     ranks[1].journal.enter(phase)
     assert judge(seen(ranks, held_s=5.0)) is None
+
+
+def test_a_collective_has_its_time_from_when_the_last_has_come() -> None:
+    clock = Clock()
+    ranks = [WritingRank(rank, ["tp@0"], now_ns=clock) for rank in WORLD]
+    for rank in ranks:
+        rank.begin(1)
+        rank.issue("tp@0", REDUCE)
+        clock.pass_s(5.0)
+    clock.pass_s(HUNG_S / 2 - 5.0)
+    assert judge(look_at(ranks, GROUPS, clock)) is None, "others wait for ten seconds, all are there for half of one"
+    clock.pass_s(HUNG_S)
+    verdict = judged(look_at(ranks, GROUPS, clock))
+    assert (verdict.cause, verdict.waited_s) == ("hung", pytest.approx(1.5 * HUNG_S))
 
 
 def test_a_collective_that_all_have_come_to_and_that_does_not_end() -> None:
@@ -240,33 +256,43 @@ def test_the_tree_of_causes() -> None:
 
 PROGRAM = [("tp@0", REDUCE), ("tp@1", REDUCE), ("ep@0", GATHER), ("tp@0", GATHER), ("tp@1", GATHER), ("ep@0", REDUCE)]
 GRID: dict[str, Sequence[int]] = {"tp@0": (0, 1), "tp@1": (2, 3), "ep@0": (0, 1, 2, 3)}
+SLOWEST_TURN_S = 0.1  # so that no step takes longer than its budget
 
 
-def life(rank: WritingRank, ranks: Sequence[WritingRank]) -> Iterator[None]:
-    """Of a healthy rank; a pause after all that others could see."""
+def life(rank: WritingRank, ranks: Sequence[WritingRank]) -> Iterator[str]:
+    """Of a healthy rank; a pause after all that others could see, with the group that it has just come to, if any."""
     for step in count(1):
         rank.begin(step)
-        yield
+        yield ""
         for group, what in PROGRAM:
             if rank.rank not in GRID[group]:
                 continue
             rank.issue(group, what)
-            yield
+            yield group
             while any(ranks[other].sequence(group) < rank.sequence(group) for other in GRID[group]):
-                yield
+                yield ""
             rank.done(group)
-            yield
+            yield ""
         rank.end()
-        yield
+        yield ""
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=20, max_size=200))
-def test_a_healthy_run_is_given_no_verdict(turns: list[int]) -> None:
-    """Ranks move one at a time, in any order that collectives allow. One may be seen to be awaited, and no more."""
-    ranks = [WritingRank(rank, [group for group, members in GRID.items() if rank in members]) for rank in range(4)]
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, SLOWEST_TURN_S)), min_size=20, max_size=200))
+def test_a_healthy_run_is_given_no_verdict(turns: list[tuple[int, float]]) -> None:
+    """Ranks move one at a time, in any order that collectives allow. One may be seen to be awaited, and no more; and a
+    collective to take its time, for as long as all have been in it."""
+    clock = Clock()
+    names = {rank: [group for group, members in GRID.items() if rank in members] for rank in range(4)}
+    ranks = [WritingRank(rank, groups, now_ns=clock) for rank, groups in names.items()]
     lives = [life(rank, ranks) for rank in ranks]
-    for turn in turns:
-        next(lives[turn])
-        verdict = judge(look_at(ranks, GRID))
-        assert verdict is None or verdict.cause in ("late", "behind"), verdict
+    came_ns: dict[tuple[str | None, int | None], int] = {}
+    for turn, took_s in turns:
+        clock.pass_s(took_s)
+        if group := next(lives[turn]):
+            came_ns[group, ranks[turn].sequence(group)] = clock.ns  # in the end, of who came last
+        verdict = judge(look_at(ranks, GRID, clock))
+        if verdict is not None and verdict.cause == "hung":
+            assert clock.ns - came_ns[verdict.group, verdict.sequence] >= HUNG_S * NS, verdict
+        else:
+            assert verdict is None or verdict.cause in ("late", "behind"), verdict

@@ -7,8 +7,9 @@ import pytest
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS, GroupJournal, Journal, read
+from phalanx.ledger.judge import judge
 from phalanx.ledger.sighting import NodeView, Telling
-from phalanx.ledger.verdict import Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 REDUCE, GATHER = "all_reduce bfloat16 [3, 72]", "all_gather bfloat16 [3, 130]"
 GROUPS = {"tp@0": (0, 1, 2), "ep@0": (0, 1, 2)}
@@ -72,6 +73,22 @@ def test_states_of_a_collective() -> None:
         stream.go_on(1)
         look()
     assert seen == [("issued", False), ("launched", False), ("running", False), ("done", True)]
+
+
+def test_a_call_that_fails_gives_the_device_nothing_more() -> None:
+    """It may be the device that fails; and then the collective was not launched."""
+    rank, stream = rank_on_device(0)
+    rank.collective("tp@0", REDUCE)
+    stream.go_on()
+    rank.issue("tp@0", GATHER)
+    rank.fail("tp@0")
+    entries = rank.look().entries
+    assert entries.state(entries.records[-1]) == "issued"
+    stream.go_on()
+    assert rank.look().awaits is not None, "in which it has failed"
+    rank.collective("tp@0", REDUCE)
+    stream.go_on()
+    assert rank.look().awaits is None, "its caller has gone on"
 
 
 def test_a_step_is_done_when_it_is_answered_and_not_by_the_device() -> None:

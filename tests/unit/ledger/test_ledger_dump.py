@@ -18,8 +18,8 @@ from phalanx.errors import ConfigError, DumpError
 from phalanx.executor.watching import Watching, dump_order
 from phalanx.ledger import dump
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
-from phalanx.ledger.verdict import judge
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SharedSegment
 

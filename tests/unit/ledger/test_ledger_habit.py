@@ -10,8 +10,11 @@ from ledger_ranks import WritingRank
 
 from phalanx.ledger.habit import form
 from phalanx.ledger.journal import NUM_TEXTS
+from phalanx.ledger.judge import judge
+from phalanx.ledger.look import Look
 from phalanx.ledger.record import PlanSize
-from phalanx.ledger.verdict import Look, Verdict, judge, uneven_groups
+from phalanx.ledger.uneven import uneven_groups
+from phalanx.ledger.verdict import Verdict
 
 GROUP = "tp@0"
 STEP = ("reduce f32 [1, {n}, 72]", "reduce f32 [1, {n}, 72]", "gather f32 [1, 136] dim=1", "broadcast i64 [1] src=0")

@@ -11,8 +11,8 @@ import msgspec
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.after import Trace
+from phalanx.ledger.judge import judge
 from phalanx.ledger.perfetto import perfetto
-from phalanx.ledger.verdict import judge
 
 GROUPS = {"tp@0": (0, 1), "pp@0": (0, 1)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -59,6 +60,25 @@ def test_what_is_to_be_done_after_an_import(tmp_path: Path, monkeypatch: pytest.
     assert acts == [1] and late_module.__spec__.origin == str(tmp_path / "late_module.py")
     after_import("late_module", lambda: acts.append(2))
     assert acts == [1, 2]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_import_does_not_fail_because_of_what_is_done_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_there: bool
+) -> None:
+    (tmp_path / "fragile_module.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if is_there:
+        importlib.import_module("fragile_module")
+
+    def act() -> None:
+        raise RuntimeError("a fault of ours")
+
+    after_import("fragile_module", act)
+    assert importlib.import_module("fragile_module").value == 1
+    assert "what was to be done after the import of fragile_module was not" in caplog.text
+    assert "RuntimeError: a fault of ours" in caplog.text
+    monkeypatch.delitem(sys.modules, "fragile_module")
 
 
 def test_a_sitecustomize_of_the_users_own_runs_too(tmp_path: Path) -> None:

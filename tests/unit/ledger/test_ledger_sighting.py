@@ -10,10 +10,11 @@ import pytest
 from ledger_ranks import WritingRank, look_at
 
 from phalanx.ledger.journal import NUM_RECORDS, read
-from phalanx.ledger.look import Unheard
+from phalanx.ledger.judge import judge
+from phalanx.ledger.look import Look, RankLook, Unheard
 from phalanx.ledger.record import Kind
 from phalanx.ledger.sighting import OFFSET_WINDOW_NS, FromNode, NodeView, Sighting, Telling
-from phalanx.ledger.verdict import Look, RankLook, Verdict, judge
+from phalanx.ledger.verdict import Verdict
 
 DAY_NS = 24 * 3600 * 10**9
 GROUPS: dict[str, Sequence[int]] = {"tp@0": (0, 1, 2)}

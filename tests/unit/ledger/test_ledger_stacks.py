@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
+from phalanx.ledger import stacks
 from phalanx.ledger.stacks import stack_of
 
 WAYS = {
@@ -46,6 +50,42 @@ def test_what_it_is_at(way: str) -> None:
         for _ in range(3):
             lines = stack_of(pid, descriptor, timeout_s=5.0)
             assert any(re.fullmatch(r"<string>:\d+ in busy", line) for line in lines), lines
+
+
+def test_its_memory_does_not_grow_with_each_question() -> None:
+    with process("loop") as (pid, descriptor):
+        sizes = set()
+        for _ in range(10):
+            assert stack_of(pid, descriptor, timeout_s=60.0)
+            sizes.add(os.stat(f"/proc/{pid}/fd/{descriptor}").st_size)
+        assert max(sizes) < 2 * min(sizes)
+
+
+def test_many_may_ask_at_once() -> None:
+    with process("loop") as (pid, descriptor), ThreadPoolExecutor(4) as threads:
+        alone = stack_of(pid, descriptor, timeout_s=60.0)
+        assert list(threads.map(lambda _: stack_of(pid, descriptor, timeout_s=60.0), range(12))) == [alone] * 12
+
+
+def test_one_who_asks_and_is_stopped_keeps_nobody_from_asking() -> None:
+    with process("loop") as (pid, descriptor), open(f"/proc/{pid}/fd/{descriptor}", "r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert stack_of(pid, descriptor, timeout_s=2.0)
+        other.truncate(0)  # it goes on meanwhile
+        assert stack_of(pid, descriptor, timeout_s=2.0)
+
+
+def test_an_answer_is_read_though_somebody_clears_the_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "_is_our_turn", lambda *_: False)
+    with process("loop") as (pid, descriptor), ThreadPoolExecutor(1) as threads:
+        alone, _ = (stack_of(pid, descriptor, timeout_s=60.0) for _ in range(2))
+        os.kill(pid, signal.SIGSTOP)
+        asked = threads.submit(stack_of, pid, descriptor, 60.0)
+        while not stacks._has_signal_in(pid, b"ShdPnd:"):
+            time.sleep(0.005)
+        os.truncate(f"/proc/{pid}/fd/{descriptor}", 0)
+        os.kill(pid, signal.SIGCONT)
+        assert asked.result() == alone
 
 
 def test_one_that_is_stopped_or_gone_does_not_answer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -285,6 +286,21 @@ def test_ranks_without_boards_say_it_in_messages(resources: ExitStack) -> None:
     crew.guarding.take(1, said[1])
     crew.guarding.take(0, said[0])
     said = crew.run(2, [SUM], [GATHER])
+    crew.guarding.take(0, said[0])
+    with pytest.raises(DivergedError):
+        crew.guarding.take(1, said[1])
+
+
+def test_without_memory_for_boards_ranks_say_it_in_messages_too(
+    resources: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def create(*_: object) -> SharedSegment:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(SharedSegment, "create", create)
+    crew = Crew({"tp": (0, 1)}, resources, journals=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "no memory" in caplog.text
+    said = crew.run(1, [SUM], [GATHER])
     crew.guarding.take(0, said[0])
     with pytest.raises(DivergedError):
         crew.guarding.take(1, said[1])

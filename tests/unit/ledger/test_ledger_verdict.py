@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 from ledger_ranks import WritingRank, look_at
 
-from phalanx.ledger.verdict import Verdict, judge
+from phalanx.ledger.judge import judge
+from phalanx.ledger.verdict import Verdict
 
 WORLD = {"tp@0": (0, 1, 2, 3)}
 REDUCE, GATHER = "all_reduce float32 [3, 72]", "all_gather float32 [3, 130]"

@@ -8,6 +8,7 @@ from typing import Any
 
 from phalanx.engine.admission import check_request
 from phalanx.engine.condition import Condition
+from phalanx.engine.engine import ReplicaState
 from phalanx.engine.stream import OutputDelta, PositionLogprobs, TokenLogprob
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.report import VerdictReport
@@ -48,8 +49,14 @@ class FakeEngine:
         self.tokenizer = CharacterTokenizer()
         self.default_sampling = SamplingParams(temperature=0.6, top_k=50)
         self.dead: str | None = None
+        self.down: str | None = None
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
+        self.replica_states = (ReplicaState(replica=0, state="serving", num_requests=0),)
+        self.resizes: list[tuple[int, list[int], float]] = []
+        self.resized = asyncio.Event()
+        self.refuses_resize: Exception | None = None
+        self.resize_fails: Exception | None = None
         self.reply = reply
         self.last: dict[str, Any] = {"finish_reason": "stop"}
         self.num_cached_tokens = 0
@@ -66,6 +73,27 @@ class FakeEngine:
         return (
             Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2, verdicts=told),
         )
+
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        return self.replica_states
+
+    async def begin_resize(
+        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = 30.0
+    ) -> asyncio.Task[None]:
+        if self.refuses_resize is not None:
+            raise self.refuses_resize
+        self.resizes.append((data_parallel_size, list(leaving), drain_timeout_s))
+
+        async def resize() -> None:
+            await self.resized.wait()
+            if self.resize_fails is not None:
+                raise self.resize_fails
+
+        return asyncio.create_task(resize())
+
+    async def until_settled(self) -> None:
+        while self.down is not None:
+            await asyncio.sleep(0)
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         return self.instances

@@ -39,6 +39,17 @@ def test_a_dead_engine_says_what_ended_it() -> None:
     assert found.body.error is not None and found.body.error.message == "the engine has stopped: rank 1 was killed"
 
 
+def test_an_engine_that_is_started_again() -> None:
+    down = Condition(pid=4, down="it was killed", phase="loading", trouble=reported(1))
+    for others in ([], [DEAD]):
+        found = health([*others, down], None)
+        assert (found.status, found.body.status, found.body.phase) == (503, "restarting", "loading")
+        assert found.body.error is not None and found.body.error.code == "engine_restarting"
+        assert found.body.error.message == "the engine is being started again: it was killed"
+    assert health([down, STUCK], None).body.status == "stuck"
+    assert (health([down, WELL], None).status, health([down, WELL], None).body.status) == (200, "degraded")
+
+
 def test_a_server_that_stops() -> None:
     found = health([WELL], ApiError(503, "the server is shutting down", code="shutting_down"))
     assert (found.status, found.body.status) == (503, "stopping")

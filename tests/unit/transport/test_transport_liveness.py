@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from phalanx.errors import PeerDiedError
 from phalanx.transport.futex import Doorbell
-from phalanx.transport.liveness import Party, Watch
+from phalanx.transport.liveness import Party, Watch, holds_memory, is_running, state_of
 
 
 @pytest.fixture
@@ -51,6 +52,22 @@ def test_a_zombie_is_dead(child: subprocess.Popen[bytes]) -> None:
     assert not party.is_alive()
     with pytest.raises(PeerDiedError, match="rank 3"):
         Party.of("rank 3", child.pid)
+
+
+@pytest.mark.parametrize(
+    ("state", "flags", "expected"),
+    [("S", 0x400040, "S"), ("T", 0x400040, "T"), ("R", 0x400044, None), ("D", 0x40004C, None), ("Z", 0x400040, None)],
+)
+def test_a_process_is_gone_from_the_beginning_of_its_exit(
+    state: str, flags: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Such as a rank whose GPU's memory is still to be given back.
+    stat = f"71 (a) S b) {state} 1 71 71 0 -1 {flags} 90 0 0 0 5 2 0 0 20 0 9 0 4242 1048576 100".encode()
+    monkeypatch.setattr("builtins.open", lambda path, mode: io.BytesIO(stat))
+    assert state_of(71, 4242) == expected
+    assert is_running(71) == (expected is not None)
+    assert holds_memory(71, 4242) == (state != "Z")
+    assert not holds_memory(71, 4243)
 
 
 def test_a_death_rings_within_milliseconds(child: subprocess.Popen[bytes], watch: Watch) -> None:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from phalanx.errors import FrameError, PeerDiedError
-from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+from phalanx.transport.shared_memory import SegmentHandle, SegmentHold, SharedSegment
 
 
 def test_what_one_mapping_writes_the_other_reads() -> None:
@@ -82,3 +82,28 @@ def test_a_view_outlives_the_segment() -> None:
 def test_it_cannot_be_shortened_under_its_readers() -> None:
     with SharedSegment.create(64, "test") as segment, pytest.raises(PermissionError):
         os.ftruncate(segment.handle.fd, 0)
+
+
+def test_what_is_held_outlives_its_maker() -> None:
+    segment = SharedSegment.create(64, "test")
+    segment.buf[3] = 7
+    with SegmentHold(segment.handle) as hold:
+        segment.close()
+        with pytest.raises(FrameError):
+            SegmentHold(segment.handle)
+        with SharedSegment.attach(hold.handle) as again, SegmentHold(hold.handle) as second:
+            assert again.buf[3] == 7
+            assert (second.handle.nonce, second.handle.size_bytes) == (segment.handle.nonce, 64)
+    hold.close()
+    with pytest.raises(FrameError):
+        SharedSegment.attach(hold.handle)
+
+
+def test_whole_pages_are_given_back_to_the_system() -> None:
+    page = os.sysconf("SC_PAGESIZE")
+    with SharedSegment.create(4 * page, "test") as ours, SharedSegment.attach(ours.handle) as theirs:
+        ours.buf[:] = b"\1" * (4 * page)
+        ours.release(100, 3 * page + 100)
+        assert bytes(theirs.buf) == b"\1" * page + bytes(2 * page) + b"\1" * page
+        ours.release(100, 200)
+        assert theirs.buf[100] == 1

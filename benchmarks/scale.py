@@ -1,0 +1,198 @@
+"""Replicas that come and go while streams run: how long that takes, and the longest gap between tokens of a stream.
+
+    python benchmarks/scale.py --model DIRECTORY [--rounds 5] [--streams 4] [--threads 1]
+
+One `phalanx serve` with one replica, and streams that never pause: each asks for its next output as soon as one has
+ended. In each round it grows to two replicas, then the first replica leaves (in turns: its requests end there, or move
+at once), and it grows again. Gaps are what the clients see, between two tokens of one output, of those that ran at some
+time of the resize; beside them those of as long a time before it, when nothing happened. All outputs of a prompt have
+to be the same, greedy: what ran alone, and what ran through resizes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import httpx
+from serving import MODEL_NAME, REQUEST_TIMEOUT_S, free_port, phalanx, running
+
+RESIZE_TIMEOUT_S = 120.0
+POLL_S = 0.02
+SETTLE_S = 3.0
+
+
+class Output(NamedTuple):
+    """One output of a stream: its text, and when its tokens came."""
+
+    prompt: int
+    text: str
+    times: list[float]
+
+
+class Resize(NamedTuple):
+    """What was done, and what clients saw of it."""
+
+    kind: str
+    took_s: float
+    gap_ms: float
+    """The longest while it was under way."""
+    quiet_gap_ms: float
+    """The longest in as long a time before."""
+    token_ms: float
+    """Median gap before."""
+
+
+class Streams:
+    """Clients that always have one output under way each."""
+
+    def __init__(self, url: str, num_tokens: int) -> None:
+        self._url = url
+        self._num_tokens = num_tokens
+        self._times: dict[int, list[float]] = {}
+        """Of the outputs that are under way, and the last one of each prompt before."""
+        self.gaps: list[tuple[float, float]] = []
+        """When each ended, and its seconds."""
+        self.outputs: list[Output] = []
+
+    async def one(self, client: httpx.AsyncClient, prompt: int) -> Output:
+        """One output, from its prompt."""
+        body = {
+            "model": MODEL_NAME,
+            "prompt": f"Story number {prompt}. Once upon a time,",
+            "stream": True,
+            "max_tokens": self._num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        text = ""
+        times: list[float] = []
+        async with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise click.ClickException(f"a stream failed: {event['error']['message']}")
+                now = time.monotonic()
+                if times:
+                    self.gaps.append((now, now - times[-1]))
+                times.append(now)
+                text += event["choices"][0]["text"]
+        output = Output(prompt, text, times)
+        self.outputs.append(output)
+        return output
+
+    @contextlib.asynccontextmanager
+    async def flowing(self, client: httpx.AsyncClient, count: int) -> AsyncIterator[None]:
+        """So many at a time, while this is entered."""
+
+        async def flow(prompt: int) -> None:
+            while True:
+                await self.one(client, prompt)
+
+        tasks = [asyncio.create_task(flow(prompt)) for prompt in range(count)]
+        try:
+            yield
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def longest_gap_s(self, begin: float, end: float) -> float:
+        """Of those that were at some time between the two."""
+        return max((gap for ended, gap in self.gaps if ended >= begin and ended - gap <= end), default=0.0)
+
+    def median_gap_s(self, begin: float, end: float) -> float:
+        return statistics.median(gap for ended, gap in self.gaps if begin <= ended <= end)
+
+
+async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Streams, body: dict[str, object]) -> Resize:
+    """Begin it and wait for its end."""
+    began_at = time.monotonic()
+    answer = await client.post(f"{url}/scale", json=body)
+    if answer.status_code != 202:
+        raise click.ClickException(answer.text)
+    async with asyncio.timeout(RESIZE_TIMEOUT_S):
+        while (told := (await client.get(f"{url}/scale")).json()["resize"])["state"] == "running":
+            await asyncio.sleep(POLL_S)
+    if told["state"] != "done":
+        raise click.ClickException(f"{kind}: {told}")
+    ended_at = time.monotonic()
+    click.echo(f"{kind}: {told['took_s']:.2f} s, {1e3 * streams.longest_gap_s(began_at, ended_at):.0f} ms", err=True)
+    await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
+    took_s = ended_at - began_at
+    return Resize(
+        kind,
+        told["took_s"],
+        1e3 * streams.longest_gap_s(began_at, ended_at),
+        1e3 * streams.longest_gap_s(began_at - max(took_s, SETTLE_S), began_at),
+        1e3 * streams.median_gap_s(began_at - SETTLE_S, began_at),
+    )
+
+
+async def measure(url: str, rounds: int, num_streams: int, num_tokens: int) -> tuple[list[Resize], Streams]:
+    done: list[Resize] = []
+    streams = Streams(url, num_tokens)
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(streams.one(client, prompt) for prompt in range(num_streams)))  # nothing happens
+        async with streams.flowing(client, num_streams):
+            await asyncio.sleep(2 * SETTLE_S)
+            for number in range(rounds):
+                done.append(await resize(client, url, "up", streams, {"data_parallel_size": 2}))
+                await asyncio.sleep(2 * SETTLE_S)  # outputs end and begin: both replicas have some
+                moves = number % 2 == 0
+                kind = "down, requests move" if moves else "down, requests end there"
+                leaving = [0, 1][number % 2]
+                asked = {"data_parallel_size": 1, "leaving": [leaving], "drain_timeout_s": 0 if moves else 60}
+                done.append(await resize(client, url, kind, streams, asked))
+                await asyncio.sleep(2 * SETTLE_S)
+    return done, streams
+
+
+@click.command()
+@click.option("--model", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--rounds", default=6, show_default=True)
+@click.option("--streams", default=4, show_default=True)
+@click.option("--output-tokens", default=400, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="Threads of each rank.")
+def main(model: Path, dtype: str, rounds: int, streams: int, output_tokens: int, threads: int) -> None:
+    """Measure resizes of `phalanx serve`."""
+    with tempfile.TemporaryDirectory() as logs:
+        log = Path(logs) / "log"
+        with running(phalanx(model, 1, dtype, free_port(), log, "--threads-per-rank", str(threads))) as server:
+            server.await_ready()
+            resizes, found = asyncio.run(measure(server.url, rounds, streams, output_tokens))
+    click.echo(f"{streams} streams, greedy; {rounds} rounds; times are medians, and the largest in brackets")
+    for kind in dict.fromkeys(one.kind for one in resizes):
+        rows = [one for one in resizes if one.kind == kind]
+        took, gap = [one.took_s for one in rows], [one.gap_ms for one in rows]
+        quiet, token = [one.quiet_gap_ms for one in rows], [one.token_ms for one in rows]
+        click.echo(
+            f"{kind:26} takes {statistics.median(took):6.2f} s [{max(took):.2f}], longest gap "
+            f"{statistics.median(gap):6.0f} ms [{max(gap):.0f}]; before it {statistics.median(quiet):6.0f} ms "
+            f"[{max(quiet):.0f}], and a token every {statistics.median(token):.0f} ms"
+        )
+    texts: dict[int, set[str]] = {}
+    for output in found.outputs:
+        texts.setdefault(output.prompt, set()).add(output.text)
+    short = sum(len(output.times) > output_tokens for output in found.outputs)
+    differing = {prompt: len(several) for prompt, several in texts.items() if len(several) > 1}
+    click.echo(f"outputs: {len(found.outputs)}; with too many tokens: {short}; prompts with other texts: {differing}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`phalanx scale` and `phalanx drain`: another number of replicas while requests stream on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from phalanx.cli.running_server import RunningServer
+from phalanx.errors import ResizeError, UserError
+
+if TYPE_CHECKING:
+    from phalanx.server.scaling import ResizeReport, ScaleReport
+
+POLL_S = 0.2
+
+_DRAIN_TIMEOUT = click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0.0, max=1e6),
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests of a replica that leaves may still take there, before others take them over.",
+)
+_WAIT = click.option("--wait/--no-wait", default=True, show_default=True, help="Return when it is done.")
+
+
+@click.command()
+@click.argument("url")
+@click.argument("size", required=False, type=click.IntRange(min=1))
+@click.option(
+    "--leaving", type=click.IntRange(min=0), multiple=True, help="A replica that is to leave. May be repeated."
+)
+@_DRAIN_TIMEOUT
+@_WAIT
+def scale(url: str, size: int | None, leaving: tuple[int, ...], drain_timeout: float, wait: bool) -> None:
+    """Have the server at URL serve with SIZE replicas; without SIZE, say how many there are.
+
+    Requests stream on meanwhile. If it fails, or Ctrl-C ends it, there are as many replicas as before.
+    """
+    from phalanx.server.scaling import ScaleReport, ScaleRequest
+
+    server = RunningServer(url)
+    if size is None:
+        if leaving:
+            raise click.UsageError("--leaving is for fewer replicas: give SIZE")
+        _print_replicas(server.call("GET", "/scale", ScaleReport))
+        return
+    asked = ScaleRequest(data_parallel_size=size, leaving=list(leaving), drain_timeout_s=drain_timeout)
+    _see_through(server, server.call("POST", "/scale", ScaleReport, asked), wait)
+
+
+@click.command()
+@click.argument("url")
+@click.argument("replica", type=click.IntRange(min=0))
+@_DRAIN_TIMEOUT
+@_WAIT
+def drain(url: str, replica: int, drain_timeout: float, wait: bool) -> None:
+    """Have REPLICA of the server at URL leave: it gets no new requests, and the others take over what it has.
+
+    `phalanx scale URL` lists the replicas.
+    """
+    from phalanx.server.scaling import DrainRequest, ScaleReport
+
+    server = RunningServer(url)
+    asked = DrainRequest(replica=replica, drain_timeout_s=drain_timeout)
+    _see_through(server, server.call("POST", "/drain", ScaleReport, asked), wait)
+
+
+def _see_through(server: RunningServer, begun: ScaleReport, wait: bool) -> None:
+    if not wait:
+        return
+    assert begun.resize is not None
+    screen = _Screen()
+    try:
+        found = _follow(server, begun, begun.resize.id, screen)
+    except KeyboardInterrupt:
+        _cancel(server, begun.resize.id, screen)
+        raise
+    screen.show(found)
+    _tell_end(_resize_of(found, begun.resize.id))
+
+
+def _follow(server: RunningServer, found: ScaleReport, resize: int, screen: _Screen) -> ScaleReport:
+    while _resize_of(found, resize).state == "running":
+        screen.show(found)
+        time.sleep(POLL_S)
+        found = server.call("GET", "/scale", type(found))
+    return found
+
+
+def _cancel(server: RunningServer, resize: int, screen: _Screen) -> None:
+    from phalanx.server.scaling import ScaleReport
+
+    click.echo("undoing it", err=True)
+    found = _follow(server, server.call("DELETE", "/scale", ScaleReport), resize, screen)
+    click.echo(f"the resize: {_resize_of(found, resize).state}", err=True)
+
+
+def _resize_of(found: ScaleReport, resize: int) -> ResizeReport:
+    if found.resize is None or found.resize.id != resize:
+        raise UserError("the server was started anew, or somebody else resizes it: phalanx scale URL says how it is")
+    return found.resize
+
+
+def _tell_end(resize: ResizeReport) -> None:
+    if resize.state == "cancelled":
+        raise ResizeError("the resize was cancelled: there are as many replicas as before")
+    if resize.state == "failed":
+        raise ResizeError(f"the resize has failed, and there are as many replicas as before: {resize.error}")
+    click.echo(f"replicas: {resize.data_parallel_size}, before: {resize.size_before}; it took {resize.took_s:.1f} s")
+
+
+class _Screen:
+    """Says on stderr what each replica does, when that changes."""
+
+    def __init__(self) -> None:
+        self._shown: dict[int, str] = {}
+
+    def show(self, found: ScaleReport) -> None:
+        now = {one.replica: f"{one.state}{f', {one.phase}' if one.phase else ''}" for one in found.replicas}
+        for replica in sorted({*self._shown, *now}):
+            text = now.get(replica, "gone")
+            if self._shown.get(replica) != text:
+                click.echo(f"replica {replica}: {text}", err=True)
+        self._shown = now
+
+
+def _print_replicas(found: ScaleReport) -> None:
+    for one in found.replicas:
+        click.echo(f"replica {one.replica}: {one.state}, requests: {one.num_requests}")

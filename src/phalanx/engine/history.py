@@ -1,0 +1,59 @@
+"""What earlier processes of an engine have counted: nothing starts at zero again with the next one."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+
+import msgspec
+
+from phalanx.protocol import EngineStats, ReplicaStats
+
+
+class History:
+    """Of one client's engines, but for the one that it has now."""
+
+    def __init__(self) -> None:
+        self.num_restarts = 0
+        self._stats: EngineStats | None = None
+        self._verdicts: collections.Counter[str] = collections.Counter()
+
+    def add(self, stats: EngineStats | None, verdicts: Mapping[str, int]) -> None:
+        """One more has ended, with this for its last words, and another one has begun."""
+        self.num_restarts += 1
+        self._stats = self.stats_with(stats)
+        self._verdicts.update(verdicts)
+
+    def verdicts_with(self, now: Mapping[str, int]) -> dict[str, int]:
+        """By cause, those of the engine that there is now included."""
+        return dict(self._verdicts + collections.Counter(now))
+
+    def stats_with(self, now: EngineStats | None) -> EngineStats | None:
+        """Its state now, and counts of all; None if none has said anything."""
+        if self._stats is None:
+            return now
+        if now is None:
+            return without_engine(self._stats, 0)
+        replicas = tuple(map(_continued, self._stats.replicas, now.replicas))
+        balance, before = now.balance, self._stats.balance
+        if balance is not None and before is not None:
+            balance = msgspec.structs.replace(balance, num_moves=balance.num_moves + before.num_moves)
+        return msgspec.structs.replace(now, replicas=replicas, balance=balance or before)
+
+
+def without_engine(last: EngineStats, num_waiting: int) -> EngineStats:
+    """While there is no engine: its requests wait, in the first replica's name."""
+    nothing = [msgspec.structs.replace(one, num_running=0, num_waiting=0, num_blocks_used=0) for one in last.replicas]
+    nothing[0] = msgspec.structs.replace(nothing[0], num_waiting=num_waiting)
+    return msgspec.structs.replace(last, replicas=tuple(nothing))
+
+
+def _continued(before: ReplicaStats, now: ReplicaStats) -> ReplicaStats:
+    return msgspec.structs.replace(
+        now,
+        num_steps=before.num_steps + now.num_steps,
+        num_preemptions=before.num_preemptions + now.num_preemptions,
+        num_prompt_tokens=before.num_prompt_tokens + now.num_prompt_tokens,
+        num_cached_tokens=before.num_cached_tokens + now.num_cached_tokens,
+        num_generated_tokens=before.num_generated_tokens + now.num_generated_tokens,
+    )

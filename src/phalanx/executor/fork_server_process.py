@@ -1,0 +1,243 @@
+"""The fork server as its parent has it: the ranks of any number of lines, one beside the other."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import IO
+
+import msgspec
+
+from phalanx.errors import DeadlineError, StartError
+from phalanx.executor.fork_server import (
+    Ask,
+    Event,
+    Exited,
+    Fork,
+    Forked,
+    Kill,
+    Order,
+    Warm,
+    send,
+    split_frames,
+)
+from phalanx.executor.shared_fate import describe_exit
+from phalanx.worker.spec import WorkerSpec
+
+SPAWN_DEADLINE_S = 30.0
+IMPORT_S = 30.0
+"""It answers nothing before it has torch imported."""
+REAP_DEADLINE_S = 1.0
+"""For the fork server to see its workers' end. Without it they die too, but perhaps a moment after `close` returned."""
+
+KILL_DEADLINE_S = 10.0
+"""For the kernel to end the fork server, and with it the ranks; freeing a GPU's memory takes a second or two."""
+
+_events = msgspec.msgpack.Decoder(Event)
+
+
+class _Line:
+    """What is known of the workers of one line."""
+
+    def __init__(self) -> None:
+        self.ranks: set[int] = set()
+        self.pids: dict[int, int] = {}
+        self.exits: dict[int, str] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return self.exits.keys() >= self.ranks
+
+
+class ForkServerProcess:
+    """Starts the fork server at once, so that torch is imported while the caller still reads its configuration.
+
+    For any thread.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Raises StartError."""
+        self._lines: dict[int, _Line] = {}
+        self._numbers = itertools.count()
+        self._answered = -1
+        self._made_at = time.monotonic()
+        self._ended: str | None = None
+        self._changed = threading.Condition()
+        self._ordering = threading.Lock()
+        orders_read, self._orders = os.pipe()
+        spawned: Future[subprocess.Popen[bytes]] = Future()
+        # The kernel kills the fork server when the *thread* that started it ends, so the thread that starts it is one
+        # that lives as long as this object: the same that reads its events.
+        self._thread = threading.Thread(
+            target=self._run, args=(spawned, orders_read, dict(environment)), name="phalanx-launcher", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._process = spawned.result(SPAWN_DEADLINE_S)
+        except OSError as error:  # TimeoutError is one
+            os.close(self._orders)
+            self._thread.join(SPAWN_DEADLINE_S)  # it closes the pipe's other end
+            raise StartError("the fork server", "starting", str(error) or f"waited {SPAWN_DEADLINE_S} s") from error
+
+    @property
+    def ended(self) -> str | None:
+        """How it has ended; None while it runs."""
+        with self._changed:
+            return self._ended
+
+    def warm(self, checkpoint: str) -> None:
+        """Have the model's code imported before the first worker is forked."""
+        self._send(Warm(checkpoint))
+
+    def fork(self, specs: Sequence[WorkerSpec]) -> int:
+        """Set the workers of a line off; gives the line's number. Returns before they have been forked."""
+        with self._changed:
+            line = next(self._numbers)
+            self._lines[line] = state = _Line()
+            state.ranks = {spec.rank for spec in specs}
+            if self._ended is not None:
+                self._end_of_server(state, self._ended)
+        for spec in specs:
+            self._send(Fork(line, spec))
+        return line
+
+    def exits(self, line: int) -> dict[int, str]:
+        """Ranks of a line that have ended so far, and how."""
+        with self._changed:
+            return dict(self._lines[line].exits)
+
+    def pids(self, line: int) -> dict[int, int]:
+        """Process ids of the workers forked so far, by rank."""
+        with self._changed:
+            return dict(self._lines[line].pids)
+
+    def kill(self, line: int) -> None:
+        """Have every process of a line killed, also those that are still to be forked; returns before they have ended.
+
+        What is asked of a fork server that is stopped is done when it goes on.
+        """
+        with self._changed:
+            state = self._lines[line]
+            for rank in state.pids.keys() - state.exits.keys():
+                with suppress(ProcessLookupError):
+                    os.kill(state.pids[rank], signal.SIGKILL)
+            are_all_forked = state.pids.keys() >= state.ranks
+        if not are_all_forked:
+            with suppress(StartError):  # the server has ended, and they with it
+                self._send(Kill(line))
+
+    def await_exits(self, line: int, timeout_s: float) -> bool:
+        """Wait until every rank of a line has ended; False if one has not after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._lines[line].is_over, timeout=timeout_s)
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether orders are carried out. Blocks for `timeout_s` at most, but while torch is imported."""
+        number = next(self._numbers)
+        if self._answered < 0:
+            timeout_s = max(timeout_s, self._made_at + IMPORT_S - time.monotonic())
+        with suppress(StartError):
+            self._send(Ask(number))
+            with self._changed:
+                self._changed.wait_for(lambda: self._answered >= number or self._ended is not None, timeout=timeout_s)
+                return self._answered >= number
+        return False
+
+    def close(self, timeout_s: float) -> None:
+        """Wait up to `timeout_s` for the server to end, which kills what is left of all lines, then kill it.
+
+        Raises DeadlineError if the kernel cannot end it. May be called more than once, and from several threads.
+        """
+        with self._ordering:
+            if self._orders >= 0:
+                os.close(self._orders)  # the server then kills what is left and ends
+                self._orders = -1
+        with self._changed:
+            has_ranks = any(state.ranks for state in self._lines.values())
+        self._thread.join(max(timeout_s, REAP_DEADLINE_S if has_ranks else 0.0))
+        if self._thread.is_alive():
+            self._process.kill()
+            self._thread.join(KILL_DEADLINE_S)
+            if self._thread.is_alive():
+                server = f"the fork server (pid {self._process.pid})"
+                raise DeadlineError("the end after SIGKILL", server, KILL_DEADLINE_S)
+
+    def kill_server(self) -> None:
+        """End the server, and so all its workers, however it is. Returns before they have ended."""
+        self._process.kill()
+
+    def _send(self, order: Order) -> None:
+        try:
+            with self._ordering:
+                if self._orders < 0:
+                    raise StartError("the fork server", "starting", "it was closed")
+                send(self._orders, order)
+        except BrokenPipeError:
+            self._thread.join(1.0)
+            raise StartError("the fork server", "starting", self.ended or "it closed its pipe") from None
+
+    def _run(self, spawned: Future[subprocess.Popen[bytes]], orders_read: int, environment: dict[str, str]) -> None:
+        try:
+            process, events = _spawn(orders_read, environment)
+        except OSError as error:
+            spawned.set_exception(error)
+            return
+        finally:
+            os.close(orders_read)
+        spawned.set_result(process)
+        with events:
+            self._read_events(events)
+        how = describe_exit(process.wait())
+        with self._changed:
+            self._ended = how
+            for state in self._lines.values():
+                self._end_of_server(state, how)
+            self._changed.notify_all()
+
+    def _end_of_server(self, state: _Line, how: str) -> None:
+        for rank in state.ranks - state.exits.keys():  # some may never have been forked
+            state.exits[rank] = f"its fork server ended: {how}"
+
+    def _read_events(self, events: IO[bytes]) -> None:
+        unread = bytearray()
+        while data := events.read(1 << 16):
+            unread += data
+            with self._changed:
+                for frame in split_frames(unread):
+                    self._take(_events.decode(frame))
+                self._changed.notify_all()
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Forked):
+            self._lines[event.line].pids[event.rank] = event.pid
+        elif isinstance(event, Exited):
+            self._lines[event.line].exits[event.rank] = event.how
+        else:
+            self._answered = max(self._answered, event.number)
+
+
+def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    """Start the fork server; returns it and the end at which its events come out. Raises OSError."""
+    events_read, events_write = os.pipe()
+    events = os.fdopen(events_read, "rb", buffering=0)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "phalanx.executor.fork_server", *map(str, (os.getpid(), orders_read, events_write))],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            pass_fds=(orders_read, events_write),
+        )
+    except OSError:
+        events.close()
+        raise
+    finally:
+        os.close(events_write)
+    return process, events

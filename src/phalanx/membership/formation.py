@@ -1,0 +1,214 @@
+"""The line that computes, what it leaves to the next one, and, if asked for, the line that stands ready behind it.
+
+When a line fails it is killed, whatever is wrong with it: nobody waits for a sick process to cooperate. Once its
+processes are gone, another line goes on, at another epoch: ladder.py says which one. The brain then forgets the steps
+under way; it is told whether the KV cache is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+from phalanx.config import Config
+from phalanx.errors import PhalanxError, UserError
+from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
+from phalanx.executor.pending import Pending
+from phalanx.executor.presence import Presence
+from phalanx.executor.start import Capacity, settle, start_executor
+from phalanx.membership.lines import Line, Lines
+from phalanx.membership.memory import FormationMemory
+from phalanx.membership.recovery import Recovery
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, Step, StepResult
+
+OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights"})
+"""Methods that leave nothing."""
+
+log = logging.getLogger("phalanx.membership")
+
+
+class Healed(NamedTuple):
+    """Another line goes on."""
+
+    epoch: int
+    keeps_cache: bool
+    """Whether it finds the KV cache as the line before it has left it."""
+
+
+class Healing:
+    """A recovery that another thread carries out."""
+
+    def __init__(self) -> None:
+        self._outcome: Future[Healed] = Future()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is over by then."""
+        with suppress(TimeoutError):
+            self._outcome.exception(timeout_s)
+            return True
+        return False
+
+    def result(self) -> Healed:
+        """Of a recovery that is over. Raises what `Formation.heal` does."""
+        return self._outcome.result(0.0)
+
+    def carry_out(self, formation: Formation, error: PhalanxError) -> None:
+        try:
+            self._outcome.set_result(formation.heal(error))
+        except BaseException as failure:
+            self._outcome.set_exception(failure)
+
+
+class Formation:
+    """Does for a brain what an executor does, and goes on with another line when one has failed.
+
+    What it raises then, `heals` says whether `heal` is of use, and the caller decides. Belongs to one thread, but for
+    `stats`; while another one carries a recovery out (`begin_healing`) nothing else is called but `stats` and `close`.
+    """
+
+    def __init__(self, line: Line, capacity: Capacity, resources: ExitStack, recovery: Recovery | None = None) -> None:
+        """Use `start_formation`."""
+        self.capacity = capacity
+        self._line = line
+        self._resources = resources
+        self._recovery = recovery
+        self._ended: PhalanxError | None = None
+        self._on_failure: list[OnFailure] = []
+        self._called: set[str] = set()
+        """Methods of ranks, which may have left something in them."""
+
+    # ---------------------------------------------------------------------------- as an executor
+
+    @property
+    def epoch(self) -> int:
+        """Of the line that computes."""
+        return self._line.epoch
+
+    def step(self, step: Step) -> Pending[tuple[StepResult, ...]]:
+        """As Executor.step."""
+        return self._line.executor.step(step)
+
+    def submit(
+        self, body: CommandBody, *, ranks: Sequence[int] | None = None, deadline_s: float
+    ) -> Pending[list[ReplyBody]]:
+        """As Executor.submit."""
+        return self._line.executor.submit(body, ranks=ranks, deadline_s=deadline_s)
+
+    def collective_rpc(
+        self,
+        method: str,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = RPC_TIMEOUT_S,
+        unique_reply_rank: int | None = None,
+    ) -> Pending[Any]:
+        """As Executor.collective_rpc with `non_block`."""
+        self._called.add(method)
+        return self._line.executor.collective_rpc(
+            method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank, non_block=True
+        )
+
+    def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        """As Executor.check_health."""
+        self._line.executor.check_health(timeout_s)
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """Have `callback` called with what ends the run, at once if something has: a fault that is healed does not."""
+        if self._recovery is None:
+            self._line.executor.on_failure(callback)
+            return
+        self._on_failure.append(callback)
+        if self._ended is not None:
+            callback(self._ended)
+
+    # ---------------------------------------------------------------------------- healing
+
+    def heals(self, error: BaseException) -> bool:
+        """Whether `heal` is of use after this error: a fault of the line that computes, and not a user's mistake."""
+        line_failed = error is self._line.executor.failure and not isinstance(error, UserError)
+        return line_failed and self._recovery is not None
+
+    def heal(self, error: PhalanxError) -> Healed:
+        """Kill the line that has failed, and have another one go on. Blocks for heal_timeout_s at most, and for as long
+        as the kernel takes to end processes.
+
+        Raises NotHealedError if none comes up, and EngineDeadError if the formation is closed meanwhile.
+        """
+        assert self._recovery is not None and self.heals(error), error
+        try:
+            self._line, keeps_cache = self._recovery.carry_out(self._line, error)
+        except PhalanxError as failure:
+            self._ended = failure
+            for tell in self._on_failure:
+                tell(failure)
+            raise
+        if lost := self._called - OF_EVERY_WORKER:
+            log.warning(
+                "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
+            )
+        return Healed(self._line.epoch, keeps_cache)
+
+    def begin_healing(self, error: PhalanxError) -> Healing:
+        """Do so in another thread."""
+        assert self._recovery is not None
+        healing = Healing()
+        self._recovery.begin(partial(healing.carry_out, self, error))
+        return healing
+
+    def progressed(self) -> None:
+        """A step was committed, or ranks that had nothing to do have answered: the line is of use."""
+        if self._recovery is not None:
+            self._recovery.ladder.progressed()
+
+    def weights_changed(self) -> None:
+        """From now on the checkpoint is not what ranks compute with, and lines that have read it are of no use."""
+        if self._recovery is not None:
+            self._recovery.weights_changed()
+
+    def stats(self) -> FormationStats | None:
+        """None where a fault ends the run. For any thread."""
+        return None if self._recovery is None else self._recovery.stats(self._line.epoch)
+
+    def close(self) -> None:
+        """End all ranks and let everything go, also while another thread heals. Takes seconds at most."""
+        with self._resources:
+            if self._recovery is not None:
+                self._recovery.interrupt()
+            if self._recovery is None or not self._recovery.has_retired(self._line):
+                self._line.executor.close()
+
+    def __enter__(self) -> Formation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Formation:
+    """Start ranks as `start_executor` does, and be ready to start others after them.
+
+    With `heal` off, and of ranks in this process and those of Ray, the first line is the last one.
+    """
+    config = settle(config, checkpoint)
+    with ExitStack() as stack:
+        if not config.healing.heal or config.executor.launcher != "local":
+            executor, capacity = start_executor(config, checkpoint, on_progress)
+            return Formation(Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
+        presence = Presence(config)
+        stack.callback(presence.close)
+        # Of experts that move nobody knows, after a fault, which are where.
+        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
+        stack.callback(memory.close)
+        lines = stack.enter_context(Lines(config, checkpoint))
+        line, capacity = lines.start(on_progress, show=presence.show)
+        stack.callback(line.executor.close)
+        memory.take(line.told)
+        recovery = Recovery(config.healing, lines, capacity, memory, presence)
+        stack.callback(recovery.close)
+        return Formation(line, capacity, stack.pop_all(), recovery)

@@ -1,0 +1,145 @@
+"""Lines of one formation: how each is started, beside another one that computes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+from phalanx.config import Config
+from phalanx.errors import DeadlineError, StartError
+from phalanx.executor.executor import Executor, OnProgress
+from phalanx.executor.local import LocalLauncher, LocalLaunchers
+from phalanx.executor.start import Capacity, LinePlan, start_executor
+from phalanx.ledger.verdict import HOPELESS, Cause
+from phalanx.ledger.watcher import WatchOrder
+from phalanx.memory.held import HeldMemory
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.protocol import FIRST_EPOCH
+
+ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
+    dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
+)
+"""After a verdict that stands for so long, ranks are ended. Who was stopped may go on, and who is late may come; but to
+wait for it costs more than to do without. Not for one that computes (slow):
+its successor would do the same; nor for one that takes long to start (overdue), which has a deadline."""
+
+END_DEADLINE_S = 30.0
+_END_AGAIN_S = 0.05
+
+
+class ShowLine(Protocol):
+    """Lets others look at a line."""
+
+    def __call__(self, order: WatchOrder | None, epoch: int) -> None:
+        """`order` says where its journals on this host are."""
+
+
+NO_MEMORY: Mapping[int, HeldMemory] = MappingProxyType({})
+
+
+class Line(NamedTuple):
+    """One set of ranks at one epoch, ready to step."""
+
+    epoch: int
+    executor: Executor
+    told: Mapping[int, HeldMemory]
+    """What its ranks have that can be held."""
+
+
+def end(line: Line) -> None:
+    """End its ranks and let go of what they used. Raises DeadlineError."""
+    line.executor.kill()
+    line.executor.close()
+
+
+class Interruption:
+    """Lets another thread end a start that is under way. For one start at a time."""
+
+    def __init__(self) -> None:
+        self._launcher: LocalLauncher | None = None
+        self.is_set = False
+
+    def note(self, launcher: LocalLauncher) -> LocalLauncher:
+        """The start's launcher. Raises StartError if it has been ended before it had one."""
+        self._launcher = launcher
+        if self.is_set:
+            raise StartError("a line", "starting", "it is not needed any more")
+        return launcher
+
+    def begin(self) -> None:
+        """Have the start fail, now or when it comes to its end."""
+        self.is_set = True
+        if (launcher := self._launcher) is not None:
+            launcher.kill()
+
+    def end(self, starting: threading.Thread) -> None:
+        """Have the start fail; returns when its thread has ended. Raises DeadlineError."""
+        expires_at = time.monotonic() + END_DEADLINE_S
+        while starting.is_alive():
+            self.begin()  # again and again: there may have been nothing to kill yet
+            starting.join(_END_AGAIN_S)
+            if time.monotonic() > expires_at:
+                raise DeadlineError("the end of a start", f"thread {starting.name}", END_DEADLINE_S)
+
+
+class Lines:
+    """Starts lines of local ranks on one fork server. For any thread. A context manager."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        """`config` is settled."""
+        self._config = config
+        self._checkpoint = checkpoint
+        self._launchers = LocalLaunchers()
+        self._epochs = itertools.count(FIRST_EPOCH)
+
+    def start(
+        self,
+        on_progress: OnProgress,
+        *,
+        capacity: Capacity | None = None,
+        memory: Mapping[int, HeldMemory] = NO_MEMORY,
+        show: ShowLine | None = None,
+        timeout_s: float | None = None,
+        interruption: Interruption | None = None,
+    ) -> tuple[Line, Capacity]:
+        """As `start_executor`, at the next epoch. `show` is called before its ranks start."""
+        told: dict[int, HeldMemory] = {}
+        epoch = next(self._epochs)
+        plan = LinePlan(
+            epoch=epoch,
+            capacity=capacity,
+            memory=memory,
+            keeps_memory=True,
+            tell_memory=told.update,
+            ends_after_s=ENDS_AFTER_S,
+            show=partial(show or _show_nothing, epoch=epoch),
+            timeout_s=timeout_s,
+        )
+
+        def new_launcher(environment: Mapping[str, str]) -> LocalLauncher:
+            launcher = self._launchers.launcher(environment)
+            return launcher if interruption is None else interruption.note(launcher)
+
+        executor, capacity = start_executor(
+            self._config, self._checkpoint, on_progress, new_launcher=new_launcher, line=plan
+        )
+        return Line(epoch, executor, told), capacity
+
+    def close(self) -> None:
+        """End the ranks of all lines, of those that are just starting, too. May be called more than once."""
+        self._launchers.close()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _show_nothing(order: WatchOrder | None, epoch: int) -> None:
+    """It stands behind another line, which is the one to see."""

@@ -1,0 +1,65 @@
+"""What the lines of a formation leave to each other: weights and KV cache that outlive the ranks that made them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from phalanx.memory.held import HeldMemory
+from phalanx.memory.holder import Holder
+
+
+class FormationMemory:
+    """Held by this process until `close`. For any thread."""
+
+    def __init__(self, num_ranks: int, *, holds_weights: bool) -> None:
+        """`holds_weights`: whether what ranks have to leave are all their weights, beside the KV cache."""
+        self._num_ranks = num_ranks
+        self._holds_weights = holds_weights
+        self._holder = Holder()
+        self._holding = threading.Lock()
+
+    def take(self, told: Mapping[int, HeldMemory]) -> None:
+        """From now on it is what these living ranks have; nothing, if one of them has nothing to leave.
+
+        Raises PeerDiedError or FrameError if one has just ended.
+        """
+        with self._holding:
+            if len(told) < self._num_ranks:
+                self._drop()
+                return
+            try:
+                for rank, memory in told.items():
+                    self._holder.hold(rank, memory)
+            except BaseException:
+                self._drop()  # of several lines, it is of none
+                raise
+
+    def of_ranks(self) -> dict[int, HeldMemory]:
+        """What a line that is to go on gets; empty if it has to begin anew."""
+        with self._holding:
+            found = {rank: self._holder.memory(rank) for rank in range(self._num_ranks)}
+            return {rank: memory for rank, memory in found.items() if memory is not None}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a line can go on with it."""
+        return len(self.of_ranks()) == self._num_ranks
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether all weights are in it, as they are by now, and none has to be read."""
+        return self._holds_weights and self.is_whole
+
+    def drop(self) -> None:
+        """It is of no use any more."""
+        with self._holding:
+            self._drop()
+
+    def close(self) -> None:
+        """May be called more than once."""
+        self.drop()
+
+    def _drop(self) -> None:
+        for rank in range(self._num_ranks):
+            self._holder.drop(rank)

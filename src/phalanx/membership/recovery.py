@@ -1,0 +1,192 @@
+"""From a line that has failed to one that goes on; and what stands ready meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from phalanx.config import HealingConfig
+from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError
+from phalanx.executor.presence import Presence
+from phalanx.executor.start import Capacity
+from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
+from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
+from phalanx.membership.memory import FormationMemory
+from phalanx.membership.standby import Standby
+from phalanx.memory.held import HeldMemory
+from phalanx.protocol import FormationStats, StartProgress
+
+END_DEADLINE_S = 30.0
+HEALTH_S = 2.0
+"""For the answer of a line that has just been made ready."""
+
+log = logging.getLogger("phalanx.membership")
+
+
+class Recovery:
+    """Of one formation. `stats` is for any thread; of the others one is called at a time, but for `interrupt`."""
+
+    def __init__(
+        self, config: HealingConfig, lines: Lines, capacity: Capacity, memory: FormationMemory, presence: Presence
+    ) -> None:
+        self.ladder = Ladder(config.heal_timeout_s)
+        self._lines = lines
+        self._capacity = capacity
+        self._memory = memory
+        self._presence = presence
+        self._may_reload = True
+        self._is_closing = False
+        self._thread: threading.Thread | None = None
+        self._retired: list[Line] = []
+        self._retiring: list[threading.Thread] = []
+        self._num_faults = 0
+        self._healed: Counter[Rung] = Counter()
+        self._failed: Counter[Rung] = Counter()
+        self._last_pause_s = 0.0
+        self._is_healing = False
+        self._standby = Standby(self._prepare) if config.standby else None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do it in a thread of its own, which `interrupt` waits for."""
+        self._thread = threading.Thread(target=work, name="phalanx-healing", daemon=True)
+        self._thread.start()
+
+    def carry_out(self, failed: Line, error: PhalanxError) -> tuple[Line, bool]:
+        """A line that takes steps, and whether it finds the KV cache as the failed one has left it.
+
+        Raises NotHealedError, EngineDeadError after `interrupt`.
+        """
+        began_at = time.monotonic()
+        self._is_healing = True
+        self._num_faults += 1
+        log.error("the ranks of epoch %d are ended: %s", failed.epoch, error)
+        failed.executor.kill()
+        self._retire(failed)
+        climb = self.ladder.begin(began_at)
+        while (attempt := self._next(climb)) is not None:
+            try:
+                line = self._attempt(attempt)
+            except (PhalanxError, OSError) as reason:  # OSError: no memory, no processes, no descriptors
+                self._failed[attempt.rung] += 1
+                climb.failed(attempt.rung, str(reason))
+                log.warning("no ranks by way of %s: %s", attempt.rung, reason)
+                continue
+            self._healed[attempt.rung] += 1
+            self._last_pause_s = time.monotonic() - began_at
+            self._is_healing = False
+            log.warning("ranks of epoch %d go on after %.3f s (%s)", line.epoch, self._last_pause_s, attempt.rung)
+            self._renew_standby()
+            return line, attempt.rung != "checkpoint"
+        raise NotHealedError(f"{error}; it could not be healed: {climb.tried}") from error
+
+    def weights_changed(self) -> None:
+        """From now on the checkpoint does not have the weights that ranks compute with."""
+        self._may_reload = False
+        if self._standby is not None and not self._memory.holds_weights:
+            log.warning("there is no standby line from now on: it would have the weights of the checkpoint")
+            self._standby.discard()
+
+    def has_retired(self, line: Line) -> bool:
+        """Whether it has failed, and is let go of."""
+        return any(line is one for one in self._retired)
+
+    def stats(self, epoch: int) -> FormationStats:
+        return FormationStats(
+            epoch=epoch,
+            is_healing=self._is_healing,
+            standby="none" if self._standby is None else self._standby.state,
+            num_faults=self._num_faults,
+            healed=dict(self._healed.items()),
+            failed=dict(self._failed.items()),
+            num_standby_faults=0 if self._standby is None else self._standby.num_faults,
+            last_pause_s=self._last_pause_s,
+        )
+
+    def interrupt(self) -> None:
+        """Nothing is to come any more: what is being healed is not."""
+        self._is_closing = True
+        if self._standby is not None:
+            self._standby.close()
+        if self._thread is not None and self._thread.is_alive():
+            self._lines.close()  # the ranks that are starting end, and so does the wait for them
+            self._thread.join(END_DEADLINE_S)
+
+    def close(self) -> None:
+        """Wait for what is left of lines that have failed."""
+        self.interrupt()
+        for thread in self._retiring:
+            thread.join(END_DEADLINE_S)
+
+    def _next(self, climb: Climb) -> Attempt | None:
+        if self._is_closing:
+            raise EngineDeadError("the ranks can run no more: their formation was closed")
+        weights_are_there = self._may_reload or self._memory.holds_weights
+        holds_memory = self._memory.is_whole and weights_are_there
+        has_standby = self._standby is not None and self._standby.state == "ready"
+        return climb.next(
+            time.monotonic(),
+            has_standby=has_standby and holds_memory,
+            holds_memory=holds_memory,
+            may_reload=self._may_reload,
+        )
+
+    def _attempt(self, attempt: Attempt) -> Line:
+        """A line that has answered, and that others see."""
+        if attempt.rung == "checkpoint":
+            self._memory.drop()
+            if self._standby is not None:
+                self._standby.discard()
+            line = self._new_line(attempt.deadline_s, NO_MEMORY)
+        elif attempt.rung == "standby" or (self._standby is not None and self._standby.is_preparing):
+            line = self._take_standby(attempt.deadline_s)
+        else:
+            line = self._new_line(attempt.deadline_s, self._memory.of_ranks())
+        try:
+            line.executor.check_health(min(attempt.deadline_s, HEALTH_S))
+            self._memory.take(line.told)
+        except BaseException:
+            end(line)
+            raise
+        return line
+
+    def _take_standby(self, deadline_s: float) -> Line:
+        """The line that stands ready, or the one that is being prepared."""
+        assert self._standby is not None
+        line = self._standby.take(deadline_s)
+        if line is None:
+            self._standby.discard()
+            raise StartError("the standby line", "being prepared", f"it was not ready within {deadline_s:.3g} s")
+        self._presence.show(line.executor.watched, line.epoch)
+        return line
+
+    def _new_line(self, deadline_s: float, memory: Mapping[int, HeldMemory]) -> Line:
+        line, _ = self._lines.start(
+            _say_nothing, capacity=self._capacity, memory=memory, show=self._presence.show, timeout_s=deadline_s
+        )
+        return line
+
+    def _prepare(self, interruption: Interruption) -> Line:
+        """A line to stand ready."""
+        line, _ = self._lines.start(
+            _say_nothing, capacity=self._capacity, memory=self._memory.of_ranks(), interruption=interruption
+        )
+        return line
+
+    def _renew_standby(self) -> None:
+        if self._standby is not None and (self._may_reload or self._memory.holds_weights):
+            self._standby.renew()
+
+    def _retire(self, line: Line) -> None:
+        """Let go of what it used, in the background: its processes are gone, and nobody waits for the rest."""
+        self._retired = [line]
+        self._retiring = [thread for thread in self._retiring if thread.is_alive()]
+        thread = threading.Thread(target=line.executor.close, name="phalanx-retiring", daemon=True)
+        self._retiring.append(thread)
+        thread.start()
+
+
+def _say_nothing(progress: StartProgress) -> None:
+    """Who waits for it is told how it went."""

@@ -1,0 +1,41 @@
+"""What is costly to make again, described so that other processes can take it over. Knows no torch.
+
+From a worker to the brain as the answer to AllocateCache, and in the WorkerSpec to the worker that comes after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from phalanx.transport.shared_memory import SegmentHandle
+
+
+class Region(NamedTuple):
+    """Where a tensor lies: segment number, offset and size in bytes."""
+
+    segment: int
+    offset_bytes: int
+    size_bytes: int
+
+
+class HeldMemory(msgspec.Struct, frozen=True):
+    """One rank's tensors on one host: of the memory of a worker, or of a Holder that keeps it.
+
+    They are of use only to a worker of the same rank, with the same configuration and checkpoint.
+    """
+
+    segments: tuple[SegmentHandle, ...]
+    regions: dict[str, Region]
+    """By the tensors' names, in the segments of these numbers."""
+
+
+def encode_held(memory: HeldMemory) -> bytes:
+    """As msgpack, for a message."""
+    return msgspec.msgpack.encode(memory)
+
+
+def decode_held(message: bytes) -> HeldMemory:
+    """What `encode_held` has made."""
+    return msgspec.msgpack.decode(message, type=HeldMemory)

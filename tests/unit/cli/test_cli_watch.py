@@ -1,0 +1,83 @@
+"""`phalanx watch`: when a signal that was passed on has verdicts withheld, and when not."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from phalanx.cli import watched_command
+from phalanx.cli.watched_command import GRACE_S, Interruption, _Watch
+from phalanx.ledger.program_watcher import Counts
+from phalanx.ledger.verdict import Verdict
+
+LATE = Verdict(cause="late", culprits=(1,), nodes=("here",), what="does not come")
+RUNNING = Counts(begun=4, ended=0)
+
+
+def after(seconds: float, ranks: Counts, *, then: Counts = RUNNING) -> bool:
+    """Whether the command may be ending so long after a signal."""
+    interruption = Interruption()
+    interruption.came(100.0, then)
+    return interruption.may_end(100.0 + seconds, lambda: ranks)
+
+
+def test_without_a_signal_it_is_not_ending() -> None:
+    assert not Interruption().may_end(1e9, lambda: Counts(4, 4))
+
+
+def test_at_first_it_may_be() -> None:
+    assert after(GRACE_S / 2, RUNNING) and after(GRACE_S / 2, Counts(8, 4))
+
+
+def test_it_goes_on_if_no_rank_has_ended() -> None:
+    assert not after(GRACE_S + 1, RUNNING)
+    assert not after(GRACE_S + 1, Counts(8, 3), then=Counts(8, 3)), "those have ended before"
+
+
+def test_it_is_ending_for_as_long_as_it_takes_if_a_rank_has_ended() -> None:
+    assert after(3600.0, Counts(4, 1))
+
+
+def test_it_goes_on_if_others_have_begun() -> None:
+    assert not after(GRACE_S + 1, Counts(8, 4))
+
+
+def test_each_signal_counts_and_what_comes_after_one_is_told() -> None:
+    interruption = Interruption()
+    interruption.came(100.0, RUNNING)
+    interruption.came(100.0 + GRACE_S, Counts(4, 1))
+    assert interruption.may_end(100.0 + 3 * GRACE_S, lambda: Counts(4, 1)), "one has ended since the first"
+    other = Interruption()
+    other.came(100.0, RUNNING)
+    assert not other.may_end(101.0 + GRACE_S, lambda: RUNNING)
+    assert not other.may_end(102.0 + GRACE_S, lambda: Counts(4, 1)), "hours later a rank is killed"
+
+
+class OneVerdict:
+    """A watcher that finds the same at each look."""
+
+    def counts(self) -> Counts:
+        return RUNNING
+
+    def take_news(self) -> None:
+        pass
+
+    def look(self, now_ns: int, *, is_last: bool = False) -> Iterator[Verdict]:
+        yield LATE
+
+
+def test_what_is_found_after_a_signal_that_ends_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    events, watcher, process = io.BytesIO(), OneVerdict(), subprocess.Popen(["true"])
+    process.wait()
+    watch: Any = _Watch(process, watcher, events, kill=False)  # type: ignore[arg-type]
+    watch._interruption.came(watched_command.time.monotonic(), watcher.counts())
+    watch._look()
+    assert events.getvalue() == b""
+    monkeypatch.setattr(watched_command, "GRACE_S", 0.0)
+    watch._look()
+    assert msgspec.json.decode(events.getvalue(), type=Verdict) == LATE
