@@ -7,6 +7,7 @@ PORT   ?= 8000
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BESIDE    := -n 2 --dist worksteal
+IN_LANES  := -n 2 --dist loadgroup
 SAMPLE    := models/SmolLM2-135M-Instruct.gguf
 
 .PHONY: help setup model serve check test bench lint clean
@@ -39,11 +40,11 @@ lint: $(INSTALLED)
 
 check: lint
 	$(BIN)/pytest -q -m "not slow and not alone" $(BESIDE)
-	$(BIN)/pytest -q -m "not slow and alone"
+	$(BIN)/pytest -q -m "not slow and alone" $(IN_LANES)
 
 test: lint $(SAMPLE)
 	$(BIN)/pytest -q -m "not alone" $(BESIDE) --durations=10
-	$(BIN)/pytest -q -m alone --durations=15
+	$(BIN)/pytest -q -m alone $(IN_LANES) --durations=15
 
 bench: $(INSTALLED) $(SAMPLE)
 	$(BIN)/python -m benchmarks --model $(SAMPLE) $(if $(PEER),--peer-python $(PEER))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts import Network, why_no_hosts
@@ -15,14 +16,18 @@ from ray_cluster import RayCluster
 
 _NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
 
-_ALONE = (
-    *("faults/", "contract/", "unit/transport/", "unit/memory/", "unit/executor/", "unit/cli/", "unit/server/"),
-    *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_cluster_local"),
-    *("cluster/test_hosts", "cluster/test_served_replicas"),
-    *("unit/engine/test_llm", "unit/engine/test_engine_client"),
+_NODES = (
+    *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_hosts"),
+    *("faults/test_node_", "faults/test_ledger_nodes", "faults/test_collectives_between_hosts"),
 )
-"""Tests that look at what is there of the whole machine (/dev/shm, processes, ports), or whether faults are told in
-time."""
+"""Tests with hosts of their own, or with Ray, of which others would find the one that runs."""
+
+_ALONE = (
+    *_NODES,
+    *("faults/", "cluster/test_cluster_local", "cluster/test_served_replicas"),
+    *("unit/executor/", "unit/server/test_server_run", "unit/engine/test_engine_client"),
+)
+"""Tests of whether faults are told in time: they wait more than they compute, and are to have a core when they do."""
 
 
 def pytest_configure() -> None:
@@ -32,11 +37,24 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The others run two at a time: most wait for processes to start, more than they compute."""
     tests = Path(__file__).parent
     for item in items:
         if item.path.relative_to(tests).as_posix().startswith(_ALONE):
             item.add_marker("alone")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup` tests run in two lanes, one of which is for hosts and Ray."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InLanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "nodes" if nodeid.removeprefix("tests/").startswith(_NODES) else "here"
+
+    return InLanes(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +76,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_launcher_is_left() -> Iterator[None]:
+    """Of those that tests share (cluster/warm_launchers.py)."""
+    yield
+    if "warm_launchers" in sys.modules:
+        sys.modules["warm_launchers"].LAUNCHERS.end()
 
 
 @pytest.fixture(scope="session")

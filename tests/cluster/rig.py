@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+from warm_launchers import LAUNCHERS
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
@@ -45,7 +46,9 @@ class Rig:
         self.config = config = Config.build(model=str(checkpoint), dtype=settings.pop("dtype", "float32"), **settings)
         resolved = resolve(config.model.model)
         with ExitStack() as stack:
-            self.executor, self.capacity = start_executor(config, resolved, lambda *_: None)
+            self.executor, self.capacity = start_executor(
+                config, resolved, lambda *_: None, new_launcher=LAUNCHERS.launcher
+            )
             stack.push(self.executor)
             self.brain = Brain(
                 config,

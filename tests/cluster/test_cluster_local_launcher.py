@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_launchers import LAUNCHERS
 
 from phalanx.config import Config
 from phalanx.errors import PeerDiedError, StartError, UserError, WorkerError
 from phalanx.executor.executor import Executor
 from phalanx.executor.local import LocalLauncher
-from phalanx.executor.start import start_executor
+from phalanx.executor.start import NewLauncher, start_executor
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import FIRST_EPOCH, Done, NewRequest, Ping, SamplingParams, Step, StepPlan, StepShape, ints
 from phalanx.testing.checkpoints import write_checkpoint
@@ -27,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
-def start(checkpoint: Path, **settings: object) -> Executor:
+def start(checkpoint: Path, new_launcher: NewLauncher = LocalLauncher, **settings: object) -> Executor:
     config = Config.build(
         model=str(checkpoint),
         tensor_parallel_size=2,
@@ -36,13 +37,19 @@ def start(checkpoint: Path, **settings: object) -> Executor:
         kv_cache_memory=1 << 20,
         **settings,
     )
-    executor, _ = start_executor(config, resolve(str(checkpoint)), lambda *_: None)
+    executor, _ = start_executor(config, resolve(str(checkpoint)), lambda *_: None, new_launcher=new_launcher)
     return executor
 
 
 @pytest.fixture
-def executor(checkpoint: Path) -> Iterator[Executor]:
-    with start(checkpoint) as executor:
+def warm() -> NewLauncher:
+    """Of a launcher that has its fork server already."""
+    return LAUNCHERS.launcher
+
+
+@pytest.fixture
+def executor(checkpoint: Path, warm: NewLauncher) -> Iterator[Executor]:
+    with start(checkpoint, warm) as executor:
         yield executor
 
 
@@ -83,11 +90,11 @@ def test_a_killed_rank_is_noticed_and_named(executor: Executor) -> None:
     assert time.monotonic() - killed_at < 1.0
 
 
-def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path) -> None:
+def test_a_stopped_rank_is_named_by_those_that_wait_for_it(checkpoint: Path, warm: NewLauncher) -> None:
     """The brain itself awaits nothing but the output rank's answer."""
     request = NewRequest(0, ints([1]), 1, 0, ints([0]), SamplingParams(temperature=0.0), 0, ())
     plan = StepPlan(FIRST_EPOCH, 1, StepShape(1, 1, 1), ints([0]), ints([1]), new=(request,))
-    with start(checkpoint, step_timeout_s=4.0) as executor:
+    with start(checkpoint, warm, step_timeout_s=4.0) as executor:
         os.kill(launcher_of(executor).pids()[1], signal.SIGSTOP)
         with pytest.raises(
             WorkerError, match=r"rank 0 on .*: DeadlineError: waited 3.* s for all_reduce .* from rank 1"
@@ -101,10 +108,10 @@ def test_a_plan_of_another_epoch_is_dropped(extended: Executor) -> None:
     assert extended.submit(Ping(), deadline_s=5).result() == [Done(), Done()]
 
 
-def test_a_users_mistake_that_only_a_rank_sees(tmp_path: Path) -> None:
+def test_a_users_mistake_that_only_a_rank_sees(tmp_path: Path, warm: NewLauncher) -> None:
     checkpoint = write_checkpoint(tmp_path, num_attention_heads=1, num_key_value_heads=1)
     with pytest.raises(UserError, match="tensor_parallel_size"):
-        start(checkpoint)
+        start(checkpoint, warm)
 
 
 def test_a_start_that_takes_too_long_says_who_is_awaited(checkpoint: Path) -> None:
@@ -180,6 +187,6 @@ def test_a_failure_is_told_once_and_health_tells_it_again(executor: Executor) ->
     assert len(told) == 1 and "rank 1" in str(told[0])
 
 
-def test_an_extension_that_does_not_exist_is_named_before_serving(checkpoint: Path) -> None:
+def test_an_extension_that_does_not_exist_is_named_before_serving(checkpoint: Path, warm: NewLauncher) -> None:
     with pytest.raises(UserError, match=r"worker_extension_cls.*no_such_module"):
-        start(checkpoint, worker_extension_cls="no_such_module:Probe")
+        start(checkpoint, warm, worker_extension_cls="no_such_module:Probe")

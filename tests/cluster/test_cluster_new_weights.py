@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from warm_launchers import warm_llm
 
 from phalanx import LLM, SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
@@ -38,8 +40,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
-def start(checkpoint: Path, tp_size: int, **settings: object) -> LLM:
-    return LLM(
+def start(checkpoint: Path, tp_size: int, **settings: object) -> AbstractContextManager[LLM]:
+    return warm_llm(
         str(checkpoint),
         device="cpu",
         tensor_parallel_size=tp_size,

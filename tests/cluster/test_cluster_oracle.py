@@ -7,8 +7,6 @@ and with steps so small that prompts are computed in chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,22 +74,10 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder, Oracle(folder)
 
 
-@pytest.fixture(scope="module")
-def rigs(family: tuple[Path, Oracle]) -> Iterator[dict[Layout, Rig]]:
-    """Every layout's ranks, which start at the same time: most of a start is imports, on one core."""
-    checkpoint, _ = family
-    with ExitStack() as stack, ThreadPoolExecutor(len(LAYOUTS)) as threads:
-
-        def start(layout: Layout) -> Rig:
-            return stack.enter_context(_rig(checkpoint, layout))
-
-        inline, *others = LAYOUTS  # the one whose rank is in this process, and its thread's
-        starting = {layout: threads.submit(start, layout) for layout in others}
-        yield {inline: start(inline), **{layout: future.result() for layout, future in starting.items()}}
-
-
-def _rig(checkpoint: Path, layout: Layout) -> Rig:
-    return Rig(
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def rig(request: pytest.FixtureRequest, family: tuple[Path, Oracle]) -> Iterator[Rig]:
+    (checkpoint, _), layout = family, request.param
+    with Rig(
         checkpoint,
         tensor_parallel_size=layout.tp_size,
         pipeline_parallel_size=layout.num_stages,
@@ -101,12 +87,8 @@ def _rig(checkpoint: Path, layout: Layout) -> Rig:
         max_model_len=128,
         kv_cache_memory=_cache_bytes(checkpoint, layout, num_tokens=208),
         threads_per_rank=1,  # these matrices are too small to share out
-    )
-
-
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def rig(request: pytest.FixtureRequest, rigs: dict[Layout, Rig]) -> Rig:
-    return rigs[request.param]
+    ) as rig:
+        yield rig
 
 
 def _cache_bytes(checkpoint: Path, layout: Layout, num_tokens: int) -> int:
@@ -248,7 +230,7 @@ def test_over_gloo_the_tokens_are_the_same(tmp_path: Path, num_stages: int) -> N
         kv_cache_memory=1 << 20,
     ) as rig:
         for arrival, outcome in zip(workload, rig.run(workload), strict=True):
-            assert outcome.tokens == oracle.greedy(arrival.prompt, 10)
+            assert outcome.tokens == oracle.greedy(arrival.prompt, 10, outcome.tokens)
 
 
 def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, running_ray: None, tp_
         places = llm.collective_rpc("whereabouts")
         assert len({place["pid"] for place in places}) == tp_size * num_stages
         for prompt, completion in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
-            assert list(completion.token_ids) == oracle.greedy(tuple(prompt), NUM_TOKENS)
+            assert list(completion.token_ids) == oracle.greedy(tuple(prompt), NUM_TOKENS, completion.token_ids)
 
 
 def test_half_precision_follows_the_oracle_for_a_while(tmp_path: Path, running_ray: None) -> None:

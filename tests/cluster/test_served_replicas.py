@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from shared_memory_names import no_new_names
 
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -122,15 +122,14 @@ def await_condition(condition: Callable[[], bool], within_s: float) -> None:
 
 @contextlib.contextmanager
 def serving(tmp_path: Path, family: str, *flags: str) -> Iterator[Served]:
-    before = set(os.listdir("/dev/shm"))
     checkpoint = write_checkpoint(tmp_path / "tiny", family, max_position_embeddings=MAX_MODEL_LEN)
-    served = Served(checkpoint, tmp_path / "log", *flags)
-    try:
-        served.await_ready()
-        yield served
-    finally:
-        served.end()
-    assert set(os.listdir("/dev/shm")) <= before
+    with no_new_names():
+        served = Served(checkpoint, tmp_path / "log", *flags)
+        try:
+            served.await_ready()
+            yield served
+        finally:
+            served.end()
 
 
 def are_busy(counts: dict[str, float]) -> bool:

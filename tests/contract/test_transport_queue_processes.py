@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from shared_memory_names import no_new_names
 from transport_channels import FORK, LAYOUTS, AnyQueue, open_channel
 from transport_messages import Stop
 
@@ -44,9 +45,8 @@ def _answer(handle: QueueHandle, pause_s: float) -> None:
 
 @pytest.fixture(params=LAYOUTS)
 def queue(request: pytest.FixtureRequest, num_ranks: int) -> Iterator[AnyQueue]:
-    shm = sorted(os.listdir("/dev/shm"))
     shape = QueueShape(slot_bytes=4096, num_slots=4)
-    with open_channel(request.param, num_ranks, Frame | Stop, Frame, shape=shape) as channel:
+    with no_new_names(), open_channel(request.param, num_ranks, Frame | Stop, Frame, shape=shape) as channel:
         handles = channel.handles.items()
         processes = [FORK.Process(target=_answer, args=(handle, 0.001 * (rank % 2))) for rank, handle in handles]
         for process in processes:
@@ -57,7 +57,6 @@ def queue(request: pytest.FixtureRequest, num_ranks: int) -> Iterator[AnyQueue]:
             process.join(30)
             assert process.exitcode == 0
             process.close()
-    assert sorted(os.listdir("/dev/shm")) == shm
 
 
 def _frame(number: int) -> list[bytes]:

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from shared_memory_names import new_names
 
 from phalanx.ledger.instance import server_of, shown_by
 from phalanx.testing.checkpoints import write_checkpoint
@@ -109,7 +110,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not new_names(before)
 
 
 def test_streams_are_those_of_an_engine_that_lives(server: Server) -> None:

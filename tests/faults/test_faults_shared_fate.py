@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from shared_memory_names import new_names
 
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -90,7 +91,7 @@ def family(checkpoint: Path, tmp_path: Path) -> Iterator[Family]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         family.server.wait(10)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not new_names(before)
 
 
 def is_watcher(process: psutil.Process) -> bool:

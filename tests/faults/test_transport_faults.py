@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from shared_memory_names import no_new_names
 from transport_messages import Tick
 
 from phalanx.errors import DeadlineError, PeerDiedError
@@ -41,7 +42,7 @@ def _attach(handle: QueueHandle) -> Endpoint:
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., int]]:
     """Starts a function in a process, and kills what is left of it in the end."""
-    with ExitStack() as stack:
+    with no_new_names(), ExitStack() as stack:
 
         def start(target: Callable[..., None], *arguments: Any) -> int:
             process = FORK.Process(target=target, args=arguments)
@@ -51,9 +52,7 @@ def spawn() -> Iterator[Callable[..., int]]:
             assert process.pid is not None
             return process.pid
 
-        shm = sorted(os.listdir("/dev/shm"))
         yield start
-    assert sorted(os.listdir("/dev/shm")) == shm
 
 
 def _echo(handle: QueueHandle) -> None:

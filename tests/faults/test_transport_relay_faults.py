@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
+from shared_memory_names import no_new_names
 from transport_channels import DEADLINE_S, FORK, Channel, echo, open_channel
 from transport_messages import Tick
 
@@ -51,7 +52,7 @@ class Run:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Run]]:
     """Starts runs, and ends what is left of them."""
-    with ExitStack() as stack:
+    with no_new_names(), ExitStack() as stack:
 
         def started(layout: str, **options: Any) -> Run:
             channel = stack.enter_context(open_channel(layout, 2, Tick, Tick, **options))
@@ -66,9 +67,7 @@ def start() -> Iterator[Callable[..., Run]]:
             run.tick()
             return run
 
-        shm = sorted(os.listdir("/dev/shm"))
         yield started
-    assert sorted(os.listdir("/dev/shm")) == shm
 
 
 def _later(delay_s: float, act: Callable[..., Any], *arguments: Any) -> tuple[threading.Timer, list[float]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from shared_memory_names import new_names
 
 from phalanx.transport.readiness import Poller
 
@@ -22,10 +23,6 @@ def _descriptors() -> list[str]:
     return sorted(link for link in links if "memfd:phalanx" in link or "pidfd" in link or "socket" in link)
 
 
-def _everything_open() -> Counter[str]:
-    return Counter([*_descriptors(), *os.listdir("/dev/shm")])
-
-
 @pytest.fixture(scope="package", autouse=True)
 def _what_was_there_before() -> Iterator[None]:
     gc.collect()
@@ -38,9 +35,10 @@ def _what_was_there_before() -> Iterator[None]:
 def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     Poller.of_process()
     gc.collect()  # what an earlier test, of another package too, has left to the collector must not go in between
-    before = _everything_open()
+    before, names = Counter(_descriptors()), set(os.listdir("/dev/shm"))
     yield
     request.node.funcargs.clear()  # a mapping goes with its last view, and pytest keeps fixtures longer than this
-    if _everything_open() - before:
+    if Counter(_descriptors()) - before:
         gc.collect()
-    assert _everything_open() - before == Counter()
+    assert Counter(_descriptors()) - before == Counter()
+    assert not new_names(names)
