@@ -80,6 +80,7 @@ def test_pauses_grow_and_it_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog
     other.answers = False
     with caplog.at_level("INFO", "phalanx.ledger"), Redialling(other.reach, "the judge") as judge:
         await_that(lambda: judge.link() or len(other.dialled_at) == 4)
+        await_that(lambda: not judge._is_dialling)
         pauses = [after - before for before, after in zip(other.dialled_at, other.dialled_at[1:], strict=False)]
         assert all(pause >= 0.5 * LEAST_PAUSE_S * 2**i for i, pause in enumerate(pauses)), pauses
         for _ in range(20):
