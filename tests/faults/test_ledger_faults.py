@@ -14,6 +14,7 @@ from rig import Arrival, Rig
 
 from phalanx.config import Config
 from phalanx.errors import PeerDiedError, UserError
+from phalanx.ledger.patience import STEPS_OF_PATIENCE
 from phalanx.protocol import SamplingParams
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
@@ -94,7 +95,10 @@ def test_a_rank_that_leaves_a_layer_of_experts_early(mixture: Path, warm: WarmSt
 def test_a_rank_that_uses_two_groups_in_the_other_order(mixture: Path, warm: WarmStart, culprit: int) -> None:
     settings = {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}
     fault = Fault(kind="reorder", rank=culprit, collective=1)
-    check(outcome_of(warm, mixture, fault, all2all_backend="alltoall", **settings))
+    outcome = outcome_of(warm, mixture, fault, all2all_backend="alltoall", **settings)
+    assert outcome.rightness.is_right, outcome
+    assert outcome.told_after_s is not None and outcome.step_s is not None
+    assert outcome.told_after_s < TOLD_WITHIN_S + STEPS_OF_PATIENCE * outcome.step_s, outcome
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

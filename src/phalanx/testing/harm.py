@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +15,9 @@ from typing import NoReturn
 _MUTEX_BYTES = 64  # more than pthread_mutex_t has anywhere
 _EVENT_BYTES = 64
 _SIGEV_SIGNAL = 0
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; Python has no names for them
+_SOL_SOCKET, _SO_TYPE, _SO_DOMAIN, _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 1, 3, 39, 26, 27  # asm-generic/socket.h
+_INTERNET, _STREAM = (2, 10), (1,)  # AF_INET and AF_INET6; SOCK_STREAM
+_ADDRESS_BYTES = 128  # sockaddr_storage
 _RETURN = 6  # linux/bpf_common.h: keep so many bytes of a packet
 _NS = 10**9
 
@@ -122,40 +122,35 @@ def silence(seconds: float) -> int:
 
     By a filter in the kernel that drops every packet, confirmations of what was sent included.
     """
-    connections = _connections()
+    libc = ctypes.CDLL(None, use_errno=True)
     nothing = _Filter(_RETURN, 0, 0, 0)
     program = _FilterProgram(1, ctypes.pointer(nothing))
+    connections = [os.dup(int(name)) for name in os.listdir("/proc/self/fd") if _is_connection(libc, int(name))]
     for connection in connections:
-        connection.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))
+        size = ctypes.sizeof(program)
+        if libc.setsockopt(connection, _SOL_SOCKET, _SO_ATTACH_FILTER, ctypes.byref(program), size):
+            raise OSError(ctypes.get_errno(), "SO_ATTACH_FILTER")
 
     def end() -> None:
         time.sleep(seconds)
         for connection in connections:
-            with connection, suppress(OSError):  # it has ended meanwhile
-                connection.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+            ignored = ctypes.c_int()
+            libc.setsockopt(connection, _SOL_SOCKET, _SO_DETACH_FILTER, ctypes.byref(ignored), ctypes.sizeof(ignored))
+            os.close(connection)
 
     threading.Thread(target=end, name="phalanx-silence", daemon=True).start()
     return len(connections)
 
 
-def _connections() -> list[socket.socket]:
-    """Descriptors of their own for the TCP connections of this process."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with ExitStack() as undo, suppress(OSError):  # what is no socket, not connected, or closed by now
-            one = undo.enter_context(socket.socket(fileno=_copy_of_socket(name)))
-            one.getpeername()
-            if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
-                undo.pop_all()
-                found.append(one)
-    return found
-
-
-def _copy_of_socket(name: str) -> int:
-    """Raises OSError if the descriptor is none."""
-    if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-        raise OSError(errno.ENOTSOCK, name)
-    return os.dup(int(name))
+def _is_connection(libc: ctypes.CDLL, descriptor: int) -> bool:
+    """Whether it is a TCP connection; its owner has it, and nothing is said or heard over it here."""
+    found, size = ctypes.c_int(), ctypes.c_uint(ctypes.sizeof(ctypes.c_int))
+    for option, allowed in ((_SO_DOMAIN, _INTERNET), (_SO_TYPE, _STREAM)):
+        failed = libc.getsockopt(descriptor, _SOL_SOCKET, option, ctypes.byref(found), ctypes.byref(size))
+        if failed or found.value not in allowed:
+            return False
+    address = ctypes.create_string_buffer(_ADDRESS_BYTES)
+    return not libc.getpeername(descriptor, address, ctypes.byref(ctypes.c_uint(_ADDRESS_BYTES)))
 
 
 def slow(seconds: float) -> None:
