@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import click
 import httpx
 import psutil
-from serving import MODEL_NAME, Server, free_port, phalanx, running, vllm
+from serving import MODEL_NAME, START_TIMEOUT_S, Server, free_port, phalanx, running, vllm
 
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, Kind
@@ -106,7 +106,7 @@ def ranks(url: str) -> dict[int, int]:
 
 def formation(url: str) -> dict[str, Any]:
     (engine,) = httpx.get(f"{url}/status.json").json()["engines"]
-    return dict(engine["formation"])
+    return dict(engine["formation"] or {"standby": "none", "num_faults": 0})  # before it has told anything
 
 
 def await_standby(url: str) -> float:
@@ -116,6 +116,17 @@ def await_standby(url: str) -> float:
             raise click.ClickException(f"no standby line after {READY_WITHIN_S:.0f} s")
         time.sleep(LOOK_S)
     return time.monotonic() - began_at
+
+
+def await_serving(url: str) -> float:
+    began_at = time.monotonic()
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=1.0).status_code == 200:
+                return time.monotonic() - began_at
+        if time.monotonic() - began_at > START_TIMEOUT_S:
+            raise click.ClickException(f"{url} was not ready after {START_TIMEOUT_S:.0f} s")
+        time.sleep(LOOK_S)
 
 
 def harm(pid: int, kind: Kind, rank: int) -> None:
@@ -234,13 +245,13 @@ def main(
             options = ["--allow-chaos", "--standby", str(standby), "--device", "cpu", "--max-model-len", "512"]
             options += ["--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
             with running(phalanx(model, tp_size, "float32", free_port(), log, *options)) as server:
-                click.echo(f"--standby {standby}: ready to serve after {server.await_ready():.1f} s")
+                click.echo(f"--standby {standby}: ready to serve after {await_serving(server.url):.1f} s")
                 num_bad += measure(
                     server, num_streams, num_tokens, num_faults, has_standby=bool(standby), seed=seed + standby
                 )
         if peer_python is not None:
             with running(vllm(peer_python, model, tp_size, "float32", free_port(), Path(folder) / "vllm")) as server:
-                click.echo(f"vLLM: ready to serve after {server.await_ready():.1f} s")
+                click.echo(f"vLLM: ready to serve after {await_serving(server.url):.1f} s")
                 measure_peer(server, num_streams, num_tokens, tp_size)
     sys.exit(1 if num_bad else 0)
 

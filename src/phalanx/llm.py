@@ -7,7 +7,6 @@ import logging
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,6 +28,7 @@ from phalanx.engine.work import Work
 from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.membership.formation import start_formation
+from phalanx.membership.recovery import forget_locals
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, TokenBatch
 
@@ -325,7 +325,7 @@ class LLM:
                 self._resources.close()
                 del self._brain, self._formation
                 has_model = False
-            _forget_locals(error)  # such as the workers, and their memory
+            forget_locals(error)  # such as the workers, and their memory
             time.sleep(delay_s)
             try:
                 self._begin()
@@ -458,13 +458,6 @@ def _progress_bar(num_requests: int, is_shown: bool) -> Iterator[Callable[[int],
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, PhalanxError) else f"{type(error).__name__}: {error}"
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """Of the functions that an error came through, and those of the errors before it: they hold what must be let go."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(rank: int, phase: str, done: int, total: int) -> None:

@@ -58,7 +58,7 @@ class Rig:
         config = Config.build(model=str(checkpoint), **settings)
         self._report = report
         self._next_id = 0
-        self.errors: list[PhalanxError] = []
+        self.errors: list[type[PhalanxError]] = []
         """What was healed."""
         self.request_errors: dict[int, str] = {}
         with ExitStack() as stack:
@@ -122,7 +122,7 @@ class Rig:
         except PhalanxError as error:
             if not self.formation.heals(error):
                 raise
-            self.errors.append(error)
+            self.errors.append(type(error))
             epoch, keeps_cache = self.formation.heal(error)
             self.brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
             return 0

@@ -67,9 +67,9 @@ def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) ->
     assert ready.run_with(Fault(kind="kill", rank=rank, state=state, step=3)) == ready.expected  # type: ignore[arg-type]
     after = ready.stats()
     assert after.epoch > before.epoch and after.healed["standby"] == before.healed.get("standby", 0) + 1
-    assert [type(error) for error in ready.errors] == [PeerDiedError]
+    assert ready.errors == [PeerDiedError]
     ready.await_standby()
-    expires_at = time.monotonic() + READY_WITHIN_S
+    expires_at = time.monotonic() + 5.0
     while len(os.listdir("/proc/self/fd")) > num_descriptors:  # what the failed line has used goes in the background
         assert time.monotonic() < expires_at, sorted(map(_target, os.listdir("/proc/self/fd")))
         time.sleep(0.01)
@@ -85,7 +85,7 @@ def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) ->
 )
 def test_a_rank_that_is_stopped_fails_or_diverges(ready: Rig, fault: Fault, error: type[Exception]) -> None:
     assert ready.run_with(fault) == ready.expected
-    assert [type(one) for one in ready.errors] == [error]
+    assert ready.errors == [error]
 
 
 def test_both_lines_and_the_fork_server_are_killed(ready: Rig) -> None:

@@ -235,6 +235,7 @@ class Executor:
                 self._stop_workers()
             patience_s = STOP_TIMEOUT_S if self._error is None else 0.0
             self._error = self._error or EngineDeadError("the ranks can run no more: their executor was closed")
+            self._calls.clear()  # calls refer to this object: its memory is to go with the last one who has use for it
             self._launcher.close(patience_s)
 
     def __enter__(self) -> Executor:

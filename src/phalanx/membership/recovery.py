@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 
 from phalanx.config import HealingConfig
-from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError
+from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
@@ -40,7 +41,7 @@ class Recovery:
         self._may_reload = True
         self._is_closing = False
         self._thread: threading.Thread | None = None
-        self._retired: list[Line] = []
+        self._retired_epoch = 0
         self._retiring: list[threading.Thread] = []
         self._num_faults = 0
         self._healed: Counter[Rung] = Counter()
@@ -62,8 +63,12 @@ class Recovery:
         began_at = time.monotonic()
         self._is_healing = True
         self._num_faults += 1
-        log.error("the ranks of epoch %d are ended: %s", failed.epoch, error)
+        if isinstance(error, WorkerError):
+            log.error("%s", error.traceback)
+        # Of a verdict the log has the rest already.
+        log.error("the ranks of epoch %d are ended: %s", failed.epoch, str(error).partition("\n")[0])
         failed.executor.kill()
+        forget_locals(error)
         self._retire(failed)
         climb = self.ladder.begin(began_at)
         while (attempt := self._next(climb)) is not None:
@@ -91,7 +96,7 @@ class Recovery:
 
     def has_retired(self, line: Line) -> bool:
         """Whether it has failed, and is let go of."""
-        return any(line is one for one in self._retired)
+        return line.epoch == self._retired_epoch
 
     def stats(self, epoch: int) -> FormationStats:
         return FormationStats(
@@ -181,11 +186,18 @@ class Recovery:
 
     def _retire(self, line: Line) -> None:
         """Let go of what it used, in the background: its processes are gone, and nobody waits for the rest."""
-        self._retired = [line]
+        self._retired_epoch = line.epoch
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]
         thread = threading.Thread(target=line.executor.close, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Let go of what the calls held that an error came through: the executor, and so the memory of its queue."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(progress: StartProgress) -> None:

@@ -69,7 +69,7 @@ class EchoEngine:
 
 @pytest.fixture(autouse=True)
 def _echo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "EngineClient", EchoEngine)
+    monkeypatch.setattr(fleet, "start_engine", EchoEngine.start)
 
 
 def test_one_prompt_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,10 +186,11 @@ def take(brain: Brain, streams: list[Stream]) -> None:
     for request_id, reason in batch.finished:
         streams[request_id].reason = reason
     if (columns := batch.logprobs) is not None:
-        top_ids = as_ints(columns.top_ids).reshape(-1, columns.width)
-        top_logprobs = as_floats(columns.top_logprobs).reshape(-1, columns.width)
+        entries = as_ints(columns.entries).tolist()
+        top_ids = as_ints(columns.top_ids).reshape(len(entries), columns.width)
+        top_logprobs = as_floats(columns.top_logprobs).reshape(len(entries), columns.width)
         for entry, chosen, one_ids, one_logprobs in zip(
-            as_ints(columns.entries).tolist(), as_floats(columns.chosen).tolist(), top_ids, top_logprobs, strict=True
+            entries, as_floats(columns.chosen).tolist(), top_ids, top_logprobs, strict=True
         ):
             request_id = ids[entry]
             width = SAMPLINGS[request_id]["logprobs"]
