@@ -1,6 +1,6 @@
 """Seeded faults in real engines: how soon the ledger names whom, and how often it is right.
 
-    python benchmarks/faults.py [--count 1000] [--seed 1] [--lanes 2] [--output faults.jsonl]
+    python benchmarks/faults.py [--count 1000] [--seed 1] [--lanes 2] [--sizes 2,4,8] [--output faults.jsonl]
 
 Each fault has an engine of its own, with a tiny model: over 2, 4 or 8 processes, tensor, pipeline and expert
 parallel, over shared memory or Gloo. It is warmed up, the fault is armed in the one rank that is to blame, and then
@@ -10,6 +10,9 @@ tells of itself (an exception) and those of the start to the error that names it
 
 Fault i of a seed is always the same: `--only 17` repeats one, with all that was said. What an output file has already
 is not done again. Two lanes run two engines at a time.
+
+The first table has the times beside how soon verdicts are to come. They are of use only from a machine that does
+nothing else and has a core for each rank: `--lanes 1 --sizes 2` on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from phalanx.executor.shared_fate import die_with_parent
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import FaultPlan
-from phalanx.testing.tally import happened, table
+from phalanx.testing.faults import World as RankWorld
+from phalanx.testing.tally import happened, table, targets_table
 from phalanx.testing.warm_launcher import WarmStart
 
 LOOK_S = 0.5
@@ -112,8 +116,7 @@ def attempt(seed: int, index: int, models: Path, warm: WarmStart) -> Line:
     plan = FaultPlan.of_seed(
         dice.getrandbits(63),
         1,
-        size,
-        has_experts=config.parallel.enable_expert_parallel,
+        RankWorld.of(config),
         states=("start",) if in_start else ("idle", "prefill", "decode"),
     )
     outcome = try_fault(config, plan.faults[0], warm, seed=dice.getrandbits(63))
@@ -135,10 +138,10 @@ def read_lines(output: Path) -> list[Line]:
     return sorted({line.index: line for line in found}.values(), key=lambda line: line.index)
 
 
-def run(seed: int, count: int, lanes: int, models: Path, output: Path) -> list[Line]:
+def run(seed: int, wanted: list[int], lanes: int, models: Path, output: Path) -> list[Line]:
     """All that are missing in the file."""
     done = {line.index for line in read_lines(output)}
-    missing = [index for index in range(count) if index not in done]
+    missing = [index for index in wanted if index not in done]
     began_at = time.monotonic()
     with contextlib.ExitStack() as stack:
         processes = [
@@ -147,10 +150,11 @@ def run(seed: int, count: int, lanes: int, models: Path, output: Path) -> list[L
         ]
         while any(process.poll() is None for process in processes):
             time.sleep(LOOK_S)
-            _show(len(read_lines(output)), count, len(missing), time.monotonic() - began_at)
+            num_left = len(set(wanted) - {line.index for line in read_lines(output)})
+            _show(len(wanted) - num_left, len(wanted), len(missing), time.monotonic() - began_at)
     if sys.stderr.isatty():
         click.echo(err=True)
-    return [line for line in read_lines(output) if line.index < count]
+    return [line for line in read_lines(output) if line.index in wanted]
 
 
 @contextlib.contextmanager
@@ -182,6 +186,7 @@ def report(lines: list[Line]) -> None:
     real = happened(outcomes)
     world_of_outcome = {id(line.outcome): line for line in lines}
     click.echo(f"{len(lines)} faults, of which {len(real)} came to be; load {os.getloadavg()[0]:.2f}\n")
+    click.echo(targets_table(real) + "\n")
     for title, key in (
         ("kind", lambda outcome: str(outcome.fault.kind)),
         ("state", lambda outcome: str(outcome.fault.state)),
@@ -221,10 +226,20 @@ def describe(line: Line) -> str:
     return f"{line.index} ({line.world}) {outcome.fault}: {', '.join(wrong)}\n    done {truth}\n    said {said}"
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(word) for word in text.split(",") if word.isdigit())
+    if not set(sizes) <= set(WORLDS) or not sizes:
+        raise click.BadParameter(f"some of {', '.join(map(str, WORLDS))}")
+    return sizes
+
+
 @click.command()
 @click.option("--count", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--lanes", type=click.IntRange(1, 64), default=2, show_default=True, help="Engines at a time.")
+@click.option(
+    "--sizes", default="2,4,8", show_default=True, callback=lambda *given: _sizes(given[-1]), help="Of grids, in ranks."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="A line of JSON for each fault; what is there is kept.")
 @click.option("--only", type=int, help="This one alone, with all that the engine says.")
 @click.option("--models", type=click.Path(path_type=Path), hidden=True)
@@ -234,6 +249,7 @@ def main(
     count: int,
     seed: int,
     lanes: int,
+    sizes: tuple[int, ...],
     output: Path | None,
     only: int | None,
     models: Path | None,
@@ -257,7 +273,8 @@ def main(
             click.echo(describe(line))
             click.echo(msgspec.json.format(msgspec.json.encode(line)).decode())
         else:
-            report(run(seed, count, lanes, models, output or models / "faults.jsonl"))
+            wanted = [index for index in range(count) if world_of(seed, index)[1] in sizes]
+            report(run(seed, wanted, lanes, models, output or models / "faults.jsonl"))
 
 
 if __name__ == "__main__":

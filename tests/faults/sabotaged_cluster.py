@@ -21,6 +21,9 @@ sys.path[:0] = [str(_HERE), str(_HERE.parent / "cluster")]  # Ray has its worker
 from rig import Arrival, Rig  # noqa: E402
 
 from phalanx.errors import PhalanxError  # noqa: E402
+from phalanx.ledger.attach import Attached  # noqa: E402
+from phalanx.ledger.elsewhere import SHOW_S  # noqa: E402
+from phalanx.ledger.instance import shown_by  # noqa: E402
 from phalanx.ledger.verdict import Verdict  # noqa: E402
 from phalanx.protocol import SamplingParams  # noqa: E402
 from phalanx.worker.methods import remote_method  # noqa: E402
@@ -107,6 +110,15 @@ class Run:
         while watching.standing is not None and time.monotonic() < expires_at:
             time.sleep(0.01)
         return {} if watching.standing is None else {"verdict": str(watching.standing)}
+
+    def status(self) -> dict[str, Any]:
+        """What another process of this host knows of each rank: node, process, whether it is here, step."""
+        time.sleep(2 * SHOW_S)
+        (found,) = shown_by(os.getpid())
+        assert found.instance is not None
+        with Attached(found.instance) as attached:
+            ranks = attached.status(None).ranks
+        return {"ranks": [[one.node, one.process, one.is_here, one.step] for one in ranks]}
 
     def _run(self, num_tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)

@@ -14,10 +14,11 @@ from rig import Arrival, Rig
 
 from phalanx.config import Config
 from phalanx.errors import PeerDiedError, UserError
+from phalanx.ledger.patience import STEPS_OF_PATIENCE
 from phalanx.protocol import SamplingParams
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
-from phalanx.testing.faults import Fault, FaultPlan, Kind, State
+from phalanx.testing.faults import Fault, FaultPlan, Kind, State, World
 from phalanx.testing.running_chaos import find_instance, try_faults
 from phalanx.testing.warm_launcher import WarmStart
 
@@ -72,7 +73,7 @@ def test_a_rank_that_does_not_come(checkpoint: Path, warm: WarmStart, kind: Kind
 @pytest.mark.parametrize("index", range(12))
 def test_ranks_that_diverge_in_groups_of_two_and_of_three(checkpoint: Path, warm: WarmStart, index: int) -> None:
     size = 2 + index % 2
-    plan = FaultPlan.of_seed(index, 1, size, kinds=HOPELESS)
+    plan = FaultPlan.of_seed(index, 1, World(size), kinds=HOPELESS)
     outcome = outcome_of(warm, checkpoint, plan.faults[0], tensor_parallel_size=size)
     check(outcome)
     assert f"rank {plan.faults[0].rank} " in outcome.error, outcome
@@ -90,10 +91,42 @@ def test_a_rank_that_leaves_a_layer_of_experts_early(mixture: Path, warm: WarmSt
     check(outcome)
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_uses_two_groups_in_the_other_order(mixture: Path, warm: WarmStart, culprit: int) -> None:
+    settings = {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    fault = Fault(kind="reorder", rank=culprit, collective=1)
+    outcome = outcome_of(warm, mixture, fault, all2all_backend="alltoall", **settings)
+    assert outcome.rightness.is_right, outcome
+    assert outcome.told_after_s is not None and outcome.step_s is not None
+    assert outcome.told_after_s < TOLD_WITHIN_S + STEPS_OF_PATIENCE * outcome.step_s, outcome
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_link_that_is_dropped(checkpoint: Path, warm: WarmStart, culprit: int) -> None:
+    fault = Fault(kind="link", rank=culprit, collective=1)
+    check(outcome_of(warm, checkpoint, fault, tensor_parallel_size=2, collective_backend="gloo"))
+
+
+def test_a_source_that_runs_ahead_of_a_peer_that_leaves_it_out(checkpoint: Path, warm: WarmStart) -> None:
+    """Nobody waits then: both have left the step."""
+    fault = Fault(kind="skip", rank=1, collective=0)
+    outcome = outcome_of(warm, checkpoint, fault, pipeline_parallel_size=2)
+    check(outcome)
+    assert outcome.verdict is not None and outcome.verdict.cause == "diverged"
+
+
 def test_a_rank_that_dies_at_its_start(checkpoint: Path, warm: WarmStart) -> None:
     fault = Fault(kind="kill", rank=1, state="start")
     outcome = try_fault(Config.build(model=str(checkpoint), **settings_for_chaos(tensor_parallel_size=2)), fault, warm)
     assert outcome.injected is None or outcome.rightness.is_right, outcome
+
+
+def test_a_store_that_hangs_while_ranks_meet(checkpoint: Path, warm: WarmStart) -> None:
+    fault = Fault(kind="store", rank=0, state="start")
+    outcome = outcome_of(
+        warm, checkpoint, fault, tensor_parallel_size=2, collective_backend="gloo", start_timeout_s=5.0
+    )
+    assert outcome.rightness.is_right, outcome
 
 
 def test_an_instance_that_runs(checkpoint: Path) -> None:

@@ -50,6 +50,12 @@ class SabotagedRun:
         """Its process."""
         return self._of(rank, "ray::RankActor")
 
+    def watcher_beside(self, rank: int) -> psutil.Process:
+        """That of its node."""
+        host = self._cluster.hosts[self.nodes[rank]]
+        (found,) = (p for p in host.processes() if "phalanx.executor.watching" in p.cmdline())
+        return found
+
     def tell(self, command: str, *arguments: object) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([command, *arguments]).encode() + b"\n")
@@ -126,6 +132,24 @@ def trouble(ray_cluster: RayCluster, run: SabotagedRun) -> None:
     gone = run.tell("verdict", TOLD_WITHIN_S)
     assert (gone["cause"], gone["culprits"], gone["nodes"]) == ("gone", [1], [run.nodes[1]]), gone
     assert run.tell("end")["error"] == "PeerDiedError"
+
+
+def test_a_node_whose_watcher_has_ended_is_not_lost_as_long_as_steps_go_on(
+    ray_cluster: RayCluster, checkpoint: Path
+) -> None:
+    with running(ray_cluster, checkpoint) as run:
+        run.tell("begin", 60)
+        assert run.tell("end") == {}
+        here, there = run.tell("status")["ranks"]
+        assert (here[:3], there[:3]) == ([run.nodes[0], "running", True], [run.nodes[1], "running", False])
+        assert here[3] == there[3] > 0, "the step that it was in last is known of a rank elsewhere as well"
+        run.watcher_beside(1).kill()
+        lost = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
+        assert (lost["cause"], lost["nodes"]) == ("lost", [run.nodes[1]]), lost
+        run.tell("begin", 60)
+        assert run.tell("all_is_well", HEARD_AGAIN_WITHIN_S) == {}
+        assert run.tell("end") == {}
+        assert [one[1] for one in run.tell("status")["ranks"]] == ["running", "not watched"]
 
 
 def test_a_rank_that_leaves_a_step_where_none_is_beside_the_brain(ray_cluster: RayCluster, checkpoint: Path) -> None:

@@ -16,13 +16,13 @@ from phalanx.cli.options import SectionedCommand, engine_options, given
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
 from phalanx.errors import ConfigError
-from phalanx.testing.faults import KINDS, Fault, FaultPlan, Kind, State
+from phalanx.testing.faults import KINDS, Fault, FaultPlan, Kind, State, World
 
 if TYPE_CHECKING:
     from phalanx.testing.chaos import Outcome
 
-Draw = Callable[..., tuple[Fault, ...]]
-"""Gives the faults for a world of so many ranks."""
+Draw = Callable[[World], tuple[Fault, ...]]
+"""Gives the faults for a world."""
 
 BRIEF_S = 5.0
 """What happens to an instance that runs lasts no longer, so that it serves again."""
@@ -55,7 +55,10 @@ class _Names(click.ParamType):  # type: ignore[type-arg]  # generic only in late
         click.Option(["--seed"], type=int, default=1, show_default=True, help="The same faults for the same seed."),
         click.Option(["--count"], type=click.IntRange(1), default=20, show_default=True, help="How many faults."),
         click.Option(
-            ["--kinds"], type=_Names(KINDS), default=KINDS, help=f"Some of {','.join(KINDS)}; all by default."
+            ["--kinds"],
+            type=_Names(KINDS),
+            default=KINDS,
+            help=f"Some of {','.join(KINDS)}; by default all that can happen.",
         ),
         click.Option(
             ["--states"],
@@ -144,10 +147,10 @@ def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> 
     from phalanx.testing.warm_launcher import WarmStart
 
     config = Config.build(model=model, launcher="local", ledger=True, allow_chaos=True, **given(settings))
-    world_size, has_experts = config.parallel.world_size, config.parallel.enable_expert_parallel
+    world_size = config.parallel.world_size
     if world_size == 1 or config.parallel.engine_size < world_size:
         raise ConfigError("tensor_parallel_size", config.parallel.tensor_parallel_size, "ranks must work together")
-    faults = draw(world_size, has_experts=has_experts)
+    faults = draw(World.of(config))
     with WarmStart() as warm:
         for number, fault in enumerate(faults):
             yield try_fault(config, fault, warm, seed=seed + number)
@@ -158,7 +161,7 @@ def _in_instance(pid: int, draw: Draw) -> Iterator[Outcome]:
     from phalanx.testing.running_chaos import find_instance, try_faults
 
     instance = find_instance(pid)
-    faults = draw(instance.world_size, has_experts=True)
+    faults = draw(World.unknown(instance.world_size))
     if any(fault.kind == "error" for fault in faults):
         raise ConfigError("kind", "error", "not with --pid: the engine tells it, and no verdict is given on it")
     if any(fault.state == "start" for fault in faults):
@@ -171,18 +174,20 @@ def _faults(
     plan: str | None,
     seed: int,
     count: int,
-    world_size: int,
+    world: World,
     *,
-    has_experts: bool,
     kinds: tuple[Kind, ...],
     states: tuple[State, ...],
 ) -> tuple[Fault, ...]:
     if plan is None:
-        found = FaultPlan.of_seed(seed, count, world_size, has_experts=has_experts, kinds=kinds, states=states)
+        for kind in kinds if kinds != KINDS else ():
+            if (why_not := world.why_not(kind)) is not None:
+                raise ConfigError("kinds", kind, why_not)
+        found = FaultPlan.of_seed(seed, count, world, kinds=kinds, states=states)
         return found.faults
     faults = FaultPlan.parse(Path(plan).read_text()).faults
     for fault in faults:
-        fault.check(world_size, has_experts=has_experts)
+        fault.check(world)
     return faults
 
 
@@ -190,7 +195,7 @@ def _row(outcome: Outcome) -> str:
     """A line of the table."""
     fault, injected, verdict, rightness = outcome.fault, outcome.injected, outcome.verdict, outcome.rightness
     if injected is None:
-        said = "it never happened"
+        said = outcome.error or "it never happened"
     elif verdict is not None:
         said = f"{verdict.cause}: rank {' or '.join(map(str, verdict.culprits))}"
         said += f", {verdict.group} {verdict.sequence}" if verdict.group is not None else ""

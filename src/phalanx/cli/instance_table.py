@@ -27,7 +27,7 @@ def instance_table(status: InstanceStatus, width: int = WIDTH) -> str:
         console.print()
         console.print(_ranks(status.ranks))
     if status.num_elsewhere:
-        elsewhere = f"ranks on other nodes, which cannot be looked at from here: {status.num_elsewhere}"
+        elsewhere = f"ranks on other nodes, of which nothing is known here: {status.num_elsewhere}"
         console.print(elsewhere, soft_wrap=True)
     if any(rank.groups for rank in status.ranks):
         console.print()
@@ -87,6 +87,9 @@ def _is_in(group: GroupStatus) -> str:
 
 
 def _stacks(status: InstanceStatus) -> Iterator[str]:
+    if status.stack is not None and not all(rank.is_here for rank in status.ranks):
+        yield ""
+        yield "where ranks on other nodes are is told with a verdict"
     ranks = ((f"rank {rank.rank}", rank.process, rank.stack) for rank in status.ranks)
     for name, process, stack in (("the engine", status.process, status.stack), *ranks):
         if stack is None:

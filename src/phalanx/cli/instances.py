@@ -32,7 +32,7 @@ def _pids_of(found: Found) -> set[int]:
         return {found.pid}
     pids = {found.pid} | ({found.instance.parent_pid} if server_of(found.instance) is not None else set())
     with suppress(PeerDiedError, FrameError), Attached(found.instance) as attached:
-        pids |= {rank.pid for rank in attached.status(None).ranks if rank.pid is not None}
+        pids |= {rank.pid for rank in attached.status(None).ranks if rank.is_here and rank.pid is not None}
     return pids
 
 

@@ -104,6 +104,7 @@ class EngineClient:
             (begun, _) = await asyncio.gather(beginning, reading, return_exceptions=True)
             if isinstance(begun, Incarnation):
                 await begun.end()
+                begun.forget()
             raise
         return cls(incarnation, found, begin, config.executor.engine_restarts)
 
@@ -238,9 +239,11 @@ class EngineClient:
                     self._restarting.cancel()
                     await asyncio.wait([self._restarting])
             finally:
-                await self._incarnation.end()
-                self._die(f"{NAME} was shut down")
-                self._incarnation.forget()
+                try:
+                    await self._incarnation.end()
+                finally:  # also when the kernel cannot end it: nobody may go on waiting for it
+                    self._die(f"{NAME} was shut down")
+                    self._incarnation.forget()
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):

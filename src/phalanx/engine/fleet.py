@@ -36,6 +36,8 @@ PIECE_TOKENS = (16, 2048)
 """A request that moves is computed ahead in pieces of so many tokens, as large as take PIECE_S: what runs beside it
 waits as long for its next token.
 """
+MOVE_TIMEOUT_S = 60.0
+"""For all requests of a replica that leaves: the others may be too busy to keep up with what it makes, or hang."""
 MAX_DEATHS = 3
 """A request that so many replicas have died with may be why they did, and is given to no other."""
 
@@ -172,14 +174,14 @@ class Fleet:
     async def begin_resize(
         self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
     ) -> asyncio.Task[None]:
-        self._roster.check(data_parallel_size, leaving)
+        self._roster.check(data_parallel_size, leaving, self._numbers_down())
         pids = [engine.condition.pid for engine in self._engines.values() if engine.dead is None]
         joining = self._roster.free_numbers(max(data_parallel_size - self._roster.size, 0))
         await asyncio.to_thread(self._seats.check_room, data_parallel_size, joining, pids)
         if self._is_closing:
             raise EngineDeadError("the engine is shutting down")
         num_requests = {number: engine.num_running for number, engine in self._engines.items()}
-        orders = self._roster.begin(data_parallel_size, leaving, num_requests)
+        orders = self._roster.begin(data_parallel_size, leaving, num_requests, self._numbers_down())
         self._drain_timeout_s = drain_timeout_s
         resize = self._roster.resize
         if resize is not None:
@@ -251,6 +253,10 @@ class Fleet:
         if not living:
             raise EngineDeadError(str(self.dead))
         return living
+
+    def _numbers_down(self) -> list[int]:
+        """Those whose engines are being started again."""
+        return [number for number, engine in self._engines.items() if engine.down is not None]
 
     def _active(self) -> dict[int, EngineClient]:
         """Those that have requests, or would have. One that is being ended lives for a while, and takes none."""
@@ -338,8 +344,13 @@ class Fleet:
             async with asyncio.timeout(self._drain_timeout_s):
                 while engine.num_running and engine.dead is None and engine.down is None:
                     await asyncio.sleep(EMPTY_POLL_S)
-        for request in [request for request in self._requests if request.replica == number]:
-            await self._move(request, engine)
+        try:
+            async with asyncio.timeout(MOVE_TIMEOUT_S):
+                for request in [request for request in self._requests if request.replica == number]:
+                    await self._move(request, engine)
+        except TimeoutError:
+            num_left = engine.num_running
+            log.warning("replica %d: %d requests move before others have computed them ahead", number, num_left)
         engine.release()
         self._carry_out(self._roster.emptied(number))
 
@@ -416,7 +427,7 @@ class Fleet:
                 if engine.down is not None:
                     self._router.forget(number)  # what it had in its cache is lost
                     self._move_from(number, engine)
-                if engine.dead is not None and self._roster.phases[number] in ("joining", "serving", "leaving"):
+                if engine.dead is not None and self._roster.counts_on(number):
                     self._note_death(number, engine.dead)
             await asyncio.sleep(WATCH_POLL_S)
 

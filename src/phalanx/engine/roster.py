@@ -11,7 +11,7 @@ after that nothing does. Requests go to those that serve, and to no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -104,12 +104,17 @@ class Roster:
     def serving(self) -> list[int]:
         return self._in("serving")
 
+    def counts_on(self, number: int) -> bool:
+        """Whether it makes a difference that its engine has ended by itself: it was to run, and nobody has told."""
+        is_told = self.resize is not None and self.resize.undone.get(number) == "dead"
+        return self._phases.get(number) in ("joining", "serving", "leaving") and not is_told
+
     def free_numbers(self, count: int) -> list[int]:
         """That so many more replicas will get."""
         free = (number for number in range(len(self._phases) + count) if number not in self._phases)
         return [number for number, _ in zip(free, range(count), strict=False)]
 
-    def check(self, size: int, leaving: Sequence[int]) -> None:
+    def check(self, size: int, leaving: Sequence[int], down: Collection[int] = ()) -> None:
         """Raises what `begin` would."""
         if self.resize is not None:
             raise ResizeUnderWayError(self.resize.size_before, self.resize.size_asked_for)
@@ -123,21 +128,24 @@ class Roster:
         if len(set(leaving)) > num_leaving:
             allowed = f"for {size} of {len(members)} replicas, {num_leaving} leave"
             raise RequestError("leaving", _listed(leaving), allowed)
-        if leaving and not set(self.serving()) - set(leaving):
+        if leaving and not set(self.serving()) - {*leaving, *down}:
             raise RequestError("leaving", _listed(leaving), "of those that are left, at least one must serve")
 
-    def begin(self, size: int, leaving: Sequence[int], num_requests: Mapping[int, int]) -> list[Order]:
+    def begin(
+        self, size: int, leaving: Sequence[int], num_requests: Mapping[int, int], down: Collection[int] = ()
+    ) -> list[Order]:
         """Begin to have `size` replicas. When fewer, those named in `leaving` go; beyond them those that are dead, then
-        those with the fewest requests. Raises ResizeUnderWayError, and RequestError for what cannot be.
+        those in `down`, whose engines are being started again, then those with the fewest requests. Raises
+        ResizeUnderWayError, and RequestError for what cannot be.
         """
-        self.check(size, leaving)
+        self.check(size, leaving, down)
         members = self._members()
         self.resize = resize = Resize(size_before=len(members), size_asked_for=size)
         if size > len(members):
             resize.joining = frozenset(self.free_numbers(size - len(members)))
             self._set(resize.joining, "joining")
             return [Start(number) for number in sorted(resize.joining)]
-        resize.leaving = frozenset(self._choose_leaving(len(members) - size, leaving, num_requests))
+        resize.leaving = frozenset(self._choose_leaving(len(members) - size, leaving, num_requests, down))
         resize.undone = {number: self._phases[number] for number in resize.leaving}
         self._set(resize.leaving, "leaving")
         return [Empty(number) for number in sorted(resize.leaving)] or self._commit()
@@ -184,9 +192,13 @@ class Roster:
             return []
         return self._undo("cancelled", reason)
 
-    def _choose_leaving(self, count: int, named: Sequence[int], num_requests: Mapping[int, int]) -> list[int]:
-        others = [number for number in self._members() if number not in named]
-        others.sort(key=lambda number: (self._phases[number] != "dead", num_requests.get(number, 0), -number))
+    def _choose_leaving(
+        self, count: int, named: Sequence[int], num_requests: Mapping[int, int], down: Collection[int]
+    ) -> list[int]:
+        def order(number: int) -> tuple[bool, bool, int, int]:
+            return self._phases[number] != "dead", number not in down, num_requests.get(number, 0), -number
+
+        others = sorted((number for number in self._members() if number not in named), key=order)
         return [*dict.fromkeys(named), *others][:count]
 
     def _prepare(self, number: int) -> list[Order]:

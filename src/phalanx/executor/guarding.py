@@ -16,6 +16,7 @@ import msgspec
 from phalanx.errors import DivergedError
 from phalanx.ledger.disagreement import Member, disagreement, explain
 from phalanx.ledger.journal import read
+from phalanx.ledger.look import RankLook
 from phalanx.ledger.step_digests import BOARD_BYTES, Issued, StepDigestReader, told
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
@@ -31,6 +32,7 @@ class Guarding:
         self._groups: dict[str, list[Member]] = {}
         self._boards: dict[int, StepDigestReader] = {}
         self._journals: dict[int, memoryview] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
         self._open: dict[int, dict[int, Issued]] = {}
         for spec in specs:
             for place, group in enumerate(spec.groups, start=1):
@@ -40,6 +42,7 @@ class Guarding:
                 self._boards[spec.rank] = StepDigestReader(_mapped(spec.board, resources), len(spec.groups))
                 if spec.journal is not None:
                     self._journals[spec.rank] = _mapped(spec.journal, resources)
+                    self._names[spec.rank] = ("", *(group.name for group in spec.groups))
         self._num_ranks = len({member.rank for members in self._groups.values() for member in members})
 
     def take(self, rank: int, column: bytes) -> None:
@@ -73,8 +76,11 @@ class Guarding:
     def _explained(self, step: int, issued: Mapping[int, Issued]) -> DivergedError:
         """Of several groups, the one in which ranks diverged first."""
         found = [disagreement(step, group, members, issued) for group, members in self._groups.items()]
-        journals = {rank: read(journal) for rank, journal in self._journals.items()}
-        explained = [explain(one, journals) for one in found if one is not None]
+        ranks = {
+            rank: RankLook(rank=rank, node="", groups=self._names[rank], process="running", entries=read(journal))
+            for rank, journal in self._journals.items()
+        }
+        explained = [explain(one, ranks) for one in found if one is not None]
         return min(explained, key=lambda one: one.began_ns).error
 
 

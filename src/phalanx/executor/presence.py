@@ -11,6 +11,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.errors import ConfigError
 from phalanx.ledger.board import BOARD_BYTES
+from phalanx.ledger.elsewhere import elsewhere_bytes
 from phalanx.ledger.events import open_events
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.outlets import Outlets
@@ -21,8 +22,10 @@ from phalanx.transport.shared_memory import SharedSegment
 from phalanx.version import __version__
 
 
-def open_outlets(config: Config, resources: ExitStack) -> Outlets:
-    """A board that this process holds until `resources` are let go. Raises ConfigError if events cannot be written."""
+def open_outlets(config: Config, resources: ExitStack, *, num_elsewhere: int = 0) -> Outlets:
+    """A board that this process holds until `resources` are let go, and memory for what is known of ranks on other
+    nodes, if there are any. Raises ConfigError if events cannot be written.
+    """
     events = config.executor.ledger_events
     if events is not None:
         try:
@@ -31,7 +34,11 @@ def open_outlets(config: Config, resources: ExitStack) -> Outlets:
             raise ConfigError("ledger_events", events, f"it cannot be written: {error.strerror}") from error
         events = os.path.abspath(events)
     board = resources.enter_context(SharedSegment.create(BOARD_BYTES, "board of the watcher"))
-    return Outlets(board=board.handle, events=events, model=config.model.model)
+    elsewhere = None
+    if num_elsewhere:
+        size = elsewhere_bytes(num_elsewhere)
+        elsewhere = resources.enter_context(SharedSegment.create(size, "ranks on other nodes")).handle
+    return Outlets(board=board.handle, events=events, model=config.model.model, elsewhere=elsewhere)
 
 
 def show_instance(config: Config, order: WatchOrder | None, epoch: int, started_at: float | None = None) -> Beacon:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look, waiting_ranks
-from phalanx.ledger.verdict import WAITED, Verdict
+from phalanx.ledger.verdict import Verdict
 
 WAITED_LONG_S = 1.0
 """Of ranks that a dump has caught on their way to each other, those that wait for less are not held against anybody."""
@@ -34,7 +34,7 @@ def verdict_of(look: Look, missing: Sequence[int]) -> Verdict | None:
     verdict = judge(look)
     if missing and (verdict is None or verdict.cause == "hung"):  # all that are known of have come
         verdict = _awaited_without_trace(look, missing) or verdict
-    if verdict is not None and verdict.cause in WAITED and verdict.waited_s < WAITED_LONG_S:
+    if verdict is not None and verdict.is_of_a_wait and verdict.waited_s < WAITED_LONG_S:
         return None
     return verdict
 

@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Literal
 
+import msgspec
+
 from phalanx.ledger.board import Notice, read_board
+from phalanx.ledger.elsewhere import NodeSeen, read_elsewhere
 from phalanx.ledger.instance import Instance, server_of
 from phalanx.ledger.journal import NUM_RECORDS, read
 from phalanx.ledger.look import Look, RankLook
@@ -36,6 +39,7 @@ class Attached:
         self._looking = threading.Lock()
         self._board: memoryview | None = None
         self._journals: list[tuple[WatchedRank, memoryview]] = []
+        self._elsewhere: memoryview | None = None
         with ExitStack() as undo:
             if instance.order is not None:
                 self._journals = [
@@ -44,6 +48,8 @@ class Attached:
                 if instance.order.outlets is not None:
                     board = instance.order.outlets.board
                     self._board = undo.enter_context(SharedSegment.attach(board)).buf
+                    if (shown := instance.order.outlets.elsewhere) is not None:
+                        self._elsewhere = undo.enter_context(SharedSegment.attach(shown)).buf
             self._stack = undo.pop_all()
 
     def notice(self) -> Notice:
@@ -84,6 +90,7 @@ class Attached:
             server=server_of(self.instance),
             verdict=verdict,
             watcher_s=silent_s(self.notice(), now_ns),
+            elsewhere=self._nodes_elsewhere(now_ns),
         )
 
     def with_stacks(self, status: InstanceStatus) -> InstanceStatus:
@@ -103,11 +110,22 @@ class Attached:
     def close(self) -> None:
         """May be called more than once."""
         with self._reading, self._looking:
-            self._board, self._journals = None, []
+            self._board, self._journals, self._elsewhere = None, [], None
             self._stack.close()
 
+    def _nodes_elsewhere(self, now_ns: int) -> list[NodeSeen]:
+        """As the instance's own watcher shows them. If it looks no more, nothing is heard of them."""
+        with self._looking:
+            nodes = read_elsewhere(self._elsewhere) if self._elsewhere is not None else ()
+        return [
+            msgspec.structs.replace(node, word="lost")
+            if node.word == "heard" and now_ns - node.seen_ns > SILENT_WATCHER_S * 1e9
+            else node
+            for node in nodes
+        ]
+
     def _look(self, now_ns: int, most_records: int) -> Look:
-        """All ranks that have begun. Only reads: the instance's own watcher notices nothing."""
+        """All ranks on this host that have begun. Only reads: the instance's own watcher notices nothing."""
         ranks = {}
         with self._looking:
             for one, journal in self._journals:
@@ -148,6 +166,8 @@ def _judged(order: WatchOrder) -> VerdictReport | None:
             confirmation.take(watcher.verdict(now_ns), now_ns)
             time.sleep(LOOK_S)
     found = confirmation.told
+    if found is not None and found.is_of_a_wait and order.outlets is not None and order.outlets.elsewhere is not None:
+        return None  # it may be for a rank on another node, of which nothing is known here
     return None if found is None else report(found, now_ns - int(found.waited_s * 1e9), now_ns, utc_now())
 
 

@@ -24,12 +24,35 @@ def awaited(look: Look) -> Verdict | None:
             return _circle(look, path[:-1])
         last = wait_of(look, path[-1])
         if last is not None and not last.others:  # all have come: the data is on its way
-            hung = hung or (_hung(look, last) if last.step else None)
+            if last.step:
+                hung = hung or (_unwatched if look.unwatched_members(last.group) else _hung)(look, last)
             continue
         verdict = _of_awaited(look, path, wait)
         if verdict is not None:
             return verdict
     return hung
+
+
+def _unwatched(look: Look, wait: Wait) -> Verdict | None:
+    """All have come to a collective that are known of: the others are on nodes without a watcher."""
+    assert wait.group is not None and wait.record is not None
+    unknown, waited_s = look.unwatched_members(wait.group), (look.now_ns - wait.since_ns) / _NS
+    if not unknown or waited_s < HUNG_S:
+        return None
+    nodes = sorted(set(unknown.values()))
+    why = "; ".join(look.unwatched[node].why for node in nodes)
+    return Verdict(
+        cause="lost",
+        culprits=tuple(unknown),
+        nodes=tuple(unknown.values()),
+        what=f"{'are' if len(nodes) > 1 else 'is'} not watched, and may be what others wait for: {why}",
+        step=wait.step,
+        group=wait.group,
+        sequence=wait.record.sequence,
+        peers=wait.what,
+        waiting=tuple(rank for rank in look.members(wait.group) if _is_in(look.ranks[rank], wait.group)),
+        waited_s=waited_s,
+    )
 
 
 def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | None:

@@ -1,25 +1,18 @@
 """Where the watcher writes what stands: memory of the engine's process that anybody of its user can read at any time.
 
-So the server and `phalanx doctor` know it also while the engine's process is stopped or hangs. One writes, and waits
-for nobody; readers never block.
-
-    words    the newest notice's number, when the writer looked last; then two places for notices
-    place    a length, the notice in msgpack; notice n is at n modulo 2, so the newest is never written over
+So the server and `phalanx doctor` know it also while the engine's process is stopped or hangs. Notices are in msgpack
+(newest.py); the first word that is the writer's own says when it has looked last.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from phalanx.ledger.newest import NewestWriter, read_newest
 from phalanx.ledger.verdict import Verdict
-from phalanx.transport.futex import new_fence
 
 BOARD_BYTES = 2**17
-_WORD_BYTES = 8
-_NUMBER, _LOOKED = 0, 1
-_PLACES = 64
-_PLACE_BYTES = (BOARD_BYTES - _PLACES) // 2
-_MOST_TRIES = 10
+_LOOKED = 1
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,9 +34,8 @@ class BoardWriter:
 
     def __init__(self, memory: memoryview, num_ranks: int) -> None:
         """`memory`: BOARD_BYTES, zeroed."""
-        self._memory = memory
+        self._newest = NewestWriter(memory)
         self._words = memory.cast("Q")
-        self._fence = new_fence()
         self._num_ranks = num_ranks
         self._counts: dict[str, int] = {}
         self._post(Notice(num_ranks=num_ranks))
@@ -59,33 +51,12 @@ class BoardWriter:
         self._post(Notice(num_ranks=self._num_ranks, verdict=verdict, since_ns=since_ns, counts=self._counts))
 
     def _post(self, notice: Notice) -> None:
-        content = msgspec.msgpack.encode(notice)
-        assert len(content) <= _PLACE_BYTES - _WORD_BYTES, len(content)
-        number = self._words[_NUMBER] + 1
-        at = _place(number)
-        self._words[at // _WORD_BYTES] = len(content)
-        self._memory[at + _WORD_BYTES :][: len(content)] = content
-        self._fence()
-        self._words[_NUMBER] = number
+        self._newest.put(msgspec.msgpack.encode(notice))
 
 
 def read_board(memory: memoryview) -> Notice | None:
     """What stands there; None before the watcher has begun. Never blocks; `memory` may be written to meanwhile."""
-    words, fence = memory.cast("Q"), new_fence()
-    for _ in range(_MOST_TRIES):
-        number = words[_NUMBER]
-        if not number:
-            return None
-        fence()
-        at = _place(number)
-        size = min(words[at // _WORD_BYTES], _PLACE_BYTES - _WORD_BYTES)
-        content = bytes(memory[at + _WORD_BYTES :][:size])
-        fence()
-        if words[_NUMBER] == number:
-            notice = msgspec.msgpack.decode(content, type=Notice)
-            return msgspec.structs.replace(notice, looked_ns=words[_LOOKED])
-    return None
-
-
-def _place(number: int) -> int:
-    return _PLACES + number % 2 * _PLACE_BYTES
+    content = read_newest(memory)
+    if content is None:
+        return None
+    return msgspec.structs.replace(msgspec.msgpack.decode(content, type=Notice), looked_ns=memory.cast("Q")[_LOOKED])

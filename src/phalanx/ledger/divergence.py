@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from phalanx.ledger.habit import first_deviation, out_of_habit
+from phalanx.ledger.habit import against_plan, first_deviation, out_of_habit
 from phalanx.ledger.look import Look, RankLook
+from phalanx.ledger.minority import minority
 from phalanx.ledger.record import Record
+from phalanx.ledger.uneven import uneven
 from phalanx.ledger.verdict import Place, Verdict, blame
 
 
@@ -32,7 +33,7 @@ def diverged(look: Look) -> Verdict | None:
     plan = _other_plan(look)
     if plan is not None and plan.step is not None and (first is None or plan.step <= first.began[0]):
         return plan
-    return _other_collective(look, first) if first is not None else None
+    return _other_collective(look, first) if first is not None else uneven(look)
 
 
 def _other_plan(look: Look) -> Verdict | None:
@@ -100,7 +101,7 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
 
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
     """The ranks to blame: the minority; in a tie those whose decisions differ, or who do what they have never done at
-    this place of a step; all, if that does not tell either."""
+    this place of a step, or in a size that the plan does not have; all, if that does not tell either."""
     records = divergence.records
     votes: dict[int, object] = {rank: (record.digest, record.step) for rank, record in records.items()}
     if len(set(votes.values())) == 1:
@@ -115,12 +116,6 @@ def _odd(look: Look, divergence: _Divergence) -> list[int]:
             if decision is not None:
                 decisions[one.rank] = decision.digest
     odd = [rank for rank in minority(decisions) if rank in records]
-    return odd or out_of_habit(look.ranks, divergence.group, records) or sorted(records)
-
-
-def minority(votes: Mapping[int, object]) -> list[int]:
-    """Who voted for anything but what most did; nobody if there is no majority, or all agree."""
-    if not votes:
-        return []
-    (winner, count), *_ = Counter(votes.values()).most_common(1)
-    return sorted(rank for rank, vote in votes.items() if vote != winner) if 2 * count > len(votes) else []
+    if not odd:
+        odd = out_of_habit(look.ranks, divergence.group, records) or against_plan(look.ranks, divergence.group, records)
+    return odd or sorted(records)

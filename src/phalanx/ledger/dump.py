@@ -69,6 +69,8 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     unheard: dict[str, Unheard]
     """Nodes of which nothing was heard."""
+    unwatched: dict[str, Unheard] = {}
+    """Nodes that were there, and of whose ranks nothing was known."""
     verdict: Verdict | None
     facts: Facts
 
@@ -161,10 +163,12 @@ def read(directory: Path) -> Trace:
     members = {rank for ranks in whole.groups.values() for rank in ranks} | set(whole.ranks)
     found = {rank: directory / _file_of(rank) for rank in whole.ranks}
     ranks = {rank: _decode_rank(path, rank) for rank, path in found.items() if path.exists()}
-    look = Look(whole.now_ns, ranks, whole.groups, whole.limits, whole.unheard)
+    look = Look(whole.now_ns, ranks, whole.groups, whole.limits, whole.unheard, whole.unwatched)
     missing = tuple(sorted(members - set(ranks)))
     notes = [f"{found[rank].name} is missing: what rank {rank} did is not known" for rank in missing if rank in found]
-    notes += [f"rank {rank} had not begun" for rank in missing if rank not in found]
+    unwatched = {rank: node for node, one in whole.unwatched.items() for rank in one.ranks}
+    notes += [f"rank {rank} had not begun" for rank in missing if rank not in {**found, **unwatched}]
+    notes += [f"rank {rank} on {node} was not watched: what it did is not known" for rank, node in unwatched.items()]
     verdict = whole.verdict or verdict_of(look, missing)
     return Trace("phalanx", look, whole.unix_ns - whole.now_ns, verdict, missing, tuple(notes))
 
@@ -187,6 +191,7 @@ def _whole(look: Look, verdict: Verdict | None, settings: Mapping[str, str]) -> 
         groups={name: tuple(ranks) for name, ranks in look.groups.items()},
         limits=look.limits,
         unheard=dict(look.unheard),
+        unwatched=dict(look.unwatched),
         verdict=verdict,
         facts=Facts(
             phalanx=__version__,

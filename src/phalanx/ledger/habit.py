@@ -2,21 +2,23 @@
 
 Steps are alike: at the same place of each there is the same operation, on the same dtype and the same width, whatever
 the number of tokens. Where two ranks differ and no majority settles it, the one that does what both have always done
-there is right. Sizes other than the last one are not compared, for they depend on the plan; nor is the size of what
-has only one, such as the tokens that were drawn.
+there is right. Sizes other than the last one depend on the plan, and so does the size of what has only one, such as the
+tokens that were drawn. Of these the steps before tell on what: a size that has always been the plan's number of tokens,
+rows or samples, or always the same, is so again, and who issues another one is wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from phalanx.ledger.record import Kind, Record
+from phalanx.ledger.record import Kind, PlanSize, Record
 
 if TYPE_CHECKING:
     from phalanx.ledger.look import RankLook
 
+_SIZES = re.compile(r"\[(?P<sizes>\d+(, \d+)*)\]")
 _TENSOR = re.compile(r"\[(?P<leading>.*, )(?P<last>\d+)\]|\[\d*\]")
 
 
@@ -28,6 +30,40 @@ def out_of_habit(ranks: Mapping[int, RankLook], group: str, records: Mapping[int
     step = min(record.step for record in records.values())
     odd = [rank for rank, record in records.items() if is_out_of_habit(ranks[rank], group, record, step)]
     return sorted(odd) if len(odd) < len(records) else []
+
+
+def against_plan(ranks: Mapping[int, RankLook], group: str, records: Mapping[int, Record]) -> list[int]:
+    """Of the ranks that differ at one place of a group: those whose sizes are not what the plan of the step makes them.
+
+    Nobody, if that does not tell them apart.
+    """
+    odd = [rank for rank, record in records.items() if _is_against_plan(ranks[rank], group, record)]
+    return sorted(odd) if len(odd) < len(records) else []
+
+
+def odd_at(ranks: Mapping[int, RankLook], group: str, step: int, records: Mapping[int, Record | None]) -> list[int]:
+    """Of the ranks that differ at one place of a group in a step, where None is of one that has left the step without
+    anything there: those that do what they never did, or not by the plan.
+
+    Nobody, if that does not tell them apart.
+    """
+    odd = [
+        rank
+        for rank, record in records.items()
+        if (
+            _is_short(ranks[rank], group, step)
+            if record is None
+            else is_out_of_habit(ranks[rank], group, record, step) or _is_against_plan(ranks[rank], group, record)
+        )
+    ]
+    return sorted(odd) if len(odd) < len(records) else []
+
+
+def _is_short(rank: RankLook, group: str, step: int) -> bool:
+    """Whether a rank that has left a step has issued less there in a group than in any step before."""
+    steps = steps_of(rank, group)
+    usual = [len(issued) for number, issued in steps.items() if number < step]
+    return step in steps and bool(usual) and len(steps[step]) < min(usual)
 
 
 def form(text: str) -> str:
@@ -55,6 +91,53 @@ def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None
     forms = {_form_of(rank, issued[place]) for issued in usual if place < len(issued)}
     done = _form_of(rank, record)
     return done is not None and None not in forms and done not in forms
+
+
+def _is_against_plan(rank: RankLook, group: str, record: Record) -> bool:
+    """Whether any size of what the rank has issued is known by its plan, and another one."""
+    steps, done = _steps(rank, group), _sized(rank, record)
+    if record.step not in steps or done is None:
+        return False
+    place = record.sequence - steps[record.step][0].sequence
+    usual = [
+        _sized(rank, issued[place]) for number, issued in steps.items() if number < record.step and place < len(issued)
+    ]
+    before = [one for one in usual if one is not None and len(one.sizes) == len(done.sizes)]
+    if not usual or len(before) < len(usual):  # something else is done there as well, or is not known
+        return False
+    return any(
+        _known_size([(one.plan, one.sizes[i]) for one in before], done.plan) not in (None, done.sizes[i])
+        for i in range(len(done.sizes))
+    )
+
+
+class _Sized(NamedTuple):
+    """The sizes of a collective, and what they may depend on: numbers that are the same in every rank of a group, or of
+    the rank's replica."""
+
+    plan: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def _sized(rank: RankLook, record: Record) -> _Sized | None:
+    """None if the journal does not have all of it."""
+    text, decision = rank.entries.texts.get(record.digest), rank.decision(record.step)
+    size = PlanSize.of_word(decision.rolling) if decision is not None else None
+    tensor = _SIZES.search(text) if text is not None else None
+    if decision is None or size is None or tensor is None:
+        return None
+    return _Sized((*size, decision.sequence), tuple(int(number) for number in tensor["sizes"].split(", ")))
+
+
+def _known_size(before: Sequence[tuple[tuple[int, ...], int]], plan: tuple[int, ...]) -> int | None:
+    """What a size must be by a plan, where it is known what it was by others; None if these leave several.
+
+    It is one of the plan's numbers, or always the same: what fits all that was before.
+    """
+    fitting = {plan[i] for i in range(len(plan)) if all(size == numbers[i] for numbers, size in before)}
+    if len({size for _, size in before}) == 1:
+        fitting.add(before[0][1])
+    return fitting.pop() if len(fitting) == 1 else None
 
 
 class Deviation(NamedTuple):
@@ -105,11 +188,16 @@ def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]
     return [one for one in issued if before and one.step == before], [one for one in issued if one.step == step]
 
 
-def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
-    """What the rank issued in the group, by the steps of which the journal still has all."""
-    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
-    steps: dict[int, list[Record]] = {}
+def steps_of(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """What the rank issued in the group, by the steps of which the journal still has all; nothing in some, perhaps."""
+    records = rank.entries.records
+    steps: dict[int, list[Record]] = {record.step: [] for record in records if record.kind == Kind.STEP}
     for record in rank.collectives(group).values():
-        if record.step in complete:
-            steps.setdefault(record.step, []).append(record)
+        if record.step in steps:
+            steps[record.step].append(record)
     return steps
+
+
+def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:
+    """The same, without the steps in which it issued nothing there."""
+    return {step: issued for step, issued in steps_of(rank, group).items() if issued}

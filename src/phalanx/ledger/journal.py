@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from phalanx.ledger.record import DONE_AT, ISSUED_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record, rolled
+from phalanx.ledger.record import DONE_AT, ISSUED_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, PlanSize, Record, rolled
 from phalanx.transport.futex import new_fence
 from phalanx.transport.liveness import Party
 
@@ -141,10 +141,11 @@ class Journal:
         with self.awaiting("the others' joining", group):
             yield
 
-    def begin_step(self, step: int, digest: int, num_tokens: int) -> int:
+    def begin_step(self, step: int, digest: int, num_tokens: int, size: PlanSize | None = None) -> int:
         """A decision: the plan that the rank is about to follow. Returns the record's number, for `done`.
 
-        What is issued from now on, until `leave_step`, is of that step.
+        `num_tokens` is of all replicas, `size` of the rank's own one. What is issued from now on, until `leave_step`,
+        is of that step.
         """
         words, at = self._words, _DECISIONS + step % NUM_DECISIONS * 2
         words[at] = 0
@@ -153,7 +154,7 @@ class Journal:
         self._fence()
         words[at] = step
         self._step = words[_STEP] = step
-        return self._write(_BEGUN_STEP, 0, num_tokens, digest, digest)
+        return self._write(_BEGUN_STEP, 0, num_tokens, digest, size.word if size is not None else 0)
 
     @property
     def in_step(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from phalanx.ledger.awaited import awaited, has_left
 from phalanx.ledger.divergence import diverged
-from phalanx.ledger.look import Look, follow, wait_of
+from phalanx.ledger.look import Look, Wait, follow, wait_of
 from phalanx.ledger.verdict import Place, Verdict, Waiting, blame
 
 STORE_S = 10.0
@@ -90,7 +90,7 @@ def _waiting(look: Look) -> Waiting:
 
 def _alone(look: Look) -> Verdict | None:
     """The only rank that is still in a step, and in no collective: nobody waits for it but the engine."""
-    if len(look.ranks) == 1 or any(one.process == "ended" for one in look.ranks.values()):
+    if len(look.ranks) == 1 or look.unwatched or any(one.process == "ended" for one in look.ranks.values()):
         return None
     inside = [one for one in look.ranks.values() if not has_left(one, one.entries.step)]
     if len(inside) != 1 or inside[0].entries.phase != "stepping" or inside[0].awaits is not None:
@@ -138,8 +138,26 @@ def _overdue(look: Look) -> Verdict | None:
         took_s = (look.now_ns - last.entries.phase_since_ns) / _NS
         if one.entries.phase == "idle" or budget_s is None or took_s < budget_s:
             continue
+        wait = wait_of(look, last.rank)
+        if wait is not None and look.unwatched_members(wait.group):  # it may be one of those that keeps it
+            continue
+        if wait is not None and wait.group is not None and wait.record is None and not _are_missing(look, wait.group):
+            return _never_joined(look, wait)
         step = last.entries.step if last.entries.phase == "stepping" else None
         doing = f"in step {step}" if step is not None else last.entries.phase
         what = f"has been {doing} for {took_s:.0f} s, which should take less than {budget_s:.0f} s"
         return blame("overdue", [last], what, Place(step), Waiting(sorted({*path[:-1]}), took_s))
     return None
+
+
+def _are_missing(look: Look, group: str) -> bool:
+    """Whether members have not begun."""
+    return not set(look.groups[group]) <= look.ranks.keys()
+
+
+def _never_joined(look: Look, wait: Wait) -> Verdict:
+    """All have come, or somebody would be waited for. To blame is no rank."""
+    ranks = ", ".join(map(str, look.members(str(wait.group))))
+    what = f"ranks {ranks} have all come to join group {wait.group}, which does not end: to blame is no rank, but the"
+    what += " store by which they find each other, or what carries the data"
+    return blame("store", [], what, waiting=Waiting(for_s=(look.now_ns - wait.since_ns) / _NS))

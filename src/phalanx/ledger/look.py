@@ -90,6 +90,11 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
         return self.groups[first.group], first
 
     @property
+    def is_between_steps(self) -> bool:
+        """Whether it has left every step that it has begun."""
+        return self.entries.phase == "idle" and self.awaits is None
+
+    @property
     def holds_gil(self) -> bool:
         return self.held_s >= HELD_S
 
@@ -123,10 +128,17 @@ class Look(NamedTuple):
     limits: Limits = Limits()
     unheard: Mapping[str, Unheard] = {}
     """Nodes whose journals are not heard of any more. What is known of their ranks is as old."""
+    unwatched: Mapping[str, Unheard] = {}
+    """Nodes that are there, and of whose ranks nothing is known."""
 
     def members(self, group: str) -> list[int]:
         """Those of a group that have begun."""
         return [rank for rank in self.groups[group] if rank in self.ranks]
+
+    def unwatched_members(self, group: str | None) -> dict[int, str]:
+        """Those of a group that nothing is known of, each with its node."""
+        members = self.groups[group] if group is not None else ()
+        return {rank: node for node, one in self.unwatched.items() for rank in one.ranks if rank in members}
 
 
 class Wait(NamedTuple):

@@ -1,19 +1,33 @@
-"""The judge's end: what the watchers of all other nodes see, and which of these nodes cannot be heard."""
+"""The judge's end: what the watchers of all other nodes see, and which of these nodes cannot be heard.
+
+A node whose watcher is silent is lost, unless the run shows that it is there: steps go on, or the run's own link to it
+has outlived such a silence. Then it is only unwatched, and nothing is known of its ranks.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Self
 
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
+from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.look import RankLook, Unheard
 from phalanx.ledger.record import Record
-from phalanx.ledger.sighting import AskStacks, FromJudge, FromNode, NodeView, Sighting, TellAll
+from phalanx.ledger.sighting import (
+    AskStacks,
+    FromJudge,
+    FromNode,
+    NodeView,
+    Sighting,
+    TellAll,
+    with_their_texts,
+)
 from phalanx.transport.address import inherited_listener
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
@@ -27,8 +41,14 @@ SILENT_S = 3.0
 SHARE_OF_TIMEOUT = 0.5
 """Of the time after which silence ends the run: the finding comes well before that."""
 
+RELINK_S = 1.0
+"""For a watcher whose connection has ended to come back, which takes it a tenth of a second."""
+
+OUTLIVED = 1.5
+"""Times the silence that ends the run's own link to a node: if the run then goes on, the node is there."""
+
 JOIN_S = 60.0
-"""For a node's watcher to come."""
+"""For a node's watcher to come, before it is told that there is none."""
 
 LONGEST_LOOK_S = 0.5
 """From one look to the next. Of a longer pause only so much counts as silence: this process may have been stopped."""
@@ -42,6 +62,8 @@ _SEND_S = 0.2
 _POLL_S = 0.005
 _LOST = (PeerDiedError, DeadlineError, FrameError)
 
+log = logging.getLogger("phalanx.ledger")
+
 
 class OtherNodesOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Which nodes have watchers of their own, and how these are known."""
@@ -53,6 +75,8 @@ class OtherNodesOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Of each node."""
     node_timeout_s: float
     """Longer silence ends the run."""
+    steps_ahead: int
+    """How many steps ranks may begin at most while one of them begins none."""
 
 
 class OtherNodes:
@@ -62,7 +86,10 @@ class OtherNodes:
         """Takes over the listening socket."""
         silent_s = min(SILENT_S, order.node_timeout_s * SHARE_OF_TIMEOUT)
         self._timeout_s = order.node_timeout_s
-        self._nodes = {name: _Node(name, ranks, silent_s) for name, ranks in order.ranks.items()}
+        self._steps_ahead = order.steps_ahead
+        self._nodes = {
+            name: _Node(name, ranks, silent_s, OUTLIVED * order.node_timeout_s) for name, ranks in order.ranks.items()
+        }
         self._asked_at = float("-inf")
         self._listener = NodeListener(
             inherited_listener(order.listener),
@@ -80,20 +107,30 @@ class OtherNodes:
             for node in self._nodes.values():
                 stack.callback(node.close)
 
-    def take(self, now_ns: int) -> None:
-        """Take in what has come until now."""
+    def take(self, now_ns: int, own_steps: Iterable[int] = ()) -> None:
+        """Take in what has come until now. `own_steps`: those that ranks beside the judge are in, or were in last."""
         for joined in self._listener.joined(0.0):
             self._nodes[joined.hello.node].join(joined, self._timeout_s)
         for node in self._nodes.values():
             node.take(now_ns)
+        newest = max([0, *own_steps, *(step for node in self._heard() for step in node.view.newest_steps())])
+        for node in self._nodes.values():
+            node.compare(newest, self._steps_ahead)
 
     def looks(self, most_records: int) -> dict[int, RankLook]:
-        """All ranks of the other nodes that have begun, as they were when their nodes were heard last."""
-        return {rank: one for node in self._nodes.values() for rank, one in node.view.looks(most_records).items()}
+        """All ranks of the other nodes that have begun, as they were when their nodes were heard last.
+
+        Of nodes that are unwatched there are none.
+        """
+        return {rank: one for node in self._known() for rank, one in node.view.looks(most_records).items()}
 
     def steps(self) -> dict[int, tuple[Record, ...]]:
         """The records of steps that these ranks have."""
-        return {rank: steps for node in self._nodes.values() for rank, steps in node.view.steps().items()}
+        return {rank: steps for node in self._known() for rank, steps in node.view.steps().items()}
+
+    def seen(self, most_records: int) -> tuple[NodeSeen, ...]:
+        """All of them, to be shown to others."""
+        return tuple(node.seen(most_records) for node in self._nodes.values())
 
     def seen_ns(self, now_ns: int) -> int:
         """When all that `looks` tells of nodes that are heard was so: no rank has been waited for for longer."""
@@ -109,8 +146,12 @@ class OtherNodes:
         return all(node.view.is_whole for node in heard)
 
     def unheard(self) -> dict[str, Unheard]:
-        """Nodes of which nothing has come for too long."""
-        return {name: why for name, node in self._nodes.items() if (why := node.unheard()) is not None}
+        """Nodes of which nothing has come for too long, and nothing else shows that they are there."""
+        return {name: node.unheard() for name, node in self._nodes.items() if node.is_lost}
+
+    def unwatched(self) -> dict[str, Unheard]:
+        """Nodes that are there, as far as one knows, and have no watcher that is heard."""
+        return {name: node.unheard() for name, node in self._nodes.items() if node.is_unwatched}
 
     def stacks(self, ranks: Sequence[int], meanwhile: Callable[[], None]) -> dict[int, tuple[str, ...]]:
         """Where these ranks are, as far as they are on other nodes and their nodes answer.
@@ -128,6 +169,9 @@ class OtherNodes:
     def _heard(self) -> list[_Node]:
         return [node for node in self._nodes.values() if node.is_heard]
 
+    def _known(self) -> list[_Node]:
+        return [node for node in self._nodes.values() if not node.is_unwatched]
+
     def _why_not(self, hello: Hello) -> str | None:
         """Why a watcher that has the key is not wanted. In the listener's thread."""
         if hello.version != VERSION:
@@ -135,7 +179,7 @@ class OtherNodes:
         node = self._nodes.get(hello.node)
         if node is None or node.ranks != hello.ranks:
             return f"node {hello.node} with ranks {hello.ranks} is not one of this run's nodes"
-        return f"node {hello.node} has a watcher already" if node.has_joined else None
+        return None
 
 
 class Silence:
@@ -159,31 +203,47 @@ class Silence:
 class _Node:
     """One of the others."""
 
-    def __init__(self, name: str, ranks: tuple[int, ...], silent_s: float) -> None:
+    def __init__(self, name: str, ranks: tuple[int, ...], silent_s: float, outlived_s: float) -> None:
         self.ranks = ranks
         self.view = NodeView()
-        self.has_joined = False
         self.owes_stacks = False
         self.stacks: dict[int, tuple[str, ...]] = {}
         self._name = name
         self._silent_s = silent_s
+        self._outlived_s = outlived_s
         self._silence = Silence(time.monotonic_ns())
         self._link: MessageLink[FromJudge, FromNode] | None = None
         self._end = ""
         """Why there is no link any more."""
         self._has_seen = False
+        self._is_new = False
+        """Whether nothing has come yet over the link that there is."""
+        self._newest_step = 0
+        """Of all ranks that were heard, when this node was."""
+        self._run_goes_on = False
+        self._has_warned = False
 
     @property
     def is_heard(self) -> bool:
-        """Whether what it has told is of now."""
-        return self._has_seen and not self._end and self._silence.seconds < self._silent_s
+        """Whether what it has told is of now, or of a moment ago."""
+        limit_s = min(self._silent_s, RELINK_S) if self._end else self._silent_s
+        return self._has_seen and self._silence.seconds < limit_s
+
+    @property
+    def is_unwatched(self) -> bool:
+        """Whether it is not heard, and there. Of one whose watcher has never come the run's start tells that."""
+        if self.is_heard:
+            return False
+        return not self._has_seen or self._run_goes_on or self._silence.seconds >= self._outlived_s
+
+    @property
+    def is_lost(self) -> bool:
+        return not self.is_heard and not self.is_unwatched
 
     def join(self, joined: JoinedNode, timeout_s: float) -> None:
-        """Take over the connection of its watcher."""
-        if self.has_joined:  # it dialled twice before anybody looked
-            joined.connection.close()
-            return
-        self.has_joined = True
+        """Take over the connection of its watcher. One that there is already has ended at the other end."""
+        self.close()
+        self.owes_stacks, self._is_new = False, True
         self._link = MessageLink(
             joined.connection,
             joined.ciphers,
@@ -198,11 +258,35 @@ class _Node:
         messages = self._receive()
         for message in messages:
             if isinstance(message, Sighting):
-                self.view.take(message, now_ns)
-                self._has_seen = True
+                self._see(message, now_ns)
             else:
                 self.stacks, self.owes_stacks = message.of, False
         self._silence.look(now_ns, has_come=bool(messages))
+
+    def compare(self, newest_step: int, steps_ahead: int) -> None:
+        """Notice whether the run goes on without word of this node. `newest_step`: of all ranks that are heard."""
+        if self.is_heard:
+            self._newest_step, self._run_goes_on = newest_step, False
+        elif newest_step > self._newest_step + steps_ahead:
+            self._run_goes_on = True
+        self._tell_of_it()
+
+    def _see(self, sighting: Sighting, now_ns: int) -> None:
+        if self._is_new:  # it tells all from the beginning: what was not over when the last link ended may be now
+            self.view, self._is_new, self._end = NodeView(), False, ""
+        self.view.take(sighting, now_ns)
+        self._has_seen = True
+
+    def _tell_of_it(self) -> None:
+        """Once, and that it is over."""
+        ranks = f"rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}"
+        if self.is_heard and self._has_warned:
+            log.info("node %s (%s) is watched again", self._name, ranks)
+            self._has_warned = False
+        elif self.is_unwatched and not self._has_warned and (self._has_seen or self._silence.seconds >= JOIN_S):
+            why = self.unheard().why
+            log.warning("node %s (%s) is not watched: %s; the run goes on without that", self._name, ranks, why)
+            self._has_warned = True
 
     def send(self, message: FromJudge) -> bool:
         """Unless the network takes nothing now."""
@@ -221,19 +305,28 @@ class _Node:
         self.owes_stacks = bool(here) and self.send(AskStacks(here))
         return self.owes_stacks
 
-    def unheard(self) -> Unheard | None:
-        """None as long as it is heard, or may still come."""
+    def unheard(self) -> Unheard:
+        """For how long, and why."""
         silent_s = self._silence.seconds
-        if not self._end and silent_s < (self._silent_s if self.has_joined else JOIN_S):
-            return None
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - silent_s))
-        if not self.has_joined:
+        if not self._has_seen:
             why = f"its watcher has not come, since {since}"
         elif self._end:
             why = f"nothing comes from its watcher since {since}: {self._end}"
         else:
             why = f"nothing has come from its watcher since {since}, for {silent_s:.1f} s"
         return Unheard(self.ranks, silent_s, why)
+
+    def seen(self, most_records: int) -> NodeSeen:
+        """Texts are those of the records alone, which bounds them."""
+        looks = [] if self.is_unwatched else self.view.looks(most_records).values()
+        return NodeSeen(
+            node=self._name,
+            ranks=self.ranks,
+            word="unwatched" if self.is_unwatched else "lost" if self.is_lost else "heard",
+            seen_ns=self.view.seen_ns if self._has_seen else 0,
+            looks=tuple(with_their_texts(one) for one in looks),
+        )
 
     def close(self) -> None:
         if self._link is not None:

@@ -1,12 +1,14 @@
-"""Where a watcher makes known what stands, besides its log: the board, and the file of events."""
+"""Where a watcher makes known what it sees, besides its log: the board, the file of events, what is elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import msgspec
 
 from phalanx.ledger.board import BoardWriter
+from phalanx.ledger.elsewhere import ElsewhereWriter, NodeSeen
 from phalanx.ledger.events import EventsFile, event_of
 from phalanx.ledger.report import utc_now
 from phalanx.ledger.verdict import Verdict
@@ -20,6 +22,8 @@ class Outlets(msgspec.Struct, frozen=True, kw_only=True):
     events: str | None
     """A file's path."""
     model: str
+    elsewhere: SegmentHandle | None = None
+    """None if all ranks are on this node."""
 
 
 class OpenOutlets:
@@ -34,6 +38,9 @@ class OpenOutlets:
             self._board = BoardWriter(undo.enter_context(SharedSegment.attach(outlets.board)).buf, num_ranks)
             path = outlets.events
             self._events = undo.enter_context(EventsFile(path)) if path is not None else None
+            self._elsewhere: ElsewhereWriter | None = None
+            if outlets.elsewhere is not None:
+                self._elsewhere = ElsewhereWriter(undo.enter_context(SharedSegment.attach(outlets.elsewhere)).buf)
             self._stack = undo.pop_all()
 
     def stands(self, verdict: Verdict | None, now_ns: int) -> None:
@@ -45,6 +52,11 @@ class OpenOutlets:
             self._since_ns = now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0
             self._board.post(verdict, self._since_ns)
         self._board.looked(now_ns)
+
+    def show(self, nodes_seen: Callable[[], tuple[NodeSeen, ...]], now_ns: int) -> None:
+        """How ranks on other nodes are. Called after each look."""
+        if self._elsewhere is not None:
+            self._elsewhere.show(nodes_seen, now_ns)
 
     def tell(self, verdict: Verdict, now_ns: int) -> None:
         """Write the event of what stands since the last look, with stacks by now."""

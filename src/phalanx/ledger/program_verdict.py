@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.divergence import minority
 from phalanx.ledger.journal import Entries
+from phalanx.ledger.minority import minority
 from phalanx.ledger.program import ALL_MEET, ENDED_STEP, ENDING, number_of
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame

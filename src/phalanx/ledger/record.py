@@ -48,7 +48,8 @@ class Record(NamedTuple):
     digest: int
     """Differs where what is done differs: operation, dtype and shape, or the plan."""
     rolling: int
-    """The digest of all that came before in the group, this one included."""
+    """The digest of all that came before in the group, this one included. Of a step: what the plan says of its size, as
+    a word (PlanSize)."""
     issued_ns: int
     done_ns: int
     """0 as long as it is not done. Of a collective on a device: when the device was given it."""
@@ -56,6 +57,30 @@ class Record(NamedTuple):
     @property
     def is_done(self) -> bool:
         return self.done_ns > 0
+
+
+_SIZE_BITS = 21
+_MOST = (1 << _SIZE_BITS) - 1
+
+
+class PlanSize(NamedTuple):
+    """How large a step is for a rank: of its own replica."""
+
+    num_tokens: int
+    num_rows: int
+    num_samples: int
+
+    @property
+    def word(self) -> int:
+        """All of it in 63 bits. Nothing is as large as what fits."""
+        tokens, rows, samples = (min(number, _MOST) for number in self)
+        return tokens | rows << _SIZE_BITS | samples << 2 * _SIZE_BITS
+
+    @classmethod
+    def of_word(cls, word: int) -> PlanSize | None:
+        """None if nothing was said."""
+        tokens, rows, samples = (word >> i * _SIZE_BITS & _MOST for i in range(3))
+        return cls(tokens, rows, samples) if word else None
 
 
 def rolled(rolling: int, digest: int) -> int:

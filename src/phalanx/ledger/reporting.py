@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.ledger.journal import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
+from phalanx.ledger.redialling import Redialling
 from phalanx.ledger.sighting import FromJudge, FromNode, Stacks, TellAll, Telling
 from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
 from phalanx.transport.dialling import dial
@@ -22,6 +23,9 @@ from phalanx.transport.message_link import MessageLink
 
 BEAT_S = 0.1
 """A sign of life at least this often."""
+
+ATTEMPT_S = 3.0
+"""For the judge to answer, before it is dialled anew: a network that is there again is then found soon."""
 
 
 class Judge(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,25 +44,28 @@ class ReportOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     judge: Judge
     own_address: str
     """Of this host, to dial from."""
-    deadline_s: float
-    """For the judge to answer."""
 
 
 def report(order: ReportOrder, stop: int) -> None:
     """Tell the judge what there is to see; returns when `stop` closes.
 
-    Without the judge there is nobody to tell, and nothing is left to do but to wait for that. Raises StartError or
-    DeadlineError if it cannot be reached to begin with.
+    The judge is dialled until it answers, and again whenever the link to it breaks: each time both ends agree on new
+    keys, and all is told anew, since what was on its way is lost.
     """
     with ExitStack() as stack:
-        link = _link(order)
-        stack.callback(link.close)
         watcher, endings = stack.enter_context(Watcher(order.watch)), stack.enter_context(Endings())
-        try:
-            _Reporter(link, watcher, endings, stop).run()
-        except (PeerDiedError, DeadlineError, FrameError):
-            link.close()
-            select.select([stop], [], [])
+        judge = stack.enter_context(Redialling(partial(_link, order), "the judge of this run"))
+        reporter: _Reporter | None = None
+        while not endings.wait(stop, watcher.pids()):
+            link = judge.link()
+            if link is None:
+                continue
+            if reporter is None or reporter.link is not link:
+                reporter = _Reporter(link, watcher, stop)
+            try:
+                reporter.turn()
+            except (PeerDiedError, DeadlineError, FrameError) as error:
+                judge.lose(error)
 
 
 def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
@@ -69,7 +76,7 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
         order.judge.key,
         Hello(VERSION, order.node, ranks, os.getpid(), 0),
         party=f"the watcher of node {order.node}",
-        deadline_s=order.deadline_s,
+        deadline_s=ATTEMPT_S,
         source_address=order.own_address,
     )
     judge = ciphers.peer
@@ -86,23 +93,21 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
 
 
 class _Reporter:
-    """Looks, tells and answers, in turns."""
+    """Looks, tells and answers over one link, which it knows to have told nothing yet."""
 
-    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, endings: Endings, stop: int) -> None:
-        self._link = link
+    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, stop: int) -> None:
+        self.link = link
         self._watcher = watcher
-        self._endings = endings
         self._stop = stop
         self._telling = Telling()
         self._tell_all_until = self._beat_at = self._steps_at = float("-inf")
 
-    def run(self) -> None:
-        """Returns when `stop` closes. Raises what the link raises."""
-        while not self._endings.wait(self._stop, self._watcher.pids()):
-            for message in self._link.receive():
-                self._answer(message)
-            if self._link.can_send():  # what is not told now is told with the next sighting
-                self._tell()
+    def turn(self) -> None:
+        """Raises what the link raises."""
+        for message in self.link.receive():
+            self._answer(message)
+        if self.link.can_send():  # what is not told now is told with the next sighting
+            self._tell()
 
     def _answer(self, message: FromJudge) -> None:
         if isinstance(message, TellAll):
@@ -123,4 +128,4 @@ class _Reporter:
             self._beat_at = now + BEAT_S
 
     def _send(self, message: FromNode) -> None:
-        self._link.send(message, deadline_s=self._link.timeout_s, stop=self._stop)
+        self.link.send(message, deadline_s=self.link.timeout_s, stop=self._stop)

@@ -140,6 +140,10 @@ class NodeView:
             for rank, records in self._records.items()
         }
 
+    def newest_steps(self) -> list[int]:
+        """The step that each rank is in, or was in last."""
+        return [one.entries.step for one in self._ranks.values()]
+
     def _look(self, one: RankLook, most_records: int) -> RankLook:
         offset_ns = self._offset.value_ns
         before = self._moved.get(one.rank)
@@ -180,6 +184,12 @@ def _newest(records: list[Record], entries: Entries, most: int) -> list[Record]:
     if entries.device is not None and entries.device.finished < entries.device.launched:
         most = max(most, sum(record.number >= entries.device.finished for record in records))
     return records[-most:]
+
+
+def with_their_texts(one: RankLook) -> RankLook:
+    """With no other texts than those of its records."""
+    texts, records = one.entries.texts, one.entries.records
+    return _with(one, records, {each.digest: texts[each.digest] for each in records if each.digest in texts})
 
 
 def _with(one: RankLook, records: tuple[Record, ...], texts: dict[int, str]) -> RankLook:

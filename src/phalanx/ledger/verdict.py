@@ -76,6 +76,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return self.is_hopeless or self.cause == "gone"
 
     @property
+    def is_of_a_wait(self) -> bool:
+        """Whether it is told only when somebody has waited for long. Of a node that is there, but not watched, too."""
+        return self.cause in WAITED or (self.cause == "lost" and self.sequence is not None)
+
+    @property
     def is_ambiguous(self) -> bool:
         return len(self.culprits) > 1 and self.cause != "lost"
 

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.ledger.dump import Dumper, DumpOrder
+from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.judge import judge
 from phalanx.ledger.limits import Limits
@@ -29,7 +30,8 @@ from phalanx.ledger.patience import Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
-from phalanx.ledger.verdict import WAITED, Cause, Verdict
+from phalanx.ledger.uneven import uneven_groups
+from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -170,6 +172,8 @@ class Watcher:
         self._patience = Patience(order.limits)
         self._looked_ns = self._learned_ns = 0
         self._found: Verdict | None = None
+        self._harmless: dict[str, tuple[int, ...]] = {}
+        """Groups that are uneven, and why is no concern of anybody."""
         self._stack = ExitStack()
         with ExitStack() as undo:
             others = order.other_nodes
@@ -191,25 +195,28 @@ class Watcher:
         ranks = {one.rank: one for one in looks if one is not None}
         if self._others is None:
             return Look(now_ns, ranks, self._order.groups, self._order.limits)
-        self._others.take(now_ns)
+        self._others.take(now_ns, [one.entries.step for one in ranks.values()])
         ranks.update(self._others.looks(most_records))
-        seen_ns = self._others.seen_ns(now_ns)
-        return Look(seen_ns, ranks, self._order.groups, self._order.limits, self._others.unheard())
+        seen_ns, unheard, unwatched = self._others.seen_ns(now_ns), self._others.unheard(), self._others.unwatched()
+        return Look(seen_ns, ranks, self._order.groups, self._order.limits, unheard, unwatched)
 
     def verdict(self, now_ns: int) -> Verdict | None:
         """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
         if now_ns - self._learned_ns >= LEARN_S * _NS:
             self._learn(now_ns)
-        glance = judge(self.look(now_ns, GLANCE_RECORDS))
-        if glance is None or (glance.cause in WAITED and glance.waited_s < GLANCE_WAIT_S):
+        at_a_glance = self.look(now_ns, GLANCE_RECORDS)
+        glance = judge(at_a_glance)
+        if self._is_harmless(glance, at_a_glance):
             self._found = None
-        elif glance.cause in LASTING or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
+        elif (glance is not None and glance.cause in LASTING) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
             if self._others is not None and not self._others.have_told_all():
                 return None
             look = self.look(now_ns)
             found = judge(look)
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
+            if found is None:
+                self._harmless = uneven_groups(look)
         return self._found
 
     def with_stacks(self, verdict: Verdict) -> Verdict:
@@ -232,6 +239,10 @@ class Watcher:
         """The records of steps that the ranks of this node have."""
         return {watched.order.rank: watched.reader.steps() for watched in self._ranks}
 
+    def nodes_seen(self) -> tuple[NodeSeen, ...]:
+        """The other nodes, as they were heard last."""
+        return self._others.seen(GLANCE_RECORDS) if self._others is not None else ()
+
     def pids(self) -> list[int]:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
@@ -253,12 +264,17 @@ class Watcher:
                 if lines := stack_of(entries.pid, entries.stacks):
                     found[watched.order.rank] = lines
 
+    def _is_harmless(self, glance: Verdict | None, look: Look) -> bool:
+        """Whether there is nothing for which to read all records: nor in groups that are uneven and were not before."""
+        is_uneven = uneven_groups(look) not in ({}, self._harmless)
+        return not is_uneven and (glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S))
+
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
-        if verdict.cause not in WAITED:
+        if not verdict.is_of_a_wait:
             return True
         awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
-        starved_s = max((look.ranks[rank].starved_s for rank in awaited), default=0.0)
+        starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
         return verdict.waited_s - starved_s >= self._patience.of_s(look)
 
 
@@ -359,6 +375,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
             verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)
+                outlets.show(watcher.nodes_seen, now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)
                 look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed

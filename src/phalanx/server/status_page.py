@@ -124,7 +124,7 @@ def _instance(instance: InstanceStatus) -> str:
         return f"{title}<p>No ledger of its ranks is kept on this host.</p>"
     groups = sorted({group.group for rank in instance.ranks for group in rank.groups})
     if instance.num_elsewhere:
-        title += f"<p>Ranks on other nodes, which cannot be looked at from here: {instance.num_elsewhere}</p>"
+        title += f"<p>Ranks on other nodes, of which nothing is known here: {instance.num_elsewhere}</p>"
     titles = _titles(("rank", "node", "process", "phase", "step", "waits for", *groups))
     return f"{title}<table><tr>{titles}</tr>{''.join(_rank(rank, groups) for rank in instance.ranks)}</table>"
 

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+import statistics
 import tempfile
 import threading
 import time
@@ -26,7 +27,7 @@ from phalanx.ledger.verdict import Verdict
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import Ping, SamplingParams, Submit, ints
 from phalanx.testing.faults import Fault, Injected
-from phalanx.testing.harm import InjectedError
+from phalanx.testing.harm import InjectedError, hung_stores
 from phalanx.testing.oracle import NOTHING, Rightness, assess, assess_failure
 from phalanx.testing.warm_launcher import WarmStart
 
@@ -64,6 +65,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error that names a rank."""
     rightness: Rightness
     took_s: float
+    step_s: float | None = None
+    """What a step took before the fault: the median of those with one token of each request. None if none was made."""
 
 
 def try_fault(config: Config, fault: Fault, warm: WarmStart, *, patience_s: float = 20.0, seed: int = 0) -> Outcome:
@@ -134,6 +137,7 @@ class _Trial:
         self._failed_at_ns = 0
         self._is_over = threading.Event()
         self._was_killed_by_us = False
+        self._step_s: float | None = None
 
     def run(self, config: Config) -> PhalanxError | None:
         """How it ended."""
@@ -175,6 +179,7 @@ class _Trial:
             told_after_s=told_after_s,
             rightness=rightness,
             took_s=took_s,
+            step_s=self._step_s,
         )
 
     def _since(self, injected: Injected, told_ns: int) -> float:
@@ -195,8 +200,7 @@ class _Trial:
             balancing=Balancing(config, executor) if config.parallel.enable_eplb else None,
         )
         self._submit(brain, config.parallel.data_parallel_size, 4, WARM_UP_TOKENS)
-        while brain.has_work():
-            brain.step()
+        self._warm_up(brain)
         executor.collective_rpc("arm_fault", (self._fault, str(self._report)))
         watch = threading.Thread(target=self._watch, name="phalanx-chaos")
         watch.start()
@@ -205,6 +209,14 @@ class _Trial:
         finally:
             self._is_over.set()
             watch.join()
+
+    def _warm_up(self, brain: Brain) -> None:
+        took_s = []
+        while brain.has_work():
+            began_at = time.monotonic()
+            brain.step()
+            took_s.append(time.monotonic() - began_at)
+        self._step_s = statistics.median(took_s)
 
     def _work(self, brain: Brain, executor: Executor, num_replicas: int) -> None:
         """Give the ranks work until it has happened and its consequences are there, or until there are none."""
@@ -255,7 +267,8 @@ class _Trial:
             self._verdicts.changed.wait_for(lambda: bool(self._verdicts.told), timeout_s)
 
     def _hurt_start(self, config: Config) -> PhalanxError | None:
-        hurt = threading.Thread(target=self._hurt_newborn, name="phalanx-chaos")
+        harm_it = self._hang_stores if self._fault.kind == "store" else self._hurt_newborn
+        hurt = threading.Thread(target=harm_it, name="phalanx-chaos")
         hurt.start()
         try:
             executor, _ = self._start(config)
@@ -263,8 +276,10 @@ class _Trial:
             self._failed_at_ns = time.monotonic_ns()
             return error
         finally:
+            self._is_over.set()
             hurt.join()
-        self._report.unlink(missing_ok=True)  # it came too late
+        if not self._verdicts.told:
+            self._report.unlink(missing_ok=True)  # it came too late
         executor.close()
         return None
 
@@ -278,6 +293,18 @@ class _Trial:
         self._report.write_bytes(msgspec.json.encode(Injected(at_ns=time.monotonic_ns())) + b"\n")
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if self._fault.kind == "kill" else signal.SIGSTOP)
+
+    def _hang_stores(self) -> None:
+        """From when there is one, until that has been judged."""
+        while not self._is_over.is_set():
+            with hung_stores() as num_stores:
+                if num_stores:
+                    self._report.write_bytes(msgspec.json.encode(Injected(at_ns=time.monotonic_ns())) + b"\n")
+                    expires_at = time.monotonic() + self._fault.seconds
+                    while not (self._verdicts.told or self._is_over.wait(LOOK_S) or time.monotonic() > expires_at):
+                        pass
+                    return
+            time.sleep(LOOK_S)
 
     def _injected(self) -> list[Injected]:
         with suppress(FileNotFoundError):

@@ -13,21 +13,40 @@ from __future__ import annotations
 
 import random
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal, get_args
+from itertools import combinations
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
 
+from phalanx.config import Config
 from phalanx.errors import ConfigError
+from phalanx.topology.grid import Grid
 
 Kind = Literal[
-    "kill", "stop", "wedge", "loop", "slow", "error", "skip", "extra", "swap", "shape", "dtype", "early-return"
+    "kill",
+    "stop",
+    "wedge",
+    "loop",
+    "slow",
+    "error",
+    "skip",
+    "extra",
+    "swap",
+    "shape",
+    "dtype",
+    "early-return",
+    "reorder",
+    "link",
+    "store",
 ]
 """kill, stop: by a signal. wedge: a call into C that holds the GIL. loop: Python that does not end. slow: it sleeps.
 error: an exception. The others are collectives: one is left out, one is issued that nobody else knows of, another
-operation in its place, another shape, another dtype; and a rank that leaves a layer of experts early, as one does that
-thinks there is no token for it."""
+operation in its place, another shape, another dtype; a rank that leaves a layer of experts early, as one does that
+thinks there is no token for it; and two collectives of two groups in the other order. link: nothing that is sent to the
+rank over its connections to other ranks arrives. store: that by which ranks find each other does not answer."""
 
 State = Literal["idle", "prefill", "decode", "start"]
 """What the ranks do when it happens: wait for work, compute a prompt, compute a token of each request, or start."""
@@ -35,13 +54,61 @@ State = Literal["idle", "prefill", "decode", "start"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OF_A_PROCESS: frozenset[Kind] = frozenset({"kill", "stop", "wedge", "loop", "error"})
 """What can befall a rank that is in no step."""
-OF_A_START: frozenset[Kind] = frozenset({"kill", "stop"})
-"""What can be done to a rank from outside, while it joins its peers."""
+OF_A_START: frozenset[Kind] = frozenset({"kill", "stop", "store"})
+"""What can be done to a rank from outside, while it joins its peers; the last of them only then."""
 LATER = 3
 """A fault from a seed comes within so many steps of its state."""
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Index = Annotated[int, Meta(ge=0, le=1_000_000)]
+
+
+class World(NamedTuple):
+    """Ranks, as far as it matters for what can happen to them."""
+
+    size: int
+    has_experts: bool = False
+    """Whether experts are shared out to ranks."""
+    shares_groups: bool = False
+    """Whether two ranks are together in two groups."""
+    has_connections: bool = False
+    """Whether ranks reach each other over TCP, and nothing else does that one could cut with it."""
+
+    @classmethod
+    def of(cls, config: Config) -> World:
+        """That of an engine."""
+        parallel = config.parallel
+        together = Counter(
+            pair for group in Grid.of(parallel).groups() if not group.is_link for pair in combinations(group.ranks, 2)
+        )
+        return cls(
+            parallel.world_size,
+            has_experts=parallel.enable_expert_parallel,
+            shares_groups=max(together.values(), default=0) > 1,
+            has_connections=config.executor.collective_backend == "gloo" and config.executor.launcher != "ray",
+        )
+
+    @classmethod
+    def unknown(cls, size: int) -> World:
+        """Where the ranks themselves refuse what cannot happen to them."""
+        return cls(size, has_experts=True, shares_groups=True, has_connections=True)
+
+    def why_not(self, kind: Kind) -> str | None:
+        """Why this cannot happen here; None if it can."""
+        if kind == "early-return" and not self.has_experts:
+            return "only where experts are shared out to ranks"
+        if kind == "reorder" and not self.shares_groups:
+            return (
+                "only where two ranks are together in two groups, such as tensor parallel ranks that share out experts"
+            )
+        if kind == "store" and not self.has_connections:
+            return "only where ranks meet through a store: with collective_backend gloo and without Ray"
+        if kind == "link" and not self.has_connections:
+            return (
+                "only over connections that ranks have for themselves: with collective_backend gloo and without Ray,"
+                " whose own would be cut as well; between nodes cut the network, such as with ip link set DEVICE down"
+            )
+        return None
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,21 +124,23 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Before, or at, the how many-th collective of the step it happens; from 0, modulo the number of those that the
     rank takes part in."""
     seconds: Annotated[float, Meta(gt=0.0, le=3600.0)] = 60.0
-    """How long it lasts: stop, wedge, loop and slow."""
+    """How long it lasts: stop, wedge, loop, slow, link and store."""
 
     def __str__(self) -> str:
         where = {"idle": "while idle", "start": "while it starts"}.get(self.state)
         where = where or f"in {self.state} step {self.step}, collective {self.collective}"
         return f"{self.kind} of rank {self.rank} {where}"
 
-    def check(self, world_size: int, *, has_experts: bool) -> None:
-        """Raises ConfigError if it cannot happen in such a world."""
-        if self.rank >= world_size:
-            raise ConfigError("rank", self.rank, f"there are {world_size} ranks, from 0")
-        if self.kind == "early-return" and not has_experts:
-            raise ConfigError("kind", self.kind, "only where experts are shared out to ranks")
+    def check(self, world: World) -> None:
+        """Raises ConfigError if it cannot happen there."""
+        if self.rank >= world.size:
+            raise ConfigError("rank", self.rank, f"there are {world.size} ranks, from 0")
+        if (why_not := world.why_not(self.kind)) is not None:
+            raise ConfigError("kind", self.kind, why_not)
         if self.state == "idle" and self.kind not in OF_A_PROCESS:
             raise ConfigError("kind", self.kind, f"in state idle it must be one of {_list(OF_A_PROCESS)}")
+        if self.state != "start" and self.kind == "store":
+            raise ConfigError("kind", self.kind, "only in state start: ranks that have joined need no store")
         if self.state == "start" and self.kind not in OF_A_START:
             raise ConfigError("kind", self.kind, f"in state start it must be one of {_list(OF_A_START)}")
 
@@ -86,22 +155,22 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         cls,
         seed: int,
         count: int,
-        world_size: int,
+        world: World,
         *,
-        has_experts: bool = False,
         kinds: Sequence[Kind] = KINDS,
         states: Sequence[State] = ("idle", "prefill", "decode"),
     ) -> FaultPlan:
         """The same faults for the same arguments: ranks and kinds are uniform, and so are the states of each kind.
 
-        Raises ConfigError if none of the kinds can happen in any of the states.
+        Kinds that cannot happen in the world are left out. Raises ConfigError if none can happen in any of the states.
         """
         dice = random.Random(seed)
-        possible = {kind: _states(kind, states) for kind in kinds if has_experts or kind != "early-return"}
+        possible = {kind: _states(kind, states) for kind in kinds if world.why_not(kind) is None}
         usual = [kind for kind, its_states in possible.items() if its_states]
         if not usual:
-            raise ConfigError("kinds", _list(kinds), f"none of them can happen in {_list(states)}")
-        return cls(faults=tuple(_draw(dice, usual, possible, world_size) for _ in range(count)))
+            why_not = "; ".join(f"{kind}: {why}" for kind in kinds if (why := world.why_not(kind)) is not None)
+            raise ConfigError("kinds", _list(kinds), why_not or f"none of them can happen in {_list(states)}")
+        return cls(faults=tuple(_draw(dice, usual, possible, world.size) for _ in range(count)))
 
     @classmethod
     def parse(cls, text: str) -> FaultPlan:
@@ -116,7 +185,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def _states(kind: Kind, states: Sequence[State]) -> tuple[State, ...]:
     refused = {"idle": kind not in OF_A_PROCESS, "start": kind not in OF_A_START}
-    return tuple(state for state in states if not refused.get(state, False))
+    return tuple(state for state in states if not refused.get(state, kind == "store"))
 
 
 def _draw(dice: random.Random, kinds: Sequence[Kind], states: dict[Kind, tuple[State, ...]], world_size: int) -> Fault:

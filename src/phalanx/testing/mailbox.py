@@ -23,7 +23,16 @@ SIGNAL = signal.SIGRTMAX - 4
 
 _MOST_BYTES = 1 << 16
 
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank says of a fault that cannot happen to it."""
+
+    why: str
+
+
+_REFUSED = b'{"why"'
 _injected = msgspec.json.Decoder(Injected)
+_refused = msgspec.json.Decoder(Refused)
 _fault = msgspec.json.Decoder(Fault)
 
 
@@ -34,8 +43,10 @@ def receive_faults(arm: Callable[[Fault, str], object]) -> None:
     def take(*_: object) -> None:
         lines = os.pread(fd, _MOST_BYTES, 0).splitlines()
         if lines:
-            with suppress(UserError):  # it cannot happen here: nothing is reported
+            try:
                 arm(_fault.decode(lines[0]), f"/proc/self/fd/{fd}")
+            except UserError as error:  # it cannot happen here
+                os.pwrite(fd, msgspec.json.encode(Refused(why=str(error))) + b"\n", os.fstat(fd).st_size)
 
     signal.signal(SIGNAL, take)
 
@@ -60,7 +71,15 @@ class Mailbox:
 
     def injected(self) -> list[Injected]:
         """What the rank has reported of it so far. Never blocks."""
-        return [_injected.decode(line) for line in os.pread(self._fd, _MOST_BYTES, 0).splitlines()[1:]]
+        return [one for one in self._said() if isinstance(one, Injected)]
+
+    def refusal(self) -> str | None:
+        """Why the rank does not do it, if it has said so."""
+        return next((one.why for one in self._said() if isinstance(one, Refused)), None)
+
+    def _said(self) -> list[Injected | Refused]:
+        lines = os.pread(self._fd, _MOST_BYTES, 0).splitlines()[1:]
+        return [(_refused if line.startswith(_REFUSED) else _injected).decode(line) for line in lines]
 
     def close(self) -> None:
         os.close(self._fd)

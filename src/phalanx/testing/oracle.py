@@ -28,6 +28,9 @@ CAUSES: dict[Kind, frozenset[str]] = {
     "shape": frozenset({"diverged"}),
     "dtype": frozenset({"diverged"}),
     "early-return": _DIVERGED,
+    "reorder": _DIVERGED,
+    "link": frozenset({"hung"}),
+    "store": frozenset({"store"}),
 }
 """Causes that say what happened, for each kind. `failed` is no verdict: the rank itself has told its exception."""
 
@@ -62,6 +65,8 @@ def assess(fault: Fault, injected: Injected | None, verdict: Verdict) -> Rightne
     culprit: Answer = "right" if verdict.culprits == (fault.rank,) else "wrong"
     if verdict.is_ambiguous and fault.rank in verdict.culprits:
         culprit = "ambiguous"
+    if fault.kind in ("link", "store") and verdict.cause in CAUSES[fault.kind] and not verdict.culprits:
+        culprit = "right"  # it is no rank, but what carries the data, or the store
     cause = _answer(verdict.cause in CAUSES[fault.kind])
     if injected is None or injected.group is None:
         return Rightness(culprit=culprit, cause=cause, group="unsaid", sequence="unsaid", operation="unsaid")

@@ -45,7 +45,7 @@ def try_faults(instance: Instance, faults: tuple[Fault, ...], *, patience_s: flo
             attached = _well(instance, stack)
             if attached is None:
                 return
-            pids = {rank.rank: rank.pid for rank in attached.status(None).ranks}
+            pids = {rank.rank: rank.pid for rank in attached.status(None).ranks if rank.is_here}
             mailbox = stack.enter_context(Mailbox(pids.get(fault.rank) or instance.pid))
             yield _try(attached, mailbox, fault, patience_s)
 
@@ -55,7 +55,7 @@ def _try(attached: Attached, mailbox: Mailbox, fault: Fault, patience_s: float) 
     began_at = time.monotonic()
     mailbox.send(fault)
     injected: list[Injected] = []
-    while not injected and time.monotonic() < began_at + patience_s:
+    while not injected and mailbox.refusal() is None and time.monotonic() < began_at + patience_s:
         time.sleep(LOOK_S)
         injected = mailbox.injected()
     told_ns, verdict = 0, None
@@ -65,7 +65,8 @@ def _try(attached: Attached, mailbox: Mailbox, fault: Fault, patience_s: float) 
         notice = attached.notice()
         if notice.counts != before:
             told_ns, verdict = time.monotonic_ns(), notice.verdict
-    return _outcome(fault, mailbox.injected(), verdict, told_ns, time.monotonic() - began_at)
+    outcome = _outcome(fault, mailbox.injected(), verdict, told_ns, time.monotonic() - began_at)
+    return msgspec.structs.replace(outcome, error=mailbox.refusal() or "")
 
 
 def _outcome(fault: Fault, injected: list[Injected], verdict: Verdict | None, told_ns: int, took_s: float) -> Outcome:

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -20,7 +21,7 @@ from phalanx.collectives.descriptor import Operation
 from phalanx.errors import ConfigError
 from phalanx.protocol import Call, Step
 from phalanx.testing import harm, tampering
-from phalanx.testing.faults import Fault, Injected, State
+from phalanx.testing.faults import Fault, Injected, State, World
 from phalanx.testing.mailbox import receive_faults
 from phalanx.worker.methods import remote_method
 
@@ -51,7 +52,7 @@ class Saboteur:
         Gives whether it is this rank's. Raises ConfigError if it cannot happen here.
         """
         spec = self._worker.spec
-        fault.check(spec.config.parallel.world_size, has_experts=spec.config.parallel.enable_expert_parallel)
+        fault.check(World.of(spec.config))
         if fault.state == "start":
             raise ConfigError("state", fault.state, "this rank has started")
         if fault.rank != spec.rank:
@@ -69,6 +70,16 @@ def _note(file: int, injected: Injected) -> None:
     os.write(file, msgspec.json.encode(injected) + b"\n")
 
 
+class _Issued(NamedTuple):
+    """A collective, and how it was asked for."""
+
+    group: Group
+    operation: Operation
+    issue: tampering.Call
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+
 class _Armed:
     """One fault in the rank that is to blame for it."""
 
@@ -83,6 +94,9 @@ class _Armed:
         self._usual_count = 0  # in the step before
         self._layer_starts: list[int] = []  # the collectives that the layers of experts began with
         self._usual_starts: list[int] = []
+        self._issued: list[_Issued] = []  # in this step, so far; for what is to be reordered
+        self._usual: list[_Issued] = []  # in the step before
+        self._early: tuple[int, Any] | None = None  # what was issued before its turn: its place, and what came of it
         self._is_over = False
         self._shift: tuple[str, str] | None = None  # a group, and what its peers do where this rank does the next thing
 
@@ -110,6 +124,7 @@ class _Armed:
         if self._shift is not None:  # it leaves the step without what its peers are in
             self._tell_shift(None)
         self._usual_count, self._usual_starts = self._count, self._layer_starts
+        self._usual, self._issued, self._early = self._issued, [], None
         return None
 
     def _begin(self, step: Step) -> None:
@@ -134,9 +149,17 @@ class _Armed:
         if self._shift is not None and self._shift[0] == group.name:
             self._follow(group, tampering.describe(operation, args, named))
         kind = self._fault.kind
+        if kind == "reorder":
+            return self._issue_in_order(_Issued(group, operation, issue, args, named), number)
         if kind == "early-return" or not self._is_due() or number != self._fault.collective % self._usual_count:
             return issue(*args, **named)
         what = tampering.describe(operation, args, named)
+        if kind == "link":
+            self._tell(group, theirs=None, peers=None, is_exact=False)  # who only sends there goes on
+            self._is_over = True
+            num_cut = harm.silence(self._fault.seconds)
+            assert num_cut, "a rank without a connection"
+            return issue(*args, **named)
         if kind in ("kill", "stop", "wedge", "loop", "slow", "error"):
             runs_ahead = self._runs_ahead(group) and operation == "broadcast"
             self._befall(None if runs_ahead else group, what)  # nobody waits there for who receives
@@ -151,6 +174,32 @@ class _Armed:
             return self._add(group, issue(*args, **named))
         self._alter(group, operation, issue, args, named)
         return fake()
+
+    def _issue_in_order(self, now: _Issued, number: int) -> Any:
+        """Or first what comes after it, in another group, as it was in the step before."""
+        if self._early is not None and self._early[0] == number:
+            return self._early[1]
+        self._issued.append(now)
+        places = self._places_to_reorder()
+        if not (self._is_due() and places and number == places[self._fault.collective % len(places)]):
+            return now.issue(*now.args, **now.named)
+        self._is_over = True
+        later = self._usual[number + 1]
+        what, peers = (tampering.describe(one.operation, one.args, one.named) for one in (later, now))
+        self._tell(now.group, theirs=what, peers=peers)
+        self._early = number + 1, later.issue(*later.args, **later.named)
+        return now.issue(*now.args, **now.named)
+
+    def _places_to_reorder(self) -> list[int]:
+        """Where in a step a collective is followed by one of another group, and one peer is in both: they then wait for
+        each other."""
+        members = {spec.name: set(spec.ranks) for spec in self._worker.spec.groups if not spec.runs_ahead}
+        names = [one.group.name for one in self._usual]
+        return [
+            place
+            for place, (one, after) in enumerate(pairwise(names))
+            if one != after and len(members.get(one, set()) & members.get(after, set())) > 1
+        ]
 
     def _runs_ahead(self, group: Group) -> bool:
         return any(spec.runs_ahead for spec in self._worker.spec.groups if spec.name == group.name)

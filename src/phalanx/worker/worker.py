@@ -29,6 +29,7 @@ from phalanx.collectives.stream_writes import StreamWrites
 from phalanx.errors import ConfigError
 from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
 from phalanx.ledger.pulse import Pulse
+from phalanx.ledger.record import PlanSize
 from phalanx.ledger.stacks import may_offer, offer_stacks
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.memory.arena import Arena
@@ -114,6 +115,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec, report: Callable[[Progress], None], exchange: Exchange | None = None) -> None:
         """`exchange` is None in a world of one."""
         self.spec = spec
+        self._replica = Grid.of(spec.config.parallel).coordinates(spec.rank).replica
         self._board = SharedSegment.attach(spec.board) if spec.board is not None else None
         self._digests = self._step_digests()
         self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
@@ -346,7 +348,9 @@ class Worker:
         if self._journal is None:
             return 0
         num_tokens = sum(plan.shape.num_tokens for plan in step.plans)
-        return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens)
+        shape = step.plans[self._replica].shape
+        size = PlanSize(max(shape.num_tokens, 1), shape.num_rows, shape.num_samples)  # without a token it computes one
+        return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens, size)
 
     def _leave_step(self, call: Call) -> bytes:
         """What was issued in it, for the answer. A rank that does not answer, nor has a board, says it at once."""
@@ -511,7 +515,7 @@ class Worker:
             block_size=config.cache.block_size,
             num_blocks=num_blocks,
             device=self._device,
-            replica=grid.coordinates(self.spec.rank).replica,
+            replica=self._replica,
             graphs=graphs,
         )
         if self._warms_up:

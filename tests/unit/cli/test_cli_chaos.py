@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -53,6 +54,12 @@ def test_a_plan_that_does_not_fit(tmp_path: Path) -> None:
     assert isinstance(error, ConfigError) and (error.field, error.value) == ("rank", 2)
 
 
+def test_a_kind_that_cannot_happen_is_refused() -> None:
+    error = run("model", "-tp", "2", "--kinds", "stop,link").exception
+    assert isinstance(error, ConfigError) and (error.field, error.value) == ("kinds", "link")
+    assert "cut the network" in str(error)
+
+
 def test_a_process_that_is_no_instance() -> None:
     error = run("--pid", "1").exception
     assert isinstance(error, UserError) and "process 1 is no instance" in str(error)
@@ -80,3 +87,5 @@ def test_rows() -> None:
         fault=fault, injected=None, verdict=None, error="", told_after_s=None, rightness=NOTHING, took_s=1.0
     )
     assert _row(never).split() == ["swap", "1", "prefill", "it", "never", "happened"]
+    refused = msgspec.structs.replace(never, error="not here")
+    assert _row(refused).split() == ["swap", "1", "prefill", "not", "here"]

@@ -18,7 +18,7 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
-from phalanx.engine.fleet import Fleet, piece_that_takes, start_engine
+from phalanx.engine.fleet import WATCH_POLL_S, Fleet, piece_that_takes, start_engine
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError, StartError
 from phalanx.executor import platform
@@ -278,6 +278,39 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
 
 
 @pytest.mark.usefixtures("many_cores")
+@in_loop
+async def test_a_resize_does_not_wait_for_ever_for_what_is_computed_ahead(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.MOVE_TIMEOUT_S", 0.1)
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
+        reader = Reader(fleet, 10)
+        await go_on([reader])
+        leaving = next(number for number, count in counts(fleet).items() if count)
+        os.kill(pids(fleet)[1 - leaving], signal.SIGSTOP)
+        await fleet.resize(1, leaving=[leaving], drain_timeout_s=0.0)
+        assert counts(fleet) == {1 - leaving: 1}
+        os.kill(pids(fleet)[0], signal.SIGCONT)
+        await go_on([reader])
+        await end([reader])
+
+
+@in_loop
+async def test_that_a_leaving_replica_died_is_told_once(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with fleet_of(checkpoint, "is-paced") as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(3)]
+        await go_on(readers)
+        resizing = await fleet.begin_resize(1, leaving=[1, 2])
+        os.kill(fleet._engines[2].condition.pid, signal.SIGKILL)
+        await until(lambda: "replica 2 has ended" in caplog.text)
+        await go_on(readers)
+        await asyncio.sleep(5 * WATCH_POLL_S)
+        assert caplog.text.count("replica 2 has ended") == 1
+        resizing.cancel()
+        await asyncio.wait([resizing])
+        await end(readers)
+
+
 @in_loop
 async def test_requests_of_a_leaving_replica_may_end_there(checkpoint: Path) -> None:
     async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:

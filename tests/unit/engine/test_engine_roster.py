@@ -57,6 +57,26 @@ def test_who_leaves_is_dead_or_named_or_has_the_fewest_requests() -> None:
     assert found.emptied(0) == [End(0)]
 
 
+def test_one_that_is_being_started_again_leaves_before_those_that_serve() -> None:
+    assert roster(3).begin(2, (), {0: 3, 1: 0, 2: 0}, down=[0]) == [Empty(0)]
+    found = roster(3)
+    found.died(1, "killed")
+    assert found.begin(2, (), {0: 0, 1: 9, 2: 0}, down=[0]) == [Empty(1)]
+    with pytest.raises(RequestError, match="at least one must serve"):
+        roster(2).begin(1, [1], {}, down=[0])
+    assert roster(2).begin(1, [0], {}, down=[0]) == [Empty(0)]
+
+
+def test_a_death_counts_once() -> None:
+    found = roster(3)
+    assert found.counts_on(1)
+    found.begin(1, (1, 2), {})
+    found.died(1, "killed")
+    assert (found.counts_on(1), found.counts_on(2), found.counts_on(7)) == (False, True, False)
+    found.died(0, "killed")
+    assert not found.counts_on(0)
+
+
 @pytest.mark.parametrize("what", ["failed", "died"])
 def test_one_that_does_not_start_undoes_all(what: str) -> None:
     found = roster(1)

@@ -19,7 +19,7 @@ from phalanx.transport.keys import RunKey
 
 def test_it_is_found_until_it_ends_and_no_key_is_in_it() -> None:
     config = Config.build(model="m", tensor_parallel_size=2, launcher="local", device="cpu")
-    others = OtherNodesOrder(listener=3, key=RunKey.new(), ranks={"beta": (1,)}, node_timeout_s=5.0)
+    others = OtherNodesOrder(listener=3, key=RunKey.new(), ranks={"beta": (1,)}, node_timeout_s=5.0, steps_ahead=2)
     with ExitStack() as resources:
         resources.enter_context(show_instance(config, WatchOrder(ranks=(), groups={}, other_nodes=others), 1))
         (found,) = shown_by(os.getpid())

@@ -9,6 +9,7 @@ from typing import Literal
 
 from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
 from phalanx.ledger.look import Look, RankLook
+from phalanx.ledger.record import PlanSize
 
 
 class WritingRank:
@@ -30,9 +31,9 @@ class WritingRank:
         self._sequences = dict.fromkeys(groups, 0)
         self._step = 0
 
-    def begin(self, step: int, plan: str = "plan", num_tokens: int = 1) -> None:
+    def begin(self, step: int, plan: str = "plan", num_tokens: int = 1, size: PlanSize | None = None) -> None:
         self.journal.enter("stepping")
-        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens)
+        self._step = self.journal.begin_step(step, hash_of(plan), num_tokens, size)
 
     def end(self) -> None:
         self.journal.done(self._step)

@@ -42,7 +42,7 @@ def test_a_reader_in_the_middle_of_writing_sees_what_was_there() -> None:
     writer = BoardWriter(memory, num_ranks=2)
     writer.post(verdict_of("late", 1), 5)
     seen: list[Notice | None] = []
-    writer._fence = lambda: seen.append(read_board(memory))  # all is written then but the number
+    writer._newest._fence = lambda: seen.append(read_board(memory))  # all is written then but the number
     writer.post(None, 0)
     assert seen[0] is not None and seen[0].verdict == verdict_of("late", 1)
     now = read_board(memory)

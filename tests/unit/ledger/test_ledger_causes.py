@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import count
 
 import pytest
@@ -196,6 +197,32 @@ def test_a_store_that_does_not_answer() -> None:
             assert "the store by which ranks find each other does not answer: ranks 0, 1, 2" in str(verdict)
             assert judge(seen(ranks[:2], after_s=STORE_S + 1)) is None, "rank 2 has not begun"
     assert judge(seen(ranks, after_s=STORE_S + 1)) is None
+
+
+def test_a_group_that_all_have_come_to_join() -> None:
+    ranks = [WritingRank(rank, ["tp@0"]) for rank in WORLD]
+    with ExitStack() as stack:
+        for rank in ranks:
+            rank.journal.enter("joining")
+            stack.enter_context(rank.journal.joining(1))
+        assert judge(seen(ranks, after_s=BUDGETS_S["joining"] - 1)) is None
+        verdict = judged(seen(ranks, after_s=BUDGETS_S["joining"] + 1))
+    assert (verdict.cause, verdict.culprits) == ("store", ())
+    assert str(verdict).startswith("ranks 0, 1, 2 have all come to join group tp@0, which does not end: to blame is no")
+
+
+def test_ranks_of_a_node_without_a_watcher_are_not_judged_and_may_be_what_others_wait_for() -> None:
+    ranks = waiting_for_1()
+    look = seen(ranks, after_s=2.0)
+    known = {rank: one for rank, one in look.ranks.items() if rank != 1}
+    look = look._replace(ranks=known, unwatched={"there": Unheard((1,), 9.0, "it has no watcher")})
+    verdict = judged(look)
+    assert (verdict.cause, verdict.culprits, verdict.nodes, verdict.waiting) == ("lost", (1,), ("there",), (0, 2))
+    assert verdict.is_of_a_wait and not verdict.is_ambiguous and not verdict.is_final
+    assert str(verdict).startswith(
+        "node there (rank 1) is not watched, and may be what others wait for: it has no watcher; ranks 0, 2 waited "
+    )
+    assert judge(look._replace(now_ns=look.now_ns - 2 * NS)) is None, "nobody has waited for long"
 
 
 def test_a_node_that_is_not_heard_of() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import pytest
 from ledger_ranks import WritingRank
@@ -11,6 +12,8 @@ from phalanx.ledger.habit import form
 from phalanx.ledger.journal import NUM_TEXTS
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
+from phalanx.ledger.record import PlanSize
+from phalanx.ledger.uneven import uneven_groups
 from phalanx.ledger.verdict import Verdict
 
 GROUP = "tp@0"
@@ -90,6 +93,93 @@ def test_what_both_have_done_there_or_neither_has_cannot_be_told() -> None:
             rank.begin(4)
             rank.issue(GROUP, text)
         assert verdict_of(ranks).culprits == (0, 1)
+
+
+SIZES = [PlanSize(60, 4, 4), PlanSize(4, 4, 4), PlanSize(30, 2, 1)]
+SIZED = ("reduce f32 [1, {0.num_tokens}, 72]", "gather f32 [{0.num_rows}, 136]", "broadcast i64 [{0.num_samples}]")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "done"),
+    [
+        (0, "reduce f32 [1, 6, 72]"),
+        (0, "reduce f32 [2, 7, 72]"),
+        (1, "gather f32 [2, 136]"),
+        (2, "broadcast i64 [1]"),
+        (2, "broadcast i64 [3]"),
+    ],
+)
+def test_sizes_that_the_plan_does_not_have(culprit: int, place: int, done: str) -> None:
+    ranks = sized_ranks(SIZES)
+    texts = [text.format(PlanSize(7, 3, 2)) for text in SIZED]
+    for rank in ranks:
+        rank.begin(4, num_tokens=7, size=PlanSize(7, 3, 2))
+        for text in texts[:place]:
+            rank.collective(GROUP, text)
+        rank.issue(GROUP, done if rank.rank == culprit else texts[place])
+    verdict = verdict_of(ranks)
+    assert (verdict.culprits, verdict.theirs, verdict.peers) == ((culprit,), done, texts[place])
+
+
+def sized_ranks(sizes: Sequence[PlanSize]) -> list[WritingRank]:
+    """After a step of each size."""
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for step, size in enumerate(sizes, start=1):
+        for rank in ranks:
+            rank.begin(step, num_tokens=size.num_tokens, size=size)
+            for text in SIZED:
+                rank.collective(GROUP, text.format(size))
+            rank.end()
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("sizes", "now"),
+    [
+        ([], PlanSize(7, 3, 2)),
+        ([PlanSize(1, 1, 1)], PlanSize(1, 7, 2)),  # the first size may be the number of rows
+        ([PlanSize(5, 1, 1), PlanSize(9, 1, 1)], PlanSize(0, 0, 0)),  # the plan is not known
+    ],
+)
+def test_sizes_of_which_it_is_not_known_what_they_depend_on(sizes: Sequence[PlanSize], now: PlanSize) -> None:
+    ranks = sized_ranks(sizes)
+    for rank, num_tokens in zip(ranks, (7, 1), strict=True):
+        rank.begin(len(sizes) + 1, num_tokens=1, size=now)
+        rank.issue(GROUP, SIZED[0].format(PlanSize(num_tokens, 1, 1)))
+    assert verdict_of(ranks).culprits == (0, 1)
+
+
+def test_a_size_is_kept_in_a_word() -> None:
+    for size in (PlanSize(1, 0, 0), PlanSize(2**20, 77, 2**21 - 1)):
+        assert PlanSize.of_word(size.word) == size
+    assert PlanSize(2**30, 1, 1).word < 2**63 and PlanSize.of_word(0) is None
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    ("extra", "what"), [(-1, "without broadcast i64 [1]"), (1, "which its peers have left step 4 without")]
+)
+def test_ranks_that_have_left_a_step_with_another_number_of_collectives(culprit: int, extra: int, what: str) -> None:
+    """A source that runs ahead waits for nobody, nor does who leaves out what comes last."""
+    ranks = two_ranks()
+    usual = [text.format(n=2) for text in STEP]
+    unusual = usual[:-1] if extra < 0 else [*usual, usual[-1]]
+    for rank in ranks:
+        run(rank, 4, unusual if rank.rank == culprit else usual)
+    verdict = verdict_of(ranks)
+    assert (verdict.cause, verdict.culprits, verdict.step) == ("diverged", (culprit,), 4), verdict
+    assert what in str(verdict)
+    assert (verdict.group, verdict.sequence) == (GROUP, 16 if extra < 0 else 17)
+    assert (verdict.theirs, verdict.peers) == ((None, usual[3]) if extra < 0 else (usual[3], None))
+
+
+def test_collectives_of_a_method_may_be_uneven() -> None:
+    ranks = two_ranks()
+    ranks[0].journal.leave_step()
+    ranks[0].collective(GROUP, "broadcast i64 [1] src=0")
+    look = Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, {GROUP: (0, 1)})
+    assert uneven_groups(look) == {GROUP: (13, 12)} and judge(look) is None
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

@@ -168,8 +168,18 @@ def test_ranks_that_agree(resources: ExitStack) -> None:
         ),
         (
             ([SUM], [SUM, SUM]),
+            (0,),
+            f"rank 0 issued nothing more where rank 1 issued {SUM} (step 8, sequence 4 of group tp)",
+        ),
+        (
+            ([SUM, SUM], [SUM, SUM, SUM]),
+            (1,),
+            f"rank 1 issued {SUM} where rank 0 issued nothing more (step 8, sequence 5 of group tp)",
+        ),
+        (
+            ([TOKENS], [GATHER]),
             (0, 1),
-            f"rank 0 issued nothing more and rank 1 issued {SUM} (step 8, sequence 4 of group tp);"
+            f"rank 0 issued {TOKENS} and rank 1 issued {GATHER} (step 8, sequence 3 of group tp);"
             " which of them is wrong cannot be told",
         ),
     ],
@@ -184,6 +194,20 @@ def test_who_diverges_is_named_with_both_sides(
         crew.guarding.take(0, said)
     assert (str(caught.value), caught.value.ranks) == (message, ranks)
     assert (caught.value.step, caught.value.group) == (8, "tp")
+
+
+def test_who_may_still_come_does_not_vote(resources: ExitStack) -> None:
+    """Two of three are still on their way to what the one has left out that has left the step."""
+    crew = Crew({"tp": (0, 1, 2, 3)}, resources)
+    crew.guarding.take(0, crew.run(7, *[[SUM, TOKENS]] * 4)[0])
+    for rank in crew.ranks[1:]:
+        rank.begin(8)
+        rank.issue(SUM)
+    crew.ranks[1].issue(TOKENS)
+    with pytest.raises(DivergedError) as caught:
+        crew.guarding.take(0, crew.ranks[0].run(8, SUM))
+    message = f"rank 0 issued nothing more where rank 1 issued {TOKENS} (step 8, sequence 4 of group tp)"
+    assert (caught.value.ranks, str(caught.value)) == ((0,), message)
 
 
 def test_without_journals_it_is_said_how_many(resources: ExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,3 +56,17 @@ def test_what_is_over_at_once() -> None:
         harm.fail()
     with subprocess.Popen([sys.executable, "-c", CHILD.format("kill", "")]) as child:
         assert child.wait(20) == -signal.SIGKILL
+
+
+def test_a_connection_over_which_nothing_arrives_for_a_while() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        far, _ = listener.accept()
+        pair = socket.socketpair()  # not of TCP
+        with far, pair[0], pair[1]:
+            far.settimeout(20)
+            assert harm.silence(0.5) >= 2, "both ends are this process's"
+            sent_at = time.monotonic()
+            near.send(b"word")
+            pair[0].send(b"other")
+            assert pair[1].recv(5) == b"other" and time.monotonic() - sent_at < 0.5
+            assert far.recv(4) == b"word" and time.monotonic() - sent_at > 0.4

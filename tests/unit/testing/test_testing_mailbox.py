@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,10 +17,13 @@ from phalanx.testing.mailbox import SIGNAL, Mailbox
 CHILD = """
 import os, signal, sys, time
 import msgspec
+from phalanx.errors import UserError
 from phalanx.testing.faults import Injected
 from phalanx.testing.mailbox import receive_faults
 
 def arm(fault, report):
+    if fault.kind == "link":
+        raise UserError("there is none")
     file = os.open(report, os.O_WRONLY | os.O_APPEND)
     os.write(file, msgspec.json.encode(Injected(at_ns=7, step=fault.step)) + b"\\n")
     os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGCONT)
@@ -38,7 +42,13 @@ def test_a_fault_is_sent_and_reported() -> None:
             for step in (3, 4):  # what came before is forgotten
                 mailbox.send(Fault(kind="slow", rank=0, step=step))
                 assert child.stdout.readline() == "armed\n"
-                assert mailbox.injected() == [Injected(at_ns=7, step=step)]
+                assert mailbox.injected() == [Injected(at_ns=7, step=step)] and mailbox.refusal() is None
+            mailbox.send(Fault(kind="link", rank=0))
+            expires_at = time.monotonic() + 20
+            while mailbox.refusal() is None:
+                assert time.monotonic() < expires_at
+                time.sleep(0.002)
+            assert (mailbox.refusal(), mailbox.injected()) == ("there is none", [])
             mailbox.send(Fault(kind="kill", rank=0, step=5))
             assert child.wait(20) == -signal.SIGKILL
             assert mailbox.injected() == [Injected(at_ns=7, step=5)]

@@ -53,14 +53,14 @@ def keep_ledger(
     """
     journals = make_journals([rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
+    remote = crew.ranks_of_agents()
     order = WatchOrder(
         ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
         limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
-        outlets=open_outlets(config, resources),
+        outlets=open_outlets(config, resources, num_elsewhere=sum(map(len, remote.values()))),
         dump=dump_order(config),
     )
-    remote = crew.ranks_of_agents()
     if not remote:
         watching = _start(config, order, launcher, resources)
         return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
@@ -72,6 +72,7 @@ def keep_ledger(
             key=key,
             ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
             node_timeout_s=config.cluster.node_timeout_s,
+            steps_ahead=max(config.parallel.pipeline_parallel_size, 2),  # as the brain has under way at most
         )
         watching = _start(config, msgspec.structs.replace(order, other_nodes=others), launcher, resources)
     if watching is None:

@@ -10,9 +10,6 @@ from phalanx.ledger.reporting import ReportOrder
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SegmentHandle
 
-DIAL_S = 30.0
-"""For the judge, which listens already, to answer."""
-
 
 def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> dict[int, SegmentHandle]:
     """A node's journals, by rank, and its watcher. All of it ends with `resources`.
@@ -31,7 +28,6 @@ def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> di
         watch=WatchOrder(ranks=tuple(ranks), groups={}),
         judge=report.judge,
         own_address=told.own_address,
-        deadline_s=min(told.deadline_s, DIAL_S),
     )
     watching = start_watching(order)
     if watching is not None:
