@@ -77,10 +77,15 @@ HEADER_BYTES = 4
 _orders = msgspec.msgpack.Decoder(Order)
 
 
-def send(descriptor: int, message: Order | Event) -> None:
-    """Write one length-prefixed message; blocks while the pipe is full."""
+def frame(message: Order | Event) -> bytes:
+    """One length-prefixed message."""
     body = msgspec.msgpack.encode(message)
-    view = memoryview(len(body).to_bytes(HEADER_BYTES, "little") + body)
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+def send(descriptor: int, message: Event) -> None:
+    """Write one message; blocks while the pipe is full."""
+    view = memoryview(frame(message))
     while view:
         view = view[os.write(descriptor, view) :]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from phalanx.executor.fork_server import (
     Kill,
     Order,
     Warm,
-    send,
+    frame,
     split_frames,
 )
 from phalanx.executor.shared_fate import describe_exit
@@ -35,6 +36,8 @@ from phalanx.worker.spec import WorkerSpec
 SPAWN_DEADLINE_S = 30.0
 IMPORT_S = 30.0
 """It answers nothing before it has torch imported."""
+TAKE_DEADLINE_S = 5.0
+"""For a fork server to take an order out of a full pipe: it does so between two forks."""
 REAP_DEADLINE_S = 1.0
 """For the fork server to see its workers' end. Without it they die too, but perhaps a moment after `close` returned."""
 
@@ -73,6 +76,7 @@ class ForkServerProcess:
         self._changed = threading.Condition()
         self._ordering = threading.Lock()
         orders_read, self._orders = os.pipe()
+        os.set_blocking(self._orders, False)
         spawned: Future[subprocess.Popen[bytes]] = Future()
         # The kernel kills the fork server when the *thread* that started it ends, so the thread that starts it is one
         # that lives as long as this object: the same that reads its events.
@@ -108,6 +112,12 @@ class ForkServerProcess:
         for spec in specs:
             self._send(Fork(line, spec))
         return line
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether some that were asked for have not ended."""
+        with self._changed:
+            return any(not state.is_over for state in self._lines.values())
 
     def exits(self, line: int) -> dict[int, str]:
         """Ranks of a line that have ended so far, and how."""
@@ -179,10 +189,25 @@ class ForkServerProcess:
             with self._ordering:
                 if self._orders < 0:
                     raise StartError("the fork server", "starting", "it was closed")
-                send(self._orders, order)
+                self._write(memoryview(frame(order)))
         except BrokenPipeError:
             self._thread.join(1.0)
             raise StartError("the fork server", "starting", self.ended or "it closed its pipe") from None
+
+    def _write(self, order: memoryview) -> None:
+        """What is left of an order that is not taken is not sent any more: the server must be ended then."""
+        deadline_s = TAKE_DEADLINE_S if self._answered >= 0 else IMPORT_S
+        expires_at = time.monotonic() + deadline_s
+        poll = select.poll()
+        poll.register(self._orders, select.POLLOUT)
+        while order:
+            if not poll.poll(max(expires_at - time.monotonic(), 0.0) * 1000):
+                self.kill_server()
+                raise StartError(
+                    "the fork server", "starting", f"it took no order for {deadline_s:.3g} s: it was killed"
+                )
+            with suppress(BlockingIOError):
+                order = order[os.write(self._orders, order) :]
 
     def _run(self, spawned: Future[subprocess.Popen[bytes]], orders_read: int, environment: dict[str, str]) -> None:
         try:

@@ -74,8 +74,8 @@ class LocalLauncher:
 class LocalLaunchers:
     """Launchers of any number of lines on one fork server: torch is imported once, a line then starts in a moment.
 
-    A fork server that has ended, or does nothing any more, is replaced. The first launcher's environment is that of
-    all. For any thread. A context manager.
+    A fork server that has ended is replaced, as is one that does nothing any more and has no ranks. The first
+    launcher's environment is that of all. For any thread. A context manager.
     """
 
     def __init__(self) -> None:
@@ -87,6 +87,8 @@ class LocalLaunchers:
         """For `start_executor`. Raises StartError."""
         with self._making:
             if self._server is not None and not self._server.answers(ASK_S):
+                if self._server.has_ranks:  # they end with it
+                    raise StartError("the fork server", "starting", f"it has not answered for {ASK_S:.3g} s")
                 self._server.close(0.0)
                 self._server = None
             if self._is_closed:

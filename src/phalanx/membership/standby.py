@@ -68,6 +68,8 @@ class Standby:
             self._is_wanted = False
             self._changed.wait_for(lambda: self._line is not None or not self._is_preparing, timeout_s)
             line, self._line = self._line, None
+            if line is not None:
+                self._interruption = Interruption()  # from now on it is not ours to end
             self._changed.notify_all()
             return line
 

@@ -150,3 +150,24 @@ def test_closing_ends_a_start_that_is_under_way(workshop: Workshop) -> None:
     assert workshop.has_begun.acquire(timeout=WITHIN_S)
     standby.close()
     assert not workshop.executors
+
+
+def test_a_line_that_was_taken_is_not_ended_with_what_is_discarded() -> None:
+    """From then on it is the one that computes."""
+    killed = threading.Event()
+
+    class Launcher:
+        def kill(self) -> None:
+            killed.set()
+
+    def prepare(interruption: Interruption) -> Line:
+        interruption.note(cast(Any, Launcher()))
+        return Line(1, cast(Any, FakeExecutor()), {})
+
+    standby = Standby(prepare)
+    try:
+        taken(standby)
+        standby.discard()
+        assert not killed.is_set()
+    finally:
+        standby.close()
