@@ -39,7 +39,9 @@ KINDS: tuple[Kind, ...] = ("kill", "stop", "error", "skip")
 REQUEST_TIMEOUT_S = 120.0
 READY_WITHIN_S = 60.0
 LOOK_S = 0.02
-EARLIEST_S, LATEST_S = 0.3, 1.5
+EARLIEST, LATEST = 0.1, 0.7
+"""When a fault comes, as shares of the time that the streams take without one."""
+PEER_AFTER_S = 0.3
 
 
 class Stream(NamedTuple):
@@ -140,12 +142,19 @@ def harm(pid: int, kind: Kind, rank: int) -> None:
 
 
 async def with_fault(
-    url: str, kind: Kind, expected: Sequence[Stream], num_tokens: int, dice: random.Random, *, has_standby: bool
+    url: str,
+    kind: Kind,
+    expected: Sequence[Stream],
+    num_tokens: int,
+    at_s: float,
+    dice: random.Random,
+    *,
+    has_standby: bool,
 ) -> Seen:
     rank, pid = dice.choice(sorted(ranks(url).items()))
     num_faults = formation(url)["num_faults"]
     running_streams = asyncio.create_task(streams(url, len(expected), num_tokens))
-    await asyncio.sleep(dice.uniform(EARLIEST_S, LATEST_S))
+    await asyncio.sleep(at_s)
     harm(pid, kind, rank)
     harmed_at = time.monotonic()
     found = await running_streams
@@ -172,13 +181,27 @@ def measure(server: Server, num_streams: int, num_tokens: int, num_faults: int, 
     dice, url = random.Random(seed), server.url
     if has_standby:
         click.echo(f"  standby ready after another {await_standby(url):.1f} s")
-    clean = [asyncio.run(streams(url, num_streams, num_tokens)) for _ in range(3)]
+    clean, took_s = [], []
+    for _ in range(3):
+        began_at = time.monotonic()
+        clean.append(asyncio.run(streams(url, num_streams, num_tokens)))
+        took_s.append(time.monotonic() - began_at)
     expected = clean[-1]
     click.echo(row("  no fault", [max(one.gap_s for one in run) for run in clean]))
     bad, errors, again_s = 0, Counter[str](), []
     for kind in KINDS:
         seen = [
-            asyncio.run(with_fault(url, kind, expected, num_tokens, dice, has_standby=has_standby))
+            asyncio.run(
+                with_fault(
+                    url,
+                    kind,
+                    expected,
+                    num_tokens,
+                    min(took_s) * dice.uniform(EARLIEST, LATEST),
+                    dice,
+                    has_standby=has_standby,
+                )
+            )
             for _ in range(num_faults)
         ]
         click.echo(row(f"  {kind}", [one.gap_s for one in seen]))
@@ -202,13 +225,13 @@ def measure_peer(server: Server, num_streams: int, num_tokens: int, num_ranks: i
 
     async def run() -> list[Stream]:
         task = asyncio.create_task(streams(url, num_streams, num_tokens))
-        await asyncio.sleep(EARLIEST_S)
+        await asyncio.sleep(PEER_AFTER_S)
         workers[-1].kill()
         return await task
 
     began_at = time.monotonic()
     found = asyncio.run(run())
-    heard_s = time.monotonic() - began_at - EARLIEST_S
+    heard_s = time.monotonic() - began_at - PEER_AFTER_S
     with contextlib.suppress(httpx.HTTPError, psutil.Error):
         for _ in range(100):
             time.sleep(0.2)
