@@ -92,8 +92,9 @@ def test_a_divergence_without_a_hang(checkpoint: Path) -> None:
             while True:
                 batch = rig.brain.step()
                 assert batch is None or not batch.tokens
-        assert caught.value.ranks == (0, 1) and caught.value.group == "tp@0"
-        assert "rank 0 issued barrier and rank 1 issued nothing more" in str(caught.value)
+        # Of two there is no majority; but in no step before has anybody met there.
+        assert caught.value.ranks == (0,) and caught.value.group == "tp@0"
+        assert "rank 0 issued barrier where rank 1 issued nothing more" in str(caught.value)
 
 
 def test_off_lets_it_pass(checkpoint: Path) -> None:
