@@ -38,7 +38,7 @@ class Party(msgspec.Struct, frozen=True):
         return cls(name, pid, start_time)
 
     def is_alive(self) -> bool:
-        """False from the beginning of its exit, also while it is a zombie."""
+        """False once it exited, also while it is a zombie."""
         return _start_time_of_running(self.pid) == self.start_time
 
     def died(self, detail: str = "") -> PeerDiedError:
@@ -99,14 +99,19 @@ class Watch:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process that has not begun to exit has this pid."""
+    """Whether a process, which is not a zombie, has this pid."""
     return _start_time_of_running(pid) is not None
 
 
 def state_of(pid: int, start_time: int) -> str | None:
-    """The kernel's letter for what a process does, such as "R", "S" or "T" (stopped); None if it is gone."""
+    """The kernel's letter for what a process does, such as "R", "S" or "T" (stopped); None if it is gone.
+
+    That is from the beginning of its exit: who waits for its end, and for its memory, asks `is_running`.
+    """
     found = _read_stat(pid)
-    return found.state if found is not None and found.is_running and found.start_time == start_time else None
+    if found is None or not found.is_running or found.is_exiting or found.start_time != start_time:
+        return None
+    return found.state
 
 
 def holds_memory(pid: int, start_time: int) -> bool:
@@ -124,7 +129,7 @@ class _Stat(NamedTuple):
 
     @property
     def is_running(self) -> bool:
-        return self.state not in "ZX" and not self.is_exiting
+        return self.state not in "ZX"
 
 
 def _parse_stat(stat: bytes) -> _Stat:
