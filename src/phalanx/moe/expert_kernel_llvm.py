@@ -1,11 +1,11 @@
 """The instructions of expert_kernel.py, made with LLVM: a layer's experts for sorted pairs, by all threads of a team.
 
-`sort(call)` sorts the pairs by experts. Then each thread of a team calls `compute(call)`, and takes tasks, whose numbers
-they draw from a counter in common, in four passes with a barrier after each: tiles of 64 outputs of one expert's first
-product, for all its rows; rows to gate; tiles of the second product; tokens to add up. A tile's weights lie in one piece
-and come out of memory once, however many rows there are: some 64 KiB of them at a time stay near the core for all rows,
-of which several are multiplied at a time, with their sums in registers. What is added up for a row, and in which order,
-does not depend on other rows.
+`sort(call)` sorts the pairs by experts. Then each thread of a team calls `compute(call)`, and takes tasks, whose
+numbers they draw from a counter in common, in four passes with a barrier after each: tiles of 64 outputs of one
+expert's first product, for all its rows; rows to gate; tiles of the second product; tokens to add up. A tile's weights
+lie in one piece and come out of memory once, however many rows there are: some 64 KiB of them at a time stay near the
+core for all rows, of which several are multiplied at a time, with their sums in registers. What is added up for a row,
+and in which order, does not depend on other rows.
 
 bfloat16 is multiplied by instructions for it, where there are some, and otherwise as float32. Sums are in float32.
 Addresses are integers here.
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from llvmlite import ir
 
-TILE = 64
-"""Outputs that lie side by side in oneDNN's layout."""
+from phalanx.moe.expert_kernel import CACHE_LINE, NUM_COUNTERS, TILE, Call, Instructions
 
 NEAR_BYTES = 64 * 1024
 """Of a tile's weights, multiplied with all rows before the next."""
@@ -37,61 +36,9 @@ UNROLL = 2
 BARRIER = "GOMP_barrier"
 """OpenMP's function for this."""
 
-CACHE_LINE = 64
-
-
 Element = Literal["float32", "bfloat16"]
 
-
-class Instructions(NamedTuple):
-    """What the processor has."""
-
-    lanes: Literal[8, 16]
-    """Floats in a register."""
-
-    dots: bool
-    """Whether it multiplies pairs of bfloat16 and adds them up in float32."""
-
-
-class Call(NamedTuple):
-    """What both are told, as 64-bit integers in this order; `at_` are addresses."""
-
-    at_hidden: int
-    """[N, D] in the type of the weights."""
-
-    at_local: int
-    """[N, K], int64: places of experts; what is not below `num_experts` is no pair."""
-
-    at_weights: int
-    """[N, K], float32."""
-
-    at_out: int
-    """[N, D], written."""
-
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    hidden: int
-    inner: int
-    at_up: int
-    """[experts] addresses of packed weights: first the gates', then as many others."""
-
-    at_down: int
-    at_numbers: int
-    """Room for `room(...)[0]` 64-bit integers."""
-
-    at_floats: int
-    """Room for `room(...)[1]` floats."""
-
-
-def room(num_tokens: int, top_k: int, num_experts: int, hidden: int, inner: int) -> tuple[int, int]:
-    """How many 64-bit integers and floats a call takes beside its input and output."""
-    num_pairs = num_tokens * top_k
-    return _NUM_COUNTERS * 8 + 3 * (num_experts + 1) + 3 * num_pairs, num_pairs * (2 * inner + hidden)
-
-
-_NUM_COUNTERS = 6
-_DRAWN, _NUM_PAIRS, _NUM_ACTIVE = range(0, 4), 4, 5
+_DRAWN, _NUM_PAIRS, _NUM_ACTIVE = range(4), 4, 5
 """Counters, each with a line of the cache for itself: tasks that were drawn in each pass; and what sorting found."""
 
 _I1, _I16, _I32, _I64, _F32, _VOID = (
@@ -105,7 +52,7 @@ _I1, _I16, _I32, _I64, _F32, _VOID = (
 _POINTER = ir.PointerType()
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     def _to_string(self) -> str:
         return "bfloat"
 
@@ -159,16 +106,24 @@ class _Experts:
         down_tiles = b.udiv(of.get("hidden"), _i64(TILE))
         b.call(
             self._products,
-            [*lists, of.get("at_hidden"), of.sources(), of.get("at_up"), up_tiles, of.get("hidden"), up_at, width]
-            + [drawn[0]],
+            [
+                *lists,
+                *(of.get("at_hidden"), of.sources()),
+                *(of.get("at_up"), up_tiles, of.get("hidden")),
+                *(up_at, width, drawn[0]),
+            ],
         )
         self._wait(b)
         b.call(self._gate, [num_pairs, up_at, of.get("inner"), drawn[1]])
         self._wait(b)
         b.call(
             self._products,
-            [*lists, up_at, of.inner_rows(), of.get("at_down"), down_tiles, of.get("inner"), out_at, hidden_width]
-            + [drawn[2]],
+            [
+                *lists,
+                *(up_at, of.inner_rows()),
+                *(of.get("at_down"), down_tiles, of.get("inner")),
+                *(out_at, hidden_width, drawn[2]),
+            ],
         )
         self._wait(b)
         b.call(self._add_up, [call, out_at, drawn[3]])
@@ -235,9 +190,7 @@ class _Experts:
         for first in range(0, TILE // self._lanes, width):
             column = first * self._lanes * 4
             sums = [[b.alloca(self._floats) for _ in range(width)] for _ in range(num_rows)]
-            places = [
-                [b.add(out_row, _i64(column + 4 * self._lanes * v)) for v in range(width)] for out_row in outs
-            ]
+            places = [[b.add(out_row, _i64(column + 4 * self._lanes * v)) for v in range(width)] for out_row in outs]
             with b.if_else(is_first) as (then, otherwise):
                 with then:
                     for row_sums in sums:
@@ -302,7 +255,7 @@ class _Experts:
         return [b.bitcast(part, self._floats) for part in (lower, upper)]
 
     def _make_gate(self) -> ir.Function:
-        """void(num_pairs, up, inner, drawn): silu(gate) * up of each row, in the weights' type, at the row's beginning."""
+        """void(num_pairs, up, inner, drawn): silu(gate) * up of each row, in the weights' type, where it began."""
         function, b, (num_pairs, up_at, inner, drawn) = self._function("gate", [_I64] * 4)
         width = b.shl(inner, _i64(2))
         with self._drawing(b, drawn, num_pairs) as row:
@@ -325,24 +278,26 @@ class _Experts:
         num_vectors = TILE // self._lanes
         with b.goto_entry_block():
             sums = [b.alloca(self._floats) for _ in range(num_vectors)]
-        with self._drawing(b, drawn, of.get("num_tokens")) as token:
-            with _counting(b, _i64(0), hidden, _i64(TILE)) as column:
-                for total in sums:
-                    b.store(ir.Constant(self._floats, None), total)
-                with _counting(b, _i64(0), top_k, _i64(1)) as k:
-                    pair = b.add(b.mul(token, top_k), k)
-                    row = self._load(b, _at(b, row_of, pair), _I64)
-                    with b.if_then(b.icmp_signed(">=", row, _i64(0))):
-                        four_bytes = b.shl(pair, _i64(2))
-                        weight = self._splat(b, self._load(b, b.add(of.get("at_weights"), four_bytes), _F32))
-                        place = b.add(rows_at, b.shl(b.add(b.mul(row, hidden), column), _i64(2)))
-                        for v, total in enumerate(sums):
-                            value = self._load(b, b.add(place, _i64(v * self._lanes * 4)), self._floats)
-                            b.store(b.call(self._fma, [weight, value, b.load(total, typ=self._floats)]), total)
-                out = b.add(of.get("at_out"), b.mul(b.add(b.mul(token, hidden), column), _i64(self._bytes)))
-                for v, total in enumerate(sums):
-                    place = b.add(out, _i64(v * self._lanes * self._bytes))
-                    self._store_rounded(b, b.load(total, typ=self._floats), place)
+        with (
+            self._drawing(b, drawn, of.get("num_tokens")) as token,
+            _counting(b, _i64(0), hidden, _i64(TILE)) as column,
+        ):
+            for total in sums:
+                b.store(ir.Constant(self._floats, None), total)
+            with _counting(b, _i64(0), top_k, _i64(1)) as k:
+                pair = b.add(b.mul(token, top_k), k)
+                row = self._load(b, _at(b, row_of, pair), _I64)
+                with b.if_then(b.icmp_signed(">=", row, _i64(0))):
+                    four_bytes = b.shl(pair, _i64(2))
+                    weight = self._splat(b, self._load(b, b.add(of.get("at_weights"), four_bytes), _F32))
+                    place = b.add(rows_at, b.shl(b.add(b.mul(row, hidden), column), _i64(2)))
+                    for v, total in enumerate(sums):
+                        value = self._load(b, b.add(place, _i64(v * self._lanes * 4)), self._floats)
+                        b.store(b.call(self._fma, [weight, value, b.load(total, typ=self._floats)]), total)
+            out = b.add(of.get("at_out"), b.mul(b.add(b.mul(token, hidden), column), _i64(self._bytes)))
+            for v, total in enumerate(sums):
+                place = b.add(out, _i64(v * self._lanes * self._bytes))
+                self._store_rounded(b, b.load(total, typ=self._floats), place)
         b.ret_void()
         return function
 
@@ -356,7 +311,7 @@ class _Experts:
         num_experts, top_k = of.get("num_experts"), of.get("top_k")
         num_choices = b.mul(of.get("num_tokens"), top_k)
         starts, active, nexts, local = of.starts(), of.active(), of.nexts(), of.get("at_local")
-        for i in range(_NUM_COUNTERS):
+        for i in range(NUM_COUNTERS):
             self._store(b, _i64(0), b.add(of.numbers(), _i64(i * CACHE_LINE)))
         with _counting(b, _i64(0), b.add(num_experts, _i64(1))) as expert:
             self._store(b, _i64(0), _at(b, nexts, expert))
@@ -444,9 +399,7 @@ class _Experts:
             return
         bits = b.bitcast(value, self._ints)
         odd = b.and_(b.lshr(bits, self._constant(self._ints, 16)), self._constant(self._ints, 1))
-        rounded = b.lshr(
-            b.add(bits, b.add(odd, self._constant(self._ints, 0x7FFF))), self._constant(self._ints, 16)
-        )
+        rounded = b.lshr(b.add(bits, b.add(odd, self._constant(self._ints, 0x7FFF))), self._constant(self._ints, 16))
         is_nan = b.fcmp_unordered("uno", value, value)
         rounded = b.select(is_nan, self._constant(self._ints, 0x7FC0), rounded)
         self._store(b, b.trunc(rounded, ir.VectorType(_I16, self._lanes)), address)
@@ -524,7 +477,7 @@ class _Fields:
 
     def _by_expert(self, index: int) -> ir.Value:
         size = self._b.add(self.get("num_experts"), _i64(1))
-        return _at(self._b, self._b.add(self.numbers(), _i64(_NUM_COUNTERS * CACHE_LINE)), _times(self._b, size, index))
+        return _at(self._b, self._b.add(self.numbers(), _i64(NUM_COUNTERS * CACHE_LINE)), _times(self._b, size, index))
 
     def _by_pair(self, index: int) -> ir.Value:
         size = self._b.mul(self.get("num_tokens"), self.get("top_k"))

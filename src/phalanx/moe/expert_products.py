@@ -145,7 +145,7 @@ class ExpertProducts:
         self._kernel: ExpertKernel | None = None
 
     def compile(self) -> None:
-        """Have packed weights multiplied by our kernel, if there is one for them. The first one takes a while to make."""
+        """Have packed weights multiplied by our kernel, if there is one for them. The first is to be made."""
         if _is_plain_silu(self._module):
             _, hidden, inner = self._down.packed_shape
             self._kernel = find_kernel(hidden, inner, self._module.down_proj.dtype)
@@ -157,7 +157,7 @@ class ExpertProducts:
         costs nothing.
         """
         kernel, up, down = self._kernel, self._up.addresses, self._down.addresses
-        if kernel is not None and up is not None and down is not None:
+        if kernel is not None and up is not None and down is not None and kernel.suits(local_NK, self._num_experts):
             return kernel(hidden_ND, local_NK, weights_NK, up, down)
         if len(hidden_ND) == 1:
             return self._of_one(hidden_ND, local_NK[0], weights_NK[0])
