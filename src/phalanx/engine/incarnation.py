@@ -156,6 +156,7 @@ class Incarnation:
             trouble=(self.ended.verdict if self.ended is not None else None) or self._trouble(),
             since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
             num_watched=notice.num_ranks if is_watched else 0,
+            num_watcher_restarts=notice.num_restarts,
             verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
             formation=self.stats.formation if self.stats is not None else None,
         )

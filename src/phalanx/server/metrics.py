@@ -140,6 +140,9 @@ class _EngineCollector(Collector):
         restarts = CounterMetricFamily(
             "phalanx_engine_restarts", "Times that the engine was started again.", labels=["engine"]
         )
+        watchers = CounterMetricFamily(
+            "phalanx_ledger_watcher_restarts", "Times that a watcher that had ended was replaced.", labels=["engine"]
+        )
         counts: collections.Counter[str] = collections.Counter()
         for condition in conditions:
             engine = condition.replica
@@ -148,13 +151,14 @@ class _EngineCollector(Collector):
                 since.add_metric([str(engine)], condition.since_step_s)
             watched.add_metric([str(engine)], condition.num_watched)
             restarts.add_metric([str(engine)], condition.num_restarts)
+            watchers.add_metric([str(engine)], condition.num_watcher_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
             "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, restarts, verdicts)
+        yield from (healthy, since, watched, watchers, restarts, verdicts)
         yield from _healing(conditions)
 
     def _states(self) -> Metric:
