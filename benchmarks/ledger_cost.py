@@ -1,18 +1,19 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--turns 100] [--short]
+    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--pairs 4] [--turns 30] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: two engines with the same model (a small random one without --model), one with the ledger and one without,
-  decode for eight streams and take turns of a few steps; the ratio of their tokens per second, of the median steps of
-  each pair of turns, as median and quartiles.
+- *Tokens*: pairs of engines with the same model (a small random one without --model), one with the ledger and one
+  without, decode for eight streams and take turns of a few steps; the ratio of their tokens per second, of the median
+  steps of each pair of turns, as median, with the interval that it is in with 95 %, and quartiles.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -45,6 +46,7 @@ TEXTS = 40
 STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 192
 STEPS_OF_TURN, FIRST_STEPS = 12, 3
 """The first steps of a turn are not counted: one was under way while the other engine had its turn."""
+WARM_UP_TURNS = 2
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
@@ -203,24 +205,47 @@ def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
         )
 
 
-def report_tokens(model: Path | None, num_ranks: int, num_turns: int) -> None:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = model or write_checkpoint(folder / "model", **MODEL)
-        without, with_it = (stack.enter_context(engine(model, num_ranks, ledger)) for ledger in (False, True))
-        dice = random.Random(0)
-        ratios, rates = [], []
-        for turn in range(num_turns + 2):
-            order = [without, with_it] if turn % 2 else [with_it, without]
-            took_s = {id(brain): decode(brain, dice) for brain in order}
-            if turn > 1:  # the first ones warm up
-                ratios.append(took_s[id(without)] / took_s[id(with_it)])
-                rates.append(STREAMS / took_s[id(without)])
+def report_tokens(model: Path | None, num_ranks: int, num_pairs: int, num_turns: int) -> None:
+    """Compare pairs of engines, of which now the one with the ledger is started first, now the other: two engines of
+    the same settings differ by as much as the ledger costs, as their memory lies elsewhere.
+    """
+    ratios, rates = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model = model or write_checkpoint(Path(folder) / "model", **MODEL)
+        for pair in range(num_pairs):
+            for without_s, with_it_s in turns_of(
+                model, num_ranks, num_turns, has_ledger=(pair % 2 == 0, pair % 2 == 1)
+            ):
+                ratios.append(without_s / with_it_s)
+                rates.append(STREAMS / without_s)
     low, median, high = statistics.quantiles(ratios, n=4)
+    least, most = interval_of_median(ratios)
     click.echo(
-        f"tokens/s over {num_ranks} ranks: {median:.4f} of those without the ledger "
-        f"(quartiles {low:.4f} to {high:.4f}, {num_turns} pairs; {statistics.median(rates):.0f} tokens/s without)"
+        f"tokens/s over {num_ranks} ranks: {median:.4f} of those without the ledger (95 % interval of the median "
+        f"{least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {num_turns} turns of each of {num_pairs} "
+        f"pairs; {statistics.median(rates):.0f} tokens/s without)"
     )
+
+
+def turns_of(
+    model: Path, num_ranks: int, num_turns: int, has_ledger: tuple[bool, bool]
+) -> Iterator[tuple[float, float]]:
+    """Seconds of a step without the ledger and with it, of each pair of turns of two engines, started in that order."""
+    with ExitStack() as stack:
+        brains = {ledger: stack.enter_context(engine(model, num_ranks, ledger)) for ledger in has_ledger}
+        dice = random.Random(0)
+        for turn in range(num_turns + WARM_UP_TURNS):
+            order = (True, False) if turn % 2 else (False, True)
+            took_s = {ledger: decode(brains[ledger], dice) for ledger in order}
+            if turn >= WARM_UP_TURNS:
+                yield took_s[False], took_s[True]
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with a probability of 95 %, whatever the distribution: between two order statistics."""
+    ordered, distance = sorted(values), 0.98 * math.sqrt(len(values))
+    first = max(0, math.floor(len(values) / 2 - distance))
+    return ordered[first], ordered[-1 - first]
 
 
 def loop(rank: int, store: str, recorder: Recorder, turns: Connection) -> None:
@@ -289,14 +314,15 @@ def take_turn(ends: Sequence[Connection]) -> float:
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--turns", type=click.IntRange(2), default=100, show_default=True, help="Of each of the two engines.")
+@click.option("--pairs", type=click.IntRange(1), default=4, show_default=True, help="Of engines, one after the other.")
+@click.option("--turns", type=click.IntRange(2), default=30, show_default=True, help="Of each engine.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(model: Path | None, ranks: int, rounds: int, turns: int, short: bool) -> None:
-    rounds, turns = (3, 4) if short else (rounds, turns)
+def main(model: Path | None, ranks: int, rounds: int, pairs: int, turns: int, short: bool) -> None:
+    rounds, pairs, turns = (3, 1, 4) if short else (rounds, pairs, turns)
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(model, ranks, turns)
+    report_tokens(model, ranks, pairs, turns)
     report_all_reduce(rounds)
 
 
