@@ -221,8 +221,8 @@ def report_tokens(model: Path | None, num_ranks: int, num_pairs: int, num_texts:
     least, most = interval_of_median(ratios)
     click.echo(
         f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without the ledger (95 % "
-        f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs of steps of "
-        f"{num_pairs} pairs of engines; {statistics.median(rates):.0f} tokens/s without)"
+        f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs "
+        f"of steps of {num_pairs} pairs of engines; {statistics.median(rates):.0f} tokens/s without)"
     )
 
 
