@@ -121,6 +121,13 @@ def test_a_source_that_runs_ahead_of_a_peer_that_leaves_it_out(checkpoint: Path,
     assert outcome.verdict is not None and outcome.verdict.cause == "diverged"
 
 
+def test_a_rank_that_nobody_needs_and_that_begins_no_step(checkpoint: Path, warm: WarmStart) -> None:
+    """The last stage, to which the first one has sent all that there is."""
+    outcome = outcome_of(warm, checkpoint, Fault(kind="loop", rank=1, state="idle"), pipeline_parallel_size=2)
+    check(outcome)
+    assert outcome.verdict is not None and outcome.verdict.cause == "behind"
+
+
 def test_a_rank_that_dies_at_its_start(checkpoint: Path, warm: WarmStart) -> None:
     fault = Fault(kind="kill", rank=1, state="start")
     outcome = try_fault(Config.build(model=str(checkpoint), **settings_for_chaos(tensor_parallel_size=2)), fault, warm)

@@ -298,8 +298,8 @@ def _never_joined(look: ProgramLook, waits: Mapping[int, Wait], patience_s: floa
         what = f"does not come out of {text}, which its peers have left"
         return blame("hung", [look.ranks[rank] for rank in sorted(inside)], what, _at(last), Waiting(for_s=waited_s))
     ranks = ", ".join(map(str, sorted(inside)))
-    what = f"ranks {ranks} have all come to {text}, which does not end: to blame is no rank, but the store by which they"
-    what += " find each other, or what carries the data"
+    what = f"ranks {ranks} have all come to {text}, which does not end: to blame is no rank, but the store by which"
+    what += " they find each other, or what carries the data"
     return blame("store", [], what, _at(last), Waiting(for_s=waited_s))
 
 
