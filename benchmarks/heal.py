@@ -8,8 +8,7 @@ raises an exception or leaves a collective out, at a random moment. The gap is t
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
 standby line, the next fault comes when the next one is ready, and how long that takes is told as well.
 
-With `--logs` the servers' logs are kept: they tell how long the engine itself says that each pause was, and on a GPU how
-long it took to take over weights and KV cache.
+With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
 With a peer, one of vLLM's workers is killed under the same load: when its clients hear of it, and what.
 """
@@ -265,7 +264,7 @@ def measure_peer(server: Server, num_streams: int, num_tokens: int, num_ranks: i
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--kv-cache-memory", default="16MiB", show_default=True)
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, help="All by default.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="Directory for the servers' logs.")
 def main(
     model: Path | None,
@@ -284,10 +283,11 @@ def main(
     """Measure the gaps that clients see."""
     num_bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        model = model or write_checkpoint(Path(folder) / "model")
+        model, logs = model or write_checkpoint(Path(folder) / "model"), logs or Path(folder)
+        logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
         for standby in (0, 1):
-            log = (logs or Path(folder)) / f"standby{standby}.log"
+            log = logs / f"standby{standby}.log"
             options = ["--allow-chaos", "--standby", str(standby), "--device", device, "--max-model-len", "512"]
             options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", "local"]
             with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:

@@ -22,9 +22,8 @@ def holder() -> None:
         began_at = time.perf_counter()
         held = keeps.hold(0, told)
         took_ms = 1e3 * (time.perf_counter() - began_at)
-        print(
-            f"{len(held.pieces)} pieces, {sum(piece.size_bytes for piece in held.pieces) >> 20} MiB: {took_ms:.1f} ms to hold"
-        )
+        num_mib = sum(piece.size_bytes for piece in held.pieces) >> 20
+        print(f"{len(held.pieces)} pieces, {num_mib} MiB: {took_ms:.1f} ms to hold")
         time.sleep(0.2)
         began_at = time.perf_counter()
         os.kill(first.pid, signal.SIGKILL)

@@ -29,6 +29,7 @@ _BATCH = 128
 
 _NONCE_BYTES = 8
 _GIVEN, _UNKNOWN = b"+", b"-"
+_FD = struct.Struct("i")
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 
 
@@ -136,8 +137,10 @@ def take_descriptors(handles: Sequence[DescriptorHandle]) -> list[int]:
 
 def _take_batch(peer: socket.socket, handles: Sequence[DescriptorHandle]) -> list[int]:
     peer.send(struct.pack(f"{len(handles)}Q", *(handle.nonce for handle in handles)))
-    # One more than are asked for, so that none too many goes unseen.
-    answer, fds, _, _ = socket.recv_fds(peer, 1, len(handles) + 1, socket.MSG_CMSG_CLOEXEC)
+    # socket.recv_fds drops the flag.
+    room = socket.CMSG_LEN(len(handles) * _FD.size)
+    answer, messages, _, _ = peer.recvmsg(1, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [fd for _, _, data in messages for (fd,) in _FD.iter_unpack(data[: len(data) // _FD.size * _FD.size])]
     if answer == _GIVEN and len(fds) == len(handles):
         return fds
     for fd in fds:

@@ -535,13 +535,8 @@ class Worker:
 
 def _arena(spec: WorkerSpec, device: torch.device) -> Arena:
     """For weights and KV cache, such as others can hold if somebody is going to."""
-    began_at = time.monotonic()
     driver = _sharing_driver(spec, device) if spec.keeps_memory and device.type == "cuda" else None
-    arena = Arena(f"memory of rank {spec.rank}", device, spec.held, driver=driver)
-    if spec.held is not None and device.type == "cuda":
-        num_bytes = sum(piece.size_bytes for piece in spec.held.pieces)
-        log.info("%.1f GiB are taken over after %.1f ms", num_bytes / (1 << 30), 1e3 * (time.monotonic() - began_at))
-    return arena
+    return Arena(f"memory of rank {spec.rank}", device, spec.held, driver=driver)
 
 
 def _sharing_driver(spec: WorkerSpec, device: torch.device) -> CudaDriver | None:
