@@ -55,6 +55,7 @@ def fill() -> None:
 
     device = torch.device("cuda", 0)
     arena = Arena("memory of a task", device, driver=CudaDriver(0))
+    arena.begin_part(NUM_TENSORS * TENSOR_BYTES)
     tensors = [arena.allocate(f"t{i}", (TENSOR_BYTES // 4,), torch.int32) for i in range(NUM_TENSORS)]
     for i, tensor in enumerate(tensors):
         tensor.copy_(torch.arange(tensor.numel(), dtype=torch.int32, device=device) + i)

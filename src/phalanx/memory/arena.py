@@ -81,7 +81,7 @@ class Arena:
     def begin_part(self, size_bytes: int | None = None) -> None:
         """What is allocated from now on lies in other segments than what was before, and can be held without it.
 
-        `size_bytes`, where it is known, is about what of it was not held: a GPU's memory is then taken without waste.
+        `size_bytes`, where it is known, is about how much it is: a GPU's memory is then taken in few pieces.
         """
         if self._backing is not None:
             self._backing.begin_part(size_bytes)

@@ -74,10 +74,10 @@ class CudaDriver:
         self._location = _Location(_DEVICE, device)
         self._properties = _Properties(_PINNED, _DESCRIPTOR, self._location, None)
         self._call("cuInit", 0)
-        self._device, context = c_int(), c_void_p()
+        self._device, self._context = c_int(), c_void_p()
         self._call("cuDeviceGet", byref(self._device), device)
-        self._call("cuDevicePrimaryCtxRetain", byref(context), self._device)
-        self._call("cuCtxSetCurrent", context)
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
+        self._call("cuCtxSetCurrent", self._context)
 
     @property
     def can_share(self) -> bool:
@@ -144,7 +144,8 @@ class CudaDriver:
         self._call("cuMemAddressFree", c_uint64(address), c_size_t(size_bytes))
 
     def wait(self) -> None:
-        """Until the GPU has nothing more to do for this process."""
+        """Until the GPU has nothing more to do for this process. In any thread, whose context it then is."""
+        self._call("cuCtxSetCurrent", self._context)
         self._call("cuCtxSynchronize")
 
     def _attribute(self, number: int) -> int:

@@ -20,9 +20,9 @@ from phalanx.memory.cuda_driver import OUT_OF_MEMORY, CudaDriver
 from phalanx.memory.held import HeldMemory, PieceHandle, Region
 from phalanx.transport.descriptors import DescriptorOffers, take_descriptors
 
-PIECE_BYTES = 256 << 20
-"""Of what is allocated bit by bit. The last piece of it is never full; and each takes a descriptor wherever it is held,
-where there may be a thousand, and a tenth of a millisecond to take over."""
+LARGEST_BYTES = 4 << 30
+"""Of a piece. Each takes a descriptor wherever it is held, where there may be a thousand for all ranks, and a tenth of
+a millisecond to take over."""
 
 ALIGNMENT = 512
 """As torch's own."""
@@ -45,7 +45,8 @@ class GpuPieces:
         self._offers: DescriptorOffers | None = None
         """Of the pieces that are made here."""
         self._free_from = 0
-        self._next_piece_bytes = self._further_piece_bytes = PIECE_BYTES
+        self._expected_bytes = 0
+        """What is still to come, as far as it is known: so much is taken in as few pieces as can be."""
         # Twice as much as can ever be there: addresses cost nothing.
         self._range = _Range(driver, self._rounded(2 * driver.total_bytes()))
         with ExitStack() as undo:
@@ -58,10 +59,8 @@ class GpuPieces:
     def reserve(self, size_bytes: int) -> Region:
         """Room for a tensor. Raises torch.OutOfMemoryError when there is none."""
         start = -(-self._free_from // ALIGNMENT) * ALIGNMENT
-        missing_bytes = start + size_bytes - self._range.mapped_bytes
-        if missing_bytes > 0:
-            self._add_piece(self._rounded(max(missing_bytes, self._next_piece_bytes)))
-            self._next_piece_bytes = self._further_piece_bytes
+        while (missing_bytes := start + size_bytes - self._range.mapped_bytes) > 0:
+            self._add_piece(self._rounded(min(max(missing_bytes, self._expected_bytes), LARGEST_BYTES)))
         self._free_from = start + size_bytes
         piece = max(bisect_right(self._starts, start) - 1, 0)
         return Region(piece, start - self._starts[piece] if self._starts else 0, size_bytes)
@@ -72,11 +71,9 @@ class GpuPieces:
         return bytes_at(address, region.size_bytes, self._device, self._range).view(dtype)
 
     def begin_part(self, size_bytes: int | None) -> None:
-        """What comes now goes into other pieces: into one, if it is known that it is about so much."""
+        """What comes now goes into other pieces; it takes about so much, if that is known."""
         self._free_from = self._range.mapped_bytes
-        self._next_piece_bytes, self._further_piece_bytes = (
-            (PIECE_BYTES, PIECE_BYTES) if size_bytes is None else (size_bytes, 0)
-        )
+        self._expected_bytes = size_bytes or 0
 
     def release(self, regions: Iterable[Region]) -> None:
         """Nothing: they are too small to be pieces."""
@@ -115,6 +112,7 @@ class GpuPieces:
             self._offers = DescriptorOffers()
         descriptor = self._offers.offer(self._driver.export(memory), self._label)
         self._map(memory, PieceHandle(descriptor, size_bytes, secrets.randbits(63)))
+        self._expected_bytes = max(self._expected_bytes - size_bytes, 0)
 
     def _map(self, memory: int, handle: PieceHandle) -> None:
         """Behind the last one. It then stays for as long as it is mapped."""

@@ -172,6 +172,7 @@ class Worker:
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
             filled={name: region.size_bytes for name, region in self._arena.held.items()},
             shares_packed=self.spec.keeps_memory and not grid.moves_experts,
+            expect=self._arena.begin_part,
         )
         for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
             if extension is not None:

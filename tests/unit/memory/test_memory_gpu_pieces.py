@@ -31,7 +31,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint
 def fake_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_pieces, "bytes_at", bytes_at)
-        patch.setattr(gpu_pieces, "PIECE_BYTES", PIECE)
+        patch.setattr(gpu_pieces, "LARGEST_BYTES", PIECE)
         yield
 
 
@@ -98,26 +98,29 @@ def test_what_is_kept_is_there_and_nothing_lies_over_it(
 def test_a_tensor_begins_in_one_piece_and_ends_in_another() -> None:
     cuda = FakeCuda()
     with arena(cuda=cuda) as memory:
+        memory.begin_part(100 + 3 * PIECE)
         memory.allocate("small", (100,), torch.uint8)
         large = memory.allocate("large", (3 * PIECE,), torch.uint8).fill_(7)
         assert bool((large == 7).all())
-        assert memory.regions["large"].segment == 0 and len(memory.describe().pieces) == 2
-        assert [piece.size_bytes for piece in memory.describe().pieces] == [PIECE, 2 * PIECE + GRANULARITY]
+        assert memory.regions["large"].segment == 0
+        sizes = [piece.size_bytes for piece in memory.describe().pieces]
+        assert sizes == [PIECE] * 3 + [GRANULARITY] and cuda.created_bytes == sum(sizes)
+        assert memory.describe(lambda name: name == "small").pieces == memory.describe().pieces[:1]
         assert not cuda.handles, "a piece that is mapped needs none"
 
 
-def test_a_part_whose_size_is_known_takes_no_more() -> None:
+def test_what_is_expected_is_taken_in_few_pieces_and_nothing_beyond() -> None:
     cuda = FakeCuda()
     with arena(cuda=cuda) as memory:
         memory.allocate("weight", (100,), torch.uint8)
-        memory.begin_part(5 * GRANULARITY - 1000)
+        memory.begin_part(5 * 30_000)
         for i in range(5):
-            memory.allocate(f"key.{i}", (GRANULARITY - 200,), torch.uint8)  # aligned, they take a little more
-        assert cuda.created_bytes == PIECE + 5 * GRANULARITY
-        memory.allocate("one more", (1000,), torch.uint8)
-        assert cuda.created_bytes == PIECE + 6 * GRANULARITY, "what was not foreseen takes what it needs"
+            memory.allocate(f"key.{i}", (30_000,), torch.uint8)  # aligned, they take a little more
         described = memory.describe(lambda name: name.startswith("key"))
-        assert [piece.size_bytes for piece in described.pieces] == [5 * GRANULARITY]
+        assert [piece.size_bytes for piece in described.pieces] == [PIECE, GRANULARITY]
+        assert cuda.created_bytes == GRANULARITY + PIECE + GRANULARITY
+        memory.allocate("one more", (GRANULARITY,), torch.uint8)
+        assert cuda.created_bytes == PIECE + 3 * GRANULARITY, "what was not foreseen takes what it needs"
 
 
 def test_who_takes_over_makes_nothing_new(holder: Holder) -> None:
