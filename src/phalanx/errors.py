@@ -19,6 +19,7 @@
     ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
     ├── ResizeError                     a resize has failed and was undone: says why
     ├── FrameError                      bytes that are not a message of ours
+    ├── DriverError                     CUDA's driver refused something: its call, name and words for it
     └── EngineDeadError                 the engine has stopped: says why
 
 `assert` is for our own mistakes and never for a user's.
@@ -143,6 +144,15 @@ class DivergedError(PhalanxError):
 
 class HungError(PhalanxError):
     """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+
+
+class DriverError(PhalanxError):
+    """A call of CUDA's driver failed. `name` is what it calls the error, such as CUDA_ERROR_OUT_OF_MEMORY."""
+
+    def __init__(self, call: str, name: str, explanation: str) -> None:
+        super().__init__(f"{call}: {name}: {explanation}")
+        self.call = call
+        self.name = name
 
 
 class NotHealedError(PhalanxError):

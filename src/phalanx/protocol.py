@@ -385,7 +385,12 @@ class Step(Message, frozen=True):
 class MeasureMemory(Message, frozen=True):
     """Find out what is left for the KV cache. On GPUs the ranks of a stage run the largest step together, so it comes
     after all have loaded. Stages do not wait for each other, and on a CPU nothing is run.
+
+    Without `sizes_cache` it is known how much there is to be, and all that is found out is whether a GPU's steps can be
+    captured; the ranks then run a small step together.
     """
+
+    sizes_cache: bool = True
 
 
 class AllocateCache(Message, frozen=True):
@@ -491,8 +496,9 @@ class Allocated(Message, frozen=True):
     """The worker is ready to step.
 
     `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
-    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU, whose memory ends with the
-    process. Where experts move (`enable_eplb`) it is the KV cache alone: which experts these weights were is forgotten.
+    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU whose memory ends with the
+    process, as the driver cannot share it. Where experts move (`enable_eplb`) it is the KV cache alone: which experts
+    these weights were is forgotten.
     """
 
     held: bytes = b""

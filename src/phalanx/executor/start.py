@@ -329,9 +329,10 @@ def _allocate(
 ) -> Capacity:
     """Give every rank its KV cache: as large as those of the lines before, or as it can be."""
     capacity = line.capacity
-    if capacity is None or config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
-        found = _measure(executor, config, checkpoint, loaded, deadline)
-        capacity = capacity or found
+    if capacity is None:
+        capacity = _measure(executor, config, checkpoint, loaded, deadline)
+    elif config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
+        executor.submit(MeasureMemory(sizes_cache=False), deadline_s=deadline.remaining_s).result()
     order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:
