@@ -49,7 +49,7 @@ class Resize(NamedTuple):
     gap_ms: float
     """The longest while it was under way."""
     quiet_gap_ms: float
-    """The longest in as long a time before."""
+    """The longest in as long a time before, as far as nothing happened then."""
     token_ms: float
     """Median gap before."""
 
@@ -136,12 +136,12 @@ async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Stream
     ended_at = time.monotonic()
     click.echo(f"{kind}: {told['took_s']:.2f} s, {1e3 * streams.longest_gap_s(began_at, ended_at):.0f} ms", err=True)
     await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
-    took_s = ended_at - began_at
+    quiet_s = min(max(ended_at - began_at, SETTLE_S), 2 * SETTLE_S)  # since the one before
     return Resize(
         kind,
         told["took_s"],
         1e3 * streams.longest_gap_s(began_at, ended_at),
-        1e3 * streams.longest_gap_s(began_at - max(took_s, SETTLE_S), began_at),
+        1e3 * streams.longest_gap_s(began_at - quiet_s, began_at),
         1e3 * streams.median_gap_s(began_at - SETTLE_S, began_at),
     )
 

@@ -174,3 +174,15 @@ def test_what_cannot_be_is_refused_before_anything_is_started(rig: Rig, monkeypa
     rig.formation.weights_changed()
     ended = run_through(rig, Size(1, 1))
     assert ended.ending == "refused" and "those of the checkpoint" in ended.reason
+
+
+def test_a_standby_line_is_of_the_size_that_there_is(tmp_path: Path) -> None:
+    """And tensor parallelism of a dense model."""
+    num_held = num_segments()
+    rig = Rig(write_checkpoint(tmp_path / "llama"), tmp_path / "report", tensor_parallel_size=2, standby=1)
+    rig.await_standby()
+    assert run_through(rig, Size(1, 1)).ending == "done"
+    rig.await_standby()
+    assert rig.run(kill(rig.pids()[0], signal.SIGKILL)) == rig.expected
+    assert rig.stats().healed == {"standby": 1} and len(rig.pids()) == 1
+    expect_nothing_is_left(rig, num_held)

@@ -307,5 +307,5 @@ def _cannot_resize(config: Config, size: Size, asked: Size) -> ConfigError:
     """Where there is no other line than the first."""
     field = "data_parallel_size" if asked.data_parallel_size != size.data_parallel_size else "tensor_parallel_size"
     launcher = config.executor.launcher
-    reason = f"with launcher {launcher}" if launcher != "local" else "without healing (heal)"
-    return ConfigError(field, getattr(asked, field), f"{getattr(size, field)}: {reason} ranks cannot be replaced")
+    reason = f"launcher is {launcher}, and must be local" if launcher != "local" else "heal is off, and must be on"
+    return ConfigError(field, getattr(asked, field), f"for ranks to be replaced, {reason}")

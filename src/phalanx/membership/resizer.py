@@ -24,6 +24,7 @@ from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity, settle
 from phalanx.membership.lines import Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
+from phalanx.membership.recovery import forget_locals
 from phalanx.membership.resize import Resize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory
 from phalanx.models.checkpoint import Checkpoint
@@ -136,8 +137,9 @@ class Preparation:
     def _end(self) -> None:
         try:
             self.interruption.end(self._thread)
-            if self._prepared.exception(0.0) is None:
+            if (error := self._prepared.exception(0.0)) is None:
                 self._prepared.result(0.0).close()
+            forget_locals(error)
         except DeadlineError as error:  # nobody waits for it any longer; it ends with the engine
             log.error("of a resize that was undone: %s", error)
 
@@ -147,7 +149,7 @@ class Resizer:
 
     def __init__(self, config: Config, checkpoint: Checkpoint, lines: Lines) -> None:
         """`config`, settled, is that of the line that serves."""
-        self.config = config
+        self._config = config
         self._checkpoint = checkpoint
         self._lines = lines
         parallel = config.parallel
@@ -155,15 +157,6 @@ class Resizer:
         self._preparation: Preparation | None = None
         self._next_work: NextWork = nothing_to_do
         self._answer: Pending[list[ReplyBody]] | None = None
-
-    @property
-    def size(self) -> Size:
-        """Of the line that serves."""
-        return self._resizing.size
-
-    @property
-    def is_under_way(self) -> bool:
-        return self._resizing.current is not None
 
     @property
     def progress(self) -> StartProgress | None:
@@ -178,7 +171,7 @@ class Resizer:
         """
         self._resizing.check()
         config = self._config_of(asked, capacity.max_model_len)
-        check_devices(config, self.size)
+        check_devices(config, self._resizing.size)
         resize = self._resizing.begin(asked)
         log.info("resize from %s to %s: ranks are prepared beside those that serve", resize.before, asked)
         self._answer, self._next_work = None, next_work
@@ -212,7 +205,7 @@ class Resizer:
         assert self._preparation is not None
         self._resizing.commit()
         taken, self._preparation = self._preparation.result(), None
-        self.config = taken.config
+        self._config = taken.config
         return taken
 
     def fault(self, error: Exception) -> None:
@@ -235,15 +228,15 @@ class Resizer:
     def _config_of(self, asked: Size, max_model_len: int) -> Config:
         """Settled. Raises ConfigError."""
         parallel = msgspec.structs.replace(
-            self.config.parallel,
+            self._config.parallel,
             data_parallel_size=asked.data_parallel_size,
             tensor_parallel_size=asked.tensor_parallel_size,
         )
         if parallel.engine_size < parallel.world_size:
             allowed = "1 without enable_expert_parallel: such replicas are engines of their own"
             raise ConfigError("data_parallel_size", asked.data_parallel_size, allowed)
-        model = msgspec.structs.replace(self.config.model, max_model_len=max_model_len)
-        config = msgspec.structs.replace(self.config, parallel=parallel, model=model)
+        model = msgspec.structs.replace(self._config.model, max_model_len=max_model_len)
+        config = msgspec.structs.replace(self._config, parallel=parallel, model=model)
         config.refuse_contradictions()
         return settle(config, self._checkpoint)
 

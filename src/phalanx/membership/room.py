@@ -53,8 +53,8 @@ def _check_gpus(config: Config, before: Size) -> None:
         raise _no_room(
             config,
             before,
-            f"{before}: others are prepared beside those that serve, and each take gpu_memory_utilization ({share:g}) "
-            f"of a GPU; start with {MOST_OF_TWO:g} or less, or with kv_cache_memory",
+            f"ranks are prepared beside those that serve, and either take gpu_memory_utilization ({share:g}) of a GPU: "
+            f"start with {MOST_OF_TWO:g} or less, or with kv_cache_memory",
         )
 
 

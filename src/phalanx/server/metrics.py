@@ -200,7 +200,7 @@ class _EngineCollector(Collector):
 def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
     """Of the engines that a fault does not end."""
     epoch = GaugeMetricFamily(
-        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault and resize.", labels=["engine"]
     )
     standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
     pause = GaugeMetricFamily(
