@@ -116,7 +116,12 @@ class Streams:
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """Of those that were at some time between the two."""
-        return max((gap for ended, gap in self.gaps if ended >= begin and ended - gap <= end), default=0.0)
+        return self.longest_gap(begin, end)[1]
+
+    def longest_gap(self, begin: float, end: float) -> tuple[float, float]:
+        """When it ended, and its seconds."""
+        gaps = [(ended, gap) for ended, gap in self.gaps if ended >= begin and ended - gap <= end]
+        return max(gaps, key=lambda one: one[1], default=(begin, 0.0))
 
     def median_gap_s(self, begin: float, end: float) -> float:
         return statistics.median(gap for ended, gap in self.gaps if begin <= ended <= end)
@@ -134,8 +139,12 @@ async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Stream
     if told["state"] != "done":
         raise click.ClickException(f"{kind}: {told}")
     ended_at = time.monotonic()
-    click.echo(f"{kind}: {told['took_s']:.2f} s, {1e3 * streams.longest_gap_s(began_at, ended_at):.0f} ms", err=True)
     await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
+    when, gap_s = streams.longest_gap(began_at, ended_at)
+    click.echo(
+        f"{kind}: {told['took_s']:.2f} s, {1e3 * gap_s:.0f} ms, at {when - began_at:.2f} s of {ended_at - began_at:.2f}",
+        err=True,
+    )
     quiet_s = min(max(ended_at - began_at, SETTLE_S), 2 * SETTLE_S)  # since the one before
     return Resize(
         kind,
