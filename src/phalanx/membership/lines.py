@@ -134,8 +134,7 @@ class Lines:
         executor, capacity = start_executor(
             config or self._config, self._checkpoint, on_progress, new_launcher=new_launcher, line=plan
         )
-        (launcher,) = launchers
-        return Line(epoch, executor, told, launcher.pids), capacity
+        return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
 
     def resize(self, config: Config) -> None:
         """Lines that are started from now on have this configuration. It is settled."""
