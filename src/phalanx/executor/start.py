@@ -212,7 +212,8 @@ def _place_local(
 ) -> Placed:
     """A process for each rank, all on this host."""
     groups = _open_groups(config, grid, resources, line.epoch)
-    launcher = new_launcher(thread_environment(pick_threads(config)))
+    threads = pick_threads(config)
+    launcher = new_launcher(thread_environment(threads))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
@@ -220,7 +221,10 @@ def _place_local(
     )
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
-    specs = _specs(config, checkpoint, groups, handles, line)
+    # The environment is that of all lines, and they may be of different sizes.
+    specs = [
+        msgspec.structs.replace(spec, threads=threads) for spec in _specs(config, checkpoint, groups, handles, line)
+    ]
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, range(grid.world_size), resources)
     if not config.executor.ledger:

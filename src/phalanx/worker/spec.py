@@ -39,3 +39,5 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     blocks: then they are taken over instead of read and made. As Holder.memory gives it."""
     keeps_memory: bool = False
     """Whether somebody is going to hold the rank's memory, so that it tells what there is (protocol.Allocated)."""
+    threads: int | None = None
+    """CPU threads of the rank; those of its environment if None."""

@@ -273,6 +273,11 @@ class Worker:
         """Names of the extension's methods after which the prefix cache is of no use."""
         return self._methods.changing_weights()
 
+    @remote_method
+    def declares(self, method: str) -> bool:
+        """Whether there is a method of this name that may be called."""
+        return method in self._methods
+
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         self.call_id = call.call_id
