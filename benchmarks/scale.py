@@ -142,7 +142,8 @@ async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Stream
     await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
     when, gap_s = streams.longest_gap(began_at, ended_at)
     click.echo(
-        f"{kind}: {told['took_s']:.2f} s, {1e3 * gap_s:.0f} ms, at {when - began_at:.2f} s of {ended_at - began_at:.2f}",
+        f"{kind}: {told['took_s']:.2f} s, {1e3 * gap_s:.0f} ms, "
+        f"at {when - began_at:.2f} s of {ended_at - began_at:.2f}",
         err=True,
     )
     quiet_s = min(max(ended_at - began_at, SETTLE_S), 2 * SETTLE_S)  # since the one before
