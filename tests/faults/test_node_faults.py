@@ -29,7 +29,7 @@ NOTICED_WITHIN_S = 2.0
 ENDED_WITHIN_S = 10.0
 GONE_WITHIN_S = 5.0
 
-FLAGS = ("--node-timeout-s", str(NODE_TIMEOUT_S), "--ray-per-worker-gpus", "2")
+FLAGS = ("--node-timeout-s", str(NODE_TIMEOUT_S), "--ray-per-worker-gpus", "2", "--no-heal")
 TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--allow-split-tensor-parallel", *FLAGS)
 PIPELINE_PARALLEL = ("--pipeline-parallel-size", "2", *FLAGS)
 """Rank 0 is beside the brain, rank 1 on another node."""

@@ -19,10 +19,11 @@ from phalanx.errors import PhalanxError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity, settle, start_executor
+from phalanx.executor.start import Capacity, open_quarters, settle, start_executor
 from phalanx.membership.lines import Line, Lines
-from phalanx.membership.memory import FormationMemory
+from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
+from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, Step, StepResult
 
@@ -193,19 +194,25 @@ class Formation:
 def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Formation:
     """Start ranks as `start_executor` does, and be ready to start others after them.
 
-    With `heal` off, and of ranks in this process and those of Ray, the first line is the last one.
+    With `heal` off the first line is the last one.
     """
     config = settle(config, checkpoint)
     with ExitStack() as stack:
-        if not config.healing.heal or config.executor.launcher != "local":
+        if not config.healing.heal:
             executor, capacity = start_executor(config, checkpoint, on_progress)
             return Formation(Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
+        holder: RankHolder = Holder()
+        quarters = None
+        if config.executor.launcher == "ray":
+            quarters = stack.enter_context(open_quarters(config, on_progress))
+            config = quarters.config
+            holder = quarters.holder()
         presence = Presence(config)
         stack.callback(presence.close)
         # Of experts that move nobody knows, after a fault, which are where.
-        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
+        memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
-        lines = stack.enter_context(Lines(config, checkpoint))
+        lines = stack.enter_context(Lines(config, checkpoint, quarters))
         line, capacity = lines.start(on_progress, show=presence.show)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
