@@ -115,7 +115,7 @@ class Quarters:
             self._check_open()
             if lost := self._lost_places():
                 if not may_move:
-                    raise StartError(self._named(lost), "placing", "their node is lost, and their memory with it")
+                    raise StartError(self._named(lost), "placing", "a lost node has taken its memory along")
                 self._move(lost, deadline)
                 return
             busy = busy_places(self._connection, self.reservation)
@@ -149,7 +149,7 @@ class Quarters:
                 return
             except PlacementError as error:
                 if not deadline.remaining_s:
-                    cause = f"their node is lost, and there was no other place for {deadline.waited_s:.3g} s: {error}"
+                    cause = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node: {error.complaint}"
                     raise StartError(where, "placing", cause) from error
             time.sleep(min(MOVE_POLL_S, deadline.remaining_s))
 
