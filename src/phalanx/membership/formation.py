@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from phalanx.config import Config
-from phalanx.errors import PhalanxError, UserError
+from phalanx.errors import DeadlineError, PhalanxError, UserError
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
@@ -44,14 +45,19 @@ class Healed(NamedTuple):
 class Healing:
     """A recovery that another thread carries out."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_s: float) -> None:
+        """`longest_s`: what it cannot take in good order."""
         self._outcome: Future[Healed] = Future()
+        self._deadline = Deadline(longest_s)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it is over by then."""
+        """Whether it is over by then. Raises DeadlineError if it hangs, as one rank in this process may at its start,
+        which nobody can end."""
         with suppress(TimeoutError):
             self._outcome.exception(timeout_s)
             return True
+        if not self._deadline.remaining_s:
+            raise DeadlineError("ranks that go on", "who heals them", self._deadline.waited_s)
         return False
 
     def result(self) -> Healed:
@@ -158,7 +164,7 @@ class Formation:
     def begin_healing(self, error: PhalanxError) -> Healing:
         """Do so in another thread."""
         assert self._recovery is not None
-        healing = Healing()
+        healing = Healing(self._recovery.longest_s)
         self._recovery.begin(partial(healing.carry_out, self, error))
         return healing
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from formation_rig import Rig, Streams
 
-from phalanx.errors import WorkerError
+from phalanx.errors import DeadlineError, WorkerError
+from phalanx.membership.formation import Healing
 from phalanx.protocol import Call, Step
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -50,7 +53,6 @@ def _is_there(entry: os.DirEntry[str]) -> bool:
 
 
 def test_an_exception_is_healed_in_the_process(tmp_path: Path) -> None:
-    num_before = num_segments()
     extension = f"{__name__}:{Clumsy.__name__}"
     rig = Rig(write_checkpoint(tmp_path / "llama"), tmp_path, launcher="inline", worker_extension_cls=extension)
     num_at_first = num_segments()
@@ -63,5 +65,11 @@ def test_an_exception_is_healed_in_the_process(tmp_path: Path) -> None:
     assert rig.errors == [WorkerError] * 3
     assert num_segments() == num_at_first, "nothing of those that failed is kept"
     rig.close()
-    del rig
-    assert num_segments() == num_before
+
+
+def test_a_healing_that_hangs_is_given_up() -> None:
+    healing = Healing(0.05)
+    began_at = time.monotonic()
+    with pytest.raises(DeadlineError, match="for ranks that go on from who heals them"):
+        while time.monotonic() < began_at + 5.0:
+            assert not healing.wait(0.01)

@@ -23,7 +23,6 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.transport.shared_memory import SegmentHandle
 
-
 DISMISSAL_S = 1.5
 """For the driver to dismiss an agent, after a link that it closed. Of one that goes by itself Ray tells the user."""
 

@@ -149,7 +149,8 @@ class Quarters:
                 return
             except PlacementError as error:
                 if not deadline.remaining_s:
-                    cause = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node: {error.complaint}"
+                    complaint = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node"
+                    cause = f"{complaint}: {error.complaint}"
                     raise StartError(where, "placing", cause) from error
             time.sleep(min(MOVE_POLL_S, deadline.remaining_s))
 
