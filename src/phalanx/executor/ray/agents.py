@@ -21,7 +21,7 @@ END_DEADLINE_S = 5.0
 class Agents:
     """One for each node that has ranks. They outlive lines, and hold what lines leave to each other.
 
-    For one thread at a time, but for `close`.
+    For one thread at a time, but for `close`, and `end_ranks` of lines that have been replaced.
     """
 
     def __init__(self, cluster: ClusterConfig) -> None:
@@ -42,18 +42,15 @@ class Agents:
 
         An agent that cannot say so is lost from now on. Its ranks end with it.
         """
-        calls = {
-            node_id: actor.end_ranks.remote(epoch, END_DEADLINE_S)
-            for node_id in node_ids
-            if (actor := self.living(node_id)) is not None
-        }
+        actors = {node_id: actor for node_id in node_ids if (actor := self.living(node_id)) is not None}
+        calls = {node_id: actor.end_ranks.remote(epoch, END_DEADLINE_S) for node_id, actor in actors.items()}
         expires_at = time.monotonic() + END_DEADLINE_S
         for node_id, call in calls.items():
             try:
                 are_gone = ray.get(call, timeout=max(expires_at - time.monotonic(), 0.0))
             except Exception:  # it has died with them, or its node is cut off
                 are_gone = False
-            if not are_gone:
+            if not are_gone and self._actors.get(node_id) is actors[node_id]:  # it may have been replaced meanwhile
                 self._lost.add(node_id)
 
     def renew(self) -> None:

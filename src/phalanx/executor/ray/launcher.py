@@ -34,6 +34,7 @@ class RayLauncher:
         self._watch: ActorWatch | None = None
         self._raylet_watch = ExitStack()
         self._is_closing = False
+        self._has_ended = False
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         calls = {self._crew.run_rank(self._order(spec)): str(spec.rank) for spec in specs}
@@ -61,7 +62,9 @@ class RayLauncher:
         for party in self._local:  # Ray may do it late, without its head never
             kill(party)
         self._crew.close()
-        self._crew.end_remote()
+        if not self._has_ended:  # later the agents may be others
+            self._crew.end_remote()
+            self._has_ended = True
         if self._watch is not None:
             self._watch.wait_for({str(placed.rank) for placed in self._crew.placed}, REAP_DEADLINE_S)
         if left := await_ends(self._local, END_DEADLINE_S):
