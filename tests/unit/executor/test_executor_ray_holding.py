@@ -75,7 +75,5 @@ def test_it_is_lost_with_the_agent(quarters: Any, memory: HeldMemory, other: Fak
 
 def test_an_agent_that_does_not_answer_is_named(quarters: Any, memory: HeldMemory) -> None:
     quarters.crew.agents["b"].answers = False
-    with pytest.raises(
-        StartError, match=r"agent of b did not start: no answer \(while holding the memory of rank 1"
-    ):
+    with pytest.raises(StartError, match=r"agent of b did not start: no answer \(while holding the memory of rank 1"):
         NodesHolder(quarters).hold(1, memory)

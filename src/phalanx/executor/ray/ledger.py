@@ -37,6 +37,10 @@ from phalanx.transport.keys import RunKey
 from phalanx.transport.shared_memory import SegmentHandle
 
 
+LIKE_A_STALL: frozenset[Cause] = frozenset({"late", "behind", "hung"})
+"""What a network between nodes that stalls looks like as well: the run is to survive that."""
+
+
 class Ledger(NamedTuple):
     """What is kept on the brain's node, and what the other nodes are to do."""
 
@@ -89,7 +93,8 @@ def keep_ledger(
             steps_ahead=max(config.parallel.pipeline_parallel_size, 2),  # as the brain has under way at most
         )
         order = msgspec.structs.replace(order, other_nodes=others)
-        watching = _start(config, order, launcher, ends_after_s, resources)
+        patient = outlast_stalls(ends_after_s, config.cluster.node_timeout_s)
+        watching = _start(config, order, launcher, patient, resources)
     if watching is None:
         return Ledger.none()
     judge = Judge(address=address, port=port, key=key)
@@ -98,6 +103,14 @@ def keep_ledger(
         for node_id, ranks in remote.items()
     }
     return Ledger(watching, journals, reports)
+
+
+def outlast_stalls(ends_after_s: Mapping[Cause, float], node_timeout_s: float) -> dict[Cause, float]:
+    """Have no ranks killed for what a stall of the network looks like, as long as such a stall may last."""
+    return {
+        cause: max(stands_s, node_timeout_s) if cause in LIKE_A_STALL else stands_s
+        for cause, stands_s in ends_after_s.items()
+    }
 
 
 def _start(
