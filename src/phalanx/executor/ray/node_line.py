@@ -10,6 +10,7 @@ from phalanx.executor.ray.messages import NodeOrder, NodeReady
 from phalanx.executor.ray.node_ledger import report_node
 from phalanx.transport.liveness import Party
 from phalanx.transport.relay import NodeRelay
+from phalanx.transport.shared_memory import SegmentHandle
 
 
 class NodeLine:
@@ -40,7 +41,10 @@ class NodeLine:
             source_address=order.own_address,
         )
         queues = tuple(self._relay.handle(rank) for rank in order.ranks)
-        journals = report_node(order, order.report, self._resources) if order.report is not None else {}
+        journals: dict[int, SegmentHandle] = {}
+        if order.report is not None:
+            processes = dict(zip(order.ranks, self._ranks, strict=True))
+            journals = report_node(order, order.report, processes, self._resources)
         return NodeReady(queues, tuple(groups), journals)
 
     def run(self) -> None:

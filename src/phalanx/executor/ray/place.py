@@ -70,7 +70,7 @@ def place_on_ray(
             epoch=epoch,
             journal=journals.get(rank.rank),
             held=memory.get(rank.rank),
-            keeps_memory=keeps_memory,
+            keeps_memory=keeps_memory and config.executor.device == "cpu",
         )
         for rank in crew.placed
     ]
