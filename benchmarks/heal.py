@@ -1,7 +1,7 @@
 """What clients see of a fault: the longest gap between two tokens, per kind of fault, with and without a standby line.
 
-    python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--device cpu] [--launcher ray]
-                              [--peer-python PATH]
+    python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--device cpu]
+                              [--launcher ray] [--peer-python PATH]
 
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown

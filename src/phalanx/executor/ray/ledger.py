@@ -37,7 +37,6 @@ from phalanx.transport.address import address_of, listen_on
 from phalanx.transport.keys import RunKey
 from phalanx.transport.shared_memory import SegmentHandle
 
-
 LIKE_A_STALL: frozenset[Cause] = frozenset({"late", "behind", "hung"})
 """What a network between nodes that stalls looks like as well: the run is to survive that."""
 
