@@ -37,6 +37,9 @@ HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 WAITED: frozenset[Cause] = frozenset({"skipped", "late", "slow", "behind", "circle", "hung"})
 """What is told only when somebody has waited for long."""
 
+_STARVED_SHARE = 0.1
+"""Of a wait. Threads that sleep and wake have to wait for a core now and then, but not for so long."""
+
 _LINES_SHOWN = 6
 
 
@@ -60,6 +63,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[int, ...] = ()
     """Ranks that wait for it."""
     waited_s: float = 0.0
+    starved_s: float = 0.0
+    """For how long of that those who are waited for had no core."""
     stacks: dict[int, tuple[str, ...]] = {}
     """Of the culprits and of one who waits, as far as they answered: lines of Python, innermost first."""
     standings: dict[int, Standing] = {}
@@ -79,6 +84,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def is_of_a_wait(self) -> bool:
         """Whether it is told only when somebody has waited for long. Of a node that is there, but not watched, too."""
         return self.cause in WAITED or (self.cause == "lost" and self.sequence is not None)
+
+    @property
+    def is_of_a_busy_host(self) -> bool:
+        """Whether those who are waited for may just have too little of a core: then they come when they get it."""
+        return self.is_of_a_wait and self.starved_s >= _STARVED_SHARE * self.waited_s > 0
 
     @property
     def is_ambiguous(self) -> bool:

@@ -25,8 +25,8 @@ ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
     dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
 )
 """After a verdict that stands for so long, ranks are ended. Who was stopped may go on, and who is late may come; but to
-wait for it costs more than to do without. Not for one that computes (slow):
-its successor would do the same; nor for one that takes long to start (overdue), which has a deadline."""
+wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
+would do the same; nor for one that takes long to start (overdue). These have deadlines."""
 
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05

@@ -59,6 +59,11 @@ def test_a_rank_that_computes_is_slow() -> None:
     assert "computes and does not come to all_reduce" in str(verdict) and "1.9 s of CPU in 2.0 s" in str(verdict)
 
 
+def test_a_rank_that_computes_as_far_as_it_has_a_core_is_slow() -> None:
+    verdict = judged(seen(waiting_for_1(), still_s=4.0, cpu_s=0.9, starved_s=3.0))
+    assert (verdict.cause, verdict.culprits) == ("slow", (1,))
+
+
 def test_a_rank_that_sleeps_somewhere_is_late() -> None:
     verdict = judged(seen(waiting_for_1(), still_s=2.0, cpu_s=0.01, starved_s=1.9))
     assert (verdict.cause, verdict.culprits) == ("late", (1,))
