@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
-from click.core import ParameterSource
 
 from phalanx.cli.exit_codes import FAILURE
-from phalanx.cli.options import SectionedCommand, engine_options, given
+from phalanx.cli.options import SectionedCommand, engine_options, given, given_of
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
 from phalanx.errors import ConfigError
@@ -120,7 +119,7 @@ def chaos(
 
 def _refuse_without_effect(*, has_plan: bool) -> None:
     """Raises UsageError for what a seed makes a plan of, if there is a plan."""
-    if has_plan and (without := _given_of("seed", "count", "kinds", "states")):
+    if has_plan and (without := given_of("seed", "count", "kinds", "states")):
         raise click.UsageError(f"{', '.join(without)}: without effect, since --plan says what is to go wrong")
 
 
@@ -128,17 +127,11 @@ def _possible_where_it_runs(
     kinds: tuple[Kind, ...], states: tuple[State, ...]
 ) -> tuple[tuple[Kind, ...], tuple[State, ...]]:
     """What a seed may draw from for an instance that runs. Raises UsageError for what was asked for and cannot be."""
-    if "error" in kinds and _given_of("kinds"):
+    if "error" in kinds and given_of("kinds"):
         raise click.UsageError("--kinds error: not with --pid, as the engine tells it, and no verdict is given on it")
     if "start" in states:
         raise click.UsageError("--states start: not with --pid, as what runs has started")
     return tuple(kind for kind in kinds if kind != "error"), states
-
-
-def _given_of(*names: str) -> list[str]:
-    """The flags, of those with these names, that the command has."""
-    context = click.get_current_context()
-    return [f"--{name}" for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> Iterator[Outcome]:

@@ -14,7 +14,7 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from phalanx.config import HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
@@ -47,6 +48,7 @@ class Recovery:
         self._healed: Counter[Rung] = Counter()
         self._failed: Counter[Rung] = Counter()
         self._last_pause_s = 0.0
+        self._last_fault = ""
         self._is_healing = False
         self._standby = Standby(self._prepare) if config.standby else None
 
@@ -66,7 +68,8 @@ class Recovery:
         if isinstance(error, WorkerError):
             log.error("%s", error.traceback)
         # Of a verdict the log has the rest already.
-        log.error("the ranks of epoch %d are ended: %s", failed.epoch, str(error).partition("\n")[0])
+        self._last_fault = str(error).partition("\n")[0]
+        log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
         failed.executor.kill()
         forget_locals(error)
         self._retire(failed)
@@ -108,6 +111,7 @@ class Recovery:
             failed=dict(self._failed.items()),
             num_standby_faults=0 if self._standby is None else self._standby.num_faults,
             last_pause_s=self._last_pause_s,
+            last_fault=self._last_fault,
         )
 
     def interrupt(self) -> None:
@@ -145,10 +149,10 @@ class Recovery:
             if self._standby is not None:
                 self._standby.discard()
             line = self._new_line(attempt.deadline_s, NO_MEMORY)
-        elif attempt.rung == "standby" or (self._standby is not None and self._standby.is_preparing):
+        elif attempt.rung == "standby":
             line = self._take_standby(attempt.deadline_s)
         else:
-            line = self._new_line(attempt.deadline_s, self._memory.of_ranks())
+            line = self._next_line(attempt.deadline_s)
         try:
             line.executor.check_health(min(attempt.deadline_s, HEALTH_S))
             self._memory.take(line.told)
@@ -157,15 +161,22 @@ class Recovery:
             raise
         return line
 
-    def _take_standby(self, deadline_s: float) -> Line:
-        """The line that stands ready, or the one that is being prepared."""
+    def _take_standby(self, timeout_s: float) -> Line:
+        """The line that stands ready, or will before `timeout_s`; else it is ended."""
         assert self._standby is not None
-        line = self._standby.take(deadline_s)
+        line = self._standby.take(timeout_s)
         if line is None:
             self._standby.discard()
-            raise StartError("the standby line", "being prepared", f"it was not ready within {deadline_s:.3g} s")
+            raise StartError("the standby line", "being prepared", f"it was not ready within {timeout_s:.3g} s")
         self._presence.show(line.executor.watched, line.epoch)
         return line
+
+    def _next_line(self, deadline_s: float) -> Line:
+        """The one that is being prepared, if that is sooner; else a new one. A start that hangs is not waited for."""
+        if self._standby is not None:
+            with suppress(StartError):
+                return self._take_standby(min(self._standby.due_in_s, deadline_s))
+        return self._new_line(deadline_s, self._memory.of_ranks())
 
     def _new_line(self, deadline_s: float, memory: Mapping[int, HeldMemory]) -> Line:
         line, _ = self._lines.start(

@@ -167,6 +167,32 @@ def test_who_kills_ends_and_the_others_live() -> None:
     }
 
 
+def test_a_request_that_was_only_there_when_ranks_were_killed_lives() -> None:
+    """Kill after kill from outside, before the first step of each new set of ranks, whoever runs then."""
+    rig = Rig()
+    rig.is_from_outside = True
+    rig.submit([10, 11], max_tokens=30, ignore_eos=True)
+    for _ in range(12):
+        kill(rig, is_blamed=True)
+    rig.submit([20, 21], max_tokens=30, ignore_eos=True)
+    for _ in range(3):
+        kill(rig, is_blamed=True)
+        rig.step()
+    rig.finish()
+    assert not rig.errors
+
+
+def test_who_kills_as_somebody_from_outside_would_is_found_since_the_others_live() -> None:
+    rig = Rig()
+    rig.is_from_outside = True
+    for first in range(3):
+        rig.submit([10 + first, 11], max_tokens=40, ignore_eos=True, top_k=8 if first == 1 else 0)
+    rig.finish()
+    reasons = [client.reason for client in rig.clients.values()]
+    assert reasons == [FinishReason.LENGTH, FinishReason.ERROR, FinishReason.LENGTH]
+    assert rig.epoch - 1 == FAILURES_TO_BLAME + 1 and "5 times in a row" in rig.errors[1]
+
+
 def test_while_one_is_tried_the_others_are_held_back() -> None:
     rig = Rig(max_num_seqs=3, async_scheduling=False)
     for first in range(3):

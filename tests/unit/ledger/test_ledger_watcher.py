@@ -57,7 +57,6 @@ class Watched:
             found = self._watcher.verdict(self.clock())
         return found
 
-
     def starved_ns(self, took_ns: int) -> int:
         """Of the last `took_ns`."""
         num_looks = round(took_ns / 1e9 / LOOK_S)
