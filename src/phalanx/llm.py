@@ -28,8 +28,8 @@ from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
 from phalanx.engine.work import Work
 from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.formation import start_formation
-from phalanx.membership.recovery import forget_locals
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, TokenBatch
 

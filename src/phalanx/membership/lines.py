@@ -17,6 +17,7 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watcher import WatchOrder
+from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH
@@ -55,6 +56,7 @@ def end(line: Line) -> None:
     """End its ranks and let go of what they used. Raises DeadlineError."""
     line.executor.kill()
     line.executor.close()
+    forget_locals(line.executor.failure)
 
 
 class Interruption:

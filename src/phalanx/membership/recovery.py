@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from phalanx.config import HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
 from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
@@ -78,6 +78,7 @@ class Recovery:
             try:
                 line = self._attempt(attempt)
             except (PhalanxError, OSError) as reason:  # OSError: no memory, no processes, no descriptors
+                forget_locals(reason)
                 self._failed[attempt.rung] += 1
                 climb.failed(attempt.rung, str(reason))
                 log.warning("no ranks by way of %s: %s", attempt.rung, reason)
@@ -202,13 +203,6 @@ class Recovery:
         thread = threading.Thread(target=line.executor.close, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
-
-
-def forget_locals(error: BaseException | None) -> None:
-    """Let go of what the calls held that an error came through: the executor, and so the memory of its queue."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(progress: StartProgress) -> None:

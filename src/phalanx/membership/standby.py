@@ -10,6 +10,7 @@ from typing import Literal
 
 from phalanx.errors import PhalanxError
 from phalanx.executor.pending import Pending
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, end
 from phalanx.protocol import Ping, ReplyBody
 
@@ -104,10 +105,13 @@ class Standby:
 
     def _run(self) -> None:
         while not self._is_closed:
-            if (lost := self._await_turn()) is not None:
-                self._let_go(lost)
-            elif not self._is_closed:
-                self._try()
+            self._take_turn()  # nothing of a line is held here when it is gone
+
+    def _take_turn(self) -> None:
+        if (lost := self._await_turn()) is not None:
+            self._let_go(lost)
+        elif not self._is_closed:
+            self._try()
 
     def _try(self) -> None:
         try:
@@ -171,6 +175,7 @@ class Standby:
             log.exception("a standby line (epoch %d) did not end", line.epoch)
 
     def _give_up(self, error: Exception) -> None:
+        forget_locals(error)
         with self._changed:
             self._is_preparing = False
             if not self._is_closed and not self._interruption.is_set:

@@ -20,7 +20,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
-from phalanx.errors import PhalanxError, UserError
+from phalanx.errors import DeadlineError, PhalanxError, UserError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import FormationStats
 from phalanx.testing.blows import Blow, is_named
@@ -69,7 +69,7 @@ class _Violation(Exception):
 class Checker:
     """One engine, and the same streams again and again. Use `Checker.start`."""
 
-    def __init__(self, engine: EngineClient, config: Config, asked: Sequence[Asked], files_before: Holdings) -> None:
+    def __init__(self, engine: EngineClient, config: Config, asked: Sequence[Asked]) -> None:
         self._engine = engine
         self._config = config
         self._asked = asked
@@ -77,7 +77,7 @@ class Checker:
         self._clean_s = 0.0
         """What all streams take without a fault."""
         self._clean_gap_s = 0.0
-        self._has = files_before
+        self._has = Holdings.of(engine.condition.pid)
         self._had_fault = False
         self._num_tokens = 0
 
@@ -90,10 +90,12 @@ class Checker:
         shell = ("/bin/sh", "-c", 'exec "$@" 2>>"$0"', str(log or os.devnull))
         engine = await EngineClient.start(config, command=(*shell, *ENGINE_COMMAND))
         try:
-            vocab_size = min(engine.front.vocab_size, engine.tokenizer.vocab_size)
-            asked = requests(seed, num_streams, vocab_size, engine.info.max_model_len)
-            checker = cls(engine, config, asked, Holdings.of(engine.condition.pid))
+            asked = requests(seed, num_streams, engine.front.vocab_size, engine.info.max_model_len)
+            checker = cls(engine, config, asked)
             await checker._learn()
+        except _Violation as violation:
+            await engine.close()
+            raise DeadlineError("an engine that is well", f"process {engine.condition.pid}", WELL_S) from violation
         except BaseException:
             await engine.close()
             raise
@@ -130,17 +132,19 @@ class Checker:
 
     async def _learn(self) -> None:
         """What the streams are without a fault, in two runs that must be the same."""
-        self._asked = with_stop_strings(self._asked, await self._streams())
-        self._expected = await self._streams()
+        await self._well()
+        self._has = Holdings.of(self._engine.condition.pid)
+        self._asked = with_stop_strings(self._asked, await self._streams(self._asked))
+        self._expected = await self._streams([one._replace(cancelled_after=None) for one in self._asked])
         began_at = time.monotonic()
-        again = await self._streams()
+        again = await self._streams(self._asked)
         self._clean_s = time.monotonic() - began_at
         self._clean_gap_s = max(one.gap_s for one in again)
         if complaints := self._complaints(again):
             raise UserError(f"without a fault, two runs of the same requests are not the same: {'; '.join(complaints)}")
 
-    async def _streams(self) -> list[Seen]:
-        return await asyncio.gather(*(follow(self._engine, one, self._count) for one in self._asked))
+    async def _streams(self, asked: Sequence[Asked]) -> list[Seen]:
+        return await asyncio.gather(*(follow(self._engine, one, self._count) for one in asked))
 
     def _count(self, num_tokens: int) -> None:
         self._num_tokens += num_tokens
@@ -181,7 +185,7 @@ class Checker:
         executor, healing = self._config.executor, self._config.healing
         limit_s = executor.step_timeout_s + healing.heal_timeout_s + WELL_S + 10 * self._clean_s
         try:
-            return await asyncio.wait_for(self._streams(), limit_s)
+            return await asyncio.wait_for(self._streams(self._asked), limit_s)
         except TimeoutError:
             raise _Violation(f"streams have not ended after {limit_s:.0f} s") from None
 
@@ -268,7 +272,7 @@ class Checker:
     async def _left_over(self, *, is_new: bool) -> list[str]:
         """What it has more than after the first fault, when all that was used has had time to go."""
         has, expires_at = Holdings.of(self._engine.condition.pid), time.monotonic() + LEFT_S
-        while not is_new and has.beyond(self._has) and time.monotonic() < expires_at:
+        while not is_new and self._had_fault and has.beyond(self._has) and time.monotonic() < expires_at:
             await asyncio.sleep(10 * LOOK_S)
             has = Holdings.of(self._engine.condition.pid)
         beyond = [] if is_new or not self._had_fault else has.beyond(self._has)

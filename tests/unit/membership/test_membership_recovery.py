@@ -19,7 +19,7 @@ WITHIN_S = 20.0
 
 
 class FakeExecutor:
-    watched = None
+    watched = failure = None
 
     def submit(self, *_: object, **__: object) -> Any:
         return self

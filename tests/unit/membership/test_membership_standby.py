@@ -27,6 +27,8 @@ class FakePing:
 
 
 class FakeExecutor:
+    failure = None
+
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.end_error: Exception | None = None

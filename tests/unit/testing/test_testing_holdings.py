@@ -1,0 +1,40 @@
+"""What a process has, and what it has more than before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from phalanx.testing.holdings import DESCRIPTOR_SLACK, Holdings, children_of, parent_of
+
+NOTHING = Holdings(0, 0, 0, 0, 0)
+
+
+def test_more_is_told_and_less_is_not() -> None:
+    before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, rss_bytes=1 << 30)
+    assert before.beyond(before) == [] and NOTHING.beyond(before) == []
+    more = Holdings(6, 40 + DESCRIPTOR_SLACK, 8, 1, (1 << 30) + (65 << 20))
+    assert [one.partition(",")[0] for one in more.beyond(before)] == [
+        *("6 processes", "8 segments of memory", "1 files in /dev/shm", "1141899264 bytes of memory")
+    ]
+
+
+def test_what_a_process_has() -> None:
+    process = subprocess.Popen(["/bin/sh", "-c", "sleep 100 & echo; wait"], process_group=0, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        assert Holdings.of(process.pid).num_processes == 2
+        (sleep,) = children_of(process.pid)
+        assert parent_of(sleep) == process.pid
+        before = Holdings.of(os.getpid())
+        memory = os.memfd_create("phalanx:test")
+        assert Holdings.of(os.getpid()).num_segments == before.num_segments + 1
+        os.close(memory)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+        process.stdout.close()
+    assert (
+        children_of(process.pid) == [] and parent_of(process.pid) is None and Holdings.of(process.pid)[:3] == (0, 0, 0)
+    )
