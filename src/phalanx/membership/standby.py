@@ -105,7 +105,7 @@ class Standby:
 
     def _run(self) -> None:
         while not self._is_closed:
-            self._take_turn()  # nothing of a line is held here when it is gone
+            self._take_turn()  # and hold nothing of a line that is gone
 
     def _take_turn(self) -> None:
         if (lost := self._await_turn()) is not None:

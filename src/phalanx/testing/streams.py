@@ -114,6 +114,7 @@ def difference(asked: Asked, expected: Seen, found: Seen) -> str | None:
     """In what a stream is not that of a run without faults; None if in nothing."""
     if found.error is not None:
         return f"it failed: {found.error}"
+    num_expected = len(expected.tokens)
     if asked.cancelled_after is not None:
         expected = msgspec.structs.replace(
             expected, tokens=expected.tokens[: len(found.tokens)], text=found.text, reasons=found.reasons
@@ -124,7 +125,7 @@ def difference(asked: Asked, expected: Seen, found: Seen) -> str | None:
     if found.tokens != expected.tokens:
         pairs = enumerate(zip(found.tokens, expected.tokens, strict=False))
         place = next((i for i, (one, other) in pairs if one != other), min(len(found.tokens), len(expected.tokens)))
-        return f"token {place} of {len(expected.tokens)} differs"
+        return f"token {place} of {num_expected} differs"
     if (found.text, found.reasons) != (expected.text, expected.reasons):
         return f"its text or end differs: {found.reasons}, {len(found.text)} letters, not {len(expected.text)}"
     if len(found.logprobs) != len(expected.logprobs):

@@ -14,20 +14,7 @@ def found(index: int, *violations: str, **fields: object) -> Round:
 
 
 def test_a_row() -> None:
-    assert heading().split() == [
-        "round",
-        "blow",
-        "rank",
-        "when",
-        "healed",
-        "by",
-        "pause",
-        "ms",
-        "gap",
-        "ms",
-        "s",
-        "result",
-    ]
+    assert " ".join(heading().split()) == "round blow rank when healed by pause ms gap ms s result"
     assert row(found(3)).split() == ["3", "kill", "1", "decode", "2", "standby", "400", "200", "0.0", "right"]
     assert row(found(3, "stream 1: it ended 0 times", "left over: 1")).endswith("it ended 0 times; left over: 1")
 
