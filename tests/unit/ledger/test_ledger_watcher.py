@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from typing import Any
 
 import pytest
 from ledger_ranks import Clock, WritingRank
@@ -14,7 +15,7 @@ from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
 from phalanx.transport.shared_memory import SharedSegment
 
 REDUCE = "all_reduce float32 [3, 72]"
@@ -23,7 +24,8 @@ REDUCE = "all_reduce float32 [3, 72]"
 class Watched:
     """Two ranks, and what the kernel says of their cores."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
         segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(2)]
         self.clock = Clock()
         self.ranks = [
@@ -48,13 +50,13 @@ class Watched:
             rank.done("tp@0")
             rank.end()
 
-    def verdict(self, after_s: float, starving: float = 0.0) -> Verdict | None:
+    def verdict(self, after_s: float, starving: float = 0.0, *, has_ended: bool = False) -> Verdict | None:
         """Looking all the time. `starving`: the share of it in which the ranks had no core."""
         found = None
         for _ in range(round(after_s / LOOK_S)):
             self.clock.pass_s(LOOK_S)
             self.starving.append(starving > 0)
-            found = self._watcher.verdict(self.clock())
+            found = self._watcher.verdict(self.clock(), has_ended=has_ended)
         return found
 
     def starved_ns(self, took_ns: int) -> int:
@@ -62,11 +64,23 @@ class Watched:
         num_looks = round(took_ns / 1e9 / LOOK_S)
         return round(sum(islice(reversed(self.starving), num_looks)) * LOOK_S * 1e9)
 
+    def count_reads(self) -> list[int]:
+        """How often each rank is looked at, from now on."""
+        counts = [0, 0]
+        for rank, one in enumerate(self._watcher._ranks):
+
+            def look(*args: Any, rank: int = rank, look: Callable[..., Any] = one.look) -> Any:
+                counts[rank] += 1
+                return look(*args)
+
+            self._monkeypatch.setattr(one, "look", look)
+        return counts
+
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with ExitStack() as stack:
-        ranks = Watched(stack)
+        ranks = Watched(stack, monkeypatch)
         monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
         monkeypatch.setattr(watcher, "starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
         ranks.step(1)
@@ -103,3 +117,32 @@ def test_who_sleeps_is_not_starved(watched: Watched) -> None:
     watched.step(2, [0])
     found = watched.verdict(LEAST_S + 0.5)
     assert found is not None and found.cause == "behind" and not found.is_of_a_busy_host
+
+
+def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
+    read = watched.count_reads()
+    for number in range(2, 42):
+        watched.step(number)
+        watched.end_step()
+        assert watched.verdict(LOOK_S) is None
+    assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
+
+
+def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
+    watched.step(2)
+    watched.end_step()
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.step(3, [0])
+    watched.verdict(LOOK_S)
+    assert read == [1, 1]
+
+
+def test_all_are_read_at_once_when_one_has_ended(watched: Watched) -> None:
+    watched.step(2)
+    watched.end_step()
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.step(3)
+    watched.verdict(LOOK_S, has_ended=True)
+    assert read == [1, 1]
