@@ -76,7 +76,6 @@ class Checker:
         self._expected: Sequence[Seen] = ()
         self._clean_s = 0.0
         """What all streams take without a fault."""
-        self._clean_gap_s = 0.0
         self._has = Holdings.of(engine.condition.pid)
         self._had_fault = False
         self._num_tokens = 0
@@ -139,7 +138,6 @@ class Checker:
         began_at = time.monotonic()
         again = await self._streams(self._asked)
         self._clean_s = time.monotonic() - began_at
-        self._clean_gap_s = max(one.gap_s for one in again)
         if complaints := self._complaints(again):
             raise UserError(f"without a fault, two runs of the same requests are not the same: {'; '.join(complaints)}")
 
