@@ -48,6 +48,8 @@ ROUNDS_PER_ENGINE = 20
 NUM_STREAMS = 8
 ROUND_S = 90.0
 """What a round may take, of all of a job: one that takes longer is ended."""
+ENGINE_KILLED_EVERY = 10
+"""Rounds: an engine that ends again and again waits longer and longer before it is started again."""
 START_S = 120.0
 LOOK_S = 0.2
 
@@ -96,6 +98,14 @@ def config_of(job: Job, models: Path) -> Config:
     return Config.build(model=str(models / job.world.family), **settings_for_chaos(**settings))
 
 
+def kinds_of(index: int, kinds: Sequence[BlowKind]) -> Sequence[BlowKind]:
+    """The engine's process has rounds of its own, if it has any."""
+    others = tuple(kind for kind in kinds if kind != "kill-engine")
+    if len(others) == len(kinds) or not others:
+        return kinds
+    return ("kill-engine",) if index % ENGINE_KILLED_EVERY == ENGINE_KILLED_EVERY - 1 else others
+
+
 async def carry_out(job: Job, seed: int, kinds: Sequence[BlowKind], models: Path, file: int, log: Path | None) -> None:
     """One round after the other, each a line of the file; a new engine after one that is dead."""
     config, left = config_of(job, models), list(job.indices)
@@ -105,7 +115,7 @@ async def carry_out(job: Job, seed: int, kinds: Sequence[BlowKind], models: Path
         try:
             while left and checker.is_alive:
                 index = left.pop(0)
-                blow = blow_of_seed(seed, index, world, has_standby=job.has_standby, kinds=kinds)
+                blow = blow_of_seed(seed, index, world, has_standby=job.has_standby, kinds=kinds_of(index, kinds))
                 found = await checker.round(index, blow)
                 if not left or not checker.is_alive:
                     remains = await checker.close()

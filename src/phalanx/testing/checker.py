@@ -268,13 +268,17 @@ class Checker:
         return []
 
     async def _left_over(self, *, is_new: bool) -> list[str]:
-        """What it has more than after the first fault, when all that was used has had time to go."""
-        has, expires_at = Holdings.of(self._engine.condition.pid), time.monotonic() + LEFT_S
-        while not is_new and self._had_fault and has.beyond(self._has) and time.monotonic() < expires_at:
+        """What it has more than before the first fault, when all that was used has had time to go."""
+        pid, num_ranks = self._engine.condition.pid, self._config.parallel.world_size
+        has = Holdings.of(pid)
+        if is_new or not self._had_fault:
+            self._has = has
+            return []
+        expires_at = time.monotonic() + LEFT_S
+        while (beyond := has.beyond(self._has, num_ranks)) and time.monotonic() < expires_at:
             await asyncio.sleep(10 * LOOK_S)
-            has = Holdings.of(self._engine.condition.pid)
-        beyond = [] if is_new or not self._had_fault else has.beyond(self._has)
-        if is_new or beyond or not self._had_fault:
+            has = Holdings.of(pid)
+        if beyond:
             self._has = has  # told once
         return [f"left over: {one}" for one in beyond]
 

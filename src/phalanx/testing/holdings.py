@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 from phalanx.transport.liveness import group_members
 
-DESCRIPTOR_SLACK = 4
-"""That may come and go while somebody looks."""
+LINES_TO_COLLECT = 3
+"""Lines that have ended, of which Python's collector may yet have to find what they had: it comes by now and then. What
+each leaves behind for good shows soon after."""
+DESCRIPTORS_OF_A_RANK = 4
+"""Of its line, in the engine's process: segments of memory, pipes, sockets, a pidfd."""
 MEMORY_SLACK_BYTES = 64 << 20
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -41,13 +44,14 @@ class Holdings(NamedTuple):
             rss_bytes=_rss_bytes(pid),
         )
 
-    def beyond(self, before: Holdings) -> list[str]:
-        """What there is more of than there was, in words."""
+    def beyond(self, before: Holdings, num_ranks: int) -> list[str]:
+        """What there is more of than there was, in words, in an engine with lines of so many ranks."""
         found = []
+        of_lines = LINES_TO_COLLECT * (num_ranks + 1)
         for name, one, other, slack in (
             ("processes", self.num_processes, before.num_processes, 0),
-            ("descriptors", self.num_descriptors, before.num_descriptors, DESCRIPTOR_SLACK),
-            ("segments of memory", self.num_segments, before.num_segments, 0),
+            ("descriptors", self.num_descriptors, before.num_descriptors, DESCRIPTORS_OF_A_RANK * of_lines),
+            ("segments of memory", self.num_segments, before.num_segments, of_lines),
             ("files in /dev/shm", self.num_files, before.num_files, 0),
             ("bytes of memory", self.rss_bytes, before.rss_bytes, MEMORY_SLACK_BYTES),
         ):

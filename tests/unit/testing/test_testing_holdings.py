@@ -6,18 +6,19 @@ import os
 import subprocess
 import time
 
-from phalanx.testing.holdings import DESCRIPTOR_SLACK, Holdings, children_of, parent_of
+from phalanx.testing.holdings import Holdings, children_of, parent_of
 
 NOTHING = Holdings(0, 0, 0, 0, 0)
 
 
 def test_more_is_told_and_less_is_not() -> None:
     before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, rss_bytes=1 << 30)
-    assert before.beyond(before) == [] and NOTHING.beyond(before) == []
-    more = Holdings(6, 40 + DESCRIPTOR_SLACK, 8, 1, (1 << 30) + (65 << 20))
-    assert [one.partition(",")[0] for one in more.beyond(before)] == [
-        *("6 processes", "8 segments of memory", "1 files in /dev/shm", "1141899264 bytes of memory")
+    assert before.beyond(before, num_ranks=2) == [] and NOTHING.beyond(before, num_ranks=2) == []
+    more = Holdings(6, 40 + 9, 7 + 10, 1, (1 << 30) + (65 << 20))
+    assert [one.partition(",")[0] for one in more.beyond(before, num_ranks=2)] == [
+        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "1141899264 bytes of memory")
     ]
+    assert "17 segments of memory, 7 before" not in more.beyond(before, num_ranks=3), "of lines that have ended"
 
 
 def test_what_a_process_has() -> None:
