@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from engine_brain_rig import Rig
 
 from phalanx.engine.suspects import FAILURES_TO_BLAME
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import FinishReason, StepPlan, as_ints, ints
+from phalanx.protocol import FinishReason, SamplingParams, StepPlan, Submit, as_ints, ints
 
 WAYS = pytest.mark.parametrize(
     "settings",
@@ -338,3 +339,17 @@ def test_a_rewind_costs_the_next_plan_only() -> None:
     assert len(first.new) == 8
     assert second.new == ()
     assert np.array_equal(as_ints(first.slots), as_ints(ints(list(range(8)))))
+
+
+def test_a_rehearsal_counts_for_no_token() -> None:
+    """It is there for the prefix cache."""
+    rig = Rig()
+    rig.submit([10, 11, 12], max_tokens=3, ignore_eos=True)
+    rig.finish()
+    (before,) = rig.brain.stats().replicas
+    rig.brain.submit(Submit(99, ints(range(20, 30)), SamplingParams(max_tokens=1), is_rehearsal=True))
+    while rig.brain.has_work():
+        rig.brain.step()
+    (after,) = rig.brain.stats().replicas
+    assert after.num_steps > before.num_steps
+    assert msgspec.structs.replace(after, num_steps=before.num_steps) == before
