@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 
 from phalanx.membership.forgetting import forget_locals
 
@@ -22,10 +23,8 @@ def fail(line: Line) -> None:
 
 def look_after() -> weakref.ref[Line]:
     line = Line()
-    try:
+    with suppress(RuntimeError):
         fail(line)
-    except RuntimeError:
-        pass
     forget_locals(line.error)
     return weakref.ref(line)
 
