@@ -85,8 +85,10 @@ class Standby:
             self._begins_at = time.monotonic() + SETTLE_S
             self._changed.notify_all()
 
-    def discard(self) -> None:
-        """End the line that is ready or is prepared: it, or what it is made from, is of no use any more."""
+    def discard(self, end_line: Callable[[Line], None] = end) -> None:
+        """End the line that is ready or is prepared: it, or what it is made from, is of no use any more.
+
+        One that is ready is ended by `end_line`, which by default blocks until its processes are gone."""
         with self._changed:
             self._is_wanted = False
             line, self._line = self._line, None
@@ -94,7 +96,7 @@ class Standby:
             self._changed.notify_all()
         interruption.begin()
         if line is not None:
-            self._let_go(line)
+            self._let_go(line, end_line)
 
     def close(self) -> None:
         """Prepare none any more, and end what there is. Raises DeadlineError."""
@@ -165,10 +167,10 @@ class Standby:
         else:
             self._let_go(line)
 
-    def _let_go(self, line: Line) -> None:
+    def _let_go(self, line: Line, end_line: Callable[[Line], None] = end) -> None:
         """End it. What cannot be ended is said: nothing more can be done about it, and other lines come."""
         try:
-            end(line)
+            end_line(line)
         except Exception:
             with self._changed:
                 self.num_faults += 1
