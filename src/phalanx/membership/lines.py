@@ -17,6 +17,7 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watcher import WatchOrder
+from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH
@@ -28,8 +29,8 @@ ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
     dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
 )
 """After a verdict that stands for so long, ranks are ended. Who was stopped may go on, and who is late may come; but to
-wait for it costs more than to do without. Not for one that computes (slow):
-its successor would do the same; nor for one that takes long to start (overdue), which has a deadline."""
+wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
+would do the same; nor for one that takes long to start (overdue). These have deadlines."""
 
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05
@@ -60,6 +61,7 @@ def end(line: Line) -> None:
     """End its ranks and let go of what they used. Raises DeadlineError."""
     line.executor.kill()
     line.executor.close()
+    forget_locals(line.executor.failure)
 
 
 class Interruption:

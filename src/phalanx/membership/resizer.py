@@ -22,9 +22,9 @@ from phalanx.errors import ConfigError, DeadlineError, PhalanxError
 from phalanx.executor.executor import Executor
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity, settle
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
-from phalanx.membership.recovery import forget_locals
 from phalanx.membership.resize import Resize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory
 from phalanx.memory.holder import Holder
