@@ -143,7 +143,7 @@ class ForkServerProcess:
             for rank in state.pids.keys() - state.exits.keys():
                 with suppress(ProcessLookupError):
                     os.kill(state.pids[rank], signal.SIGKILL)
-            are_all_forked = state.pids.keys() >= state.ranks
+            are_all_forked = state.pids.keys() | state.exits.keys() >= state.ranks
         if not are_all_forked:
             with suppress(StartError):  # the server has ended, and they with it
                 self._send(Kill(line))
