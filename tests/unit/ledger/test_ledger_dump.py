@@ -41,6 +41,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     look = diverged()
     verdict = judge(look)
     path = dump.write(tmp_path, look, verdict, {"tensor_parallel_size": "3"})
+    assert path.stat().st_mode & 0o777 == 0o700, "nobody else reads it"
     assert path.parent == tmp_path and path.name.endswith("-diverged-rank-0")
     assert sorted(file.name for file in path.iterdir()) == ["dump.json", *(f"rank_{i}.msgpack" for i in range(3))]
     for directory in (path, tmp_path):
