@@ -30,6 +30,7 @@ from phalanx.executor.fork_server import (
     frame,
     split_frames,
 )
+from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit
 from phalanx.ledger.journal import note_process
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
@@ -215,7 +216,7 @@ class ForkServerProcess:
 
     def _run(self, spawned: Future[subprocess.Popen[bytes]], orders_read: int, environment: dict[str, str]) -> None:
         try:
-            process, events = _spawn(orders_read, environment)
+            process, events, pidfd = _spawn(orders_read, environment)
         except OSError as error:
             spawned.set_exception(error)
             return
@@ -223,7 +224,8 @@ class ForkServerProcess:
             os.close(orders_read)
         spawned.set_result(process)
         with events:
-            self._read_events(events)
+            self._read_events(events.fileno(), pidfd)
+        os.close(pidfd)
         how = describe_exit(process.wait())
         with self._changed:
             self._ended = how
@@ -235,9 +237,9 @@ class ForkServerProcess:
         for rank in state.ranks - state.exits.keys():  # some may never have been forked
             state.exits[rank] = f"its fork server ended: {how}"
 
-    def _read_events(self, events: IO[bytes]) -> None:
+    def _read_events(self, events: int, pidfd: int) -> None:
         unread = bytearray()
-        while data := events.read(1 << 16):
+        for data in output_until_end(events, pidfd):
             unread += data
             with self._changed:
                 for frame in split_frames(unread):
@@ -262,8 +264,8 @@ def _note_process(journal: SegmentHandle, forked: Forked) -> None:
         note_process(segment.buf, forked.pid, forked.start_time)
 
 
-def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start the fork server; returns it and the end at which its events come out. Raises OSError."""
+def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
+    """Start the fork server; returns it, the end at which its events come out, and its pidfd. Raises OSError."""
     events_read, events_write = os.pipe()
     events = os.fdopen(events_read, "rb", buffering=0)
     try:
@@ -278,4 +280,10 @@ def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess
         raise
     finally:
         os.close(events_write)
-    return process, events
+    try:
+        return process, events, os.pidfd_open(process.pid)
+    except OSError:
+        events.close()
+        process.kill()
+        process.wait()
+        raise
