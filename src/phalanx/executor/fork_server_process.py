@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import IO
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError, StartError
+from phalanx.executor.ending import kill
 from phalanx.executor.fork_server import (
     Ask,
     Event,
@@ -33,6 +33,7 @@ from phalanx.executor.fork_server import (
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit
 from phalanx.ledger.journal import note_process
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
@@ -56,7 +57,7 @@ class _Line:
     def __init__(self) -> None:
         self.ranks: set[int] = set()
         self.journals: dict[int, SegmentHandle] = {}
-        self.pids: dict[int, int] = {}
+        self.workers: dict[int, Party] = {}
         self.exits: dict[int, str] = {}
 
     @property
@@ -132,7 +133,7 @@ class ForkServerProcess:
     def pids(self, line: int) -> dict[int, int]:
         """Process ids of the workers forked so far, by rank."""
         with self._changed:
-            return dict(self._lines[line].pids)
+            return {rank: worker.pid for rank, worker in self._lines[line].workers.items()}
 
     def kill(self, line: int) -> None:
         """Have every process of a line killed, also those that are still to be forked; returns before they have ended.
@@ -141,11 +142,13 @@ class ForkServerProcess:
         """
         with self._changed:
             state = self._lines[line]
-            for rank in state.pids.keys() - state.exits.keys():
-                with suppress(ProcessLookupError):
-                    os.kill(state.pids[rank], signal.SIGKILL)
-            are_all_forked = state.pids.keys() | state.exits.keys() >= state.ranks
-        if not are_all_forked:
+            are_all_killed = state.workers.keys() | state.exits.keys() >= state.ranks
+            for rank in state.workers.keys() - state.exits.keys():
+                try:
+                    kill(state.workers[rank])
+                except OSError:  # no descriptor is left; the server has one of each
+                    are_all_killed = False
+        if not are_all_killed:
             with suppress(StartError):  # the server has ended, and they with it
                 self._send(Kill(line))
 
@@ -249,7 +252,7 @@ class ForkServerProcess:
     def _take(self, event: Event) -> None:
         if isinstance(event, Forked):
             state = self._lines[event.line]
-            state.pids[event.rank] = event.pid
+            state.workers[event.rank] = Party(f"rank {event.rank}", event.pid, event.start_time)
             if event.rank in state.journals:
                 _note_process(state.journals[event.rank], event)
         elif isinstance(event, Exited):

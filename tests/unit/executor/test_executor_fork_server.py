@@ -6,7 +6,9 @@ import errno
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -31,6 +33,7 @@ from phalanx.executor.fork_server import (
 from phalanx.executor.fork_server_process import ForkServerProcess
 from phalanx.executor.local import LocalLaunchers
 from phalanx.models import model
+from phalanx.transport.liveness import start_time_of
 from phalanx.worker.spec import WorkerSpec
 
 
@@ -127,6 +130,26 @@ def test_one_that_takes_no_orders_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         server.close(0.0)
     assert server.ended is not None and server.ended.startswith("killed by SIGKILL")
+
+
+def test_a_process_that_has_the_pid_of_a_rank_by_then_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    with popen(["sleep", "60"]) as other:
+        start_time = start_time_of(other.pid)
+        assert start_time is not None
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: popen(["sleep", "60"]))
+        server = ForkServerProcess({})
+        line = server.fork([fork_order(0).spec])
+        server._take(Forked(line, 0, other.pid, start_time - 1))
+        server.kill(line)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.2)
+        server._take(Forked(line, 0, other.pid, start_time))
+        assert server.pids(line) == {0: other.pid}
+        server.kill(line)
+        assert other.wait(30.0) == -signal.SIGKILL
+        server.kill_server()
+        server.close(30.0)
 
 
 def test_one_that_does_not_answer_is_not_replaced_while_it_has_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
