@@ -241,7 +241,7 @@ def _decode_rank(path: Path, rank: int) -> RankLook:
 def _decode(path: Path, content: bytes, kind: type[AnyStruct], decode: Any) -> AnyStruct:
     try:
         struct: AnyStruct = decode(content, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise DumpError(f"{path} is torn, or none of ours: {error}") from error
     return struct
 

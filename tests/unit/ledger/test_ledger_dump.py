@@ -99,6 +99,13 @@ def test_a_torn_file_is_named(tmp_path: Path, name: str, share: float) -> None:
         dump.read(path)
 
 
+def test_a_file_that_is_nested_without_end_is_named(tmp_path: Path) -> None:
+    path = dump.write(tmp_path, diverged(), None)
+    (path / "dump.json").write_bytes(b'{"format": 1, "facts": ' + b"[" * 100_000)
+    with pytest.raises(DumpError, match=r"dump\.json is torn, or none of ours: .*recursion"):
+        dump.read(path)
+
+
 def test_a_file_of_another_rank_or_format_is_refused(tmp_path: Path) -> None:
     path = dump.write(tmp_path, diverged(), None)
     (path / "rank_0.msgpack").rename(path / "rank_1.msgpack")
