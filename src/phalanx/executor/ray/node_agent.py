@@ -79,8 +79,8 @@ class NodeAgent:
         except PhalanxError as error:
             how = str(error)
         finally:
+            threading.Timer(stay_s, os._exit, (0,)).start()  # first: what follows may raise, or not return
             self._resources.close()
-            threading.Timer(stay_s, os._exit, (0,)).start()
         return how
 
     def tail(self, log: str) -> str:
