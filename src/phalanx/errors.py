@@ -7,7 +7,8 @@
     │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
     │   ├── DumpError                   a dump cannot be read: says which file, and why
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
-    │   ├── ResizeUnderWayError         the fleet changes its size already: says from what to what
+    │   ├── ResizeRefusedError          the size cannot be changed now: says what has to end first
+    │   │   └── ResizeUnderWayError     it is being changed already: says from what to what
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
     ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
@@ -19,6 +20,7 @@
     ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
     ├── ResizeError                     a resize has failed and was undone: says why
     ├── FrameError                      bytes that are not a message of ours
+    ├── DriverError                     CUDA's driver refused something: its call, name and words for it
     └── EngineDeadError                 the engine has stopped: says why
 
 `assert` is for our own mistakes and never for a user's.
@@ -85,11 +87,15 @@ class PlacementError(UserError):
         self.table = table
 
 
-class ResizeUnderWayError(UserError):
-    """Another change of the number of replicas must end first."""
+class ResizeRefusedError(UserError):
+    """The size cannot be changed now; the message says what has to end first."""
 
-    def __init__(self, size_before: int, size_asked_for: int) -> None:
-        super().__init__(f"a resize from {size_before} to {size_asked_for} replicas is under way: wait, or cancel it")
+
+class ResizeUnderWayError(ResizeRefusedError):
+    """Another change of the size must end first."""
+
+    def __init__(self, before: str, asked_for: str) -> None:
+        super().__init__(f"a resize from {before} to {asked_for} is under way: wait, or cancel it")
 
 
 class StartError(PhalanxError):
@@ -154,6 +160,15 @@ class DivergedError(PhalanxError):
 
 class HungError(PhalanxError):
     """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+
+
+class DriverError(PhalanxError):
+    """A call of CUDA's driver failed. `name` is what it calls the error, such as CUDA_ERROR_OUT_OF_MEMORY."""
+
+    def __init__(self, call: str, name: str, explanation: str) -> None:
+        super().__init__(f"{call}: {name}: {explanation}")
+        self.call = call
+        self.name = name
 
 
 class NotHealedError(PhalanxError):

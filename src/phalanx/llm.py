@@ -21,16 +21,20 @@ from phalanx.engine.admission import check_request, fitted, refusal, typed
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
 from phalanx.engine.work import Work
-from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
+from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, ResizeError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.membership.formation import start_formation
 from phalanx.membership.recovery import forget_locals
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, TokenBatch
+
+RESIZE_LOOK_S = 0.05
+"""How often Ctrl-C gets through while other ranks are prepared."""
 
 log = logging.getLogger("phalanx.llm")
 
@@ -180,6 +184,37 @@ class LLM:
             method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank
         )
         return pending if non_block else pending.result()
+
+    def resize(self, *, data_parallel_size: int | None = None, tensor_parallel_size: int | None = None) -> None:
+        """Go on with ranks of another grid; what is None stays. Blocks until they are ready; only for the thread that
+        made this object.
+
+        They are started beside those that there are, and load the checkpoint. If anything goes wrong, ResizeError is
+        raised and everything is as it was; so it is after Ctrl-C. Raises ConfigError for what cannot be: several
+        replicas need `enable_expert_parallel`, and ranks processes of their own (launcher local) that are healed
+        (`heal`). Raises ResizeRefusedError when a method has changed the weights, and EngineDeadError if this LLM can
+        run no more. A worker extension is made anew with the ranks: docs/worker-extensions.md.
+        """
+        self._check_can_run()
+        asked = self._formation.size.changed(data_parallel_size, tensor_parallel_size)
+        if asked == self._formation.size:
+            return
+        resize = self._formation.begin_resize(asked)
+        try:
+            while not resize.is_over and resize.state != "ready":
+                self._formation.follow_resize(RESIZE_LOOK_S)
+        except BaseException:
+            self._formation.cancel_resize()
+            while not resize.is_over:
+                self._formation.follow_resize(RESIZE_LOOK_S)
+            raise
+        if resize.state != "ready":
+            if isinstance(resize.error, UserError):
+                raise resize.error
+            raise ResizeError(f"from {resize.before} to {resize.asked}: {resize.error}") from resize.error
+        resized = switch(self._formation, self._brain)
+        self.config = msgspec.structs.replace(self.config, parallel=resized.config.parallel)
+        self.max_model_len = resized.capacity.max_model_len
 
     def reset_prefix_cache(self) -> None:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.

@@ -17,28 +17,47 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
+from phalanx.engine.asked_resize import AskedResize
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.condition import Condition
 from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
 from phalanx.engine.generation_config import GenerationConfig
-from phalanx.engine.history import History, without_engine
-from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
+from phalanx.engine.history import History, with_replicas, without_engine
+from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress, ResizeNews
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
-from phalanx.errors import ConfigError, EngineDeadError, PhalanxError
+from phalanx.errors import (
+    EngineDeadError,
+    PhalanxError,
+    RequestError,
+    ResizeError,
+    ResizeRefusedError,
+    ResizeUnderWayError,
+)
 from phalanx.ledger.status import InstanceStatus
+from phalanx.membership.resize import Size
 from phalanx.models.checkpoint import Checkpoint, resolve
-from phalanx.protocol import Cancel, EngineStats, SamplingParams, StartProgress, TokenBatch
+from phalanx.protocol import (
+    Cancel,
+    CancelResize,
+    EngineStats,
+    Resize,
+    ResizeBegun,
+    ResizeEnded,
+    SamplingParams,
+    StartProgress,
+    TokenBatch,
+)
 
 log = logging.getLogger("phalanx.engine")
 
 _reading = threading.Lock()
 """transformers imports its parts when they are asked for, and loses names when several threads ask at once."""
 
-StartAgain = Callable[[OnProgress], Awaitable[Incarnation]]
+StartAgain = Callable[[Config, OnProgress], Awaitable[Incarnation]]
 
 
 class EngineClient:
@@ -49,8 +68,9 @@ class EngineClient:
     requests that run, each with what it has made so far: their output only pauses. After that the client is `dead`.
     """
 
-    def __init__(self, incarnation: Incarnation, front: Front, start_again: StartAgain, most_restarts: int) -> None:
+    def __init__(self, config: Config, incarnation: Incarnation, front: Front, start_again: StartAgain) -> None:
         """Use `start`."""
+        self._config = config
         self.info = incarnation.info
         self.front = front
         self.tokenizer = front.tokenizer
@@ -64,7 +84,7 @@ class EngineClient:
         self._vocab_size = front.vocab_size
         self._incarnation = incarnation
         self._start_again = start_again
-        self._restarts = Restarts(most_restarts)
+        self._restarts = Restarts(config.executor.engine_restarts)
         self._restarting: asyncio.Task[None] | None = None
         self._history = History()
         self._work = Work()
@@ -74,7 +94,10 @@ class EngineClient:
         self._settled.set()
         self._is_closing = False
         self._request_ids = itertools.count()
-        incarnation.attend(self._take, self._on_end)
+        self._resize_numbers = itertools.count()
+        self._resize: AskedResize | None = None
+        """Under way."""
+        incarnation.attend(self._take, self._on_end, self._on_resize)
 
     @classmethod
     async def start(
@@ -93,8 +116,8 @@ class EngineClient:
         UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
         If it raises or is cancelled, no process is left.
         """
-        begin = partial(Incarnation.start, config, command=command, environment=environment)
-        beginning = asyncio.create_task(begin(on_progress))
+        begin = partial(Incarnation.start, command=command, environment=environment)
+        beginning = asyncio.create_task(begin(config, on_progress))
         reading = asyncio.create_task(_load_front(config, beginning, front))
         try:
             incarnation, found = await asyncio.gather(beginning, reading)
@@ -106,7 +129,7 @@ class EngineClient:
                 await begun.end()
                 begun.forget()
             raise
-        return cls(incarnation, found, begin, config.executor.engine_restarts)
+        return cls(config, incarnation, found, begin)
 
     @property
     def num_running(self) -> int:
@@ -117,7 +140,10 @@ class EngineClient:
     def stats(self) -> EngineStats | None:
         """The latest that was heard; None before. Counts are those of all its processes."""
         stats = self._history.stats_with(self._incarnation.stats)
-        return stats if stats is None or self.down is None else without_engine(stats, self.num_running)
+        if stats is None:
+            return None
+        stats = with_replicas(stats, len(self.replicas()))  # the engine may not have told of the latest ones
+        return stats if self.down is None else without_engine(stats, self.num_running)
 
     @property
     def condition(self) -> Condition:
@@ -200,29 +226,73 @@ class EngineClient:
         self._cancel(to_cancel)
         self._note_idle()
 
+    @property
+    def size(self) -> Size:
+        """Of the ranks that serve."""
+        return Size(self.info.num_replicas, self.info.tensor_parallel_size)
+
     def replicas(self) -> Sequence[ReplicaState]:
-        """They work in lockstep: all serve, or none."""
+        """They work in lockstep: all serve, or none. Those that join in a resize do so together."""
         state: Phase = "serving" if self.dead is None else "dead"
-        return [
+        there = [
             ReplicaState(replica=replica, state=state, num_requests=self.num_running)
             for replica in range(self.info.num_replicas)
         ]
+        if self._resize is None:
+            return there
+        joining = ReplicaState(replica=0, state="joining", num_requests=0)
+        if (told := self._resize.progress) is not None:
+            joining = msgspec.structs.replace(joining, phase=told.phase, done=told.done, total=told.total)
+        new = range(len(there), self._resize.asked.data_parallel_size)
+        return [*there, *(msgspec.structs.replace(joining, replica=replica) for replica in new)]
 
     async def begin_resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> asyncio.Task[None]:
-        """Raises ConfigError: one brain has all its replicas from the start to the end. See Fleet."""
-        raise ConfigError(
-            "data_parallel_size",
-            data_parallel_size,
-            f"{self.info.num_replicas}: replicas that share experts (enable_expert_parallel) cannot come and go yet",
-        )
+        """As Engine.begin_resize. All ranks are replaced at once, so none can be named, and none has to be drained."""
+        if leaving:
+            raise RequestError("leaving", list(leaving), "none: replicas in lockstep are replaced all at once")
+        if self._resize is not None:
+            raise ResizeUnderWayError(str(self._resize.before), str(self._resize.asked))
+        if self.dead is not None or self._is_closing:
+            raise EngineDeadError(self.dead or f"{NAME} is shutting down")
+        if self.down is not None:
+            raise ResizeRefusedError(f"{NAME} is being started again: resize when it serves")
+        now = self.size
+        asked = now.changed(data_parallel_size, tensor_parallel_size)
+        resize = AskedResize(next(self._resize_numbers), now, asked)
+        if asked == now:
+            resize.end(ResizeEnded(resize.number, "done"))
+        else:
+            self._resize = resize
+            self._incarnation.send(Resize(resize.number, *asked))
+        try:
+            await resize.until_begun()
+            seeing_through = asyncio.create_task(self._see_through(resize))
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun does nothing at all
+        except asyncio.CancelledError:
+            self._undo(resize)
+            raise
+        return seeing_through
 
     async def resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
-        """As `begin_resize`."""
-        await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s)
+        """As Engine.resize."""
+        resizing = await self.begin_resize(
+            data_parallel_size, tensor_parallel_size=tensor_parallel_size, leaving=leaving
+        )
+        await resizing
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
@@ -244,6 +314,45 @@ class EngineClient:
                 finally:  # also when the kernel cannot end it: nobody may go on waiting for it
                     self._die(f"{NAME} was shut down")
                     self._incarnation.forget()
+
+    async def _see_through(self, resize: AskedResize) -> None:
+        """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""
+        try:
+            ended = await resize.until_over()
+        except asyncio.CancelledError:
+            self._undo(resize)
+            ended = await resize.until_undone()
+            if ended.ending == "cancelled":
+                raise
+        if ended.ending != "done":
+            raise ResizeError(f"from {resize.before} to {resize.asked}: {ended.reason or 'it was cancelled'}")
+
+    def _undo(self, resize: AskedResize) -> None:
+        """Unless it is over: the engine tells what has become of it."""
+        if self._resize is resize:
+            self._incarnation.send(CancelResize(resize.number))
+
+    def _on_resize(self, news: ResizeNews) -> None:
+        """What the engine tells of the resize that is under way."""
+        resize = self._resize
+        if resize is None:
+            return
+        if isinstance(news, StartProgress):
+            resize.progress = news
+        elif isinstance(news, ResizeBegun):
+            resize.begin()
+        else:
+            self._resize = None
+            if news.ready is not None:
+                self.info = news.ready
+                parallel = msgspec.structs.replace(self._config.parallel, **resize.asked._asdict())
+                self._config = msgspec.structs.replace(self._config, parallel=parallel)
+            resize.end(news)
+
+    def _give_up_resize(self, reason: str) -> None:
+        """The engine has ended: one that is started again has the size from before."""
+        if self._resize is not None:
+            self._on_resize(ResizeEnded(self._resize.number, "failed", reason))
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -274,6 +383,7 @@ class EngineClient:
 
     def _on_end(self, end: End) -> None:
         """The engine has ended: this is the end of all, or the time until there is another one begins."""
+        self._give_up_resize(end.reason)
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
             return
@@ -303,7 +413,7 @@ class EngineClient:
                 await self._incarnation.until_ranks_are_gone()
                 await asyncio.sleep(delay_s)
                 try:
-                    incarnation = await self._start_again(self._note_phase)
+                    incarnation = await self._start_again(self._config, self._note_phase)
                     break
                 except (PhalanxError, OSError) as error:
                     self.down = str(error)
@@ -326,7 +436,7 @@ class EngineClient:
         self.info = incarnation.info
         self.down = self._phase = None
         self._settled.set()
-        incarnation.attend(self._take, self._on_end)
+        incarnation.attend(self._take, self._on_end, self._on_resize)
         self._submit_next()
 
     def _note_phase(self, progress: StartProgress) -> None:
@@ -341,6 +451,7 @@ class EngineClient:
             self.dead = reason
             self.down = None
             self._settled.set()
+            self._give_up_resize(reason)
             self._wake(list(self._news))
 
     def _wake(self, request_ids: Sequence[int]) -> None:

@@ -27,6 +27,8 @@ from phalanx.protocol import (
     EngineMessage,
     EngineReady,
     EngineStats,
+    ResizeBegun,
+    ResizeEnded,
     Shutdown,
     StartProgress,
     TokenBatch,
@@ -35,6 +37,8 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.stream import AsyncStream
 
 OnProgress = Callable[[StartProgress], None]
+ResizeNews = ResizeBegun | StartProgress | ResizeEnded
+OnResize = Callable[[ResizeNews], None]
 
 NAME = "the engine"
 START_GRACE_S = 10.0
@@ -98,6 +102,7 @@ class Incarnation:
         self._tasks: list[asyncio.Task[None]] = []
         self._on_batch: Callable[[TokenBatch], None] = lambda _: None
         self._on_end: Callable[[End], None] = lambda _: None
+        self._on_resize: OnResize = lambda _: None
 
     @classmethod
     async def start(
@@ -134,9 +139,11 @@ class Incarnation:
             on_failure.pop_all()
             return incarnation
 
-    def attend(self, on_batch: Callable[[TokenBatch], None], on_end: Callable[[End], None]) -> None:
-        """Begin to read. `on_end` is called once, after the last batch; neither may raise."""
-        self._on_batch, self._on_end = on_batch, on_end
+    def attend(
+        self, on_batch: Callable[[TokenBatch], None], on_end: Callable[[End], None], on_resize: OnResize
+    ) -> None:
+        """Begin to read. `on_end` is called once, after everything else; none may raise."""
+        self._on_batch, self._on_end, self._on_resize = on_batch, on_end, on_resize
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._listen())]
 
     def send(self, message: ClientMessage) -> None:
@@ -258,6 +265,8 @@ class Incarnation:
             self.stats = message
             if message.formation is not None:
                 self._follow(message.formation.epoch)
+        elif isinstance(message, ResizeBegun | StartProgress | ResizeEnded):
+            self._on_resize(message)
         elif isinstance(message, EngineFailed):
             self._end(message.reason, is_user_error=message.is_user_error)
 

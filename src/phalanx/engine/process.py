@@ -18,6 +18,7 @@ from phalanx.engine.admission import refusal
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
+from phalanx.engine.resizing import EngineResizing, engine_ready
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
 from phalanx.executor.pending import Pending
@@ -27,13 +28,15 @@ from phalanx.membership.formation import Formation, start_formation
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     Cancel,
+    CancelResize,
     ClientMessage,
     EngineFailed,
     EngineMessage,
-    EngineReady,
     EngineStats,
     Ping,
     ReplyBody,
+    Resize,
+    ResizeEnded,
     StartProgress,
     Step,
     StepResult,
@@ -55,6 +58,8 @@ IDLE_CHECK_S = 0.5
 HEARTBEAT_DEADLINE_S = 10.0
 HEALING_LOOK_S = 0.005
 """How often the client is listened to while other ranks come."""
+RESIZE_LOOK_S = 0.02
+"""How often an idle engine looks whether ranks of another size are ready."""
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -129,6 +134,7 @@ class EngineLoop:
         self._link = link
         self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
         self._formation = formation
+        self._resizing = EngineResizing(formation, self._brain, self._tell)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
@@ -136,7 +142,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return at Shutdown. Raises ClientGone, and whatever ends a step and is not healed."""
-        while self._take_messages(0.0 if self._brain.has_work() else IDLE_CHECK_S):
+        while self._take_messages(self._patience_s()):
             try:
                 self._turn()
             except PhalanxError as error:
@@ -144,7 +150,14 @@ class EngineLoop:
                     raise
                 if not self._heal(error):
                     return
+            self._resizing.follow()
             self._send_stats()
+
+    def _patience_s(self) -> float:
+        """How long to wait for messages, at most."""
+        if self._brain.has_work():
+            return 0.0
+        return RESIZE_LOOK_S if self._resizing.is_under_way else IDLE_CHECK_S
 
     def _turn(self) -> None:
         if not self._brain.has_work():
@@ -162,6 +175,7 @@ class EngineLoop:
         self._stats_due_at = 0.0
         while not healing.wait(HEALING_LOOK_S):
             self._send_stats()
+            self._resizing.follow()  # one that was under way is undone
             if not self._take_messages(0.0):
                 return False
         epoch, keeps_cache = healing.result()
@@ -176,6 +190,10 @@ class EngineLoop:
                 self._submit(message)
             elif isinstance(message, Cancel):
                 self._brain.cancel(message.request_ids)
+            elif isinstance(message, Resize):
+                self._resizing.begin(message)
+            elif isinstance(message, CancelResize):
+                self._resizing.cancel(message.number)
             else:
                 return False
         return True
@@ -193,6 +211,13 @@ class EngineLoop:
             self._formation.progressed()
         if self._heartbeat is None:
             self._heartbeat = self._formation.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
+
+    def _tell(self, message: EngineMessage) -> None:
+        """Of a resize. When it is done, whoever was asked for a sign of life is gone."""
+        if isinstance(message, ResizeEnded) and message.ending == "done":
+            self._heartbeat = None
+            self._stats_due_at = self._sign_due_at = 0.0
+        self._link.send(message)
 
     def _send_stats(self) -> None:
         now = time.monotonic()
@@ -271,17 +296,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
         balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
     )
-    link.send(
-        EngineReady(
-            max_model_len=capacity.max_model_len,
-            num_blocks=capacity.num_blocks,
-            block_size=capacity.block_size,
-            world_size=capacity.world_size,
-            device=capacity.device,
-            dtype=capacity.dtype,
-            num_replicas=config.parallel.data_parallel_size,
-        )
-    )
+    link.send(engine_ready(config, capacity))
     return EngineLoop(link, make_brain, formation)
 
 

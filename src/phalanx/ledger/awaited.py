@@ -9,7 +9,7 @@ from phalanx.ledger.look import STARVED_S, Look, RankLook, Wait, follow, wait_of
 from phalanx.ledger.record import Kind
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
 
-HUNG_S = 1.0
+HUNG_S = 0.7
 """A collective takes its time once the last has come to it; whoever is patient waits for longer than this."""
 
 _NS = 1e9

@@ -177,11 +177,13 @@ def load_model(
     dequantise: bool = True,
     filled: Mapping[str, int] | None = None,
     shares_packed: bool = False,
+    expect: Callable[[int], None] = lambda num_bytes: None,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
 
     What `allocate` gives for names in `filled`, which has their sizes in bytes, has its weights already, and they are
     not read. With `shares_packed` packed weights come from `allocate` too, so that they can be found there like this.
+    `expect` is told before, once, about how much will be allocated.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
@@ -215,7 +217,7 @@ def load_model(
         if in_four_bits and not four_bits.can_multiply(device):
             log_dequantised("there is no Triton here, which computes them")
             in_four_bits = {}
-        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress, filled)
+        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress, filled, expect)
     shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
@@ -285,6 +287,7 @@ def _read(
     allocate: Allocate,
     on_progress: OnProgress,
     filled: Mapping[str, int],
+    expect: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """This rank's parameters by name; of those in 4 bits the parts."""
     parts = {
@@ -292,6 +295,7 @@ def _read(
         for name, shard in shards.items()
     }
     total_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for some in parts.values() for part in some)
+    expect(total_bytes)
     done_bytes = 0
     weights: dict[str, Tensor] = {}
     for name, shard in shards.items():

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -51,6 +51,15 @@ class Metrics:
         self._whole = Histogram(
             "phalanx_request_seconds", "From acceptance to the last token.", buckets=_WHOLE_BUCKETS_S, registry=registry
         )
+
+        self._resizes = Counter("phalanx_resizes", "Resizes that ended, by how.", ["outcome"], registry=registry)
+        self._resize_s = Gauge(
+            "phalanx_resize_last_seconds", "That the last resize took, whatever came of it.", registry=registry
+        )
+
+    def note_resize(self, outcome: str, took_s: float) -> None:
+        self._resizes.labels(outcome).inc()
+        self._resize_s.set(took_s)
 
     def count_refused(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
@@ -195,7 +204,7 @@ class _EngineCollector(Collector):
 def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
     """Of the engines that a fault does not end."""
     epoch = GaugeMetricFamily(
-        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault and resize.", labels=["engine"]
     )
     standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
     pause = GaugeMetricFamily(

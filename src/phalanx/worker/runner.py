@@ -108,7 +108,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_replicas: int) -> None:
-        """Compute a token that is nobody's, on a CPU: a process's first step takes several times as long as others.
+        """Compute a token that is nobody's: a process's first step takes several times as long as others.
 
         All ranks do it together, before the first step. The cache must have a block for padding.
         """
