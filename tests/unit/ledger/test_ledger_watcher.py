@@ -95,8 +95,8 @@ def test_what_was_found_stands_until_all_nodes_have_told_what_is_needed_to_judge
     watched.step(2, [0])
     found = watched.verdict(LEAST_S + 0.5)
     assert found is not None and found.cause == "late"
-    own = watched._watcher
-    monkeypatch.setattr(own, "look", lambda *_, look=own.look: without(own, look, *_))
+    own, look = watched._watcher, watched._watcher.look
+    monkeypatch.setattr(own, "look", lambda *arguments: without(own, look, *arguments))
     monkeypatch.setattr(own, "_others", SimpleNamespace(have_told_all=lambda: False, steps=dict))
     assert watched.verdict(1.0) == found
 
