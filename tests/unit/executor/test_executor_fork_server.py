@@ -137,7 +137,7 @@ def test_a_process_that_has_the_pid_of_a_rank_by_then_is_not_killed(monkeypatch:
     with popen(["sleep", "60"]) as other:
         start_time = start_time_of(other.pid)
         assert start_time is not None
-        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: popen(["sleep", "60"]))
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, pass_fds, **__: popen(["sleep", "60"], pass_fds=pass_fds))
         server = ForkServerProcess({})
         line = server.fork([fork_order(0).spec])
         server._take(Forked(line, 0, other.pid, start_time - 1))

@@ -18,7 +18,7 @@ def test_all_that_was_written_and_then_the_end(is_inherited: bool) -> None:
     """Whether somebody else has the pipe's end or not."""
     read, write = os.pipe()
     inherited = [os.dup(write)] if is_inherited else []
-    process = subprocess.Popen(["sh", "-c", f"printf written >&{write}"], pass_fds=[write])
+    process = subprocess.Popen(["sh", "-c", "printf written"], stdout=write)
     os.close(write)
     pidfd = os.pidfd_open(process.pid)
     assert b"".join(output_until_end(read, pidfd)) == b"written"

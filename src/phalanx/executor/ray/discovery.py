@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ray._private.utils import get_ray_address_file
+from ray._private.utils import get_ray_address_file  # type: ignore[attr-defined]  # where all versions have it
 
 from phalanx.errors import ConfigError
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ending import kill, living
+from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
 from phalanx.executor.ray.messages import RankOrder

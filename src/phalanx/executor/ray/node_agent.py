@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from phalanx.errors import PhalanxError
-from phalanx.executor.groups import open_group
 from phalanx.executor.ending import kill
+from phalanx.executor.groups import open_group
 from phalanx.executor.ray.fate import end_with_raylet
 from phalanx.executor.ray.messages import NodeOrder, NodeReady
 from phalanx.executor.ray.node_ledger import report_node
