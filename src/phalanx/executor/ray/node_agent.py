@@ -100,8 +100,13 @@ class NodeAgent:
         """Of a line; and of the node in `stay_s`, if no other one has come by then."""
         with self._changing:
             line = self._lines.pop(epoch, None)
-        if line is not None:
-            line.close()
+        try:
+            if line is not None:
+                line.close()
+        finally:  # whatever it left: nobody may come to end this process
+            self._leave_if_idle(stay_s)
+
+    def _leave_if_idle(self, stay_s: float) -> None:
         with self._changing:
             if not self._lines:
                 self._stay()
