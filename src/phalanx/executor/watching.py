@@ -344,6 +344,13 @@ def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> W
     )
 
 
+def who_is_ended(config: Config, ends_after_s: Mapping[Cause, float]) -> Mapping[Cause, float]:
+    """Less those whose ranks say it themselves, in the call that is wrong."""
+    if config.executor.collective_guard != "strict":
+        return ends_after_s
+    return {cause: stands_s for cause, stands_s in ends_after_s.items() if cause not in HOPELESS}
+
+
 def dump_order(config: Config) -> DumpOrder | None:
     """Where verdicts are to be dumped, if anywhere. Raises ConfigError if that is not possible."""
     directory = config.executor.ledger_dump

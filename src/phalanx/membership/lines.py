@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
@@ -20,6 +20,9 @@ from phalanx.ledger.watcher import WatchOrder
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH
+
+if TYPE_CHECKING:
+    from phalanx.executor.ray.quarters import Quarters
 
 ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
     dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
@@ -90,12 +93,16 @@ class Interruption:
 
 
 class Lines:
-    """Starts lines of local ranks on one fork server. For any thread. A context manager."""
+    """Starts lines of ranks: local ones on one fork server, those of Ray in the same quarters, and one in this process.
 
-    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
-        """`config` is settled."""
+    For any thread, but with Ray and in this process one line is started at a time. A context manager.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
+        """`config` is settled. `quarters`: of ranks with Ray."""
         self._config = config
         self._checkpoint = checkpoint
+        self._quarters = quarters
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
 
@@ -132,7 +139,12 @@ class Lines:
             return launcher if interruption is None else interruption.note(launcher)
 
         executor, capacity = start_executor(
-            config or self._config, self._checkpoint, on_progress, new_launcher=new_launcher, line=plan
+            config or self._config,
+            self._checkpoint,
+            on_progress,
+            new_launcher=new_launcher,
+            quarters=self._quarters,
+            line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
 
@@ -143,6 +155,8 @@ class Lines:
     def close(self) -> None:
         """End the ranks of all lines, of those that are just starting, too. May be called more than once."""
         self._launchers.close()
+        if self._quarters is not None:
+            self._quarters.vacate()
 
     def __enter__(self) -> Lines:
         return self

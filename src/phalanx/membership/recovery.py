@@ -35,6 +35,8 @@ class Recovery:
         self, config: HealingConfig, lines: Lines, capacity: Capacity, memory: FormationMemory, presence: Presence
     ) -> None:
         self.ladder = Ladder(config.heal_timeout_s)
+        self.longest_s = config.heal_timeout_s + END_DEADLINE_S
+        """Of a recovery with all its tries, and the end of ranks."""
         self._lines = lines
         self._capacity = capacity
         self._memory = memory

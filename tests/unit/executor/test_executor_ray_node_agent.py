@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ import pytest
 pytest.importorskip("ray")
 
 from phalanx.executor.ray import node_agent
-from phalanx.executor.ray.node_agent import DISMISSAL_S, NodeAgent
+from phalanx.executor.ray.node_agent import NodeAgent
+from phalanx.executor.ray.node_line import NodeLine
 
 
 def test_it_ends_though_what_it_holds_cannot_be_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,10 +27,9 @@ def test_it_ends_though_what_it_holds_cannot_be_let_go(monkeypatch: pytest.Monke
         raise OSError("cannot be let go")
 
     monkeypatch.setattr(node_agent, "end_with_raylet", lambda: None)
-    monkeypatch.setattr(node_agent, "threading", SimpleNamespace(Timer=timer))
+    monkeypatch.setattr(node_agent, "threading", SimpleNamespace(Timer=timer, Lock=threading.Lock))
     agent = NodeAgent()
-    agent._relay = cast(Any, SimpleNamespace(run=lambda: None))
-    agent._resources.callback(fail)
+    agent._lines[1] = cast(NodeLine, SimpleNamespace(run=lambda: None, close=fail, stay_s=2.5))
     with pytest.raises(OSError, match="cannot be let go"):
-        agent.run()
-    assert started == [(DISMISSAL_S, os._exit, (0,))]
+        agent.run(1)
+    assert started == [(2.5, os._exit, (0,))]

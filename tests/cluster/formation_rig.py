@@ -94,8 +94,9 @@ class Rig:
     def pids(self) -> dict[int, int]:
         """Of the ranks that compute."""
         launcher = self.formation._line.executor._launcher
-        assert isinstance(launcher, LocalLauncher)
-        return launcher.pids()
+        if isinstance(launcher, LocalLauncher):
+            return launcher.pids()
+        return {placed.rank: placed.pid for placed in launcher._crew.placed}  # type: ignore[attr-defined]  # of Ray
 
     def server_pid(self) -> int:
         """Of the fork server of all ranks."""
