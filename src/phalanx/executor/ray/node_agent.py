@@ -103,16 +103,13 @@ class NodeAgent:
         try:
             if line is not None:
                 line.close()
-        finally:  # whatever it left: nobody may come to end this process
-            self._leave_if_idle(stay_s)
-
-    def _leave_if_idle(self, stay_s: float) -> None:
-        with self._changing:
-            if not self._lines:
-                self._stay()
-                self._leaving = threading.Timer(stay_s, os._exit, (0,))
-                self._leaving.daemon = True
-                self._leaving.start()
+        finally:  # what cannot be let go ends with the process
+            with self._changing:
+                if not self._lines:
+                    self._stay()
+                    self._leaving = threading.Timer(stay_s, os._exit, (0,))
+                    self._leaving.daemon = True
+                    self._leaving.start()
 
     def _stay(self) -> None:
         if self._leaving is not None:
