@@ -8,6 +8,7 @@
     │   ├── DumpError                   a dump cannot be read: says which file, and why
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
     │   ├── ResizeUnderWayError         the fleet changes its size already: says from what to what
+    │   ├── NotNowError                 the engine is at something that this cannot be done beside: says at what
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
     ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
@@ -18,6 +19,7 @@
     ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
     ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
     ├── ResizeError                     a resize has failed and was undone: says why
+    ├── MaintenanceError                weights could not be replaced, or the engine be put to sleep or woken: says why
     ├── FrameError                      bytes that are not a message of ours
     └── EngineDeadError                 the engine has stopped: says why
 
@@ -79,6 +81,10 @@ class ResizeUnderWayError(UserError):
 
     def __init__(self, size_before: int, size_asked_for: int) -> None:
         super().__init__(f"a resize from {size_before} to {size_asked_for} replicas is under way: wait, or cancel it")
+
+
+class NotNowError(UserError):
+    """What is asked for cannot be done beside what is under way, or in the state that the engine is in."""
 
 
 class StartError(PhalanxError):
@@ -151,6 +157,10 @@ class NotHealedError(PhalanxError):
 
 class ResizeError(PhalanxError):
     """The number of replicas could not be changed: there are as many as before, and the message says why."""
+
+
+class MaintenanceError(PhalanxError):
+    """Weights could not be replaced, or the engine be put to sleep or woken. The message says why, and what serves."""
 
 
 class FrameError(PhalanxError):

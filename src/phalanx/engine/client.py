@@ -25,20 +25,31 @@ from phalanx.engine.history import History, without_engine
 from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.roster import Phase
-from phalanx.engine.stream import OutputDelta, RequestStream
+from phalanx.engine.stream import Origin, OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
-from phalanx.errors import ConfigError, EngineDeadError, PhalanxError
+from phalanx.errors import ConfigError, EngineDeadError, MaintenanceError, NotNowError, PhalanxError, UserError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.models.checkpoint import Checkpoint, resolve
-from phalanx.protocol import Cancel, EngineStats, SamplingParams, StartProgress, TokenBatch
+from phalanx.protocol import (
+    FIRST_EPOCH,
+    FIRST_WEIGHTS_VERSION,
+    Cancel,
+    EngineStats,
+    Maintained,
+    MaintenanceOrder,
+    SamplingParams,
+    Sleep,
+    StartProgress,
+    TokenBatch,
+)
 
 log = logging.getLogger("phalanx.engine")
 
 _reading = threading.Lock()
 """transformers imports its parts when they are asked for, and loses names when several threads ask at once."""
 
-StartAgain = Callable[[OnProgress], Awaitable[Incarnation]]
+StartAgain = Callable[[Config, OnProgress], Awaitable[Incarnation]]
 
 
 class EngineClient:
@@ -49,7 +60,7 @@ class EngineClient:
     requests that run, each with what it has made so far: their output only pauses. After that the client is `dead`.
     """
 
-    def __init__(self, incarnation: Incarnation, front: Front, start_again: StartAgain, most_restarts: int) -> None:
+    def __init__(self, config: Config, incarnation: Incarnation, front: Front, start_again: StartAgain) -> None:
         """Use `start`."""
         self.info = incarnation.info
         self.front = front
@@ -60,11 +71,19 @@ class EngineClient:
         """Why no more requests are taken; None while they are."""
         self.down: str | None = None
         """Why the engine is being started again; None when it is not. Requests wait meanwhile."""
+        self.weights_version = FIRST_WEIGHTS_VERSION
+        """Of what the next tokens are made with."""
+        self._next_version = FIRST_WEIGHTS_VERSION
+        """Of the weights that it may be getting."""
+        self._config = config
+        """Of engines that are started from now on."""
+        self._sleep_level = 0
+        self._maintaining: asyncio.Future[None] | None = None
         self._phase: str | None = None
         self._vocab_size = front.vocab_size
         self._incarnation = incarnation
         self._start_again = start_again
-        self._restarts = Restarts(most_restarts)
+        self._restarts = Restarts(config.executor.engine_restarts)
         self._restarting: asyncio.Task[None] | None = None
         self._history = History()
         self._work = Work()
@@ -74,7 +93,7 @@ class EngineClient:
         self._settled.set()
         self._is_closing = False
         self._request_ids = itertools.count()
-        incarnation.attend(self._take, self._on_end)
+        incarnation.attend(self._take, self._on_maintained, self._on_end)
 
     @classmethod
     async def start(
@@ -93,8 +112,8 @@ class EngineClient:
         UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
         If it raises or is cancelled, no process is left.
         """
-        begin = partial(Incarnation.start, config, command=command, environment=environment)
-        beginning = asyncio.create_task(begin(on_progress))
+        begin = partial(Incarnation.start, command=command, environment=environment)
+        beginning = asyncio.create_task(begin(config, on_progress))
         reading = asyncio.create_task(_load_front(config, beginning, front))
         try:
             incarnation, found = await asyncio.gather(beginning, reading)
@@ -106,7 +125,7 @@ class EngineClient:
                 await begun.end()
                 begun.forget()
             raise
-        return cls(incarnation, found, begin, config.executor.engine_restarts)
+        return cls(config, incarnation, found, begin)
 
     @property
     def num_running(self) -> int:
@@ -130,6 +149,7 @@ class EngineClient:
             phase=self._phase,
             num_restarts=self._history.num_restarts,
             verdicts=self._history.verdicts_with(now.verdicts),
+            weights_version=self.weights_version,
         )
 
     def conditions(self) -> Sequence[Condition]:
@@ -139,9 +159,31 @@ class EngineClient:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
         return self._incarnation.statuses()
 
+    @property
+    def asleep(self) -> int:
+        """The level of its sleep, in which requests wait; 0 while it is awake."""
+        return self._sleep_level
+
     async def until_settled(self) -> None:
-        """Wait while the engine is being started again."""
+        """Wait while the engine is being started again, or asleep."""
         await self._settled.wait()
+
+    async def maintain(self, order: MaintenanceOrder, *, weights_version: int | None = None) -> None:
+        """Have the engine replace its weights, sleep or wake; returns when that is done.
+
+        New weights get this version, by default the next one. Once begun it goes on, also if this is cancelled. Raises
+        NotNowError for what is in the way, another UserError for what is wrong in the order, MaintenanceError if it has
+        failed: then all is as it was before. EngineDeadError if the engine is dead.
+        """
+        self._check_lives()
+        if self.down is not None:
+            raise NotNowError(f"the engine is being started again: {self.down}")
+        if self._maintaining is not None:
+            raise NotNowError("another reload, sleep or wake is under way")
+        self._next_version = weights_version or self.weights_version + 1
+        self._maintaining = asyncio.get_running_loop().create_future()
+        self._incarnation.send(order)
+        await asyncio.shield(self._maintaining)
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.
@@ -155,9 +197,12 @@ class EngineClient:
         """The sampling parameters with the types that their fields state. Raises what `generate` raises at once."""
         sampling = typed(sampling)
         check_request(prompt_token_ids, sampling, max_model_len=self.info.max_model_len, vocab_size=self._vocab_size)
+        self._check_lives()
+        return sampling
+
+    def _check_lives(self) -> None:
         if self.dead is not None or self._is_closing:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
-        return sampling
 
     def generate_checked(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
@@ -207,6 +252,11 @@ class EngineClient:
             ReplicaState(replica=replica, state=state, num_requests=self.num_running)
             for replica in range(self.info.num_replicas)
         ]
+
+    @property
+    def model(self) -> str:
+        """What it would be started with now."""
+        return self._config.model.model
 
     async def begin_resize(
         self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
@@ -267,13 +317,50 @@ class EngineClient:
         self._submit_next()
 
     def _take(self, batch: TokenBatch) -> None:
-        touched, to_cancel = self._work.take(batch)
+        touched, to_cancel = self._work.take(batch, self._origin)
         self._cancel(to_cancel)
         self._wake(touched)
         self._note_idle()
 
+    @property
+    def _origin(self) -> Origin:
+        """Of the tokens that come now: the engine tells of new weights and ranks before it sends what they make."""
+        stats = self._incarnation.stats
+        formation = stats.formation if stats is not None else None
+        return Origin(self.weights_version, FIRST_EPOCH if formation is None else formation.epoch)
+
+    def _on_maintained(self, outcome: Maintained) -> None:
+        if outcome.has_new_weights:
+            self.weights_version = self._next_version
+        if outcome.model is not None:
+            self._config = self._config.with_model(outcome.model)
+        stats = self._incarnation.stats
+        self._sleep_level = stats.maintenance.level if stats is not None and stats.maintenance is not None else 0
+        self._note_settled()
+        self._end_maintaining(_error_of(outcome))
+
+    def _end_maintaining(self, error: PhalanxError | None) -> None:
+        """Tell who waits for it, if somebody does: an engine that was started again is put to sleep by itself."""
+        maintaining, self._maintaining = self._maintaining, None
+        if maintaining is None:
+            return
+        if error is None:
+            maintaining.set_result(None)
+        else:
+            maintaining.set_exception(error)
+            maintaining.exception()  # who asked for it may have gone
+
+    def _note_settled(self) -> None:
+        if self.dead is not None or (self.down is None and not self._sleep_level):
+            self._settled.set()
+        else:
+            self._settled.clear()
+
     def _on_end(self, end: End) -> None:
         """The engine has ended: this is the end of all, or the time until there is another one begins."""
+        self._end_maintaining(
+            MaintenanceError(f"the engine has ended, and begins with the weights of before: {end.reason}")
+        )
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
             return
@@ -283,7 +370,7 @@ class EngineClient:
             self._die(end.reason + self._told_restarts())
             return
         self.down = end.reason
-        self._settled.clear()
+        self._note_settled()
         self._restarting = asyncio.create_task(self._restart(delay_s))
 
     async def _restart(self, delay_s: float) -> None:
@@ -303,7 +390,7 @@ class EngineClient:
                 await self._incarnation.until_ranks_are_gone()
                 await asyncio.sleep(delay_s)
                 try:
-                    incarnation = await self._start_again(self._note_phase)
+                    incarnation = await self._start_again(self._config, self._note_phase)
                     break
                 except (PhalanxError, OSError) as error:
                     self.down = str(error)
@@ -325,8 +412,10 @@ class EngineClient:
         before.forget()
         self.info = incarnation.info
         self.down = self._phase = None
-        self._settled.set()
-        incarnation.attend(self._take, self._on_end)
+        self._note_settled()
+        incarnation.attend(self._take, self._on_maintained, self._on_end)
+        if self._sleep_level:
+            incarnation.send(Sleep(2 if self._sleep_level == 2 else 1))
         self._submit_next()
 
     def _note_phase(self, progress: StartProgress) -> None:
@@ -340,7 +429,7 @@ class EngineClient:
         if self.dead is None:
             self.dead = reason
             self.down = None
-            self._settled.set()
+            self._note_settled()
             self._wake(list(self._news))
 
     def _wake(self, request_ids: Sequence[int]) -> None:
@@ -350,6 +439,14 @@ class EngineClient:
     def _note_idle(self) -> None:
         if not self.num_running:
             self._idle.set()
+
+
+def _error_of(outcome: Maintained) -> PhalanxError | None:
+    if outcome.error is None:
+        return None
+    if outcome.is_not_now:
+        return NotNowError(outcome.error)
+    return UserError(outcome.error) if outcome.is_user_error else MaintenanceError(outcome.error)
 
 
 class Front(NamedTuple):

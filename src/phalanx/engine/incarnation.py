@@ -27,6 +27,7 @@ from phalanx.protocol import (
     EngineMessage,
     EngineReady,
     EngineStats,
+    Maintained,
     Shutdown,
     StartProgress,
     TokenBatch,
@@ -97,6 +98,7 @@ class Incarnation:
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._on_batch: Callable[[TokenBatch], None] = lambda _: None
+        self._on_maintained: Callable[[Maintained], None] = lambda _: None
         self._on_end: Callable[[End], None] = lambda _: None
 
     @classmethod
@@ -134,9 +136,14 @@ class Incarnation:
             on_failure.pop_all()
             return incarnation
 
-    def attend(self, on_batch: Callable[[TokenBatch], None], on_end: Callable[[End], None]) -> None:
-        """Begin to read. `on_end` is called once, after the last batch; neither may raise."""
-        self._on_batch, self._on_end = on_batch, on_end
+    def attend(
+        self,
+        on_batch: Callable[[TokenBatch], None],
+        on_maintained: Callable[[Maintained], None],
+        on_end: Callable[[End], None],
+    ) -> None:
+        """Begin to read. `on_end` is called once, after the last of the others; none may raise."""
+        self._on_batch, self._on_maintained, self._on_end = on_batch, on_maintained, on_end
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._listen())]
 
     def send(self, message: ClientMessage) -> None:
@@ -158,6 +165,7 @@ class Incarnation:
             num_watched=notice.num_ranks if is_watched else 0,
             verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
             formation=self.stats.formation if self.stats is not None else None,
+            maintenance=self.stats.maintenance if self.stats is not None else None,
         )
 
     def statuses(self) -> Sequence[InstanceStatus]:
@@ -251,6 +259,8 @@ class Incarnation:
         if isinstance(message, TokenBatch):
             self._stepped_at = time.monotonic()
             self._on_batch(message)
+        elif isinstance(message, Maintained):
+            self._on_maintained(message)
         elif isinstance(message, EngineStats):
             if self.stats is None or _num_steps(message) != _num_steps(self.stats):
                 self._stepped_at = time.monotonic()

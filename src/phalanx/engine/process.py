@@ -18,8 +18,17 @@ from phalanx.engine.admission import refusal
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
+from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.tokenizer import eos_token_ids
-from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
+from phalanx.errors import (
+    DeadlineError,
+    NotNowError,
+    PeerDiedError,
+    PhalanxError,
+    RequestError,
+    UserError,
+    WorkerError,
+)
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.ledger.stacks import offer_stacks
@@ -32,6 +41,8 @@ from phalanx.protocol import (
     EngineMessage,
     EngineReady,
     EngineStats,
+    Maintained,
+    MaintenanceOrder,
     Ping,
     ReplyBody,
     StartProgress,
@@ -125,10 +136,17 @@ class EngineLoop:
     it lives: that would say nothing of this loop.
     """
 
-    def __init__(self, link: ClientLink, make_brain: Callable[[StepExecutor], Brain], formation: Formation) -> None:
+    def __init__(
+        self,
+        link: ClientLink,
+        make_brain: Callable[[StepExecutor], Brain],
+        formation: Formation,
+        make_maintenance: Callable[[Brain, Formation], Maintenance],
+    ) -> None:
         self._link = link
         self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
         self._formation = formation
+        self._maintenance = make_maintenance(self._brain, formation)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
@@ -136,7 +154,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return at Shutdown. Raises ClientGone, and whatever ends a step and is not healed."""
-        while self._take_messages(0.0 if self._brain.has_work() else IDLE_CHECK_S):
+        while self._take_messages(self._pause_s()):
             try:
                 self._turn()
             except PhalanxError as error:
@@ -146,7 +164,14 @@ class EngineLoop:
                     return
             self._send_stats()
 
+    def _pause_s(self) -> float:
+        """How long a message may be waited for now."""
+        if self._brain.has_work():
+            return 0.0
+        return TURN_S if self._maintenance.is_busy else IDLE_CHECK_S
+
     def _turn(self) -> None:
+        self._tell(self._maintenance.turn())
         if not self._brain.has_work():
             self._check_workers()
             return
@@ -154,6 +179,11 @@ class EngineLoop:
         self._formation.progressed()
         if batch is not None:
             self._link.send(batch)
+
+    def _tell(self, outcome: Maintained | None) -> None:
+        if outcome is not None:
+            self._send_stats(at_once=True)  # who hears of the outcome finds the state that it has led to
+            self._link.send(outcome)
 
     def _heal(self, error: PhalanxError) -> bool:
         """Have other ranks go on from what is committed. False after Shutdown. Raises what keeps them from it."""
@@ -166,6 +196,7 @@ class EngineLoop:
                 return False
         epoch, keeps_cache = healing.result()
         self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+        self._tell(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True
 
@@ -176,9 +207,17 @@ class EngineLoop:
                 self._submit(message)
             elif isinstance(message, Cancel):
                 self._brain.cancel(message.request_ids)
+            elif isinstance(message, MaintenanceOrder):
+                self._begin_maintenance(message)
             else:
                 return False
         return True
+
+    def _begin_maintenance(self, order: MaintenanceOrder) -> None:
+        try:
+            self._maintenance.begin(order)
+        except UserError as error:
+            self._link.send(Maintained(str(error), is_user_error=True, is_not_now=isinstance(error, NotNowError)))
 
     def _submit(self, request: Submit) -> None:
         try:
@@ -194,12 +233,14 @@ class EngineLoop:
         if self._heartbeat is None:
             self._heartbeat = self._formation.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
 
-    def _send_stats(self) -> None:
+    def _send_stats(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if now < self._stats_due_at:
+        if now < self._stats_due_at and not at_once:
             return
         self._stats_due_at = now + STATS_INTERVAL_S
-        stats = msgspec.structs.replace(self._brain.stats(), formation=self._formation.stats())
+        stats = msgspec.structs.replace(
+            self._brain.stats(), formation=self._formation.stats(), maintenance=self._maintenance.stats
+        )
         if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)
             self._sent_stats = stats
@@ -282,7 +323,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
             num_replicas=config.parallel.data_parallel_size,
         )
     )
-    return EngineLoop(link, make_brain, formation)
+    return EngineLoop(link, make_brain, formation, partial(Maintenance, config, checkpoint))
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

@@ -117,6 +117,8 @@ class Scheduler:
         self._epoch = epoch
         self._next_step = 0
         self._under_way: deque[PlannedStep] = deque()
+        self._admits_until: int | None = None
+        """Who arrived later waits; None if nobody does."""
         self._alone: int | None = None
         """The one request that may run, if the others are held back."""
 
@@ -164,6 +166,22 @@ class Scheduler:
             replica.pool.reset_cache()
         self._first_cached_ticket = self.running.next_ticket
 
+    def recompute(self) -> None:
+        """Have all requests wait again, in order of arrival, and no block hold anything. No step is under way."""
+        assert not self._under_way
+        self._requeue(self.running.occupied())
+        for replica in self.replicas:
+            replica.pool.reset_cache()
+
+    def admit_until(self, arrival: int | None) -> None:
+        """Let requests wait that arrive as this one or later; with None nobody has to."""
+        self._admits_until = arrival
+
+    def has_admitted(self) -> bool:
+        """Whether a request is left that need not wait for `admit_until`."""
+        first = next(iter(self._requests.values()), None)  # they are in order of arrival
+        return first is not None and self._is_admitted(first)
+
     def under_way(self) -> dict[int, int]:
         """The requests that steps under way compute for; by id, to how many tokens in the KV cache they bring each."""
         return {request_id: end for step in self._under_way for request_id, end in self.reach(step).items()}
@@ -202,9 +220,10 @@ class Scheduler:
         return sorted(self._requests.values(), key=lambda request: request.arrival)
 
     def go_on_after(self, before: Scheduler) -> None:
-        """Go on with the totals and the step numbers of a scheduler that plans no more."""
+        """Go on with the totals, the step numbers and who waits for what of a scheduler that plans no more."""
         self.totals = Totals(len(self.replicas), before.totals)
         self._next_step = before._next_step
+        self._admits_until = before._admits_until
 
     def run_alone(self, request_id: int | None) -> None:
         """From the next plan on only this request runs, and the others wait. None: all may run."""
@@ -319,7 +338,7 @@ class Scheduler:
         if not running.has_free_slot(replica.index):
             return None
         request = replica.waiting.get(self._alone) if self._alone is not None else next(iter(replica.waiting.values()))
-        if request is None:
+        if request is None or not self._is_admitted(request):
             return None
         found_B = replica.find_cached(request)
         num_missing = self._num_blocks(len(request.token_ids)) - len(found_B)
@@ -336,6 +355,9 @@ class Scheduler:
         slot = running.add(request, blocks_B, num_computed)
         self._introduce(slot)
         return slot
+
+    def _is_admitted(self, request: Request) -> bool:
+        return self._admits_until is None or request.arrival < self._admits_until
 
     def _introduce(self, slot: int) -> None:
         replica = self.replicas[self.running.request(slot).replica]

@@ -81,6 +81,8 @@ class Formation:
         self._on_failure: list[OnFailure] = []
         self._called: set[str] = set()
         """Methods of ranks, which may have left something in them."""
+        self.has_weights_of_checkpoint = True
+        """Whether what ranks compute with can be read again."""
 
     # ---------------------------------------------------------------------------- as an executor
 
@@ -168,8 +170,35 @@ class Formation:
 
     def weights_changed(self) -> None:
         """From now on the checkpoint is not what ranks compute with, and lines that have read it are of no use."""
+        self.has_weights_of_checkpoint = False
         if self._recovery is not None:
             self._recovery.weights_changed()
+
+    # ---------------------------------------------------------------------------- maintenance
+
+    def rest_standby(self) -> None:
+        """Have no line stand ready before `renew_standby`. Blocks until there is none; raises DeadlineError."""
+        if self._recovery is not None:
+            self._recovery.rest_standby()
+
+    def renew_standby(self) -> None:
+        """Have one stand ready again, if there is to be one."""
+        if self._recovery is not None:
+            self._recovery.renew_standby()
+
+    def begin_change(self, checkpoint: Checkpoint) -> None:
+        """The weights of this checkpoint are about to come into ranks, while no line stands ready.
+
+        A line that comes after a fault before `end_change` reads all of them: weights are never mixed.
+        """
+        self.has_weights_of_checkpoint = True
+        if self._recovery is not None:
+            self._recovery.begin_change(checkpoint)
+
+    def end_change(self) -> None:
+        """They are in all ranks."""
+        if self._recovery is not None:
+            self._recovery.end_change()
 
     def stats(self) -> FormationStats | None:
         """None where a fault ends the run. For any thread."""

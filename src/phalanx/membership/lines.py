@@ -93,7 +93,8 @@ class Lines:
     def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
         """`config` is settled."""
         self._config = config
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
+        """What lines that start from now on are made from."""
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
 
@@ -126,7 +127,7 @@ class Lines:
             return launcher if interruption is None else interruption.note(launcher)
 
         executor, capacity = start_executor(
-            self._config, self._checkpoint, on_progress, new_launcher=new_launcher, line=plan
+            self._config, self.checkpoint, on_progress, new_launcher=new_launcher, line=plan
         )
         return Line(epoch, executor, told), capacity
 

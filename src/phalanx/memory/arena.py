@@ -42,6 +42,8 @@ class Arena:
         """Of what was allocated."""
         self.held: dict[str, Region] = dict(held.regions) if held is not None else {}
         """What was there before."""
+        self._on_device: dict[str, torch.Tensor] = {}
+        """What was allocated there."""
         self._label = label
         self._segments: list[SharedSegment] = []
         self._shared: int | None = None
@@ -61,7 +63,8 @@ class Arena:
         """
         assert name not in self.regions, f"{name} is allocated twice"
         if self.device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            self._on_device[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            return self._on_device[name]
         size_bytes = math.prod(shape) * dtype.itemsize
         region = self.held.get(name) or self._reserve(size_bytes)
         assert region.size_bytes == size_bytes, f"{name}: {region.size_bytes} bytes are held, {size_bytes} are needed"
@@ -72,6 +75,11 @@ class Arena:
         memory = self._segments[region.segment].buf[region.offset_bytes : end]
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of what was allocated."""
+        return [*self.regions, *self._on_device]
+
     def begin_part(self) -> None:
         """What is allocated from now on lies in other segments than what was before, and can be held without it."""
         self._shared = None
@@ -79,11 +87,24 @@ class Arena:
     def release(self, names: Sequence[str]) -> None:
         """Give the memory of these tensors back to the system, in whole pages; they need not be adjacent.
 
-        They stay where they are, and may read as zeros from now on, for all who share them; what is written to them
-        takes memory again. On a GPU nothing is given back.
+        On a CPU they stay where they are, and may read as zeros from now on, for all who share them; what is written to
+        them takes memory again. On a GPU there is none before `reclaim`.
         """
+        if self.device.type != "cpu":
+            for name in names:
+                self._on_device[name].untyped_storage().resize_(0)
+            torch.cuda.empty_cache()
         for run in _adjacent([self.regions[name] for name in names] if self.device.type == "cpu" else []):
             self._segments[run.segment].release(run.offset_bytes, _end(run))
+
+    def reclaim(self, names: Sequence[str]) -> None:
+        """Have memory for them again, on a GPU at other addresses; it may hold anything.
+
+        Raises torch.OutOfMemoryError on a GPU that others have taken it on.
+        """
+        for name in names if self.device.type != "cpu" else ():
+            tensor = self._on_device[name]
+            tensor.untyped_storage().resize_(tensor.nbytes)
 
     def describe(self, is_kept: Callable[[str], bool] = lambda name: True) -> HeldMemory:
         """What can be held of it: tensors whose names are to be kept, and no segment without one. Only on a CPU."""

@@ -128,10 +128,15 @@ class Runner:
             flight.arrived.synchronize()
         return StepResult(flight.step, ints(flight.tokens_S.numpy().astype(np.int32)), _columns(flight.logprobs))
 
-    def close(self) -> None:
-        """Let go of what groups cannot be left before. Blocks on nobody."""
+    def replay_from(self, graphs: DecodeGraphs | None) -> None:
+        """Replay steps from these from now on, and let go of those before. No step is under way."""
         if self._graphs is not None:
             self._graphs.close()
+        self._graphs = graphs
+
+    def close(self) -> None:
+        """Let go of what groups cannot be left before. Blocks on nobody."""
+        self.replay_from(None)
 
     def _take_in(self, plan: StepPlan) -> None:
         self._slots.apply(plan)

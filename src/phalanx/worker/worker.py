@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -47,6 +47,7 @@ from phalanx.protocol import (
     ExpertLoads,
     LayerLoad,
     Loaded,
+    Maintaining,
     Measured,
     MeasureExperts,
     MeasureMemory,
@@ -68,6 +69,7 @@ from phalanx.worker.decode_graphs import DecodeGraphs
 from phalanx.worker.error_text import message_of
 from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
+from phalanx.worker.maintenance import RankMaintenance
 from phalanx.worker.methods import Methods, load_extension, remote_method
 from phalanx.worker.profile import graph_bytes, peak_activation_bytes
 from phalanx.worker.runner import InFlight, Runner
@@ -140,6 +142,7 @@ class Worker:
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
+        self._maintenance: RankMaintenance | None = None
         self._has_graphs = can_have_graphs(spec.config, self._device.type)
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
@@ -322,6 +325,8 @@ class Worker:
                 leaving.callback(group.close)
             if self._runner is not None:
                 leaving.callback(self._runner.close)
+            if self._maintenance is not None:
+                leaving.callback(self._maintenance.close)
         self._groups.clear()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
@@ -376,6 +381,9 @@ class Worker:
             return self._call_method(body)
         if isinstance(body, MeasureExperts):
             return self._measure_experts()
+        if isinstance(body, Maintaining):
+            assert self._maintenance is not None, "before AllocateCache"
+            return self._maintenance.carry_out(body)
         if isinstance(body, MoveExperts):
             self._move_experts(body)
         elif isinstance(body, Stop):
@@ -495,7 +503,7 @@ class Worker:
         self._enter("allocating")
         config, model = self.spec.config, self._model
         grid = Grid.of(config.parallel)
-        weights = frozenset(self._arena.regions)
+        weights = frozenset(self._arena.names)
         self._arena.begin_part()
         model.bind_cache(
             allocate_cache(
@@ -518,6 +526,10 @@ class Worker:
             replica=self._replica,
             graphs=graphs,
         )
+        self._maintenance = self._new_maintenance(
+            [name for name in self._arena.names if name not in weights],
+            partial(self._set_graphs, max_model_len=max_model_len, null_block=num_blocks),
+        )
         if self._warms_up:
             self._runner.warm_up(config.parallel.data_parallel_size)
         for experts in model.experts.values():
@@ -527,6 +539,25 @@ class Worker:
             return Allocated()
         without = weights if grid.moves_experts else frozenset()
         return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
+
+    def _new_maintenance(self, cache: Sequence[str], set_graphs: Callable[[bool], None]) -> RankMaintenance:
+        def enter(phase: str) -> None:
+            self.phase = phase
+
+        return RankMaintenance(
+            self.model.weights,
+            self._arena,
+            cache,
+            ranks_on_host=self.spec.ranks_on_host,
+            enter=enter,
+            set_graphs=set_graphs,
+        )
+
+    def _set_graphs(self, has_graphs: bool, *, max_model_len: int, null_block: int) -> None:
+        """Have graphs of decode steps, or none."""
+        assert self._runner is not None
+        if self._has_graphs:
+            self._runner.replay_from(self._capture(max_model_len, null_block) if has_graphs else None)
 
 
 def _device(spec: WorkerSpec) -> torch.device:
