@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 from oracle import Oracle
-from warm_launchers import warm_llm
 
 from phalanx import LLM, SamplingParams
-from phalanx.errors import CheckpointError, NotNowError
-from phalanx.memory.host import bytes_of_family
+from phalanx.errors import NotNowError
 from phalanx.testing.checkpoints import write_checkpoint
 
 PROMPT = [(7 * i) % 250 for i in range(40)]
