@@ -14,6 +14,7 @@ from warm_launchers import warm_llm
 
 from phalanx import LLM, SamplingParams
 from phalanx.errors import CheckpointError, NotNowError
+from phalanx.memory.host import bytes_of_family
 from phalanx.protocol import Reload, Wake
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -55,6 +56,22 @@ def test_one_rank_in_this_process(old: Path, new: Path, pack_weights: bool) -> N
         llm.sleep(2)
         llm.wake(str(old))
         assert (made(llm), llm.weights_version) == (expected(old), 3)
+
+
+def test_memory_of_this_process_is_given_back(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
+    old, new = (write_checkpoint(tmp_path / str(seed), seed=seed, **shape) for seed in (0, 1))
+    weight_bytes = (old / "model.safetensors").stat().st_size
+    with LLM(str(old), device="cpu", kv_cache_memory=1 << 22) as llm:
+        made(llm)
+        awake = bytes_of_family(os.getpid())
+        llm.reload(str(new))
+        made(llm)
+        assert bytes_of_family(os.getpid()) < awake + 0.3 * weight_bytes
+        llm.sleep(2)
+        assert bytes_of_family(os.getpid()) < awake - 0.7 * weight_bytes
+        llm.wake()
+        assert made(llm) == expected(new)
 
 
 @pytest.mark.slow

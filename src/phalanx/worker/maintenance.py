@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phalanx.errors import CheckpointError
 from phalanx.memory.arena import Arena
-from phalanx.memory.host import free_host_bytes
+from phalanx.memory.host import free_host_bytes, trim_heap
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.rank_weights import RankWeights
 from phalanx.protocol import (
@@ -100,12 +100,14 @@ class RankMaintenance:
         self._enter("switching weights")
         self._weights.take(self._reading.result())
         self._reading = None
+        trim_heap()
         self._enter("idle")
 
     def _drop(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+            trim_heap()
 
     def _fall_asleep(self, level: int) -> None:
         self._enter("falling asleep")
@@ -119,6 +121,7 @@ class RankMaintenance:
         elif self._level == 0 and self._arena.device.type != "cpu":
             self._on_host = self._weights.move_out(self._arena.release)
         self._level = level
+        trim_heap()
         self._enter("asleep")
 
     def _wake_up(self) -> None:
