@@ -1,11 +1,14 @@
 """`phalanx serve --launcher ray` against `--launcher local` on this host: tokens per second, and the start.
 
-    python benchmarks/launchers.py --model DIRECTORY [--peer-python PATH] [--tensor-parallel-size 2] [--rounds 5]
+    python benchmarks/launchers.py --model MODEL [--peer-python PATH] [--tensor-parallel-size 2] [--starts 3]
+        [--rounds 5]
 
-First the starts, one at a time, from the command to the first token, and when rank 0 entered each phase: `local`, `ray`
-with a Ray of its own, `ray` on a Ray that runs already, and vLLM where there is one. Then both launchers' servers take
-turns under the same load; the one whose turn it is not is idle (Ray would take a stopped node for dead). The ratio is
-that of the medians.
+First the starts, one at a time and in turns, from the command to the first token, and when rank 0 entered each phase:
+`local`, `ray` with a Ray of its own, `ray` on a Ray that runs already, and vLLM where there is one (on one rank, where
+it refuses to divide the model by as many as are asked for). Their ratios are to the median of vLLM's. Then both
+launchers' servers take turns under the same load; the one whose turn it is not is idle (Ray would take a stopped node
+for dead). The ratio is that of the medians. A GGUF file is converted before anything is timed, and vLLM gets the
+directory.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from serving import Server, free_port, measure, phalanx, running, vllm, why_not
+
+from phalanx.models.checkpoint import resolve
 
 PHASE = re.compile(r"rank 0(?: on \S+)?: (\w+)")
 LOOK_S = 0.02
@@ -42,6 +48,7 @@ sys.stdin.read()
 @click.option("--tensor-parallel-size", "tp_size", default=2, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--streams", default="1,8,32", show_default=True)
+@click.option("--starts", type=click.IntRange(1), default=3, show_default=True, help="Of each kind.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--output-tokens", default=64, show_default=True)
@@ -51,36 +58,92 @@ def main(
     tp_size: int,
     dtype: str,
     streams: str,
+    starts: int,
     rounds: int,
     prompt_tokens: int,
     output_tokens: int,
 ) -> None:
     """Measure the Ray launcher beside the local one."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended on the way out
+    directory = resolve(str(model)).path
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        logs = Path(folder)
-        with serving(model, "ray", tp_size, dtype, logs, "--ray-address", "local"):
-            pass
-        if peer_python is not None and peer_python.exists():
-            _start_vllm(peer_python, model, tp_size, dtype, logs)
-        local = stack.enter_context(serving(model, "local", tp_size, dtype, logs))
+        case = Case(model, directory, tp_size, dtype, Path(folder))
+        _compare_starts(case, peer_python, starts)
         address = stack.enter_context(running_ray(tp_size))
-        ray = stack.enter_context(serving(model, "ray", tp_size, dtype, logs, "--ray-address", address))
+        local = stack.enter_context(case.started("local"))
+        ray = stack.enter_context(case.started("ray", "--ray-address", address))
         click.echo(f"{prompt_tokens} tokens in, {output_tokens} out, greedy, TP {tp_size}; medians of {rounds} rounds")
         for count in map(int, streams.split(",")):
             _compare(local, ray, count, rounds, prompt_tokens, output_tokens)
 
 
-@contextlib.contextmanager
-def serving(model: Path, launcher: str, tp_size: int, dtype: str, logs: Path, *options: str) -> Iterator[Server]:
-    """A server that is ready; prints how long that took."""
-    log, began_at = logs / f"{launcher}.log", time.monotonic()
-    server = phalanx(model, tp_size, dtype, free_port(), log, "--launcher", launcher, *options, name=launcher)
-    with running(server), _phases(log, began_at) as phases:
-        ready_s = server.await_ready()
-        steps = ", ".join(f"{phase} at {at_s:.1f}" for phase, at_s in phases.items())
-        click.echo(f"{' '.join([launcher, *options])}: command to first token {ready_s:.1f} s ({steps})")
-        yield server
+class Case(NamedTuple):
+    """What is served."""
+
+    model: Path
+    directory: Path
+    """The model, as vLLM reads it."""
+    tp_size: int
+    dtype: str
+    logs: Path
+
+    @contextlib.contextmanager
+    def started(self, launcher: str, *options: str, took_s: list[float] | None = None) -> Iterator[Server]:
+        """A server that is ready; prints how long that took, and adds it to `took_s`."""
+        log, began_at = self.logs / f"{launcher}-{time.monotonic_ns()}.log", time.monotonic()
+        server = phalanx(
+            self.model, self.tp_size, self.dtype, free_port(), log, "--launcher", launcher, *options, name=launcher
+        )
+        with running(server), _phases(log, began_at) as phases:
+            ready_s = server.await_ready()
+            steps = ", ".join(f"{phase} at {at_s:.1f}" for phase, at_s in phases.items())
+            click.echo(f"{' '.join([launcher, *options])}: command to first token {ready_s:.1f} s ({steps})")
+            if took_s is not None:
+                took_s.append(ready_s)
+            yield server
+
+    def start_peer(self, python: Path, tp_size: int) -> float:
+        """Seconds from vLLM's command to its first token."""
+        log = self.logs / f"vllm-{time.monotonic_ns()}.log"
+        with running(vllm(python, self.directory, tp_size, self.dtype, free_port(), log)) as peer:
+            ready_s = peer.await_ready()
+        click.echo(f"vllm on {tp_size}: command to first token {ready_s:.1f} s")
+        return ready_s
+
+
+def _compare_starts(case: Case, peer_python: Path | None, starts: int) -> None:
+    """Start everything in turns, `starts` times, and print the medians."""
+    peers_size = None if peer_python is None or not peer_python.exists() else _peers_size(case, peer_python)
+    took_s: dict[str, list[float]] = {"local": [], "ray that runs": [], "ray of its own": [], "vllm": []}
+    for _ in range(starts):
+        with case.started("local", took_s=took_s["local"]):
+            pass
+        with case.started("ray", "--ray-address", "local", took_s=took_s["ray of its own"]):
+            pass
+        with (
+            running_ray(case.tp_size) as address,
+            case.started("ray", "--ray-address", address, took_s=took_s["ray that runs"]),
+        ):
+            pass
+        if peer_python is not None and peers_size is not None:
+            took_s["vllm"].append(case.start_peer(peer_python, peers_size))
+    for name, all_s in took_s.items():
+        if all_s:
+            median_s = statistics.median(all_s)
+            ratio = f"  ratio {median_s / statistics.median(took_s['vllm']):.2f}" if took_s["vllm"] else ""
+            click.echo(f"start {name:14} median of {len(all_s)}: {median_s:5.1f} s{ratio}")
+
+
+def _peers_size(case: Case, python: Path) -> int | None:
+    """How many ranks vLLM runs the model on: as many as are asked for, or one, or none."""
+    for tp_size in sorted({case.tp_size, 1}, reverse=True):
+        try:
+            case.start_peer(python, tp_size)
+        except click.ClickException as error:
+            click.echo(f"vllm does not start on {tp_size}: {why_not(error)}")
+        else:
+            return tp_size
+    return None
 
 
 @contextlib.contextmanager
@@ -101,14 +164,6 @@ def _phases(log: Path, began_at: float) -> Iterator[dict[str, float]]:
     finally:
         is_over.set()
         thread.join()
-
-
-def _start_vllm(python: Path, model: Path, tp_size: int, dtype: str, logs: Path) -> None:
-    try:
-        with running(vllm(python, model, tp_size, dtype, free_port(), logs / "vllm.log")) as peer:
-            click.echo(f"vllm: command to first token {peer.await_ready():.1f} s")
-    except click.ClickException as error:
-        click.echo(f"vllm does not start: {why_not(error)}")
 
 
 @contextlib.contextmanager

@@ -1,18 +1,20 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--turns 100] [--short]
+    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--pairs 4] [--texts 2] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: two engines with the same model (a small random one without --model), one with the ledger and one without,
-  decode for eight streams and take turns of a few steps; the ratio of their tokens per second, of the median steps of
-  each pair of turns, as median and quartiles.
+- *Tokens*: pairs of engines with the same model (a small random one without --model), one with the ledger and one
+  without, decode for eight streams and take turns of one step; the ratio of their tokens per second as the median over
+  the pairs of steps, with the interval that it is in with 95 %. The watcher takes from both alike: its share comes on
+  top, which is its cores of those that the ranks leave no room on.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -43,8 +45,7 @@ COLLECTIVES_PER_STEP = 64
 STEP_S = 0.02
 TEXTS = 40
 STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 192
-STEPS_OF_TURN, FIRST_STEPS = 12, 3
-"""The first steps of a turn are not counted: one was under way while the other engine had its turn."""
+FIRST_STEPS = 3
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
@@ -162,20 +163,19 @@ def report_watcher(num_ranks: int, for_s: float) -> None:
     click.echo(f"watcher of {num_ranks} ranks: {idle:.4f} cores while they are idle, {works:.4f} while they decode")
 
 
-def decode(brain: Brain, dice: random.Random) -> float:
-    """Seconds of the median step of one turn."""
+def submit(brain: Brain, dice: random.Random) -> None:
+    """All streams, and compute their prompts."""
     sampling = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    took_s: list[float] = []
-    while len(took_s) < STEPS_OF_TURN:
-        if not brain.has_work():
-            for request_id in range(STREAMS):
-                brain.submit(Submit(request_id, ints([dice.randrange(256) for _ in range(INPUT_LEN)]), sampling))
-            for _ in range(FIRST_STEPS):  # the prompts
-                brain.step()
-        began_at = time.perf_counter()
+    for request_id in range(STREAMS):
+        brain.submit(Submit(request_id, ints([dice.randrange(256) for _ in range(INPUT_LEN)]), sampling))
+    for _ in range(FIRST_STEPS):
         brain.step()
-        took_s.append(time.perf_counter() - began_at)
-    return statistics.median(took_s[FIRST_STEPS:])
+
+
+def step_s(brain: Brain) -> float:
+    began_at = time.perf_counter()
+    brain.step()
+    return time.perf_counter() - began_at
 
 
 @contextmanager
@@ -190,6 +190,7 @@ def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
         kv_cache_memory=16 << 20,
         enable_prefix_caching=False,
         threads_per_rank=1,
+        async_scheduling=False,  # so that nothing is under way while the other engine has its turn
         ledger=ledger,
     )
     executor, capacity = start_executor(config, resolve(str(model)), lambda *_: None)
@@ -203,24 +204,50 @@ def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
         )
 
 
-def report_tokens(model: Path | None, num_ranks: int, num_turns: int) -> None:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = model or write_checkpoint(folder / "model", **MODEL)
-        without, with_it = (stack.enter_context(engine(model, num_ranks, ledger)) for ledger in (False, True))
-        dice = random.Random(0)
-        ratios, rates = [], []
-        for turn in range(num_turns + 2):
-            order = [without, with_it] if turn % 2 else [with_it, without]
-            took_s = {id(brain): decode(brain, dice) for brain in order}
-            if turn > 1:  # the first ones warm up
-                ratios.append(took_s[id(without)] / took_s[id(with_it)])
-                rates.append(STREAMS / took_s[id(without)])
+def report_tokens(model: Path | None, num_ranks: int, num_pairs: int, num_texts: int) -> None:
+    """Compare pairs of engines, of which now the one with the ledger is started first, now the other: two engines of
+    the same settings differ by as much as the ledger costs, as their memory lies elsewhere.
+    """
+    ratios, rates = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model = model or write_checkpoint(Path(folder) / "model", **MODEL)
+        for pair in range(num_pairs):
+            for without_s, with_it_s in steps_of(
+                model, num_ranks, num_texts, has_ledger=(pair % 2 == 0, pair % 2 == 1)
+            ):
+                ratios.append(without_s / with_it_s)
+                rates.append(STREAMS / without_s)
     low, median, high = statistics.quantiles(ratios, n=4)
+    least, most = interval_of_median(ratios)
     click.echo(
-        f"tokens/s over {num_ranks} ranks: {median:.4f} of those without the ledger "
-        f"(quartiles {low:.4f} to {high:.4f}, {num_turns} pairs; {statistics.median(rates):.0f} tokens/s without)"
+        f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without the ledger (95 % "
+        f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs "
+        f"of steps of {num_pairs} pairs of engines; {statistics.median(rates):.0f} tokens/s without)"
     )
+
+
+def steps_of(
+    model: Path, num_ranks: int, num_texts: int, has_ledger: tuple[bool, bool]
+) -> Iterator[tuple[float, float]]:
+    """Seconds without the ledger and with it, of each step of two engines, started in that order."""
+    with ExitStack() as stack:
+        brains = {ledger: stack.enter_context(engine(model, num_ranks, ledger)) for ledger in has_ledger}
+        dice = random.Random(0)
+        for text in range(num_texts + 1):
+            for brain in brains.values():
+                submit(brain, dice)
+            while all(brain.has_work() for brain in brains.values()):
+                order = dice.sample((True, False), 2)
+                took_s = {ledger: step_s(brains[ledger]) for ledger in order}
+                if text:  # the first one warms up
+                    yield took_s[False], took_s[True]
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with a probability of 95 %, whatever the distribution: between two order statistics."""
+    ordered, distance = sorted(values), 0.98 * math.sqrt(len(values))
+    first = max(0, math.floor(len(values) / 2 - distance))
+    return ordered[first], ordered[-1 - first]
 
 
 def loop(rank: int, store: str, recorder: Recorder, turns: Connection) -> None:
@@ -289,14 +316,15 @@ def take_turn(ends: Sequence[Connection]) -> float:
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--turns", type=click.IntRange(2), default=100, show_default=True, help="Of each of the two engines.")
+@click.option("--pairs", type=click.IntRange(1), default=4, show_default=True, help="Of engines, one after the other.")
+@click.option("--texts", type=click.IntRange(1), default=2, show_default=True, help="Of each engine.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(model: Path | None, ranks: int, rounds: int, turns: int, short: bool) -> None:
-    rounds, turns = (3, 4) if short else (rounds, turns)
+def main(model: Path | None, ranks: int, rounds: int, pairs: int, texts: int, short: bool) -> None:
+    rounds, pairs, texts = (3, 1, 1) if short else (rounds, pairs, texts)
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(model, ranks, turns)
+    report_tokens(model, ranks, pairs, texts)
     report_all_reduce(rounds)
 
 

@@ -39,6 +39,9 @@ LOOK_S = 0.05
 ASK_S = 1.0
 """No other rank is asked for its stack after this."""
 
+LONGEST_TRUST_S = 0.2
+"""Ranks that all go on are looked at this often at least: what holds them up may yet be to come."""
+
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
 
@@ -114,7 +117,13 @@ class _Watched:
         self._asker = Asker(journal)
         self._entries: Entries | None = None
         self._moved = (0, 0)
+        self._passed = (0, 0)
         self._still: _Still | None = None
+
+    def goes_on(self) -> bool:
+        """Whether it has noted anything since this was asked last."""
+        before, self._passed = self._passed, self.reader.moved
+        return before != self._passed
 
     def look(self, now_ns: int, most_records: int) -> RankLook | None:
         """None if the rank has not begun."""
@@ -170,7 +179,7 @@ class Watcher:
         """Raises PeerDiedError or FrameError if a journal's owner is gone."""
         self._order = order
         self._patience = Patience(order.limits)
-        self._looked_ns = self._learned_ns = 0
+        self._glanced_ns = self._looked_ns = self._learned_ns = 0
         self._found: Verdict | None = None
         self._harmless: dict[str, tuple[int, ...]] = {}
         """Groups that are uneven, and why is no concern of anybody."""
@@ -200,8 +209,14 @@ class Watcher:
         seen_ns, unheard, unwatched = self._others.seen_ns(now_ns), self._others.unheard(), self._others.unwatched()
         return Look(seen_ns, ranks, self._order.groups, self._order.limits, unheard, unwatched)
 
-    def verdict(self, now_ns: int) -> Verdict | None:
-        """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long."""
+    def verdict(self, now_ns: int, *, has_ended: bool = False) -> Verdict | None:
+        """What is wrong, if that is beyond doubt: it cannot change any more, or ranks have waited for long.
+
+        `has_ended`: a rank may have, so that looking cannot wait.
+        """
+        if self._all_go_on() and not has_ended and now_ns - self._glanced_ns < LONGEST_TRUST_S * _NS:
+            return None
+        self._glanced_ns = now_ns
         if now_ns - self._learned_ns >= LEARN_S * _NS:
             self._learn(now_ns)
         at_a_glance = self.look(now_ns, GLANCE_RECORDS)
@@ -246,6 +261,11 @@ class Watcher:
     def pids(self) -> list[int]:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
+
+    def _all_go_on(self) -> bool:
+        """Whether each rank has noted something since the last look, and nothing is being found out."""
+        go_on = [watched.goes_on() for watched in self._ranks]
+        return all(go_on) and self._found is None and self._others is None
 
     def _learn(self, now_ns: int) -> None:
         self._learned_ns = now_ns
@@ -327,6 +347,8 @@ class Endings:
     """Waits between looks, and not to the end when a rank ends. A context manager."""
 
     def __init__(self) -> None:
+        self.has_one: bool = False
+        """Whether the last wait was for less long because a rank had ended."""
         self._pidfds: dict[int, int] = {}
         self._poll = select.poll()
 
@@ -345,6 +367,7 @@ class Endings:
                 self._add(pid)
         self._poll.register(stop, select.POLLIN)
         ready = [descriptor for descriptor, _ in self._poll.poll(LOOK_S * 1000)]
+        self.has_one = bool(set(ready) - {stop})
         for pid, pidfd in self._pidfds.items():
             if pidfd in ready:
                 self._poll.unregister(pidfd)
@@ -372,7 +395,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
             before = confirmation.told
-            verdict = confirmation.take(watcher.verdict(now_ns), now_ns)
+            verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)
                 outlets.show(watcher.nodes_seen, now_ns)

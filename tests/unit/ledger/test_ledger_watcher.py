@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from ledger_ranks import Clock, WritingRank
@@ -12,7 +13,7 @@ from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
 from phalanx.transport.shared_memory import SharedSegment
 
 REDUCE = "all_reduce float32 [3, 72]"
@@ -21,7 +22,8 @@ REDUCE = "all_reduce float32 [3, 72]"
 class Watched:
     """Two ranks, and what the kernel says of their cores."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
         segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(2)]
         self.clock = Clock()
         self.ranks = [
@@ -45,20 +47,32 @@ class Watched:
             rank.done("tp@0")
             rank.end()
 
-    def verdict(self, after_s: float, starving: float = 0.0) -> Verdict | None:
+    def verdict(self, after_s: float, starving: float = 0.0, *, has_ended: bool = False) -> Verdict | None:
         """Looking all the time. `starving`: the share of it in which the ranks had no core."""
         found = None
         for _ in range(round(after_s / LOOK_S)):
             self.clock.pass_s(LOOK_S)
             self.starved_s += starving * LOOK_S
-            found = self._watcher.verdict(self.clock())
+            found = self._watcher.verdict(self.clock(), has_ended=has_ended)
         return found
+
+    def count_reads(self) -> list[int]:
+        """How often each rank is looked at, from now on."""
+        counts = [0, 0]
+        for rank, one in enumerate(self._watcher._ranks):
+
+            def look(*args: Any, rank: int = rank, look: Callable[..., Any] = one.look) -> Any:
+                counts[rank] += 1
+                return look(*args)
+
+            self._monkeypatch.setattr(one, "look", look)
+        return counts
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with ExitStack() as stack:
-        ranks = Watched(stack)
+        ranks = Watched(stack, monkeypatch)
         monkeypatch.setattr(watcher, "_times_of", lambda entries: (0.0, ranks.starved_s))
         ranks.step(1)
         ranks.end_step()
@@ -79,3 +93,32 @@ def test_so_has_a_collective_that_all_have_come_to(watched: Watched) -> None:
     assert watched.verdict(3.0, starving=1.0) is None
     found = watched.verdict(LEAST_S + 0.5)
     assert found is not None and (found.cause, found.culprits, found.group) == ("hung", (), "tp@0")
+
+
+def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
+    read = watched.count_reads()
+    for number in range(2, 42):
+        watched.step(number)
+        watched.end_step()
+        assert watched.verdict(LOOK_S) is None
+    assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
+
+
+def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
+    watched.step(2)
+    watched.end_step()
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.step(3, [0])
+    watched.verdict(LOOK_S)
+    assert read == [1, 1]
+
+
+def test_all_are_read_at_once_when_one_has_ended(watched: Watched) -> None:
+    watched.step(2)
+    watched.end_step()
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.step(3)
+    watched.verdict(LOOK_S, has_ended=True)
+    assert read == [1, 1]
