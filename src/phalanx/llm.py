@@ -37,7 +37,7 @@ from phalanx.errors import (
     UserError,
 )
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
-from phalanx.membership.formation import start_formation
+from phalanx.membership.formation import OF_EVERY_WORKER, start_formation
 from phalanx.membership.recovery import forget_locals
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
@@ -192,9 +192,11 @@ class LLM:
         Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
         arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
         the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
-        ended. Raises EngineDeadError if it had ended before.
+        ended. Raises EngineDeadError if it had ended before, NotNowError while it is asleep.
         """
         self._check_can_run()
+        if self._maintenance.is_asleep and method not in OF_EVERY_WORKER:
+            raise NotNowError(f"{method} may want what a sleep has given back: call wake()")
         if method in self._weight_changing:
             self._formation.weights_changed()
             self._brain.reset_prefix_cache()

@@ -377,7 +377,7 @@ class Fleet:
             engine = await starting
             engine.weights_version = self._weights_version
             if self.asleep:
-                await engine.maintain(Sleep(2 if self.asleep == 2 else 1))
+                await self._put_to_sleep(engine)
             self._engines[number] = engine
         except asyncio.CancelledError:
             if starting is not None:
@@ -385,6 +385,14 @@ class Fleet:
             raise
         finally:
             self._told.pop(number, None)
+
+    async def _put_to_sleep(self, engine: EngineClient) -> None:
+        """Have one that is new be as the others are."""
+        try:
+            await engine.maintain(Sleep(2 if self.asleep == 2 else 1))
+        except PhalanxError:
+            await engine.close()
+            raise
 
     async def _replace(self, number: int) -> None:
         """Start an engine in the place of one that has ended, until it is there."""
