@@ -204,6 +204,7 @@ class Maintenance:
             self._check_experts_stay("a sleep of level 2")
             if not self._ranks.has_weights_of_checkpoint:
                 raise NotNowError("a method has changed the weights, and the checkpoint does not have them: sleep at 1")
+            self.checkpoint.fingerprint  # noqa: B018  (now, as long as its files are what the ranks have read)
 
     def _check_experts_stay(self, what: str) -> None:
         if self._config.parallel.enable_eplb:
@@ -251,9 +252,14 @@ class Maintenance:
         self._phase = "falling asleep"
         with suppress(RanksReplacedError):  # they have no step under way either
             yield from self._to_boundary()
+        try:
+            self._ranks.rest_standby()
+        except PhalanxError as error:
+            self._ranks.renew_standby()
+            if not self._level:
+                self._brain.go_on()
+            raise _failed("the engine is as it was before", error) from error
         self._brain.recompute()
-        self._ranks.rest_standby()
-        self.checkpoint.fingerprint  # noqa: B018  (as long as its files are what the ranks have read)
         self._level = order.level
         yield from self._lie_down()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from phalanx.errors import CheckpointError
+from phalanx.errors import CheckpointError, DeadlineError
 from phalanx.memory.arena import Arena
 from phalanx.memory.host import free_host_bytes, trim_heap
 from phalanx.models.checkpoint import Checkpoint
@@ -25,6 +25,8 @@ from phalanx.protocol import (
     WeightsRead,
 )
 from phalanx.worker.error_text import message_of
+
+END_DEADLINE_S = 60.0
 
 
 class RankMaintenance:
@@ -155,10 +157,15 @@ class WeightsReading:
         return self._found
 
     def cancel(self) -> None:
-        """Read no more; returns when the thread writes to nothing any more, after the tensor that it is at."""
+        """Read no more than the tensor that the thread is at.
+
+        Where that goes to memory of the model's, wait for it. Raises DeadlineError if the files do not answer.
+        """
         self._is_cancelled = True
-        self._thread.join()
-        self._found.clear()
+        if self._order.in_place:
+            self._thread.join(END_DEADLINE_S)
+            if self._thread.is_alive():
+                raise DeadlineError("a tensor to be read", self._order.checkpoint, END_DEADLINE_S)
 
     def _run(self) -> None:
         try:
