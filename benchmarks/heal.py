@@ -1,11 +1,14 @@
 """What clients see of a fault: the longest gap between two tokens, per kind of fault, with and without a standby line.
 
-    python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--peer-python PATH]
+    python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--device cpu]
+                              [--peer-python PATH]
 
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
 standby line, the next fault comes when the next one is ready, and how long that takes is told as well.
+
+With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
 With a peer, one of vLLM's workers is killed under the same load: when its clients hear of it, and what.
 """
@@ -176,7 +179,16 @@ def row(name: str, gaps_s: Sequence[float]) -> str:
     )
 
 
-def measure(server: Server, num_streams: int, num_tokens: int, num_faults: int, *, has_standby: bool, seed: int) -> int:
+def measure(
+    server: Server,
+    kinds: Sequence[Kind],
+    num_streams: int,
+    num_tokens: int,
+    num_faults: int,
+    *,
+    has_standby: bool,
+    seed: int,
+) -> int:
     """Prints a line for each kind of fault; gives how many streams were wrong or failed."""
     dice, url = random.Random(seed), server.url
     if has_standby:
@@ -189,7 +201,7 @@ def measure(server: Server, num_streams: int, num_tokens: int, num_faults: int, 
     expected = clean[-1]
     click.echo(row("  no fault", [max(one.gap_s for one in run) for run in clean]))
     bad, errors, again_s = 0, Counter[str](), []
-    for kind in KINDS:
+    for kind in kinds:
         seen = [
             asyncio.run(
                 with_fault(
@@ -249,6 +261,11 @@ def measure_peer(server: Server, num_streams: int, num_tokens: int, num_ranks: i
 @click.option("--tokens", "num_tokens", default=300, show_default=True)
 @click.option("--faults", "num_faults", default=20, show_default=True, help="Of each kind.")
 @click.option("--seed", default=1, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--kv-cache-memory", default="16MiB", show_default=True)
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
+@click.option("--logs", type=click.Path(path_type=Path), help="Directory for the servers' logs.")
 def main(
     model: Path | None,
     peer_python: Path | None,
@@ -257,20 +274,26 @@ def main(
     num_tokens: int,
     num_faults: int,
     seed: int,
+    device: str,
+    dtype: str,
+    kv_cache_memory: str,
+    kinds: tuple[Kind, ...],
+    logs: Path | None,
 ) -> None:
     """Measure the gaps that clients see."""
     num_bad = 0
     with tempfile.TemporaryDirectory() as folder:
-        model = model or write_checkpoint(Path(folder) / "model")
+        model, logs = model or write_checkpoint(Path(folder) / "model"), logs or Path(folder)
+        logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
         for standby in (0, 1):
-            log = Path(folder) / f"log{standby}"
-            options = ["--allow-chaos", "--standby", str(standby), "--device", "cpu", "--max-model-len", "512"]
-            options += ["--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
-            with running(phalanx(model, tp_size, "float32", free_port(), log, *options)) as server:
+            log = logs / f"standby{standby}.log"
+            options = ["--allow-chaos", "--standby", str(standby), "--device", device, "--max-model-len", "512"]
+            options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", "local"]
+            with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
                 click.echo(f"--standby {standby}: ready to serve after {await_serving(server.url):.1f} s")
                 num_bad += measure(
-                    server, num_streams, num_tokens, num_faults, has_standby=bool(standby), seed=seed + standby
+                    server, kinds, num_streams, num_tokens, num_faults, has_standby=bool(standby), seed=seed + standby
                 )
         if peer_python is not None:
             with running(vllm(peer_python, model, tp_size, "float32", free_port(), Path(folder) / "vllm")) as server:

@@ -1,12 +1,15 @@
 """Replicas that come and go while streams run: how long that takes, and the longest gap between tokens of a stream.
 
-    python benchmarks/scale.py --model DIRECTORY [--rounds 5] [--streams 4] [--threads 1]
+    python benchmarks/scale.py --model DIRECTORY [--rounds 5] [--streams 4] [--threads 1] [--expert-parallel]
 
 One `phalanx serve` with one replica, and streams that never pause: each asks for its next output as soon as one has
 ended. In each round it grows to two replicas, then the first replica leaves (in turns: its requests end there, or move
 at once), and it grows again. Gaps are what the clients see, between two tokens of one output, of those that ran at some
 time of the resize; beside them those of as long a time before it, when nothing happened. All outputs of a prompt have
 to be the same, greedy: what ran alone, and what ran through resizes.
+
+With `--expert-parallel` a mixture starts with two replicas in lockstep, which become one and two again: all ranks are
+replaced at once.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Resize(NamedTuple):
     gap_ms: float
     """The longest while it was under way."""
     quiet_gap_ms: float
-    """The longest in as long a time before."""
+    """The longest in as long a time before, as far as nothing happened then."""
     token_ms: float
     """Median gap before."""
 
@@ -113,7 +116,12 @@ class Streams:
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """Of those that were at some time between the two."""
-        return max((gap for ended, gap in self.gaps if ended >= begin and ended - gap <= end), default=0.0)
+        return self.longest_gap(begin, end)[1]
+
+    def longest_gap(self, begin: float, end: float) -> tuple[float, float]:
+        """When it ended, and its seconds."""
+        gaps = [(ended, gap) for ended, gap in self.gaps if ended >= begin and ended - gap <= end]
+        return max(gaps, key=lambda one: one[1], default=(begin, 0.0))
 
     def median_gap_s(self, begin: float, end: float) -> float:
         return statistics.median(gap for ended, gap in self.gaps if begin <= ended <= end)
@@ -131,19 +139,39 @@ async def resize(client: httpx.AsyncClient, url: str, kind: str, streams: Stream
     if told["state"] != "done":
         raise click.ClickException(f"{kind}: {told}")
     ended_at = time.monotonic()
-    click.echo(f"{kind}: {told['took_s']:.2f} s, {1e3 * streams.longest_gap_s(began_at, ended_at):.0f} ms", err=True)
     await asyncio.sleep(SETTLE_S)  # whoever was moved has its next token by now
-    took_s = ended_at - began_at
+    when, gap_s = streams.longest_gap(began_at, ended_at)
+    click.echo(
+        f"{kind}: {told['took_s']:.2f} s, {1e3 * gap_s:.0f} ms, "
+        f"at {when - began_at:.2f} s of {ended_at - began_at:.2f}",
+        err=True,
+    )
+    quiet_s = min(max(ended_at - began_at, SETTLE_S), 2 * SETTLE_S)  # since the one before
     return Resize(
         kind,
         told["took_s"],
         1e3 * streams.longest_gap_s(began_at, ended_at),
-        1e3 * streams.longest_gap_s(began_at - max(took_s, SETTLE_S), began_at),
+        1e3 * streams.longest_gap_s(began_at - quiet_s, began_at),
         1e3 * streams.median_gap_s(began_at - SETTLE_S, began_at),
     )
 
 
-async def measure(url: str, rounds: int, num_streams: int, num_tokens: int) -> tuple[list[Resize], Streams]:
+def apart(number: int) -> list[tuple[str, dict[str, object]]]:
+    """Of a round: replicas that are engines of their own."""
+    moves = number % 2 == 0
+    kind = "down, requests move" if moves else "down, requests end there"
+    down = {"data_parallel_size": 1, "leaving": [number % 2], "drain_timeout_s": 0 if moves else 60}
+    return [("up", {"data_parallel_size": 2}), (kind, down)]
+
+
+def in_lockstep(_: int) -> list[tuple[str, dict[str, object]]]:
+    """Of a round: replicas that share experts."""
+    return [("down, in lockstep", {"data_parallel_size": 1}), ("up, in lockstep", {"data_parallel_size": 2})]
+
+
+async def measure(
+    url: str, rounds: int, num_streams: int, num_tokens: int, *, shares_experts: bool
+) -> tuple[list[Resize], Streams]:
     done: list[Resize] = []
     streams = Streams(url, num_tokens)
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
@@ -151,14 +179,9 @@ async def measure(url: str, rounds: int, num_streams: int, num_tokens: int) -> t
         async with streams.flowing(client, num_streams):
             await asyncio.sleep(2 * SETTLE_S)
             for number in range(rounds):
-                done.append(await resize(client, url, "up", streams, {"data_parallel_size": 2}))
-                await asyncio.sleep(2 * SETTLE_S)  # outputs end and begin: both replicas have some
-                moves = number % 2 == 0
-                kind = "down, requests move" if moves else "down, requests end there"
-                leaving = [0, 1][number % 2]
-                asked = {"data_parallel_size": 1, "leaving": [leaving], "drain_timeout_s": 0 if moves else 60}
-                done.append(await resize(client, url, kind, streams, asked))
-                await asyncio.sleep(2 * SETTLE_S)
+                for kind, body in in_lockstep(number) if shares_experts else apart(number):
+                    done.append(await resize(client, url, kind, streams, body))
+                    await asyncio.sleep(2 * SETTLE_S)  # outputs end and begin: all replicas have some
     return done, streams
 
 
@@ -169,13 +192,21 @@ async def measure(url: str, rounds: int, num_streams: int, num_tokens: int) -> t
 @click.option("--streams", default=4, show_default=True)
 @click.option("--output-tokens", default=400, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Threads of each rank.")
-def main(model: Path, dtype: str, rounds: int, streams: int, output_tokens: int, threads: int) -> None:
+@click.option("--expert-parallel", is_flag=True, help="Replicas of a mixture that share its experts.")
+def main(
+    model: Path, dtype: str, rounds: int, streams: int, output_tokens: int, threads: int, expert_parallel: bool
+) -> None:
     """Measure resizes of `phalanx serve`."""
+    options = ["--threads-per-rank", str(threads)]
+    if expert_parallel:
+        options += ["--data-parallel-size", "2", "--enable-expert-parallel"]
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "log"
-        with running(phalanx(model, 1, dtype, free_port(), log, "--threads-per-rank", str(threads))) as server:
+        with running(phalanx(model, 1, dtype, free_port(), log, *options)) as server:
             server.await_ready()
-            resizes, found = asyncio.run(measure(server.url, rounds, streams, output_tokens))
+            resizes, found = asyncio.run(
+                measure(server.url, rounds, streams, output_tokens, shares_experts=expert_parallel)
+            )
     click.echo(f"{streams} streams, greedy; {rounds} rounds; times are medians, and the largest in brackets")
     for kind in dict.fromkeys(one.kind for one in resizes):
         rows = [one for one in resizes if one.kind == kind]

@@ -247,7 +247,8 @@ class HealingConfig(Section, frozen=True, kw_only=True):
 
     standby: Standbys = 0
     """1 keeps a second set of ranks ready behind the one that computes, so that a fault costs a fraction of a second
-    instead of a start. It takes a second set of processes on the same weights and KV cache; on CPUs only."""
+    instead of a start. It takes a second set of processes on the same weights and KV cache, and 1.5 GiB or more of each
+    GPU."""
 
     heal_timeout_s: Seconds = 120.0
     """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""
@@ -354,8 +355,9 @@ class Config(Section, frozen=True, kw_only=True):
         self._refuse_local_replicas()
         if self.healing.standby and not self.healing.heal:
             raise ConfigError("standby", self.healing.standby, "only with heal")
-        if self.healing.standby and self.executor.device == "cuda":
-            raise ConfigError("standby", self.healing.standby, "0 with device cuda: a GPU's memory ends with its rank")
+        if self.healing.standby and self.executor.device == "cuda" and parallel.enable_eplb:
+            reason = "0 with enable_eplb on GPUs: experts move, so that each line would have weights of its own"
+            raise ConfigError("standby", self.healing.standby, reason)
         if parallel.enable_eplb and not parallel.enable_expert_parallel:
             raise ConfigError("enable_eplb", True, "only with enable_expert_parallel")
         if parallel.num_redundant_experts and not parallel.enable_eplb:

@@ -7,7 +7,8 @@
     │   ├── UnsupportedModelError       an architecture or quantisation that Phalanx does not run
     │   ├── DumpError                   a dump cannot be read: says which file, and why
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
-    │   ├── ResizeUnderWayError         the fleet changes its size already: says from what to what
+    │   ├── ResizeRefusedError          the size cannot be changed now: says what has to end first
+    │   │   └── ResizeUnderWayError     it is being changed already: says from what to what
     │   ├── NotNowError                 the engine is at something that this cannot be done beside: says at what
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
@@ -21,6 +22,7 @@
     ├── ResizeError                     a resize has failed and was undone: says why
     ├── MaintenanceError                weights could not be replaced, or the engine be put to sleep or woken: says why
     ├── FrameError                      bytes that are not a message of ours
+    ├── DriverError                     CUDA's driver refused something: its call, name and words for it
     └── EngineDeadError                 the engine has stopped: says why
 
 `assert` is for our own mistakes and never for a user's.
@@ -76,11 +78,15 @@ class PlacementError(UserError):
         self.table = table
 
 
-class ResizeUnderWayError(UserError):
-    """Another change of the number of replicas must end first."""
+class ResizeRefusedError(UserError):
+    """The size cannot be changed now; the message says what has to end first."""
 
-    def __init__(self, size_before: int, size_asked_for: int) -> None:
-        super().__init__(f"a resize from {size_before} to {size_asked_for} replicas is under way: wait, or cancel it")
+
+class ResizeUnderWayError(ResizeRefusedError):
+    """Another change of the size must end first."""
+
+    def __init__(self, before: str, asked_for: str) -> None:
+        super().__init__(f"a resize from {before} to {asked_for} is under way: wait, or cancel it")
 
 
 class NotNowError(UserError):
@@ -149,6 +155,15 @@ class DivergedError(PhalanxError):
 
 class HungError(PhalanxError):
     """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+
+
+class DriverError(PhalanxError):
+    """A call of CUDA's driver failed. `name` is what it calls the error, such as CUDA_ERROR_OUT_OF_MEMORY."""
+
+    def __init__(self, call: str, name: str, explanation: str) -> None:
+        super().__init__(f"{call}: {name}: {explanation}")
+        self.call = call
+        self.name = name
 
 
 class NotHealedError(PhalanxError):

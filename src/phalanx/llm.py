@@ -22,6 +22,7 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.maintenance import TURN_S, Maintenance
+from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
@@ -34,6 +35,7 @@ from phalanx.errors import (
     NotNowError,
     PhalanxError,
     RequestError,
+    ResizeError,
     UserError,
 )
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
@@ -51,6 +53,9 @@ from phalanx.protocol import (
     TokenBatch,
     Wake,
 )
+
+RESIZE_LOOK_S = 0.05
+"""How often Ctrl-C gets through while other ranks are prepared."""
 
 log = logging.getLogger("phalanx.llm")
 
@@ -205,6 +210,39 @@ class LLM:
         )
         return pending if non_block else pending.result()
 
+    def resize(self, *, data_parallel_size: int | None = None, tensor_parallel_size: int | None = None) -> None:
+        """Go on with ranks of another grid; what is None stays. Blocks until they are ready; only for the thread that
+        made this object.
+
+        They are started beside those that there are, and load the checkpoint. If anything goes wrong, ResizeError is
+        raised and everything is as it was; so it is after Ctrl-C. Raises ConfigError for what cannot be: several
+        replicas need `enable_expert_parallel`, and ranks processes of their own (launcher local) that are healed
+        (`heal`). Raises ResizeRefusedError when a method has changed the weights, and EngineDeadError if this LLM can
+        run no more. A worker extension is made anew with the ranks: docs/worker-extensions.md.
+        """
+        self._check_can_run()
+        if self._maintenance.is_asleep:
+            raise NotNowError("this LLM is asleep: call wake()")
+        asked = self._formation.size.changed(data_parallel_size, tensor_parallel_size)
+        if asked == self._formation.size:
+            return
+        resize = self._formation.begin_resize(asked)
+        try:
+            while not resize.is_over and resize.state != "ready":
+                self._formation.follow_resize(RESIZE_LOOK_S)
+        except BaseException:
+            self._formation.cancel_resize()
+            while not resize.is_over:
+                self._formation.follow_resize(RESIZE_LOOK_S)
+            raise
+        if resize.state != "ready":
+            if isinstance(resize.error, UserError):
+                raise resize.error
+            raise ResizeError(f"from {resize.before} to {resize.asked}: {resize.error}") from resize.error
+        resized = switch(self._formation, self._brain)
+        self.config = msgspec.structs.replace(self.config, parallel=resized.config.parallel)
+        self.max_model_len = resized.capacity.max_model_len
+
     def reset_prefix_cache(self) -> None:
         """Have prompts computed anew from now on. Never blocks. Raises EngineDeadError if this LLM can run no more.
 
@@ -232,7 +270,7 @@ class LLM:
     def sleep(self, level: SleepLevel = 1) -> None:
         """Give memory back to the system until `wake`: that of the KV cache, and at level 2 that of the weights too.
 
-        On a GPU level 1 moves the weights into the host's memory. Raises as `reload` does, and NotNowError for what
+        Raises as `reload` does, and NotNowError for what
         cannot be had again. What is generated before `wake` raises NotNowError.
         """
         self._maintain(Sleep(level))

@@ -2,7 +2,7 @@
 
 Three conversations use them:
 
-    client  → brain     Submit, Cancel, Reload, Shutdown, ...      (server process to engine process)
+    client  → brain     Submit, Cancel, Resize, Reload, Shutdown, ...      (server process to engine process)
     brain   → client    EngineReady, TokenBatch, EngineStats, ...
     brain   → workers   Call(Step | AllocateCache | ...)       (one frame for all workers)
     worker  → brain     Reply(StepResult | ...), StepIssued, Failure, Progress, Publish
@@ -191,7 +191,23 @@ class Shutdown(Message, frozen=True):
 
 MaintenanceOrder = Reload | Sleep | Wake
 
-ClientMessage = Submit | Cancel | MaintenanceOrder | Shutdown
+
+class Resize(Message, frozen=True):
+    """Go on with ranks of another grid. Answered by ResizeBegun, then ResizeEnded; or by that at once."""
+
+    number: int
+    """The client's, of this resize."""
+    data_parallel_size: int
+    tensor_parallel_size: int
+
+
+class CancelResize(Message, frozen=True):
+    """Undo it, if it is not done yet. ResizeEnded tells."""
+
+    number: int
+
+
+ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder
 
 
 # -------------------------------------------------------------------------------- brain → client
@@ -221,6 +237,7 @@ class EngineReady(Message, frozen=True):
     device: str
     dtype: str
     num_replicas: int = 1
+    tensor_parallel_size: int = 1
 
 
 class WrongSetting(Message, frozen=True):
@@ -251,6 +268,25 @@ class EngineFailed(Message, frozen=True):
     reason: str
     is_user_error: bool
     setting: WrongSetting | None = None
+
+
+class ResizeBegun(Message, frozen=True):
+    """There is room: ranks are being started. Until the resize has ended, StartProgress is of these."""
+
+    number: int
+
+
+class ResizeEnded(Message, frozen=True):
+    """A resize is over. If it is not done, the engine is as it was before."""
+
+    number: int
+    ending: Literal["done", "failed", "cancelled", "refused"]
+    reason: str = ""
+    """Of one that has failed or was refused."""
+    setting: WrongSetting | None = None
+    """The one that is wrong, if one is."""
+    ready: EngineReady | None = None
+    """How the engine is now, if it is done."""
 
 
 class LogprobColumns(Message, frozen=True):
@@ -370,7 +406,9 @@ class EngineStats(Message, frozen=True):
     """None while nothing of it is under way."""
 
 
-EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats | Maintained
+EngineMessage = (
+    StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats | ResizeBegun | ResizeEnded | Maintained
+)
 
 
 # -------------------------------------------------------------------------------- brain → workers
@@ -453,7 +491,12 @@ class Step(Message, frozen=True):
 class MeasureMemory(Message, frozen=True):
     """Find out what is left for the KV cache. On GPUs the ranks of a stage run the largest step together, so it comes
     after all have loaded. Stages do not wait for each other, and on a CPU nothing is run.
+
+    Without `sizes_cache` it is known how much there is to be, and all that is found out is whether a GPU's steps can be
+    captured; the ranks then run a small step together.
     """
+
+    sizes_cache: bool = True
 
 
 class AllocateCache(Message, frozen=True):
@@ -606,8 +649,9 @@ class Allocated(Message, frozen=True):
     """The worker is ready to step.
 
     `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
-    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU, whose memory ends with the
-    process. Where experts move (`enable_eplb`) it is the KV cache alone: which experts these weights were is forgotten.
+    `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU whose memory ends with the
+    process, as the driver cannot share it. Where experts move (`enable_eplb`) it is the KV cache alone: which experts
+    these weights were is forgotten.
     """
 
     held: bytes = b""

@@ -14,19 +14,25 @@ from rig import Arrival, Rig
 
 from phalanx.config import Config
 from phalanx.errors import PeerDiedError, UserError
+from phalanx.ledger.board import read_board
 from phalanx.ledger.patience import STEPS_OF_PATIENCE
 from phalanx.protocol import SamplingParams
+from phalanx.testing import chaos
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, FaultPlan, Kind, State, World
 from phalanx.testing.running_chaos import find_instance, try_faults
 from phalanx.testing.warm_launcher import WarmStart
+from phalanx.transport.shared_memory import SharedSegment
 
 pytestmark = pytest.mark.slow
 
 TRAFFIC = [Arrival(0, (1, 2, 3, 4), SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))]
 TOLD_WITHIN_S = 2.5
 """On a machine that others use as well."""
+
+NEW_WATCHER_WITHIN_S = 20.0
+"""A process has to be started, on a machine that others use as well."""
 
 HOPELESS: tuple[Kind, ...] = ("skip", "extra", "swap", "shape", "dtype")
 
@@ -115,10 +121,26 @@ def test_a_source_that_runs_ahead_of_a_peer_that_leaves_it_out(checkpoint: Path,
     assert outcome.verdict is not None and outcome.verdict.cause == "diverged"
 
 
+def test_a_rank_that_nobody_needs_and_that_begins_no_step(checkpoint: Path, warm: WarmStart) -> None:
+    """The last stage, to which the first one has sent all that there is."""
+    outcome = outcome_of(warm, checkpoint, Fault(kind="loop", rank=1, state="idle"), pipeline_parallel_size=2)
+    check(outcome)
+    assert outcome.verdict is not None and outcome.verdict.cause == "behind"
+
+
 def test_a_rank_that_dies_at_its_start(checkpoint: Path, warm: WarmStart) -> None:
     fault = Fault(kind="kill", rank=1, state="start")
     outcome = try_fault(Config.build(model=str(checkpoint), **settings_for_chaos(tensor_parallel_size=2)), fault, warm)
     assert outcome.injected is None or outcome.rightness.is_right, outcome
+
+
+def test_a_rank_that_is_stopped_before_it_has_begun_its_journal(
+    checkpoint: Path, warm: WarmStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chaos, "START_SPREAD_S", 0.0)
+    fault = Fault(kind="stop", rank=1, state="start", seconds=60.0)
+    outcome = outcome_of(warm, checkpoint, fault, tensor_parallel_size=2, start_timeout_s=3.0)
+    assert outcome.rightness.is_right, outcome
 
 
 def test_a_store_that_hangs_while_ranks_meet(checkpoint: Path, warm: WarmStart) -> None:
@@ -151,13 +173,17 @@ def test_an_instance_that_runs(checkpoint: Path) -> None:
     assert all(one.rightness.is_right for one in found), found
 
 
-def test_a_watcher_that_dies_is_missed_and_no_more(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_watcher_that_dies_is_replaced(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     limits = {"max_model_len": 128, "kv_cache_memory": 1 << 20, "max_num_seqs": 4, "ledger": True}
     with Rig(checkpoint, tensor_parallel_size=2, **limits) as rig:
         watching = rig.executor._watching
-        assert watching is not None
+        assert watching is not None and watching.order is not None and watching.order.outlets is not None
         watching._process.kill()
-        watching._thread.join(5.0)
+        ends_at = time.monotonic() + NEW_WATCHER_WITHIN_S
+        with SharedSegment.attach(watching.order.outlets.board) as board:
+            while (notice := read_board(board.buf)) is None or not notice.num_restarts:
+                assert time.monotonic() < ends_at
+                time.sleep(0.01)
         assert "the watcher has ended, killed by SIGKILL" in caplog.text
         rig.run(TRAFFIC)
         with pytest.raises(UserError, match="was not started with --allow-chaos"):  # and so it takes no faults

@@ -33,6 +33,7 @@ TOLD_WITHIN_S = 2.5
 SILENCE_TOLD_WITHIN_S = 5.0
 HEARD_AGAIN_WITHIN_S = 5.0
 GONE_WITHIN_S = 5.0
+NEW_WATCHER_WITHIN_S = 20.0
 
 
 class SabotagedRun:
@@ -134,7 +135,7 @@ def trouble(ray_cluster: RayCluster, run: SabotagedRun) -> None:
     assert run.tell("end")["error"] == "PeerDiedError"
 
 
-def test_a_node_whose_watcher_has_ended_is_not_lost_as_long_as_steps_go_on(
+def test_a_node_whose_watcher_is_silent_is_not_lost_as_long_as_steps_go_on(
     ray_cluster: RayCluster, checkpoint: Path
 ) -> None:
     with running(ray_cluster, checkpoint) as run:
@@ -143,13 +144,19 @@ def test_a_node_whose_watcher_has_ended_is_not_lost_as_long_as_steps_go_on(
         here, there = run.tell("status")["ranks"]
         assert (here[:3], there[:3]) == ([run.nodes[0], "running", True], [run.nodes[1], "running", False])
         assert here[3] == there[3] > 0, "the step that it was in last is known of a rank elsewhere as well"
-        run.watcher_beside(1).kill()
+        watcher = run.watcher_beside(1)
+        watcher.suspend()
         lost = run.tell("verdict", SILENCE_TOLD_WITHIN_S)
         assert (lost["cause"], lost["nodes"]) == ("lost", [run.nodes[1]]), lost
         run.tell("begin", 60)
         assert run.tell("all_is_well", HEARD_AGAIN_WITHIN_S) == {}
         assert run.tell("end") == {}
         assert [one[1] for one in run.tell("status")["ranks"]] == ["running", "not watched"]
+        watcher.kill()
+        ends_at = time.monotonic() + NEW_WATCHER_WITHIN_S
+        while [one[1] for one in run.tell("status")["ranks"]] != ["running", "running"]:
+            assert time.monotonic() < ends_at, "the agent has not replaced it"
+            time.sleep(0.1)
 
 
 def test_a_rank_that_leaves_a_step_where_none_is_beside_the_brain(ray_cluster: RayCluster, checkpoint: Path) -> None:

@@ -113,6 +113,31 @@ def test_ranks_that_torchrun_starts_anew_are_judged_anew(tmp_path: Path) -> None
     assert verdicts[1].what == "has ended with ValueError: a fault" and verdicts[1].sequence == 2
 
 
+@pytest.mark.slow
+def test_a_rank_that_never_comes_to_find_the_others(tmp_path: Path) -> None:
+    """It is named though it has never used torch.distributed."""
+    program, events = tmp_path / "train.py", tmp_path / "events.jsonl"
+    program.write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "if 'RANK' not in os.environ:\n"
+        "    told = [{**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2'} for rank in range(2)]\n"
+        "    ranks = [subprocess.Popen([sys.executable, __file__], env=one) for one in told]\n"
+        f"    while not os.path.getsize({str(events)!r}): time.sleep(0.02)\n"
+        "    for one in ranks: one.kill()\n"
+        "    sys.exit()\n"
+        "from torch.distributed import init_process_group\n"
+        "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "store = os.path.join(os.path.dirname(__file__), 'store')\n"
+        "init_process_group('gloo', init_method='file://' + store, rank=int(os.environ['RANK']), world_size=2)\n"
+    )
+    command = watch("--events", str(events), "--", sys.executable, str(program))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    first = msgspec.json.decode(events.read_bytes().splitlines()[0], type=Verdict)
+    assert (first.cause, first.culprits, first.waiting) == ("stopped", (1,), (0,)), ended.stderr
+    assert first.what == "is stopped by a signal, and has not come to init_process_group of 2 ranks"
+    assert "init_process_group" in " ".join(first.stacks[0])
+
+
 def test_the_exit_code_is_the_commands() -> None:
     for program, code in (("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137), ("print('hi')", 0)):
         ended = subprocess.run(watch(sys.executable, "-c", program), capture_output=True, text=True, timeout=60)

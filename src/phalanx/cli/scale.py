@@ -1,4 +1,4 @@
-"""`phalanx scale` and `phalanx drain`: another number of replicas while requests stream on."""
+"""`phalanx scale` and `phalanx drain`: another size while requests stream on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import UNSET
 
 from phalanx.cli.running_server import RunningServer
 from phalanx.errors import ResizeError, UserError
@@ -31,22 +32,40 @@ _WAIT = click.option("--wait/--no-wait", default=True, show_default=True, help="
 @click.option(
     "--leaving", type=click.IntRange(min=0), multiple=True, help="A replica that is to leave. May be repeated."
 )
+@click.option(
+    "--tensor-parallel-size",
+    "-tp",
+    type=click.IntRange(min=1),
+    help="Ranks that are to share every layer: of a single replica, or of all that share experts.",
+)
 @_DRAIN_TIMEOUT
 @_WAIT
-def scale(url: str, size: int | None, leaving: tuple[int, ...], drain_timeout: float, wait: bool) -> None:
+def scale(
+    url: str,
+    size: int | None,
+    leaving: tuple[int, ...],
+    tensor_parallel_size: int | None,
+    drain_timeout: float,
+    wait: bool,
+) -> None:
     """Have the server at URL serve with SIZE replicas; without SIZE, say how many there are.
 
-    Requests stream on meanwhile. If it fails, or Ctrl-C ends it, there are as many replicas as before.
+    Requests stream on meanwhile. If it fails, or Ctrl-C ends it, all is as before.
     """
     from phalanx.server.scaling import ScaleReport, ScaleRequest
 
     server = RunningServer(url)
-    if size is None:
-        if leaving:
-            raise click.UsageError("--leaving is for fewer replicas: give SIZE")
+    if size is None and leaving:
+        raise click.UsageError("--leaving is for fewer replicas: give SIZE")
+    if size is None and tensor_parallel_size is None:
         _print_replicas(server.call("GET", "/scale", ScaleReport))
         return
-    asked = ScaleRequest(data_parallel_size=size, leaving=list(leaving), drain_timeout_s=drain_timeout)
+    asked = ScaleRequest(
+        data_parallel_size=UNSET if size is None else size,
+        tensor_parallel_size=UNSET if tensor_parallel_size is None else tensor_parallel_size,
+        leaving=list(leaving),
+        drain_timeout_s=drain_timeout,
+    )
     _see_through(server, server.call("POST", "/scale", ScaleReport, asked), wait)
 
 
@@ -105,10 +124,13 @@ def _resize_of(found: ScaleReport, resize: int) -> ResizeReport:
 
 def _tell_end(resize: ResizeReport) -> None:
     if resize.state == "cancelled":
-        raise ResizeError("the resize was cancelled: there are as many replicas as before")
+        raise ResizeError("the resize was cancelled: all is as before")
     if resize.state == "failed":
-        raise ResizeError(f"the resize has failed, and there are as many replicas as before: {resize.error}")
-    click.echo(f"replicas: {resize.data_parallel_size}, before: {resize.size_before}; it took {resize.took_s:.1f} s")
+        raise ResizeError(f"the resize has failed, and all is as before: {resize.error}")
+    told = f"replicas: {resize.data_parallel_size}, before: {resize.size_before}"
+    if resize.tensor_parallel_size != resize.tensor_parallel_size_before:
+        told += f"; TP size: {resize.tensor_parallel_size}, before: {resize.tensor_parallel_size_before}"
+    click.echo(f"{told}; it took {resize.took_s:.1f} s")
 
 
 class _Screen:

@@ -4,6 +4,7 @@ Where calls are caught:
 
 - The methods of ProcessGroup, as Python sees them. All functions of torch.distributed end there, however they were
   imported, and so does FSDP.
+- init_process_group, in whose place another function is put wherever it has been imported.
 - What is called from C++ (the gradients of DistributedDataParallel, functional collectives, and so DTensor and compiled
   code) meets Python nowhere. It goes through the operators c10d::..., which get a kernel before that of the device.
   That costs each call ten times as much, so it is done only once somebody comes who calls from C++.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -22,7 +24,7 @@ from collections.abc import Callable
 from multiprocessing import parent_process
 from multiprocessing.util import Finalize, register_after_fork
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,12 +33,14 @@ from torch._C import _distributed_c10d
 from phalanx.collectives import torch_calls, torch_notes
 from phalanx.collectives.torch_calls import METHODS, OPERATORS, Operator
 from phalanx.collectives.torch_notes import TorchNotes
+from phalanx.collectives.torch_rank import told_to_init
 from phalanx.ledger import journal, record
 from phalanx.ledger.after_import import after_import
 
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _TRACE_RULES = "torch._dynamo.trace_rules"
 _NOT_TRACED = (__name__, torch_calls.__name__, torch_notes.__name__, journal.__name__, record.__name__)
+T = TypeVar("T")
 _EXIT_PRIORITY = 0
 
 log = logging.getLogger("phalanx.ledger")
@@ -70,6 +74,7 @@ class Hook:
         _c10d.ProcessGroup._set_group_desc = self._noted_name(_c10d.ProcessGroup._set_group_desc)
         parallel: Any = torch.nn.parallel.DistributedDataParallel
         parallel.__init__ = self._noted_parallel(parallel.__init__)
+        _replace(dist.init_process_group, self._noted_init(dist.init_process_group))
         after_import(_FUNCTIONAL, self._catch_operators)
         after_import(_TRACE_RULES, _keep_from_being_traced)
         os.register_at_fork(after_in_child=self._forget)
@@ -80,6 +85,8 @@ class Hook:
         sys.excepthook = self._noted_error(sys.excepthook)
         if dist.is_initialized():
             self._begin(dist.get_rank())
+        else:
+            self._guarded(self._notes.come)
 
     @property
     def memory(self) -> memoryview:
@@ -150,6 +157,24 @@ class Hook:
 
         return name
 
+    def _noted_init(self, original: Callable[..., None]) -> Callable[..., None]:
+        """Ranks may fail or hang before there is a group, because of one that does not come."""
+        notes, signature = self._notes, inspect.signature(original)
+
+        def join(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+            place = told_to_init(signature.bind_partial(*args, **kwargs).arguments, os.environ)
+            return notes.join(place) if place is not None else 0
+
+        @functools.wraps(original)
+        def init(*args: Any, **kwargs: Any) -> None:
+            number = 0 if dist.is_initialized() else self._guarded(lambda: join(args, kwargs))
+            try:
+                original(*args, **kwargs)
+            finally:  # who goes on after an error waits for nobody
+                notes.done(number or 0)
+
+        return init
+
     def _noted_parallel(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def init(module: Any, *args: Any, **kwargs: Any) -> None:
@@ -207,10 +232,15 @@ class Hook:
         return kernel
 
     def _begin(self, rank: int) -> None:
+        self._guarded(lambda: self._notes.begin(rank))
+
+    def _guarded(self, note: Callable[[], T]) -> T | None:
+        """Something that may fail: there may be no memory, no descriptor, a watcher of another version."""
         try:
-            self._notes.begin(rank)
-        except Exception:  # no memory, no descriptor, a watcher of another version
+            return None if self._is_sick else note()
+        except Exception:  # whatever it is, it is no fault of the program's
             self._give_up()
+            return None
 
     def _give_up(self) -> None:
         """A fault of ours must not become one of the program, so whoever calls this has caught any `Exception`."""
@@ -233,6 +263,14 @@ class Hook:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             self._error = _in_words(error)
         self._end()
+
+
+def _replace(function: Callable[..., Any], another: Callable[..., Any]) -> None:
+    """In all modules that have it by its own name, whoever has imported it from where."""
+    name = function.__name__
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is function:
+            setattr(module, name, another)
 
 
 def _keep_from_being_traced() -> None:

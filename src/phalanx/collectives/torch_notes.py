@@ -18,15 +18,29 @@ from typing import Any
 import torch.distributed as dist
 
 from phalanx.collectives.torch_calls import Call
+from phalanx.collectives.torch_rank import RankPlace, ranks_here, told_by_launcher
 from phalanx.errors import PhalanxError
-from phalanx.ledger.journal import JOURNAL_BYTES, MAX_GROUPS, Journal
-from phalanx.ledger.program import ENDED_STEP, ENDING, WHOLE_PROGRAM, step_of
+from phalanx.ledger.journal import JOURNAL_BYTES, Journal
+from phalanx.ledger.program import (
+    ENDED_STEP,
+    ENDING,
+    JOINING,
+    JOINING_INDEX,
+    WHOLE_PROGRAM,
+    joining_digest,
+    joining_text,
+    step_of,
+)
 from phalanx.ledger.record import rolled
-from phalanx.ledger.roster import VARIABLE, LaneNotice, RankNotice, RosterEntry
+from phalanx.ledger.roster import VARIABLE, LaneNotice, NewcomerNotice, Notice, RankNotice, RosterEntry
 from phalanx.ledger.stacks import offer_stacks
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
 _WORLD_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+CLAIMED = "PHALANX_RANK_PID"
+"""Set by the process that is to be the rank of its environment: those that it starts inherit that, and are none."""
+
 _MAX_KNOWN = 4096
 _NO_NUMBER = 0
 
@@ -67,8 +81,9 @@ class TorchNotes:
         self._journal: Journal | None = None
         self._segment: SharedSegment | None = None
         self._roster: RosterEntry | None = None
+        self._is_unwatched = False
         self._groups: dict[int, tuple[weakref.ref[object], _Group | None]] = {}
-        self._num_lanes = 0
+        self._num_lanes = self._num_joined = 0
         self._names: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._failed: list[int] = []
         self._user_step: int | None = None
@@ -79,11 +94,42 @@ class TorchNotes:
         assert self._segment is not None
         return self._segment.buf
 
+    def come(self) -> None:
+        """Say that this process is to become a rank, if its environment says so and it is the first that was told."""
+        me, place = Party.me("this process"), told_by_launcher(os.environ)
+        if place is None or VARIABLE not in os.environ or os.environ.setdefault(CLAIMED, str(me.pid)) != str(me.pid):
+            return
+        is_main = threading.current_thread() is threading.main_thread()
+        self._announce(
+            NewcomerNotice(
+                world=_world(),
+                rank=place.rank,
+                node=os.uname().nodename,
+                pid=me.pid,
+                start_time=me.start_time,
+                stacks=offer_stacks() if is_main else 0,
+            )
+        )
+
     def begin(self, rank: int) -> None:
         """This process is a rank from now on, and says so to whoever watches. A second time does nothing."""
         with self._lock:
             if self._journal is None:
                 self._begin(rank)
+
+    def join(self, place: RankPlace) -> int:
+        """The process has come to where ranks find each other. Returns the record's number, for `done`."""
+        with self._lock:
+            if self._journal is None:
+                self._begin(place.rank, ranks_here(place, os.environ))
+            assert self._journal is not None
+            if not self._num_joined:
+                everybody = tuple(range(place.size))
+                self._announce(LaneNotice(pid=os.getpid(), index=JOINING_INDEX, name=JOINING, ranks=everybody))
+            self._num_joined += 1
+            digest = joining_digest(place.size)
+            self._journal.explain(digest, lambda: joining_text(place.size))
+            return self._journal.issue(JOINING_INDEX, self._num_joined, digest, digest)
 
     def issue(self, group: Any, call: Call) -> int:
         """A collective that is about to be called. Returns the record's number; 0 if there is none."""
@@ -136,7 +182,7 @@ class TorchNotes:
                 self._journal.begin_step(ENDED_STEP, ENDED_STEP, 0)
                 self._journal.enter("leaving")
 
-    def _begin(self, rank: int) -> None:
+    def _begin(self, rank: int, here: tuple[int, ...] = ()) -> None:
         segment = SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")
         self._segment = segment
         journal = Journal(segment.buf, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) + 1)
@@ -145,15 +191,21 @@ class TorchNotes:
         step = WHOLE_PROGRAM if self._user_step is None else step_of(self._user_step)
         journal.begin_step(step, step, 0)
         journal.enter("stepping")
-        if VARIABLE in os.environ:
-            try:
-                self._roster = RosterEntry(os.environ)
-                world = " ".join(os.environ.get(name, "") for name in _WORLD_VARIABLES)
-                node = os.uname().nodename
-                self._roster.announce(RankNotice(world=world, rank=rank, node=node, journal=segment.handle))
-            except (PhalanxError, OSError) as error:
-                log.warning("rank %d is not watched: %s", rank, error)
+        notice = RankNotice(world=_world(), rank=rank, node=os.uname().nodename, journal=segment.handle, here=here)
+        self._announce(notice)
         self._journal = journal
+
+    def _announce(self, notice: Notice) -> None:
+        """To whoever watches, if somebody does."""
+        if VARIABLE not in os.environ or self._is_unwatched:
+            return
+        try:
+            if self._roster is None:
+                self._roster = RosterEntry(os.environ)
+            self._roster.announce(notice)
+        except (PhalanxError, OSError) as error:
+            self._is_unwatched = True
+            log.warning("process %d is not watched: %s", os.getpid(), error)
 
     def _join(self, group: Any) -> _Group | None:
         if not dist.is_initialized():
@@ -187,17 +239,16 @@ class TorchNotes:
         return tuple(member.ranks[member.rank if end < 0 else end] for end in ends)
 
     def _open_lane(self, name: str, ranks: tuple[int, ...]) -> _Lane | None:
-        if self._num_lanes == MAX_GROUPS - 1:
+        if self._num_lanes == JOINING_INDEX - 1:
             if "" not in {name for name, _ in self._names}:
                 self._names["", ()] += 1
-                log.warning("no more than %d groups are recorded: not %s", MAX_GROUPS - 1, name)
+                log.warning("no more than %d groups are recorded: not %s", JOINING_INDEX - 1, name)
             return None
         self._num_lanes += 1
         self._names[name, ranks] += 1
         times = self._names[name, ranks]  # a group may be destroyed and made again
-        if self._roster is not None:
-            unique = name if times == 1 else f"{name} #{times}"
-            self._roster.announce(LaneNotice(pid=os.getpid(), index=self._num_lanes, name=unique, ranks=ranks))
+        unique = name if times == 1 else f"{name} #{times}"
+        self._announce(LaneNotice(pid=os.getpid(), index=self._num_lanes, name=unique, ranks=ranks))
         return _Lane(self._num_lanes)
 
     def _give_up(self) -> None:
@@ -205,6 +256,11 @@ class TorchNotes:
         for number in self._failed:
             self.done(number)
         self._failed.clear()
+
+
+def _world() -> str:
+    """The same for all processes that were started together."""
+    return " ".join(os.environ.get(name, "") for name in _WORLD_VARIABLES)
 
 
 def _lane_name(member: _Group, call: Call, ends: tuple[int, ...]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
@@ -73,7 +75,8 @@ class Brain:
         """`balancing`: with `enable_eplb`."""
         self._executor = executor
         self._eos_token_ids = eos_token_ids
-        self._build(config, FIRST_EPOCH, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
+        scheduler = self.scheduler_for(config, FIRST_EPOCH, num_blocks=num_blocks, max_model_len=max_model_len)
+        self._build(config, scheduler, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
         self._in_flight: deque[_InFlight] = deque()
         self._suspects = Suspects()
         self._ended: list[tuple[int, FinishReason]] = []
@@ -84,7 +87,7 @@ class Brain:
         self._is_held = False
 
     def _build(
-        self, config: Config, epoch: int, *, num_blocks: int, max_model_len: int, balancing: Balancing | None
+        self, config: Config, scheduler: Scheduler, *, num_blocks: int, max_model_len: int, balancing: Balancing | None
     ) -> None:
         """What depends on the workers that there are."""
         assert (balancing is not None) == config.parallel.enable_eplb
@@ -92,9 +95,13 @@ class Brain:
         self._max_model_len = max_model_len
         self._block_size = config.cache.block_size
         self._num_blocks = num_blocks
-        num_stages = config.parallel.pipeline_parallel_size
-        self._depth = max(num_stages, 2) if config.scheduler.async_scheduling else 1
-        self._scheduler = Scheduler(
+        self._depth = _depth(config)
+        self._scheduler = scheduler
+
+    def scheduler_for(self, config: Config, epoch: int, *, num_blocks: int, max_model_len: int) -> Scheduler:
+        """One without requests for other workers, such as `restructure` may take."""
+        is_pipelined = config.parallel.pipeline_parallel_size > 1
+        return Scheduler(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,
@@ -102,11 +109,15 @@ class Brain:
             num_blocks=num_blocks,
             is_prefix_caching=config.cache.enable_prefix_caching,
             eos_token_ids=self._eos_token_ids,
-            is_pipelined=num_stages > 1,
-            num_micro_batches=self._depth if num_stages > 1 else 1,
+            is_pipelined=is_pipelined,
+            num_micro_batches=_depth(config) if is_pipelined else 1,
             num_replicas=config.parallel.data_parallel_size,
             epoch=epoch,
         )
+
+    def tokens_of_running(self) -> list[NDArray[np.int32]]:
+        """Prompt and output so far of each request that runs."""
+        return self._scheduler.tokens_of_running()
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises RequestError if it could never run."""
@@ -230,15 +241,21 @@ class Brain:
         max_model_len: int,
         balancing: Balancing | None = None,
         failure: str | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         """Like `rewind`, for new workers of another number or with other limits, whose KV cache is empty.
 
+        With `scheduler`, which `scheduler_for` has made with the same arguments, it is as that has left it.
         All requests move over, in order of arrival, and totals go on. Requests have the room that they would have if
         they came in now. One that has more tokens already than there is room for ends with an error that says so.
         """
         self._drop_in_flight(failure)
         before = self._scheduler
-        self._build(config, epoch, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
+        if scheduler is None:
+            scheduler = self.scheduler_for(config, epoch, num_blocks=num_blocks, max_model_len=max_model_len)
+        self._build(config, scheduler, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
+        if balancing is not None:
+            balancing.begin(epoch)
         self._scheduler.go_on_after(before)
         for request in before.dismiss():
             self._move(request)
@@ -329,3 +346,8 @@ class Brain:
     def _room(self) -> int:
         """Tokens of one request that the KV cache can hold."""
         return self._num_blocks * self._block_size
+
+
+def _depth(config: Config) -> int:
+    """Steps under way at a time."""
+    return max(config.parallel.pipeline_parallel_size, 2) if config.scheduler.async_scheduling else 1

@@ -17,27 +17,43 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
+from phalanx.engine.asked_resize import AskedResize
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.condition import Condition
 from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
 from phalanx.engine.generation_config import GenerationConfig
-from phalanx.engine.history import History, without_engine
-from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
+from phalanx.engine.history import History, with_replicas, without_engine
+from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress, ResizeNews
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import Origin, OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
-from phalanx.errors import ConfigError, EngineDeadError, MaintenanceError, NotNowError, PhalanxError, UserError
+from phalanx.errors import (
+    EngineDeadError,
+    MaintenanceError,
+    NotNowError,
+    PhalanxError,
+    RequestError,
+    ResizeError,
+    ResizeRefusedError,
+    ResizeUnderWayError,
+    UserError,
+)
 from phalanx.ledger.status import InstanceStatus
+from phalanx.membership.resize import Size
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.protocol import (
     FIRST_EPOCH,
     FIRST_WEIGHTS_VERSION,
     Cancel,
+    CancelResize,
     EngineStats,
     Maintained,
     MaintenanceOrder,
+    Resize,
+    ResizeBegun,
+    ResizeEnded,
     SamplingParams,
     Sleep,
     StartProgress,
@@ -62,6 +78,7 @@ class EngineClient:
 
     def __init__(self, config: Config, incarnation: Incarnation, front: Front, start_again: StartAgain) -> None:
         """Use `start`."""
+        self._config = config
         self.info = incarnation.info
         self.front = front
         self.tokenizer = front.tokenizer
@@ -93,7 +110,10 @@ class EngineClient:
         self._settled.set()
         self._is_closing = False
         self._request_ids = itertools.count()
-        incarnation.attend(self._take, self._on_maintained, self._on_end)
+        self._resize_numbers = itertools.count()
+        self._resize: AskedResize | None = None
+        """Under way."""
+        incarnation.attend(self._take, self._on_maintained, self._on_end, self._on_resize)
 
     @classmethod
     async def start(
@@ -136,7 +156,10 @@ class EngineClient:
     def stats(self) -> EngineStats | None:
         """The latest that was heard; None before. Counts are those of all its processes."""
         stats = self._history.stats_with(self._incarnation.stats)
-        return stats if stats is None or self.down is None else without_engine(stats, self.num_running)
+        if stats is None:
+            return None
+        stats = with_replicas(stats, len(self.replicas()))  # the engine may not have told of the latest ones
+        return stats if self.down is None else without_engine(stats, self.num_running)
 
     @property
     def condition(self) -> Condition:
@@ -178,6 +201,8 @@ class EngineClient:
         self._check_lives()
         if self.down is not None:
             raise NotNowError(f"the engine is being started again: {self.down}")
+        if self._resize is not None:
+            raise NotNowError("a resize is under way")
         if self._maintaining is not None:
             raise NotNowError("another reload, sleep or wake is under way")
         self._next_version = weights_version or self.weights_version + 1
@@ -245,13 +270,25 @@ class EngineClient:
         self._cancel(to_cancel)
         self._note_idle()
 
+    @property
+    def size(self) -> Size:
+        """Of the ranks that serve."""
+        return Size(self.info.num_replicas, self.info.tensor_parallel_size)
+
     def replicas(self) -> Sequence[ReplicaState]:
-        """They work in lockstep: all serve, or none."""
+        """They work in lockstep: all serve, or none. Those that join in a resize do so together."""
         state: Phase = "serving" if self.dead is None else "dead"
-        return [
+        there = [
             ReplicaState(replica=replica, state=state, num_requests=self.num_running)
             for replica in range(self.info.num_replicas)
         ]
+        if self._resize is None:
+            return there
+        joining = ReplicaState(replica=0, state="joining", num_requests=0)
+        if (told := self._resize.progress) is not None:
+            joining = msgspec.structs.replace(joining, phase=told.phase, done=told.done, total=told.total)
+        new = range(len(there), self._resize.asked.data_parallel_size)
+        return [*there, *(msgspec.structs.replace(joining, replica=replica) for replica in new)]
 
     @property
     def model(self) -> str:
@@ -259,20 +296,54 @@ class EngineClient:
         return self._config.model.model
 
     async def begin_resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> asyncio.Task[None]:
-        """Raises ConfigError: one brain has all its replicas from the start to the end. See Fleet."""
-        raise ConfigError(
-            "data_parallel_size",
-            data_parallel_size,
-            f"{self.info.num_replicas}: replicas that share experts (enable_expert_parallel) cannot come and go yet",
-        )
+        """As Engine.begin_resize. All ranks are replaced at once, so none can be named, and none has to be drained."""
+        if leaving:
+            raise RequestError("leaving", list(leaving), "none: replicas in lockstep are replaced all at once")
+        if self._resize is not None:
+            raise ResizeUnderWayError(str(self._resize.before), str(self._resize.asked))
+        if self.dead is not None or self._is_closing:
+            raise EngineDeadError(self.dead or f"{NAME} is shutting down")
+        if self.down is not None:
+            raise ResizeRefusedError(f"{NAME} is being started again: resize when it serves")
+        if self._sleep_level or self._maintaining is not None:
+            raise ResizeRefusedError(f"{NAME} is asleep, or is just getting other weights: resize when it serves")
+        now = self.size
+        asked = now.changed(data_parallel_size, tensor_parallel_size)
+        resize = AskedResize(next(self._resize_numbers), now, asked)
+        if asked == now:
+            resize.end(ResizeEnded(resize.number, "done"))
+        else:
+            self._resize = resize
+            self._incarnation.send(Resize(resize.number, *asked))
+        try:
+            await resize.until_begun()
+            seeing_through = asyncio.create_task(self._see_through(resize))
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun does nothing at all
+        except asyncio.CancelledError:
+            self._undo(resize)
+            raise
+        return seeing_through
 
     async def resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
-        """As `begin_resize`."""
-        await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s)
+        """As Engine.resize."""
+        resizing = await self.begin_resize(
+            data_parallel_size, tensor_parallel_size=tensor_parallel_size, leaving=leaving
+        )
+        await resizing
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end the engine's process.
@@ -294,6 +365,45 @@ class EngineClient:
                 finally:  # also when the kernel cannot end it: nobody may go on waiting for it
                     self._die(f"{NAME} was shut down")
                     self._incarnation.forget()
+
+    async def _see_through(self, resize: AskedResize) -> None:
+        """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""
+        try:
+            ended = await resize.until_over()
+        except asyncio.CancelledError:
+            self._undo(resize)
+            ended = await resize.until_undone()
+            if ended.ending == "cancelled":
+                raise
+        if ended.ending != "done":
+            raise ResizeError(f"from {resize.before} to {resize.asked}: {ended.reason or 'it was cancelled'}")
+
+    def _undo(self, resize: AskedResize) -> None:
+        """Unless it is over: the engine tells what has become of it."""
+        if self._resize is resize:
+            self._incarnation.send(CancelResize(resize.number))
+
+    def _on_resize(self, news: ResizeNews) -> None:
+        """What the engine tells of the resize that is under way."""
+        resize = self._resize
+        if resize is None:
+            return
+        if isinstance(news, StartProgress):
+            resize.progress = news
+        elif isinstance(news, ResizeBegun):
+            resize.begin()
+        else:
+            self._resize = None
+            if news.ready is not None:
+                self.info = news.ready
+                parallel = msgspec.structs.replace(self._config.parallel, **resize.asked._asdict())
+                self._config = msgspec.structs.replace(self._config, parallel=parallel)
+            resize.end(news)
+
+    def _give_up_resize(self, reason: str) -> None:
+        """The engine has ended: one that is started again has the size from before."""
+        if self._resize is not None:
+            self._on_resize(ResizeEnded(self._resize.number, "failed", reason))
 
     async def _end_running(self, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -361,6 +471,7 @@ class EngineClient:
         self._end_maintaining(
             MaintenanceError(f"the engine has ended, and begins with the weights of before: {end.reason}")
         )
+        self._give_up_resize(end.reason)
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
             return
@@ -413,7 +524,7 @@ class EngineClient:
         self.info = incarnation.info
         self.down = self._phase = None
         self._note_settled()
-        incarnation.attend(self._take, self._on_maintained, self._on_end)
+        incarnation.attend(self._take, self._on_maintained, self._on_end, self._on_resize)
         if self._sleep_level:
             incarnation.send(Sleep(2 if self._sleep_level == 2 else 1))
         self._submit_next()
@@ -430,6 +541,7 @@ class EngineClient:
             self.dead = reason
             self.down = None
             self._note_settled()
+            self._give_up_resize(reason)
             self._wake(list(self._news))
 
     def _wake(self, request_ids: Sequence[int]) -> None:

@@ -42,6 +42,8 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that the ledger's watcher looks at."""
     verdicts: dict[str, int] = {}
     """How many there have been, by cause."""
+    num_watcher_restarts: int = 0
+    """How often a watcher that had ended was replaced."""
     formation: FormationStats | None = None
     """As the engine has last told; None where a fault ends it, and before it has told anything."""
     weights_version: int = FIRST_WEIGHTS_VERSION

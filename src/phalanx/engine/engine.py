@@ -75,23 +75,35 @@ class Engine(Protocol):
         """
 
     async def begin_resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> asyncio.Task[None]:
         """Begin what `resize` does. The task ends with it; cancelling that undoes the resize.
 
-        Raises ConfigError when capacity is missing, RequestError for replicas that do not exist, and
-        ResizeUnderWayError.
+        Raises ConfigError when capacity is missing, RequestError for replicas that do not exist or cannot be named, and
+        ResizeRefusedError (ResizeUnderWayError) when something else has to end first.
         """
 
     async def resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
-        """Have so many replicas, while requests go on. Returns when they serve, or those that leave are gone.
+        """Have so many replicas, or so many ranks share every layer, while requests go on; what is None stays. Returns
+        when they serve, or those that leave are gone.
 
         Replicas in `leaving` leave first. One that leaves ends its requests, for up to `drain_timeout_s`; then others
-        take them over and go on with the next token. Raises what `begin_resize` does, and ResizeError if it fails:
-        then, and when this is cancelled, there are as many as before. Once those that leave have no requests any more
-        it cannot be undone.
+        take them over and go on with the next token. Replicas in lockstep, and ranks of another TP size, are all
+        replaced at once: others are started beside them, and take over everything. Raises what `begin_resize` does,
+        and ResizeError if it fails: then, and when this is cancelled, all is as before. Once those that leave have no
+        requests any more, or others have taken over, it cannot be undone.
         """
 
     @property

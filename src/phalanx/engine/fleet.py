@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -22,7 +22,16 @@ from phalanx.engine.roster import Empty, End, Keep, Order, Phase, Replace, Resiz
 from phalanx.engine.router import Router
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.stream import OutputDelta, RequestStream
-from phalanx.errors import EngineDeadError, NotNowError, PhalanxError, RequestError, ResizeError
+from phalanx.errors import (
+    ConfigError,
+    EngineDeadError,
+    NotNowError,
+    PhalanxError,
+    RequestError,
+    ResizeError,
+    ResizeRefusedError,
+    ResizeUnderWayError,
+)
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import (
     EngineStats,
@@ -94,6 +103,8 @@ class Fleet:
         self._maintaining: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_closing = False
+        self._is_reshaping = False
+        """Whether the one replica is getting ranks of another TP size."""
         self._deaths = asyncio.create_task(self._watch())
         self._note_change()
 
@@ -223,25 +234,86 @@ class Fleet:
     def _note_weights(self, version: int, model: str) -> None:
         """What replicas have that join from now on."""
         self._weights_version = version
-        if model != self._seats.model:
+        if model != self._config.model.model:
+            self._config = self._config.with_model(model)
             self._seats.use_model(model)
 
     async def resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
-        await (await self.begin_resize(data_parallel_size, leaving=leaving, drain_timeout_s=drain_timeout_s))
+        resizing = await self.begin_resize(
+            data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            leaving=leaving,
+            drain_timeout_s=drain_timeout_s,
+        )
+        await resizing
 
     async def begin_resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = DRAIN_TIMEOUT_S
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> asyncio.Task[None]:
+        size = self._roster.size if data_parallel_size is None else data_parallel_size
+        now = self._config.parallel.tensor_parallel_size
+        self._check_shape()
         if self.asleep or (self._maintaining is not None and not self._maintaining.done()):
-            raise NotNowError("the engine is asleep, or is just getting other weights")
-        self._roster.check(data_parallel_size, leaving, self._numbers_down())
+            raise ResizeRefusedError("the engine is asleep, or is just getting other weights: resize when it serves")
+        self._roster.check(size, leaving, self._numbers_down())
+        if tensor_parallel_size not in (None, now):
+            return await self._begin_to_reshape(size, tensor_parallel_size)
+        return await self._begin_to_resize(size, leaving, drain_timeout_s)
+
+    async def _begin_to_reshape(self, size: int, tensor_parallel_size: int | None) -> asyncio.Task[None]:
+        """Have other ranks take over what the one replica does. Raises ConfigError if there are several."""
+        if size > 1 or self._roster.size > 1:
+            allowed = f"only one replica can change it, and there are {max(size, self._roster.size)}: change that first"
+            raise ConfigError("tensor_parallel_size", tensor_parallel_size, allowed)
+        engine = self._engines[self._living()[0]]
+        self._is_reshaping = True
+        try:
+            reshaping = await engine.begin_resize(tensor_parallel_size=tensor_parallel_size)
+        except BaseException:
+            self._is_reshaping = False
+            raise
+        return await _begun(self._see_reshaped(engine, reshaping))
+
+    async def _see_reshaped(self, engine: EngineClient, reshaping: asyncio.Task[None]) -> None:
+        """Wait for the end of it: replicas to come are like this one."""
+        try:
+            await reshaping
+        finally:
+            self._is_reshaping = False
+            size = engine.size.tensor_parallel_size
+            parallel = msgspec.structs.replace(self._config.parallel, tensor_parallel_size=size)
+            self._config = msgspec.structs.replace(self._config, parallel=parallel)
+            self._seats = Seats(self._config)
+            self._first = engine.info
+            self._note_change()
+
+    def _check_shape(self) -> None:
+        """Raises ResizeUnderWayError."""
+        if self._is_reshaping:
+            size = self._config.parallel.tensor_parallel_size
+            raise ResizeUnderWayError(f"tensor_parallel_size {size}", "another one")
+
+    async def _begin_to_resize(
+        self, data_parallel_size: int, leaving: Sequence[int], drain_timeout_s: float
+    ) -> asyncio.Task[None]:
         pids = [engine.condition.pid for engine in self._engines.values() if engine.dead is None]
         joining = self._roster.free_numbers(max(data_parallel_size - self._roster.size, 0))
         await asyncio.to_thread(self._seats.check_room, data_parallel_size, joining, pids)
         if self._is_closing:
             raise EngineDeadError("the engine is shutting down")
+        self._check_shape()
         num_requests = {number: engine.num_running for number, engine in self._engines.items()}
         orders = self._roster.begin(data_parallel_size, leaving, num_requests, self._numbers_down())
         self._drain_timeout_s = drain_timeout_s
@@ -249,13 +321,7 @@ class Fleet:
         if resize is not None:
             log.info("resizing from %d to %d replicas", resize.size_before, resize.size_asked_for)
         self._carry_out(orders)
-        seeing_through = asyncio.create_task(self._see_through(resize))
-        try:
-            await asyncio.sleep(0)  # a task that is cancelled before it has begun does nothing at all
-        except asyncio.CancelledError:
-            seeing_through.cancel()
-            raise
-        return seeing_through
+        return await _begun(self._see_through(resize))
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
@@ -563,6 +629,17 @@ class _Report:
             await asyncio.wait((placed, start), return_when=asyncio.FIRST_COMPLETED)
         finally:
             placed.cancel()
+
+
+async def _begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that has begun: one that is cancelled before does nothing at all."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    return task
 
 
 async def _undo(starting: asyncio.Task[EngineClient]) -> None:

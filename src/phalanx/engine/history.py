@@ -34,7 +34,9 @@ class History:
             return now
         if now is None:
             return without_engine(self._stats, 0)
-        replicas = tuple(map(_continued, self._stats.replicas, now.replicas))
+        # The engine may have another number of replicas than the one before it.
+        earlier = self._stats.replicas[: len(now.replicas)]
+        replicas = tuple(map(_continued, earlier, now.replicas)) + now.replicas[len(earlier) :]
         balance, before = now.balance, self._stats.balance
         if balance is not None and before is not None:
             balance = msgspec.structs.replace(balance, num_moves=balance.num_moves + before.num_moves)
@@ -46,6 +48,13 @@ def without_engine(last: EngineStats, num_waiting: int) -> EngineStats:
     nothing = [msgspec.structs.replace(one, num_running=0, num_waiting=0, num_blocks_used=0) for one in last.replicas]
     nothing[0] = msgspec.structs.replace(nothing[0], num_waiting=num_waiting)
     return msgspec.structs.replace(last, replicas=tuple(nothing))
+
+
+def with_replicas(stats: EngineStats, count: int) -> EngineStats:
+    """The same of so many replicas: none of those that are gone, and nothing of those that are to come."""
+    nothing = ReplicaStats(0, 0, 0, stats.replicas[0].num_blocks, 0, 0, 0, 0, 0)
+    missing = (nothing,) * (count - len(stats.replicas))
+    return msgspec.structs.replace(stats, replicas=stats.replicas[:count] + missing)
 
 
 def _continued(before: ReplicaStats, now: ReplicaStats) -> ReplicaStats:

@@ -28,6 +28,8 @@ from phalanx.protocol import (
     EngineReady,
     EngineStats,
     Maintained,
+    ResizeBegun,
+    ResizeEnded,
     Shutdown,
     StartProgress,
     TokenBatch,
@@ -36,6 +38,8 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.stream import AsyncStream
 
 OnProgress = Callable[[StartProgress], None]
+ResizeNews = ResizeBegun | StartProgress | ResizeEnded
+OnResize = Callable[[ResizeNews], None]
 
 NAME = "the engine"
 START_GRACE_S = 10.0
@@ -100,6 +104,7 @@ class Incarnation:
         self._on_batch: Callable[[TokenBatch], None] = lambda _: None
         self._on_maintained: Callable[[Maintained], None] = lambda _: None
         self._on_end: Callable[[End], None] = lambda _: None
+        self._on_resize: OnResize = lambda _: None
 
     @classmethod
     async def start(
@@ -141,9 +146,11 @@ class Incarnation:
         on_batch: Callable[[TokenBatch], None],
         on_maintained: Callable[[Maintained], None],
         on_end: Callable[[End], None],
+        on_resize: OnResize,
     ) -> None:
-        """Begin to read. `on_end` is called once, after the last of the others; none may raise."""
-        self._on_batch, self._on_maintained, self._on_end = on_batch, on_maintained, on_end
+        """Begin to read. `on_end` is called once, after everything else; none may raise."""
+        self._on_batch, self._on_maintained = on_batch, on_maintained
+        self._on_end, self._on_resize = on_end, on_resize
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._listen())]
 
     def send(self, message: ClientMessage) -> None:
@@ -163,6 +170,7 @@ class Incarnation:
             trouble=(self.ended.verdict if self.ended is not None else None) or self._trouble(),
             since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
             num_watched=notice.num_ranks if is_watched else 0,
+            num_watcher_restarts=notice.num_restarts,
             verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
             formation=self.stats.formation if self.stats is not None else None,
             maintenance=self.stats.maintenance if self.stats is not None else None,
@@ -267,6 +275,8 @@ class Incarnation:
             self.stats = message
             if message.formation is not None:
                 self._follow(message.formation.epoch)
+        elif isinstance(message, ResizeBegun | StartProgress | ResizeEnded):
+            self._on_resize(message)
         elif isinstance(message, EngineFailed):
             self._end(message.reason, is_user_error=message.is_user_error)
 

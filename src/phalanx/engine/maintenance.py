@@ -25,6 +25,7 @@ from phalanx.errors import (
     UserError,
 )
 from phalanx.executor.pending import Pending
+from phalanx.executor.start import Capacity
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model
 from phalanx.protocol import (
@@ -58,7 +59,10 @@ log = logging.getLogger("phalanx.engine")
 class MaintainedRanks(Protocol):
     """What a script needs of a formation."""
 
-    has_weights_of_checkpoint: bool
+    capacity: Capacity
+
+    @property
+    def has_weights_of_checkpoint(self) -> bool: ...
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
 
@@ -200,6 +204,8 @@ class Maintenance:
     def _check_sleep(self, order: Sleep) -> None:
         if self._level > order.level:
             raise NotNowError(f"the engine is asleep at level {self._level}, which has no weights: wake it first")
+        if self._ranks.capacity.device != "cpu":
+            raise NotNowError("a sleep gives back the memory of CPUs only: that of GPUs stays where it is")
         if order.level == 2:
             self._check_experts_stay("a sleep of level 2")
             if not self._ranks.has_weights_of_checkpoint:

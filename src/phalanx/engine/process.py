@@ -19,6 +19,7 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.maintenance import TURN_S, Maintenance
+from phalanx.engine.resizing import EngineResizing, engine_ready
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import (
     DeadlineError,
@@ -36,15 +37,17 @@ from phalanx.membership.formation import Formation, start_formation
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     Cancel,
+    CancelResize,
     ClientMessage,
     EngineFailed,
     EngineMessage,
-    EngineReady,
     EngineStats,
     Maintained,
     MaintenanceOrder,
     Ping,
     ReplyBody,
+    Resize,
+    ResizeEnded,
     StartProgress,
     Step,
     StepResult,
@@ -66,6 +69,8 @@ IDLE_CHECK_S = 0.5
 HEARTBEAT_DEADLINE_S = 10.0
 HEALING_LOOK_S = 0.005
 """How often the client is listened to while other ranks come."""
+RESIZE_LOOK_S = 0.02
+"""How often an idle engine looks whether ranks of another size are ready."""
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -147,6 +152,7 @@ class EngineLoop:
         self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
         self._formation = formation
         self._maintenance = make_maintenance(self._brain, formation)
+        self._resizing = EngineResizing(formation, self._brain, self._tell)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
@@ -154,7 +160,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return at Shutdown. Raises ClientGone, and whatever ends a step and is not healed."""
-        while self._take_messages(self._pause_s()):
+        while self._take_messages(self._patience_s()):
             try:
                 self._turn()
             except PhalanxError as error:
@@ -162,16 +168,19 @@ class EngineLoop:
                     raise
                 if not self._heal(error):
                     return
+            self._resizing.follow()
             self._send_stats()
 
-    def _pause_s(self) -> float:
-        """How long a message may be waited for now."""
+    def _patience_s(self) -> float:
+        """How long to wait for messages, at most."""
         if self._brain.has_work():
             return 0.0
-        return TURN_S if self._maintenance.is_busy else IDLE_CHECK_S
+        if self._maintenance.is_busy:
+            return TURN_S
+        return RESIZE_LOOK_S if self._resizing.is_under_way else IDLE_CHECK_S
 
     def _turn(self) -> None:
-        self._tell(self._maintenance.turn())
+        self._tell_maintained(self._maintenance.turn())
         if not self._brain.has_work():
             self._check_workers()
             return
@@ -180,7 +189,7 @@ class EngineLoop:
         if batch is not None:
             self._link.send(batch)
 
-    def _tell(self, outcome: Maintained | None) -> None:
+    def _tell_maintained(self, outcome: Maintained | None) -> None:
         if outcome is not None:
             self._send_stats(at_once=True)  # who hears of the outcome finds the state that it has led to
             self._link.send(outcome)
@@ -192,11 +201,12 @@ class EngineLoop:
         self._stats_due_at = 0.0
         while not healing.wait(HEALING_LOOK_S):
             self._send_stats()
+            self._resizing.follow()  # one that was under way is undone
             if not self._take_messages(0.0):
                 return False
         epoch, keeps_cache = healing.result()
         self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
-        self._tell(self._maintenance.ranks_replaced())
+        self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True
 
@@ -209,12 +219,25 @@ class EngineLoop:
                 self._brain.cancel(message.request_ids)
             elif isinstance(message, MaintenanceOrder):
                 self._begin_maintenance(message)
+            elif isinstance(message, Resize):
+                self._begin_resize(message)
+            elif isinstance(message, CancelResize):
+                self._resizing.cancel(message.number)
             else:
                 return False
         return True
 
+    def _begin_resize(self, asked: Resize) -> None:
+        if self._maintenance.stats is None:
+            self._resizing.begin(asked)
+        else:
+            reason = f"the engine is {self._maintenance.stats.phase}: ask again when that is over"
+            self._tell(ResizeEnded(asked.number, "refused", reason))
+
     def _begin_maintenance(self, order: MaintenanceOrder) -> None:
         try:
+            if self._resizing.is_under_way:
+                raise NotNowError("a resize is under way: ask again when that is over")
             self._maintenance.begin(order)
         except UserError as error:
             self._link.send(Maintained(str(error), is_user_error=True, is_not_now=isinstance(error, NotNowError)))
@@ -232,6 +255,13 @@ class EngineLoop:
             self._formation.progressed()
         if self._heartbeat is None:
             self._heartbeat = self._formation.submit(Ping(), deadline_s=HEARTBEAT_DEADLINE_S)
+
+    def _tell(self, message: EngineMessage) -> None:
+        """Of a resize. When it is done, whoever was asked for a sign of life is gone."""
+        if isinstance(message, ResizeEnded) and message.ending == "done":
+            self._heartbeat = None
+            self._stats_due_at = self._sign_due_at = 0.0
+        self._link.send(message)
 
     def _send_stats(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -312,17 +342,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
         balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
     )
-    link.send(
-        EngineReady(
-            max_model_len=capacity.max_model_len,
-            num_blocks=capacity.num_blocks,
-            block_size=capacity.block_size,
-            world_size=capacity.world_size,
-            device=capacity.device,
-            dtype=capacity.dtype,
-            num_replicas=config.parallel.data_parallel_size,
-        )
-    )
+    link.send(engine_ready(config, capacity))
     return EngineLoop(link, make_brain, formation, partial(Maintenance, config, checkpoint))
 
 

@@ -117,7 +117,7 @@ class Roster:
     def check(self, size: int, leaving: Sequence[int], down: Collection[int] = ()) -> None:
         """Raises what `begin` would."""
         if self.resize is not None:
-            raise ResizeUnderWayError(self.resize.size_before, self.resize.size_asked_for)
+            raise ResizeUnderWayError(str(self.resize.size_before), f"{self.resize.size_asked_for} replicas")
         members = self._members()
         if size < 1:
             raise RequestError("data_parallel_size", size, "it must be at least 1")

@@ -219,10 +219,18 @@ class Scheduler:
         self._requeue(self.running.occupied())
         return sorted(self._requests.values(), key=lambda request: request.arrival)
 
+    def tokens_of_running(self) -> list[NDArray[np.int32]]:
+        """The committed tokens of each request that runs."""
+        running = self.running
+        return [running.token_ids_SL[slot, : running.num_committed_S[slot]].copy() for slot in running.occupied()]
+
     def go_on_after(self, before: Scheduler) -> None:
-        """Go on with the totals, the step numbers and who waits for what of a scheduler that plans no more."""
+        """Go on with the totals of a scheduler that plans no more, and with its step numbers if this has none yet.
+
+        Who has to wait there waits here too.
+        """
         self.totals = Totals(len(self.replicas), before.totals)
-        self._next_step = before._next_step
+        self._next_step = self._next_step or before._next_step
         self._admits_until = before._admits_until
 
     def run_alone(self, request_id: int | None) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
+from phalanx.transport.liveness import start_time_of
 from phalanx.worker.spec import WorkerSpec
 
 
@@ -58,6 +59,8 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
     line: int
     rank: int
     pid: int
+    start_time: int
+    """As `liveness.Party` has it."""
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
@@ -149,10 +152,11 @@ class ForkServer:
         pid = os.fork()
         if pid == 0:
             self._become_worker(order.spec, server_pid)
-        pidfd = os.pidfd_open(pid)
+        pidfd, start_time = os.pidfd_open(pid), start_time_of(pid)
+        assert start_time is not None, "it is there until it is reaped"
         self._children[pidfd] = _Child(order.line, order.spec.rank, pid)
         self._selector.register(pidfd, selectors.EVENT_READ)
-        send(self._events, Forked(order.line, order.spec.rank, pid))
+        send(self._events, Forked(order.line, order.spec.rank, pid, start_time))
 
     def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
         code = 1

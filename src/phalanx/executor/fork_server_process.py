@@ -17,7 +17,7 @@ from typing import IO
 
 import msgspec
 
-from phalanx.errors import DeadlineError, StartError
+from phalanx.errors import DeadlineError, FrameError, PeerDiedError, StartError
 from phalanx.executor.fork_server import (
     Ask,
     Event,
@@ -31,6 +31,8 @@ from phalanx.executor.fork_server import (
     split_frames,
 )
 from phalanx.executor.shared_fate import describe_exit
+from phalanx.ledger.journal import note_process
+from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
 SPAWN_DEADLINE_S = 30.0
@@ -52,6 +54,7 @@ class _Line:
 
     def __init__(self) -> None:
         self.ranks: set[int] = set()
+        self.journals: dict[int, SegmentHandle] = {}
         self.pids: dict[int, int] = {}
         self.exits: dict[int, str] = {}
 
@@ -107,6 +110,7 @@ class ForkServerProcess:
             line = next(self._numbers)
             self._lines[line] = state = _Line()
             state.ranks = {spec.rank for spec in specs}
+            state.journals = {spec.rank: spec.journal for spec in specs if spec.journal is not None}
             if self._ended is not None:
                 self._end_of_server(state, self._ended)
         for spec in specs:
@@ -242,11 +246,20 @@ class ForkServerProcess:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Forked):
-            self._lines[event.line].pids[event.rank] = event.pid
+            state = self._lines[event.line]
+            state.pids[event.rank] = event.pid
+            if event.rank in state.journals:
+                _note_process(state.journals[event.rank], event)
         elif isinstance(event, Exited):
             self._lines[event.line].exits[event.rank] = event.how
         else:
             self._answered = max(self._answered, event.number)
+
+
+def _note_process(journal: SegmentHandle, forked: Forked) -> None:
+    """Have the rank watched from its birth, and not only from when it has come to its journal."""
+    with suppress(PeerDiedError, FrameError), SharedSegment.attach(journal) as segment:  # unless the line was closed
+        note_process(segment.buf, forked.pid, forked.start_time)
 
 
 def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:

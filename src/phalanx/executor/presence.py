@@ -83,6 +83,10 @@ class Presence:
         self.close()
         self._beacon = show_instance(self._config, order, epoch, self._started_at)
 
+    def resize(self, config: Config) -> None:
+        """Lines that are shown from now on have this configuration."""
+        self._config = config
+
     def close(self) -> None:
         """Be found no more. May be called more than once."""
         if self._beacon is not None:

@@ -212,7 +212,8 @@ def _place_local(
 ) -> Placed:
     """A process for each rank, all on this host."""
     groups = _open_groups(config, grid, resources, line.epoch)
-    launcher = new_launcher(thread_environment(pick_threads(config)))
+    threads = pick_threads(config)
+    launcher = new_launcher(thread_environment(threads))
     resources.callback(launcher.close, 0.0)
     launcher.warm(str(checkpoint.path))
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
@@ -220,7 +221,10 @@ def _place_local(
     )
     resources.enter_context(queue)
     handles = [queue.handle(rank) for rank in range(grid.world_size)]
-    specs = _specs(config, checkpoint, groups, handles, line)
+    # The environment is that of all lines, and they may be of different sizes.
+    specs = [
+        msgspec.structs.replace(spec, threads=threads) for spec in _specs(config, checkpoint, groups, handles, line)
+    ]
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, range(grid.world_size), resources)
     if not config.executor.ledger:
@@ -329,9 +333,10 @@ def _allocate(
 ) -> Capacity:
     """Give every rank its KV cache: as large as those of the lines before, or as it can be."""
     capacity = line.capacity
-    if capacity is None or config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
-        found = _measure(executor, config, checkpoint, loaded, deadline)
-        capacity = capacity or found
+    if capacity is None:
+        capacity = _measure(executor, config, checkpoint, loaded, deadline)
+    elif config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
+        executor.submit(MeasureMemory(sizes_cache=False), deadline_s=deadline.remaining_s).result()
     order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:

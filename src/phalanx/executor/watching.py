@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -20,22 +21,33 @@ from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
-from phalanx.ledger.journal import JOURNAL_BYTES
+from phalanx.ledger.journal import JOURNAL_BYTES, note_process, prepare_journal
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
 from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
 SPAWN_DEADLINE_S = 30.0
 END_DEADLINE_S = 5.0
 
-ENDING_S = 0.25
-"""Who collects a rank's end knows how it was within milliseconds of it."""
+MAX_RESTARTS = 5
+RESTARTS_WITHIN_S = 60.0
+"""A watcher that has ended as often in this time would do so again."""
+
+SOON_S = 0.02
+"""Who collects a rank's end knows how it was within milliseconds of it..."""
+
+ENDING_S = 3.0
+"""... but that of a process with a GPU comes when the kernel has given back its memory."""
 
 ENDS_WITHOUT_HOPE: Mapping[Cause, float] = dict.fromkeys(HOPELESS, 0.0)
 """Ranks that live and can never meet again are ended at once."""
+
+NOT_YET: Mapping[int, Party] = {}
+"""No process of any rank is known."""
 
 _POLL_S = 0.005
 _verdicts = msgspec.json.Decoder(Verdict | None)
@@ -44,7 +56,10 @@ log = logging.getLogger("phalanx.ledger")
 
 
 class Watching:
-    """A watcher in a process of its own, from its start to `close`. Logs its verdicts."""
+    """A watcher in a process of its own, from its start to `close`. Logs its verdicts.
+
+    One that ends unasked is replaced, as often as MAX_RESTARTS says: journals and what stands are not the watcher's.
+    """
 
     def __init__(
         self,
@@ -70,21 +85,24 @@ class Watching:
         self._ended_for: Verdict | None = None
         self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
-        self._is_closing = self._is_silent = False
+        self._is_closing = self._is_silent = self._has_ended = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._restarted_at: deque[float] = deque(maxlen=MAX_RESTARTS)
+        order, held = _with_own_listener(order)
         stop_read, self._stop_write = os.pipe()
+        held.callback(os.close, stop_read)
         spawned: Future[subprocess.Popen[bytes]] = Future()
         # The kernel kills the watcher when the *thread* that started it ends: it must be one that lives as long.
         self._thread = threading.Thread(
-            target=self._run, args=(order, stop_read, spawned), name="phalanx-watching", daemon=True
+            target=self._run, args=(order, stop_read, held, spawned), name="phalanx-watching", daemon=True
         )
         try:
             self._thread.start()
-            self._process = spawned.result(SPAWN_DEADLINE_S)
+            spawned.result(SPAWN_DEADLINE_S)
         except BaseException as error:  # also a KeyboardInterrupt: what has been started then ends by itself
             self._stop()
             if self._thread.ident is None:  # it has not begun
-                os.close(stop_read)
+                held.close()
             if isinstance(error, OSError | RuntimeError):  # TimeoutError is one; no more threads are the other
                 reason = str(error) or f"waited {SPAWN_DEADLINE_S} s"
                 raise StartError("the watcher", "starting", reason) from error
@@ -114,7 +132,7 @@ class Watching:
     def await_hopeless(self, timeout_s: float) -> Verdict | None:
         """Block until ranks were ended for one, or will be for none, for `timeout_s` at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_settled or not self._thread.is_alive(), timeout_s)
+            self._changed.wait_for(lambda: self._is_settled or self._has_ended, timeout_s)
             return self._ended_for
 
     def silence(self) -> None:
@@ -150,31 +168,61 @@ class Watching:
                 os.write(stop, b"!")
             os.close(stop)
 
-    def _run(self, order: WatchOrder | ReportOrder, stop_read: int, spawned: Future[subprocess.Popen[bytes]]) -> None:
-        try:
-            process = _spawn(order, stop_read)
-        except OSError as error:
-            spawned.set_exception(error)
-            return
-        finally:
-            os.close(stop_read)
-        spawned.set_result(process)
+    def _run(
+        self, order: WatchOrder | ReportOrder, stop: int, held: ExitStack, spawned: Future[subprocess.Popen[bytes]]
+    ) -> None:
+        with held:
+            try:
+                self._process = process = _spawn(order, stop)
+            except OSError as error:
+                spawned.set_exception(error)
+                return
+            spawned.set_result(process)
+            while self._listen(process):
+                if (another := self._start_another(order, stop, process.returncode)) is None:
+                    break
+                self._process = process = another
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> bool:
+        """Take in what a watcher says until it ends. Whether there should be one still."""
         try:
             for line in _lines(process):
                 self._take(_verdicts.decode(line))
         except Exception:  # also of `on_hopeless`: a watcher that nobody listens to must not go on
             log.exception("what the watcher says is lost: nobody says any more who is to blame")
             process.kill()
+            return False
         finally:
-            code = _reap(process)
-            with self._changed:
-                self._changed.notify_all()
-        if not self._is_closing and self._found is None:
-            log.warning("the watcher has ended, %s: nobody says any more who is to blame", describe_exit(code))
+            _reap(process)
+        found = self._found
+        return not self._is_closing and (found is None or not found.is_final)
+
+    def _start_another(self, order: WatchOrder | ReportOrder, stop: int, code: int) -> subprocess.Popen[bytes] | None:
+        """In place of one that has ended; None if that has happened too often."""
+        now, how = time.monotonic(), describe_exit(code)
+        if len(self._restarted_at) == MAX_RESTARTS and now - self._restarted_at[0] < RESTARTS_WITHIN_S:
+            log.warning(
+                "the watcher has ended, %s, more than %d times in %.0f s: nobody says any more who is to blame",
+                *(how, MAX_RESTARTS, RESTARTS_WITHIN_S),
+            )
+            return None
+        self._restarted_at.append(now)
+        log.warning("the watcher has ended, %s: another one is started", how)
+        if isinstance(order, WatchOrder):
+            order = msgspec.structs.replace(order, standing=self._standing)
+        try:
+            return _spawn(order, stop)
+        except OSError as error:
+            log.warning("no other watcher can be started: %s: nobody says any more who is to blame", error)
+            return None
 
     def _take(self, verdict: Verdict | None) -> None:
-        if verdict is not None and verdict.cause == "gone":
-            verdict = self._with_ending(verdict)
+        how = self._ending(verdict.culprits[0], SOON_S) if verdict is not None and verdict.cause == "gone" else None
+        if verdict is not None and how is not None:
+            verdict = _with_ending(verdict, how)
         if self._is_silent:
             return
         if verdict is not None:
@@ -188,6 +236,8 @@ class Watching:
             self._changed.notify_all()
         if verdict is not None and self._ends_after_s.get(verdict.cause) == 0.0:
             self._end_ranks(verdict)
+        if verdict is not None and verdict.cause == "gone" and how is None:
+            self._add_ending(verdict)
 
     def _be_patient(self, verdict: Verdict | None) -> None:
         """From now on this one stands: ranks are to be ended for it, and for none before it."""
@@ -210,13 +260,25 @@ class Watching:
         assert self._on_hopeless is not None
         self._on_hopeless()
 
-    def _with_ending(self, verdict: Verdict) -> Verdict:
-        """With how the process ended, which only its parent is told."""
-        expires_at = time.monotonic() + ENDING_S
-        rank = verdict.culprits[0]
+    def _add_ending(self, verdict: Verdict) -> None:
+        """What was told of a rank that is gone did not wait for how it ended."""
+        how = self._ending(verdict.culprits[0], ENDING_S)
+        if how is None or self._is_silent:
+            return
+        log.error("how rank %d on %s ended: %s", verdict.culprits[0], verdict.nodes[0], how)
+        with self._changed:
+            self._found = self._standing = _with_ending(verdict, how)
+
+    def _ending(self, rank: int, timeout_s: float) -> str | None:
+        """How a rank's process ended, which only its parent is told; None if not in time."""
+        expires_at = time.monotonic() + timeout_s
         while (how := self._ending_of(rank)) is None and time.monotonic() < expires_at and not self._is_closing:
             time.sleep(_POLL_S)
-        return verdict if how is None else msgspec.structs.replace(verdict, what=f"is gone: {how}")
+        return how
+
+
+def _with_ending(verdict: Verdict, how: str) -> Verdict:
+    return msgspec.structs.replace(verdict, what=f"is gone: {how}")
 
 
 def start_watching(
@@ -233,19 +295,26 @@ def start_watching(
         return None
 
 
-def make_journals(ranks: Iterable[int], resources: ExitStack) -> dict[int, SegmentHandle]:
+def make_journals(
+    ranks: Iterable[int], resources: ExitStack, processes: Mapping[int, Party] = NOT_YET
+) -> dict[int, SegmentHandle]:
     """A journal for each of these ranks of this host, which this process holds, too, until `resources` are let go.
 
-    None, with a warning, if there is no such memory here.
+    `processes`: by rank, if they are there already. None, with a warning, if there is no such memory here.
     """
     try:
-        return {
-            rank: resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}")).handle
-            for rank in ranks
-        }
+        return {rank: _make_journal(rank, processes.get(rank), resources) for rank in ranks}
     except OSError as error:
         log.warning("no ledger: there is no memory for journals: %s", error)
         return {}
+
+
+def _make_journal(rank: int, process: Party | None, resources: ExitStack) -> SegmentHandle:
+    segment = resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}"))
+    prepare_journal(segment.buf)
+    if process is not None:
+        note_process(segment.buf, process.pid, process.start_time)
+    return segment.handle
 
 
 def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
@@ -282,6 +351,17 @@ def dump_order(config: Config) -> DumpOrder | None:
         return None
     prepare(directory)
     return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
+
+
+def _with_own_listener(order: WatchOrder | ReportOrder) -> tuple[WatchOrder | ReportOrder, ExitStack]:
+    """The same, with a descriptor that whoever made it does not close, but this stack: each watcher needs it."""
+    held = ExitStack()
+    if isinstance(order, ReportOrder) or order.other_nodes is None:
+        return order, held
+    listener = os.dup(order.other_nodes.listener)
+    held.callback(os.close, listener)
+    others = msgspec.structs.replace(order.other_nodes, listener=listener)
+    return msgspec.structs.replace(order, other_nodes=others), held
 
 
 def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:

@@ -9,7 +9,7 @@ from phalanx.ledger.look import STARVED_S, Look, RankLook, Wait, follow, wait_of
 from phalanx.ledger.record import Kind
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
 
-HUNG_S = 1.0
+HUNG_S = 0.7
 """A collective takes its time once the last has come to it; whoever is patient waits for longer than this."""
 
 _NS = 1e9
@@ -71,22 +71,29 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
     if culprit.has_issued(str(wait.group), wait.record.sequence):
         cause, what = "late", f"has issued {text}, and its GPU does not come to it: {_on_device(culprit)}"
     elif entries.step < wait.step:
-        cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
+        if entries.phase == "stepping" and not has_left(culprit, entries.step):
+            cause, what = _in_no_collective(culprit, f"{text} in step {wait.step}", f"still in step {entries.step}")
+        else:
+            cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
     elif has_left(culprit, wait.step):
         if (odd := _issued_too_much(look, wait)) is not None:
             return odd
         cause, what = "skipped", f"has left step {wait.step} without {text}, and is {entries.phase}"
-    elif culprit.computes:
-        cause = "slow"
-        what = f"computes and does not come to {text}: {culprit.cpu_s:.1f} s of CPU in {culprit.still_s:.1f} s"
     else:
-        cause, what = "late", f"does not come to {text}: it is {entries.phase}, in no collective"
+        cause, what = _in_no_collective(culprit, text, entries.phase)
     if culprit.starved_s >= STARVED_S and cause != "skipped":
         what += f", and has waited {culprit.starved_s:.1f} s for a core"
     waiting = [rank for rank in look.members(str(wait.group)) if _is_in(look.ranks[rank], wait.group)]
     waited_s = (look.now_ns - min(wait.since_ns, first_wait.since_ns)) / _NS
     place = Place(wait.step, wait.group, wait.record.sequence, peers=text)
     return blame(cause, [culprit], what, place, Waiting(sorted({*waiting, *path[:-1]}), waited_s))
+
+
+def _in_no_collective(one: RankLook, awaited_in: str, where: str) -> tuple[Cause, str]:
+    """A rank that is in a step: whether it computes there."""
+    if one.computes:
+        return "slow", f"computes and does not come to {awaited_in}: {one.cpu_s:.1f} s of CPU in {one.still_s:.1f} s"
+    return "late", f"does not come to {awaited_in}: it is {where}, in no collective"
 
 
 def _on_device(one: RankLook) -> str:
@@ -96,9 +103,11 @@ def _on_device(one: RankLook) -> str:
 
 
 def has_left(one: RankLook, step: int) -> bool:
-    """Whether a rank is through with a step."""
+    """Whether a rank is through with a step; its record may be no longer among the newest ones."""
+    if one.entries.step != step:
+        return one.entries.step > step
     decision = one.decision(step)
-    return one.entries.step > step or (decision is not None and decision.is_done)
+    return one.is_between_steps or (decision is not None and decision.is_done)
 
 
 def _nearest_wait(look: Look, awaited: RankLook, wait: Wait) -> Wait:

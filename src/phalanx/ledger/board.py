@@ -27,18 +27,25 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     """How many verdicts there have been, by cause."""
     looked_ns: int = 0
     """When the watcher looked last; 0 if it never did. Of the monotonic clock."""
+    num_restarts: int = 0
+    """How often another watcher has taken the place of one that had ended."""
 
 
 class BoardWriter:
-    """For one thread of one process."""
+    """For one thread of one process, which may take the place of one that has ended: what stood there still stands."""
 
-    def __init__(self, memory: memoryview, num_ranks: int) -> None:
-        """`memory`: BOARD_BYTES, zeroed."""
+    def __init__(self, memory: memoryview, num_ranks: int, standing: Verdict | None = None) -> None:
+        """`memory`: BOARD_BYTES, zeroed, or as another writer has left it. `standing`: what that has posted last, if it
+        still stands."""
+        before = read_board(memory)
         self._newest = NewestWriter(memory)
         self._words = memory.cast("Q")
         self._num_ranks = num_ranks
-        self._counts: dict[str, int] = {}
-        self._post(Notice(num_ranks=num_ranks))
+        self._counts = dict(before.counts) if before is not None else {}
+        self._num_restarts = before.num_restarts + 1 if before is not None else 0
+        self.since_ns = before.since_ns if before is not None and standing is not None else 0
+        """Since when what stands has."""
+        self._post(standing)
 
     def looked(self, now_ns: int) -> None:
         """All ranks were looked at."""
@@ -48,9 +55,17 @@ class BoardWriter:
         """Another verdict stands, since then, or none any more."""
         if verdict is not None:
             self._counts[verdict.cause] = self._counts.get(verdict.cause, 0) + 1
-        self._post(Notice(num_ranks=self._num_ranks, verdict=verdict, since_ns=since_ns, counts=self._counts))
+        self.since_ns = since_ns
+        self._post(verdict)
 
-    def _post(self, notice: Notice) -> None:
+    def _post(self, verdict: Verdict | None) -> None:
+        notice = Notice(
+            num_ranks=self._num_ranks,
+            verdict=verdict,
+            since_ns=self.since_ns,
+            counts=self._counts,
+            num_restarts=self._num_restarts,
+        )
         self._newest.put(msgspec.msgpack.encode(notice))
 
 

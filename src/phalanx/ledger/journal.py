@@ -89,11 +89,28 @@ _GROUP_SHIFT = 8
 ASKED_AT, ANSWERED_AT, ANSWERER_AT = _ASKED * _WORD_BYTES, _ANSWERED * _WORD_BYTES, _ANSWERER * _WORD_BYTES
 
 
+def prepare_journal(memory: memoryview) -> None:
+    """For who makes a journal, before the rank's process can be there: it is starting from now on."""
+    words = memory[:JOURNAL_BYTES].cast("Q")
+    words[_PHASE_SINCE] = time.monotonic_ns()
+    words[_PHASE] = PHASES.index("starting")
+
+
+def note_process(memory: memoryview, pid: int, start_time: int) -> None:
+    """For who knows the rank's process before it has begun its journal, which it may never do: it can be looked at.
+
+    What the rank notes itself is the same, so it may have done so meanwhile.
+    """
+    words = memory[:JOURNAL_BYTES].cast("Q")
+    words[_START_TIME] = start_time
+    words[_PID] = pid
+
+
 class Journal:
     """The end that writes. For the use of one thread."""
 
     def __init__(self, memory: memoryview, epoch: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        """`memory`: JOURNAL_BYTES, zeroed. `now_ns`: the clock of its times, which is that of whoever looks."""
+        """`memory`: JOURNAL_BYTES, zeroed or prepared. `now_ns`: the clock of its times, that of whoever looks."""
         self._memory = memory[:JOURNAL_BYTES]
         self._words = self._memory.cast("Q")
         self._epoch = epoch
@@ -105,7 +122,7 @@ class Journal:
         self.known: set[int] = set()
         """Digests that readers can look up."""
         me = Party.me("this rank")
-        self._words[_PID], self._words[_START_TIME] = me.pid, me.start_time
+        note_process(self._memory, me.pid, me.start_time)
 
     def offer_stacks(self, descriptor: int) -> None:
         """Say where readers find what this process is doing (stacks.py)."""
@@ -308,7 +325,7 @@ class Entries(msgspec.Struct, frozen=True, kw_only=True):
     """What a journal said at one moment."""
 
     pid: int
-    """0 if the rank has not begun."""
+    """0 as long as nobody knows the rank's process."""
     start_time: int
     stacks: int
     """The descriptor that the process's stacks are read from; 0 if there is none."""
@@ -368,7 +385,7 @@ class Reader:
 
     @property
     def pid(self) -> int:
-        """0 if the rank has not begun."""
+        """0 as long as nobody knows the rank's process."""
         return self._words[_PID]
 
     @property

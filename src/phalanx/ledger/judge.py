@@ -17,6 +17,9 @@ from phalanx.ledger.verdict import Place, Verdict, Waiting, blame
 STORE_S = 10.0
 """The store passes on what ranks write within milliseconds."""
 
+BEGIN_S = 1.0
+"""Who is idle begins a step within milliseconds."""
+
 _NS = 1e9
 
 
@@ -89,9 +92,14 @@ def _waiting(look: Look) -> Waiting:
 
 
 def _alone(look: Look) -> Verdict | None:
-    """The only rank that is still in a step, and in no collective: nobody waits for it but the engine."""
+    """Nobody waits for these but the engine."""
     if len(look.ranks) == 1 or look.unwatched or any(one.process == "ended" for one in look.ranks.values()):
         return None
+    return _last_inside(look) or _left_behind(look)
+
+
+def _last_inside(look: Look) -> Verdict | None:
+    """The only rank that is still in a step, and in no collective."""
     inside = [one for one in look.ranks.values() if not has_left(one, one.entries.step)]
     if len(inside) != 1 or inside[0].entries.phase != "stepping" or inside[0].awaits is not None:
         return None
@@ -107,6 +115,21 @@ def _alone(look: Look) -> Verdict | None:
         Place(step=one.entries.step),
         Waiting(for_s=waited_s),
     )
+
+
+def _left_behind(look: Look) -> Verdict | None:
+    """Ranks that have not begun the step that all others have left: a source runs ahead of those it sends to."""
+    newest = max((one.entries.step for one in look.ranks.values()), default=0)
+    behind = {rank: one for rank, one in look.ranks.items() if one.entries.step < newest and one.is_between_steps}
+    others = [one for rank, one in look.ranks.items() if rank not in behind]
+    waited_s = (look.now_ns - max((one.entries.phase_since_ns for one in others), default=look.now_ns)) / _NS
+    if not behind or waited_s < BEGIN_S or not all(has_left(one, newest) for one in others):
+        return None
+    last = min(one.entries.step for one in behind.values())
+    culprits = [one for one in behind.values() if one.entries.step == last]
+    step = min((step for one in others for step in one.entries.decisions if step > last), default=newest)
+    what = f"has not begun step {step}, which all others have left: it is idle"
+    return blame("behind", culprits, what, Place(step=step), Waiting(for_s=waited_s))
 
 
 def _store(look: Look) -> Verdict | None:

@@ -29,13 +29,16 @@ class Outlets(msgspec.Struct, frozen=True, kw_only=True):
 class OpenOutlets:
     """For one thread of the process that judges. A context manager."""
 
-    def __init__(self, outlets: Outlets, num_ranks: int) -> None:
-        """Raises PeerDiedError or FrameError if the board's owner is gone, OSError if events cannot be written."""
+    def __init__(self, outlets: Outlets, num_ranks: int, standing: Verdict | None = None) -> None:
+        """`standing`: what a watcher before has told, and was not over.
+
+        Raises PeerDiedError or FrameError if the board's owner is gone, OSError if events cannot be written.
+        """
         self._outlets = outlets
-        self._standing: Verdict | None = None
-        self._since_ns = 0
+        self._standing = standing
         with ExitStack() as undo:
-            self._board = BoardWriter(undo.enter_context(SharedSegment.attach(outlets.board)).buf, num_ranks)
+            board = undo.enter_context(SharedSegment.attach(outlets.board)).buf
+            self._board = BoardWriter(board, num_ranks, standing)
             path = outlets.events
             self._events = undo.enter_context(EventsFile(path)) if path is not None else None
             self._elsewhere: ElsewhereWriter | None = None
@@ -49,8 +52,7 @@ class OpenOutlets:
             if self._standing is not None:
                 self._write(self._standing, now_ns, is_over=True)
             self._standing = verdict
-            self._since_ns = now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0
-            self._board.post(verdict, self._since_ns)
+            self._board.post(verdict, now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0)
         self._board.looked(now_ns)
 
     def show(self, nodes_seen: Callable[[], tuple[NodeSeen, ...]], now_ns: int) -> None:
@@ -69,7 +71,7 @@ class OpenOutlets:
             event_of(
                 verdict,
                 is_over=is_over,
-                since_ns=self._since_ns,
+                since_ns=self._board.since_ns,
                 now_ns=now_ns,
                 now=utc_now(),
                 model=self._outlets.model,

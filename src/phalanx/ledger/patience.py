@@ -10,7 +10,9 @@ from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import Look
 from phalanx.ledger.record import Kind, Record
 
-LEAST_S = 1.0
+LEAST_S = 0.7
+"""With the looks that find it and the time that a verdict has to stand, it is told within a second."""
+
 STEPS_OF_PATIENCE = 20
 """Times the median of steps of about as many tokens."""
 

@@ -2,7 +2,8 @@
 
 Such a program has no plan that all ranks follow, often no steps, and ranks that end one after the other when all is
 well. So a rank is judged by how far it has come in each lane (see roster.LaneNotice), in this order: one that has ended
-while others need it; ranks in different collectives; one that is stopped; one that others wait for.
+while others need it; ranks in different collectives; one that is stopped; one that others wait for. Where ranks find
+each other (`init_process_group`) is a lane as well, and the only one whose members may not have begun a journal.
 
 A rank waits if it is in a call. If it is in none, its newest collective counts, which may have been given to a GPU,
 or to C++: but only if nobody gets through that before all have come, and with patience, for it may as well compute.
@@ -18,12 +19,15 @@ import msgspec
 
 from phalanx.ledger.journal import Entries
 from phalanx.ledger.minority import minority
-from phalanx.ledger.program import ALL_MEET, ENDED_STEP, ENDING, number_of
+from phalanx.ledger.program import ALL_MEET, ENDED_STEP, ENDING, JOINING, number_of
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
 
 CERTAIN_S = 1.0
 """After so long a wait is no chance any more, where the cause can be seen."""
+
+JOINING_S = 60.0
+"""Ranks that are started together come to find each other within so much time, whatever each has to do before."""
 
 _NS = 1e9
 
@@ -78,6 +82,16 @@ class ProgramRank(msgspec.Struct, frozen=True, kw_only=True):
         return self.entries.texts.get(record.digest, f"a collective ({record.digest:016x})")
 
 
+class Newcomer(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank that has not come to where ranks find each other."""
+
+    rank: int
+    node: str = ""
+    """Empty if it is not known."""
+    process: Literal["running", "stopped", "gone", "unknown"] = "unknown"
+    pid: int = 0
+
+
 class ProgramLook(NamedTuple):
     """All ranks at one moment."""
 
@@ -85,6 +99,20 @@ class ProgramLook(NamedTuple):
     ranks: Mapping[int, ProgramRank]
     lanes: Mapping[str, Sequence[int]]
     """The members of each."""
+    newcomers: Mapping[int, Newcomer] = {}
+    """As far as their processes are known."""
+    here: frozenset[int] = frozenset()
+    """The ranks of this host; none if that is not known."""
+
+    @property
+    def missing(self) -> list[Newcomer]:
+        """Who has not come to where ranks find each other: first who says why, and who is of this host."""
+        missing = [self.newcomers.get(rank, Newcomer(rank=rank)) for rank in self.lanes.get(JOINING, ())]
+        order = ("gone", "stopped", "running", "unknown")
+        return sorted(
+            (one for one in missing if one.rank not in self.ranks),
+            key=lambda one: (order.index(one.process), one.rank not in self.here, one.rank),
+        )
 
     def behind(self, lane: str, sequence: int) -> list[int]:
         """Members that have not come so far."""
@@ -112,7 +140,9 @@ def judge_program(look: ProgramLook, patience_s: float) -> Verdict | None:
         or _gone(look)
         or _diverged(look)
         or _stopped(look, waits)
+        or _missing(look, waits, patience_s)
         or _awaited(look, waits, patience_s)
+        or _never_joined(look, waits, patience_s)
     )
 
 
@@ -152,6 +182,11 @@ def _missed(look: ProgramLook, ended: ProgramRank, waits: Mapping[int, Wait]) ->
         if rank != ended.rank and ended.rank in look.behind(wait.lane, wait.record.sequence):
             return wait
     return None
+
+
+def _blocked(wait: Wait | None) -> Wait | None:
+    """The call that a rank is in, which others cannot leave without it either."""
+    return wait if wait is not None and wait.is_blocked else None
 
 
 def _peers_in(look: ProgramLook, wait: Wait, waits: Mapping[int, Wait], *, but: int) -> list[int]:
@@ -209,7 +244,7 @@ def _first_difference(look: ProgramLook, lane: str) -> dict[int, Record] | None:
 def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:
     """Of those that others wait for: a whole program that is stopped is not hung."""
     for rank, one in look.ranks.items():
-        wait = _missed(look, one, waits) if one.process == "stopped" else None
+        wait = (_missed(look, one, waits) or _blocked(waits.get(rank))) if one.process == "stopped" else None
         if wait is None or look.since_s(wait.record) < CERTAIN_S:
             continue
         peers = [other for other in _peers_in(look, wait, waits, but=rank) if look.ranks[other].process == "running"]
@@ -217,6 +252,55 @@ def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:
             place = _at(wait, peers=look.ranks[peers[0]].text(wait.record))
             return blame("stopped", [one], "is stopped by a signal", place, Waiting(peers, look.since_s(wait.record)))
     return None
+
+
+def _joining(waits: Mapping[int, Wait]) -> dict[int, Wait]:
+    """Of those that are where ranks find each other."""
+    return {rank: wait for rank, wait in waits.items() if wait.lane == JOINING and wait.is_blocked}
+
+
+def _missing(look: ProgramLook, waits: Mapping[int, Wait], patience_s: float) -> Verdict | None:
+    """A rank that ranks wait for which have come to find each other. It has no journal."""
+    inside, missing = _joining(waits), look.missing
+    if not inside or not missing:
+        return None
+    first = min(inside.values(), key=lambda wait: wait.record.issued_ns)
+    text, waited_s = look.ranks[min(inside)].text(first.record), look.since_s(first.record)
+    one, others = missing[0], [str(other.rank) for other in missing[1:]]
+    also = f"; nor {'do ranks' if len(others) > 1 else 'does rank'} {', '.join(others)}" if others else ""
+    if waited_s < (CERTAIN_S if one.process in ("gone", "stopped") else max(patience_s, JOINING_S)):
+        return None
+    cause, what = _of_missing(look, one, text)
+    return blame(cause, [one], what + also, _at(first, peers=text), Waiting(sorted(inside), waited_s))
+
+
+def _of_missing(look: ProgramLook, one: Newcomer, text: str) -> tuple[Cause, str]:
+    if one.process == "gone":
+        return "gone", f"has ended and not come to {text}"
+    if one.process == "stopped":
+        return "stopped", f"is stopped by a signal, and has not come to {text}"
+    if one.process == "running":
+        return "late", f"does not come to {text}: its process {one.pid} is there"
+    where = "it is of another host" if look.here and one.rank not in look.here else "no process of it is known"
+    return "late", f"does not come to {text}: {where}"
+
+
+def _never_joined(look: ProgramLook, waits: Mapping[int, Wait], patience_s: float) -> Verdict | None:
+    """All have come to find each other, and that does not end: who is still there is to blame if others have left."""
+    inside = _joining(waits)
+    if not inside or look.missing or look.behind(JOINING, max(wait.record.sequence for wait in inside.values())):
+        return None
+    last = max(inside.values(), key=lambda wait: wait.record.issued_ns)
+    text, waited_s = look.ranks[min(inside)].text(last.record), look.since_s(last.record)
+    if waited_s < max(patience_s, JOINING_S):
+        return None
+    if len(inside) < len(look.lanes[JOINING]):
+        what = f"does not come out of {text}, which its peers have left"
+        return blame("hung", [look.ranks[rank] for rank in sorted(inside)], what, _at(last), Waiting(for_s=waited_s))
+    ranks = ", ".join(map(str, sorted(inside)))
+    what = f"ranks {ranks} have all come to {text}, which does not end: to blame is no rank, but the store by which"
+    what += " they find each other, or what carries the data"
+    return blame("store", [], what, _at(last), Waiting(for_s=waited_s))
 
 
 def _awaited(look: ProgramLook, waits: Mapping[int, Wait], patience_s: float) -> Verdict | None:
@@ -242,6 +326,8 @@ def _awaited_by(look: ProgramLook, rank: int, waits: Mapping[int, Wait], patienc
     if rank in path:
         circle = path[path.index(rank) :]
         return _circle(look, circle, waits) if waited_s >= (CERTAIN_S if is_certain else patience_s) else None
+    if waits[path[-1]].lane == JOINING:
+        patience_s = max(patience_s, JOINING_S)
     verdict = _of_awaited(look, look.ranks[rank], waits[path[-1]], waits)
     return verdict if verdict.waited_s >= (CERTAIN_S if verdict.cause == "skipped" else patience_s) else None
 

@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -17,8 +19,8 @@ import msgspec
 
 from phalanx.errors import FrameError, PeerDiedError
 from phalanx.ledger.journal import NUM_RECORDS, Reader
-from phalanx.ledger.program_verdict import ProgramLook, ProgramRank, judge_program
-from phalanx.ledger.roster import LaneNotice, RankNotice, Roster
+from phalanx.ledger.program_verdict import Newcomer, ProgramLook, ProgramRank, judge_program
+from phalanx.ledger.roster import LaneNotice, NewcomerNotice, RankNotice, Roster
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import GLANCE_RECORDS, Confirmation
@@ -33,7 +35,17 @@ ENDED_S = 2.0
 
 _NS = 10**9
 
+Process = Literal["running", "stopped", "gone"]
+
 log = logging.getLogger("phalanx.ledger")
+
+
+def _process_at(pid: int, start_time: int) -> Process:
+    """What a process does."""
+    state = state_of(pid, start_time)
+    if state is None:
+        return "gone"
+    return "stopped" if state in "Tt" else "running"
 
 
 class _Rank:
@@ -90,17 +102,21 @@ class _Rank:
             finally:
                 os.close(pidfd)
 
-    def _process(self) -> Literal["running", "stopped", "gone"]:
-        state = state_of(self._pid, self._start_time)
-        if state is None:
-            return "gone"
-        return "stopped" if state in "Tt" else "running"
+    def _process(self) -> Process:
+        return _process_at(self._pid, self._start_time)
+
+
+def _newcomer(notice: NewcomerNotice) -> Newcomer:
+    process = _process_at(notice.pid, notice.start_time)
+    return Newcomer(rank=notice.rank, node=notice.node, process=process, pid=notice.pid)
 
 
 class _World:
     """Ranks that were started together."""
 
-    def __init__(self) -> None:
+    def __init__(self, newcomers: Mapping[int, NewcomerNotice]) -> None:
+        """`newcomers`: processes that are to become ranks, by rank, as they say so."""
+        self.newcomers = newcomers
         self.ranks: dict[int, _Rank] = {}
         self.lanes: dict[str, tuple[int, ...]] = {}
         self.has_ended = False
@@ -117,7 +133,9 @@ class _World:
 
     def look(self, now_ns: int, most_records: int) -> ProgramLook:
         ranks = {rank: one.look(now_ns, most_records) for rank, one in self.ranks.items()}
-        return ProgramLook(now_ns, ranks, dict(self.lanes))
+        newcomers = {rank: _newcomer(one) for rank, one in self.newcomers.items() if rank not in ranks}
+        here = frozenset(rank for one in self.ranks.values() for rank in one.notice.here)
+        return ProgramLook(now_ns, ranks, dict(self.lanes), newcomers, here)
 
     def verdict(self, now_ns: int, most_records: int, patience_s: float, *, is_last: bool) -> Verdict | None:
         """What is to be told now."""
@@ -136,10 +154,19 @@ class _World:
         """The verdict, and where the ranks are that it is about. Blocks for a second at most."""
         look, found = self.look(now_ns, 0), {}
         for rank in (*verdict.culprits[:1], *[rank for rank in verdict.waiting if rank not in verdict.culprits][:1]):
-            one = look.ranks[rank]
-            if one.process == "running" and one.entries.stacks:
-                found[rank] = stack_of(one.entries.pid, one.entries.stacks)
+            if place := self._stacks_of(look, rank):
+                found[rank] = stack_of(*place)
         return msgspec.structs.replace(verdict, stacks={rank: lines for rank, lines in found.items() if lines})
+
+    def _stacks_of(self, look: ProgramLook, rank: int) -> tuple[int, int] | None:
+        """The process and the descriptor that a rank's stacks are read from; None if they cannot be."""
+        if rank in look.ranks and look.ranks[rank].process == "running":
+            entries = look.ranks[rank].entries
+            return (entries.pid, entries.stacks) if entries.stacks else None
+        if rank in look.newcomers and look.newcomers[rank].process == "running":
+            notice = self.newcomers[rank]
+            return (notice.pid, notice.stacks) if notice.stacks else None
+        return None
 
     def close(self) -> None:
         for one in self.ranks.values():
@@ -160,6 +187,7 @@ class ProgramWatcher:
         self._roster = roster
         self._patience_s = patience_s
         self._worlds: dict[str, _World] = {}
+        self._newcomers: defaultdict[str, dict[int, NewcomerNotice]] = defaultdict(dict)
         self._by_pid: dict[int, tuple[_World, _Rank]] = {}
         self._num_looks = 0
 
@@ -190,6 +218,7 @@ class ProgramWatcher:
                 told.append(world.with_stacks(verdict, now_ns))
             if world.has_ended:
                 self._worlds.pop(name).close()
+                self._newcomers.pop(name, None)
         return told
 
     def end_ranks(self) -> None:
@@ -202,6 +231,8 @@ class ProgramWatcher:
         for notice in self._roster.news():
             if isinstance(notice, RankNotice):
                 self._add(notice)
+            elif isinstance(notice, NewcomerNotice):
+                self._newcomers[notice.world][notice.rank] = notice
             else:
                 self._add_lane(notice)
 
@@ -215,8 +246,10 @@ class ProgramWatcher:
         if world is not None and world.is_before(rank):
             world.close()
             world = None
+            of_world = self._newcomers[notice.world]  # those that have ended were of the earlier start
+            self._newcomers[notice.world] = {n: one for n, one in of_world.items() if _newcomer(one).process != "gone"}
         if world is None:
-            world = self._worlds[notice.world] = _World()
+            world = self._worlds[notice.world] = _World(self._newcomers[notice.world])
         world.ranks[notice.rank] = rank
         self._by_pid[notice.journal.pid] = world, rank
 

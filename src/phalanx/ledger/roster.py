@@ -31,6 +31,20 @@ class RankNotice(msgspec.Struct, frozen=True, kw_only=True, tag="rank"):
     rank: int
     node: str
     journal: SegmentHandle
+    here: tuple[int, ...] = ()
+    """The ranks of this host, if that is known."""
+
+
+class NewcomerNotice(msgspec.Struct, frozen=True, kw_only=True, tag="newcomer"):
+    """A process is to become a rank, as whoever has started it says."""
+
+    world: str
+    rank: int
+    node: str
+    pid: int
+    start_time: int
+    stacks: int
+    """The descriptor that its stacks are read from; 0 if there is none."""
 
 
 class LaneNotice(msgspec.Struct, frozen=True, kw_only=True, tag="lane"):
@@ -47,7 +61,7 @@ class LaneNotice(msgspec.Struct, frozen=True, kw_only=True, tag="lane"):
     ranks: tuple[int, ...]
 
 
-Notice = RankNotice | LaneNotice
+Notice = RankNotice | NewcomerNotice | LaneNotice
 
 
 class Roster:

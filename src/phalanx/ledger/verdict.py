@@ -26,10 +26,11 @@ Cause = Literal[
 ]
 """gone: its process has ended. lost: nothing is heard of its node. diverged: it follows another plan than its peers, or
 is in another collective. stopped: by a signal. gil: a call into C keeps its GIL. skipped: it has left a step without a
-collective that its peers are in. late: it is in the step that its peers are in, does not come to the collective that
-they wait in, and is not known to compute. slow: the same, and it computes. behind: it has not begun that step. circle:
-ranks wait for each other in different groups. hung: all have come to a collective and it does not end. store: it does
-not answer, so ranks cannot join. overdue: it takes too long for what it says that it does."""
+collective that its peers are in. late: it is in the step that its peers are in, or still in one before it, does not
+come to the collective that they wait in, and is not known to compute. slow: the same, and it computes. behind: it is in
+no step, and has not begun the one that its peers are in, or have left. circle: ranks wait for each other in different
+groups. hung: all have come to a collective and it does not end. store: it does not answer, so ranks cannot join.
+overdue: it takes too long for what it says that it does."""
 
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""

@@ -26,7 +26,7 @@ from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import Look, RankLook, standings
 from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
-from phalanx.ledger.patience import Patience
+from phalanx.ledger.patience import LEAST_S, Patience
 from phalanx.ledger.pulse import Asker, thread_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
@@ -100,6 +100,8 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Where verdicts are written, with all that the journals say."""
     other_nodes: OtherNodesOrder | None = None
     """None if all ranks are on this node."""
+    standing: Verdict | None = None
+    """What a watcher before this one has told, and was not over."""
 
     @property
     def num_ranks(self) -> int:
@@ -123,7 +125,12 @@ class _Watched:
     def goes_on(self) -> bool:
         """Whether it has noted anything since this was asked last."""
         before, self._passed = self._passed, self.reader.moved
-        return before != self._passed
+        return before != self._passed and not self._is_ending()
+
+    def _is_ending(self) -> bool:
+        """A process with a GPU is long about its end, and nobody is woken before that is over."""
+        known = self._entries
+        return known is not None and known.device is not None and _process_of(known) in ("gone", "ended")
 
     def look(self, now_ns: int, most_records: int) -> RankLook | None:
         """None if the rank has not begun."""
@@ -136,7 +143,7 @@ class _Watched:
         if process == "gone":  # it may have said that it leaves after it was read, and before it was looked for
             entries = self.reader.read(most_records)
             process = _process_of(entries)
-        still = self._note_still(entries, now_ns, has_moved)
+        still = self._note_still(entries, now_ns, has_moved, is_whole=most_records > GLANCE_RECORDS)
         cpu_s, starved_s = _times_of(entries) if still is not None and now_ns > still.since_ns else (0.0, 0.0)
         return RankLook(
             rank=self.order.rank,
@@ -157,13 +164,14 @@ class _Watched:
             known = self._entries = self.reader.read(most_records)
         return known
 
-    def _note_still(self, entries: Entries, now_ns: int, has_moved: bool) -> _Still | None:
-        """From when on it has been seen to note nothing, in a phase in which it should."""
-        if has_moved or entries.phase == "idle":
+    def _note_still(self, entries: Entries, now_ns: int, has_moved: bool, *, is_whole: bool) -> _Still | None:
+        """From when on it has been seen to note nothing; while it is idle only as long as something is suspicious."""
+        is_of_interest = is_whole or entries.phase != "idle"
+        if has_moved:
             self._still = None
-        elif self._still is None:
+        elif self._still is None and is_of_interest:
             self._still = _Still(now_ns, *_times_of(entries))
-        return self._still
+        return self._still if is_of_interest else None
 
 
 class _Still(NamedTuple):
@@ -295,14 +303,19 @@ class Watcher:
             return True
         awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
         starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
-        return verdict.waited_s - starved_s >= self._patience.of_s(look)
+        return verdict.waited_s - starved_s >= self._patience_s(verdict, look)
+
+    def _patience_s(self, verdict: Verdict, look: Look) -> float:
+        """How long a step takes is no excuse for who is idle and does not begin it."""
+        is_idle = verdict.cause == "behind" and all(look.ranks[rank].is_between_steps for rank in verdict.culprits)
+        return LEAST_S if is_idle else self._patience.of_s(look)
 
 
 class Confirmation:
     """Lets a verdict through once, when it has stood for a while: one look may have caught ranks on their way."""
 
-    def __init__(self) -> None:
-        self.told: Verdict | None = None
+    def __init__(self, told: Verdict | None = None) -> None:
+        self.told = told
         """What has been told and still stands."""
         self._pending: object = None
         self._since_ns = self._looked_ns = 0
@@ -387,11 +400,13 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
 
     Returns after one that no other can follow, or when `stop` closes or is written to.
     """
-    confirmation = Confirmation()
+    confirmation = Confirmation(order.standing)
     with ExitStack() as stack:
         dumper = stack.enter_context(Dumper(order.dump))
         watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(Endings())
-        outlets = stack.enter_context(OpenOutlets(order.outlets, order.num_ranks)) if order.outlets else None
+        outlets = None
+        if order.outlets is not None:
+            outlets = stack.enter_context(OpenOutlets(order.outlets, order.num_ranks, order.standing))
         while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
             before = confirmation.told

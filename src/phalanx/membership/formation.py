@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from phalanx.config import Config
-from phalanx.errors import PhalanxError, UserError
+from phalanx.errors import ConfigError, PhalanxError, ResizeRefusedError, UserError
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
@@ -23,10 +23,12 @@ from phalanx.executor.start import Capacity, settle, start_executor
 from phalanx.membership.lines import Line, Lines
 from phalanx.membership.memory import FormationMemory
 from phalanx.membership.recovery import Recovery
+from phalanx.membership.resize import Resize, Size
+from phalanx.membership.resizer import NextWork, Resizer, nothing_to_do
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, Step, StepResult
+from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, StartProgress, Step, StepResult
 
-OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights"})
+OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights", "declares"})
 """Methods that leave nothing."""
 
 log = logging.getLogger("phalanx.membership")
@@ -38,6 +40,14 @@ class Healed(NamedTuple):
     epoch: int
     keeps_cache: bool
     """Whether it finds the KV cache as the line before it has left it."""
+
+
+class Resized(NamedTuple):
+    """A line of another size goes on, with an empty KV cache."""
+
+    epoch: int
+    config: Config
+    capacity: Capacity
 
 
 class Healing:
@@ -71,18 +81,27 @@ class Formation:
     `stats`; while another one carries a recovery out (`begin_healing`) nothing else is called but `stats` and `close`.
     """
 
-    def __init__(self, line: Line, capacity: Capacity, resources: ExitStack, recovery: Recovery | None = None) -> None:
-        """Use `start_formation`."""
+    def __init__(
+        self,
+        config: Config,
+        line: Line,
+        capacity: Capacity,
+        resources: ExitStack,
+        recovery: Recovery | None = None,
+        resizer: Resizer | None = None,
+    ) -> None:
+        """Use `start_formation`. `config` is settled."""
         self.capacity = capacity
         self._line = line
         self._resources = resources
         self._recovery = recovery
+        self._config = config
+        self._resizer = resizer
         self._ended: PhalanxError | None = None
         self._on_failure: list[OnFailure] = []
+        self._weights_changed = False
         self._called: set[str] = set()
         """Methods of ranks, which may have left something in them."""
-        self.has_weights_of_checkpoint = True
-        """Whether what ranks compute with can be read again."""
 
     # ---------------------------------------------------------------------------- as an executor
 
@@ -143,6 +162,7 @@ class Formation:
         Raises NotHealedError if none comes up, and EngineDeadError if the formation is closed meanwhile.
         """
         assert self._recovery is not None and self.heals(error), error
+        self._put_off_resizes(error)
         try:
             self._line, keeps_cache = self._recovery.carry_out(self._line, error)
         except PhalanxError as failure:
@@ -150,15 +170,15 @@ class Formation:
             for tell in self._on_failure:
                 tell(failure)
             raise
-        if lost := self._called - OF_EVERY_WORKER:
-            log.warning(
-                "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
-            )
+        self._warn_of_new_ranks()
+        if self._resizer is not None:
+            self._resizer.healed()
         return Healed(self._line.epoch, keeps_cache)
 
     def begin_healing(self, error: PhalanxError) -> Healing:
         """Do so in another thread."""
         assert self._recovery is not None
+        self._put_off_resizes(error)
         healing = Healing()
         self._recovery.begin(partial(healing.carry_out, self, error))
         return healing
@@ -170,11 +190,16 @@ class Formation:
 
     def weights_changed(self) -> None:
         """From now on the checkpoint is not what ranks compute with, and lines that have read it are of no use."""
-        self.has_weights_of_checkpoint = False
+        self._weights_changed = True
         if self._recovery is not None:
             self._recovery.weights_changed()
 
     # ---------------------------------------------------------------------------- maintenance
+
+    @property
+    def has_weights_of_checkpoint(self) -> bool:
+        """Whether what ranks compute with can be read again."""
+        return not self._weights_changed
 
     def rest_standby(self) -> None:
         """Have no line stand ready before `renew_standby`. Blocks until there is none; raises DeadlineError."""
@@ -191,7 +216,7 @@ class Formation:
 
         A line that comes after a fault before `end_change` reads all of them: weights are never mixed.
         """
-        self.has_weights_of_checkpoint = True
+        self._weights_changed = False
         if self._recovery is not None:
             self._recovery.begin_change(checkpoint)
 
@@ -200,6 +225,67 @@ class Formation:
         if self._recovery is not None:
             self._recovery.end_change()
 
+    # ---------------------------------------------------------------------------- another size
+
+    @property
+    def size(self) -> Size:
+        """Of the line that computes."""
+        parallel = self._config.parallel
+        return Size(parallel.data_parallel_size, parallel.tensor_parallel_size)
+
+    def begin_resize(self, asked: Size, next_work: NextWork = nothing_to_do) -> Resize:
+        """Have a line of another size prepared in the background, from the checkpoint. Blocks for nobody. When its
+        ranks could step, `follow_resize` asks `next_work` what they are to do before they take over, until that is
+        nothing.
+
+        What is given changes as `follow_resize` is called; when its state is `ready`, `switch` has that line go on. If
+        anything goes wrong before, with any process, it is undone, and the line that computes has never noticed.
+        Raises ConfigError for what cannot be, and ResizeRefusedError for what cannot be now.
+        """
+        if self._resizer is None or self._config.executor.launcher != "local":
+            raise _cannot_resize(self._config, self.size, asked)
+        if self._weights_changed:
+            raise ResizeRefusedError(
+                "weights that a method has changed are in these ranks alone: others would read those of the checkpoint"
+            )
+        return self._resizer.begin(asked, self.capacity, self._line.pids().values(), next_work)
+
+    def follow_resize(self, timeout_s: float = 0.0) -> None:
+        """Take note of how the resize goes that is under way, if one is; waits for news for `timeout_s` at most."""
+        if self._resizer is not None:
+            self._resizer.follow(timeout_s)
+
+    def cancel_resize(self) -> None:
+        """Undo the resize that is under way, if one is: it is over when its state says so."""
+        if self._resizer is not None:
+            self._resizer.cancel()
+
+    @property
+    def resize_progress(self) -> StartProgress | None:
+        """What a rank of the line that is being prepared has said last."""
+        return None if self._resizer is None else self._resizer.progress
+
+    def switch(self) -> Resized:
+        """End the line that computes, and have the one go on that is ready. Blocks for no process."""
+        assert self._resizer is not None and self._recovery is not None
+        taken = self._resizer.commit()
+        before, self._line, self._config, self.capacity = self._line, taken.line, taken.config, taken.capacity
+        self._recovery.resize(taken.config, taken.capacity, taken.memory, before, taken.line)
+        self._warn_of_new_ranks()
+        log.info("ranks of epoch %d go on: %s", self._line.epoch, self.size)
+        return Resized(self._line.epoch, taken.config, taken.capacity)
+
+    def _put_off_resizes(self, error: PhalanxError) -> None:
+        """While other ranks are brought up after a fault: one that is under way is undone."""
+        if self._resizer is not None:
+            self._resizer.fault(error)
+
+    def _warn_of_new_ranks(self) -> None:
+        if lost := self._called - OF_EVERY_WORKER:
+            log.warning(
+                "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
+            )
+
     def stats(self) -> FormationStats | None:
         """None where a fault ends the run. For any thread."""
         return None if self._recovery is None else self._recovery.stats(self._line.epoch)
@@ -207,6 +293,8 @@ class Formation:
     def close(self) -> None:
         """End all ranks and let everything go, also while another thread heals. Takes seconds at most."""
         with self._resources:
+            if self._resizer is not None:
+                self._resizer.close()
             if self._recovery is not None:
                 self._recovery.interrupt()
             if self._recovery is None or not self._recovery.has_retired(self._line):
@@ -228,7 +316,7 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
     with ExitStack() as stack:
         if not config.healing.heal or config.executor.launcher != "local":
             executor, capacity = start_executor(config, checkpoint, on_progress)
-            return Formation(Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
+            return Formation(config, Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
         presence = Presence(config)
         stack.callback(presence.close)
         # Of experts that move nobody knows, after a fault, which are where.
@@ -242,4 +330,13 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
             recovery = Recovery(config.healing, lines, capacity, memory, presence)
             stack.callback(recovery.close)
             on_failure.pop_all()
-        return Formation(line, capacity, stack.pop_all(), recovery)
+        resizer = Resizer(config, checkpoint, lines)
+        return Formation(config, line, capacity, stack.pop_all(), recovery, resizer)
+
+
+def _cannot_resize(config: Config, size: Size, asked: Size) -> ConfigError:
+    """Where there is no other line than the first."""
+    field = "data_parallel_size" if asked.data_parallel_size != size.data_parallel_size else "tensor_parallel_size"
+    launcher = config.executor.launcher
+    reason = f"launcher is {launcher}, and must be local" if launcher != "local" else "heal is off, and must be on"
+    return ConfigError(field, getattr(asked, field), f"for ranks to be replaced, {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -49,6 +49,8 @@ class Line(NamedTuple):
     executor: Executor
     told: Mapping[int, HeldMemory]
     """What its ranks have that can be held."""
+    pids: Callable[[], Mapping[int, int]] = dict
+    """Processes of its ranks on this host, as far as they are known."""
 
 
 def end(line: Line) -> None:
@@ -107,9 +109,12 @@ class Lines:
         show: ShowLine | None = None,
         timeout_s: float | None = None,
         interruption: Interruption | None = None,
+        config: Config | None = None,
     ) -> tuple[Line, Capacity]:
-        """As `start_executor`, at the next epoch. `show` is called before its ranks start."""
+        """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
+        of the other lines, is settled, too."""
         told: dict[int, HeldMemory] = {}
+        launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
         plan = LinePlan(
             epoch=epoch,
@@ -124,12 +129,17 @@ class Lines:
 
         def new_launcher(environment: Mapping[str, str]) -> LocalLauncher:
             launcher = self._launchers.launcher(environment)
+            launchers.append(launcher)
             return launcher if interruption is None else interruption.note(launcher)
 
         executor, capacity = start_executor(
-            self._config, self.checkpoint, on_progress, new_launcher=new_launcher, line=plan
+            config or self._config, self.checkpoint, on_progress, new_launcher=new_launcher, line=plan
         )
-        return Line(epoch, executor, told), capacity
+        return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
+
+    def resize(self, config: Config) -> None:
+        """Lines that are started from now on have this configuration. It is settled."""
+        self._config = config
 
     def close(self) -> None:
         """End the ranks of all lines, of those that are just starting, too. May be called more than once."""

@@ -8,8 +8,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from phalanx.config import HealingConfig
+from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
@@ -125,6 +126,21 @@ class Recovery:
         """All ranks have them."""
         self._memory.end_change()
 
+    def resize(self, config: Config, capacity: Capacity, memory: FormationMemory, before: Line, after: Line) -> None:
+        """Another line of this size serves now: lines to come are like it, and the one before is ended.
+
+        Blocks for no process: the two lines have nothing in common. Takes over `memory`, which `after` has made.
+        """
+        memory_before, self._memory, self._capacity = self._memory, memory, capacity
+        self._lines.resize(config)
+        self._presence.resize(config)
+        self._presence.show(after.executor.watched, after.epoch)
+        if self._standby is not None:
+            self._standby.discard(self._end)
+        self._end(before)
+        memory_before.close()
+        self._renew_standby()
+
     def has_retired(self, line: Line) -> bool:
         """Whether it has failed, and is let go of."""
         return line.epoch == self._retired_epoch
@@ -151,10 +167,11 @@ class Recovery:
             self._thread.join(END_DEADLINE_S)
 
     def close(self) -> None:
-        """Wait for what is left of lines that have failed."""
+        """Wait for what is left of lines that have failed, and let go of what they have left."""
         self.interrupt()
         for thread in self._retiring:
             thread.join(END_DEADLINE_S)
+        self._memory.close()
 
     def _next(self, climb: Climb) -> Attempt | None:
         if self._is_closing:
@@ -219,8 +236,15 @@ class Recovery:
     def _retire(self, line: Line) -> None:
         """Let go of what it used, in the background: its processes are gone, and nobody waits for the rest."""
         self._retired_epoch = line.epoch
+        self._do_in_background(line.executor.close)
+
+    def _end(self, line: Line) -> None:
+        """Kill its processes and let go of what it used, in the background: nobody waits for them."""
+        self._do_in_background(partial(end, line))
+
+    def _do_in_background(self, work: Callable[[], None]) -> None:
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]
-        thread = threading.Thread(target=line.executor.close, name="phalanx-retiring", daemon=True)
+        thread = threading.Thread(target=work, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
 

@@ -80,8 +80,10 @@ class Standby:
             self._begins_at = time.monotonic() + SETTLE_S
             self._changed.notify_all()
 
-    def discard(self) -> None:
-        """End the line that is ready or is prepared: what it is made from is of no use any more."""
+    def discard(self, end_line: Callable[[Line], None] = end) -> None:
+        """End the line that is ready or is prepared: what it is made from is of no use any more.
+
+        One that is ready is ended by `end_line`, which by default blocks until its processes are gone."""
         with self._changed:
             self._is_wanted = False
             line, self._line = self._line, None
@@ -89,7 +91,7 @@ class Standby:
             self._changed.notify_all()
         interruption.begin()
         if line is not None:
-            end(line)
+            end_line(line)
 
     def end(self, timeout_s: float) -> None:
         """As `discard`; returns when nothing of it is left, not even of a line that was just being prepared.

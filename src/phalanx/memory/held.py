@@ -9,26 +9,39 @@ from typing import NamedTuple
 
 import msgspec
 
+from phalanx.transport.descriptors import DescriptorHandle
 from phalanx.transport.shared_memory import SegmentHandle
 
 
 class Region(NamedTuple):
-    """Where a tensor lies: segment number, offset and size in bytes."""
+    """Where a tensor lies: segment number, offset and size in bytes. On a GPU it may go on in the segments after it."""
 
     segment: int
     offset_bytes: int
     size_bytes: int
 
 
+class PieceHandle(msgspec.Struct, frozen=True):
+    """A piece of a GPU's memory: a segment there."""
+
+    descriptor: DescriptorHandle
+    size_bytes: int
+    nonce: int
+    """The piece's own, whoever holds it."""
+
+
 class HeldMemory(msgspec.Struct, frozen=True):
     """One rank's tensors on one host: of the memory of a worker, or of a Holder that keeps it.
 
-    They are of use only to a worker of the same rank, with the same configuration and checkpoint.
+    They are of use only to a worker of the same rank, with the same configuration, checkpoint and GPU.
     """
 
     segments: tuple[SegmentHandle, ...]
+    """On a CPU."""
     regions: dict[str, Region]
-    """By the tensors' names, in the segments of these numbers."""
+    """By the tensors' names, in the segments or pieces of these numbers."""
+    pieces: tuple[PieceHandle, ...] = ()
+    """On a GPU, where they lie one after the other."""
 
 
 def encode_held(memory: HeldMemory) -> bytes:

@@ -11,6 +11,9 @@ from phalanx.memory.host import free_host_bytes
 CPU_CACHE_SHARE = 0.25
 """Share of the host's free memory that all ranks' KV caches take by default. It is touched only as it fills."""
 
+LINE_BYTES = 3 << 29
+"""What each line takes of a GPU beside weights, cache, graphs and activations: a CUDA context and NCCL's buffers."""
+
 
 def cache_bytes(
     cache: CacheConfig, device: torch.device, *, useful_bytes: int, peak_activation_bytes: int, ranks_on_host: int

@@ -179,11 +179,13 @@ def load_model(
     dequantise: bool = True,
     filled: Mapping[str, int] | None = None,
     shares_packed: bool = False,
+    expect: Callable[[int], None] = lambda num_bytes: None,
 ) -> CausalLM:
     """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
 
     What `allocate` gives for names in `filled`, which has their sizes in bytes, has its weights already, and they are
     not read. With `shares_packed` packed weights come from `allocate` too, so that they can be found there like this.
+    `expect` is told before, once, about how much will be allocated.
 
     `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
     where that is possible, and the memory of those that are then not needed is given back through it. With
@@ -219,6 +221,7 @@ def load_model(
             log_dequantised("there is no Triton here, which computes them")
             in_four_bits = {}
         part = RankPart(shards, sources, dtypes, in_four_bits, tied)
+        expect(part.num_bytes)
         weights = part.read(reader, allocate, on_progress, filled)
     shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}

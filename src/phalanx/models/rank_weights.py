@@ -42,6 +42,11 @@ class RankPart(NamedTuple):
             for name, shard in self.shards.items()
         }
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all of it."""
+        return sum(math.prod(part.shape) * part.dtype.itemsize for some in self.parts.values() for part in some)
+
     def read(
         self, reader: WeightReader, allocate: Allocate, on_progress: OnProgress, filled: Mapping[str, int]
     ) -> dict[str, Tensor]:
@@ -49,8 +54,7 @@ class RankPart(NamedTuple):
 
         Raises CheckpointError.
         """
-        parts, done_bytes = self.parts, 0
-        total_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for some in parts.values() for part in some)
+        parts, total_bytes, done_bytes = self.parts, self.num_bytes, 0
         weights: dict[str, Tensor] = {}
         for name, shard in self.shards.items():
             targets = [allocate(*part) for part in parts[name]]
@@ -123,12 +127,6 @@ class RankWeights:
             packed = self._packing.names
             self._packing.forget()
         release([*self._tensors, *packed])
-
-    def move_out(self, release: Release) -> dict[str, Tensor]:
-        """As `let_go`, of a GPU. Gives copies in the host's memory, for `take` once there is memory again."""
-        copies = {name: tensor.to("cpu") for name, tensor in self._tensors.items()}
-        release([*self._tensors])
-        return copies
 
     def _own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._tensors[name]

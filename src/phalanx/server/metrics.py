@@ -61,6 +61,15 @@ class Metrics:
             "phalanx_request_seconds", "From acceptance to the last token.", buckets=_WHOLE_BUCKETS_S, registry=registry
         )
 
+        self._resizes = Counter("phalanx_resizes", "Resizes that ended, by how.", ["outcome"], registry=registry)
+        self._resize_s = Gauge(
+            "phalanx_resize_last_seconds", "That the last resize took, whatever came of it.", registry=registry
+        )
+
+    def note_resize(self, outcome: str, took_s: float) -> None:
+        self._resizes.labels(outcome).inc()
+        self._resize_s.set(took_s)
+
     def count_refused(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
 
@@ -158,6 +167,9 @@ class _EngineCollector(Collector):
             "phalanx_weights_version", "Of the weights in use; grows with each reload.", labels=["engine"]
         )
         asleep = GaugeMetricFamily("phalanx_sleep_level", "Of the engine's sleep; 0 while awake.", labels=["engine"])
+        watchers = CounterMetricFamily(
+            "phalanx_ledger_watcher_restarts", "Times that a watcher that had ended was replaced.", labels=["engine"]
+        )
         counts: collections.Counter[str] = collections.Counter()
         for condition in conditions:
             engine = condition.replica
@@ -168,13 +180,14 @@ class _EngineCollector(Collector):
             restarts.add_metric([str(engine)], condition.num_restarts)
             weights.add_metric([str(engine)], condition.weights_version)
             asleep.add_metric([str(engine)], condition.sleep_level)
+            watchers.add_metric([str(engine)], condition.num_watcher_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
             "phalanx_ledger_verdicts", "Times that steps did not progress, by cause.", labels=["cause"]
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, restarts, weights, asleep, verdicts)
+        yield from (healthy, since, watched, watchers, restarts, weights, asleep, verdicts)
         yield from _healing(conditions)
 
     def _states(self) -> Metric:
@@ -211,7 +224,7 @@ class _EngineCollector(Collector):
 def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
     """Of the engines that a fault does not end."""
     epoch = GaugeMetricFamily(
-        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault.", labels=["engine"]
+        "phalanx_formation_epoch", "Of the ranks that compute; grows with each fault and resize.", labels=["engine"]
     )
     standby = GaugeMetricFamily("phalanx_standby_ready", "1 while a standby line stands ready.", labels=["engine"])
     pause = GaugeMetricFamily(

@@ -8,10 +8,10 @@ import time
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
-from phalanx.errors import ResizeUnderWayError
+from phalanx.errors import RequestError, ResizeRefusedError, ResizeUnderWayError
 from phalanx.server.api_error import ApiError
 from phalanx.server.service import Service
 
@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class ScaleRequest(msgspec.Struct, kw_only=True):
-    """`POST /scale`"""
+    """`POST /scale`: what is left out stays as it is."""
 
-    data_parallel_size: Size
+    data_parallel_size: Size | UnsetType = UNSET
+    tensor_parallel_size: Size | UnsetType = UNSET
+    """Ranks that share every layer: of a single replica, or of all in lockstep."""
     leaving: list[Number] = []
     """Replicas that are to leave before any others."""
     drain_timeout_s: Seconds = DRAIN_TIMEOUT_S
@@ -45,6 +47,8 @@ class ResizeReport(msgspec.Struct, kw_only=True, omit_defaults=True):
     size_before: int
     data_parallel_size: int
     """That was asked for."""
+    tensor_parallel_size_before: int = 1
+    tensor_parallel_size: int = 1
     state: Literal["running", "done", "failed", "cancelled"]
     error: str | None = None
     """Why it has failed: there are as many replicas as before."""
@@ -57,6 +61,8 @@ class ScaleReport(msgspec.Struct, kw_only=True):
 
     data_parallel_size: int
     """Replicas that serve, or will again: one that died is replaced."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every layer of a replica, in each stage."""
     replicas: tuple[ReplicaState, ...]
     resize: ResizeReport | None
 
@@ -73,19 +79,30 @@ class Scaling:
         self._began_at = 0.0
 
     async def begin(self, asked: ScaleRequest) -> ScaleReport:
-        """Raises ApiError 409 if another one is under way, and what Engine.begin_resize does for what cannot be."""
-        size_before, began_at = self._size(), time.monotonic()
+        """Raises ApiError 409 if something else has to end first, such as another one, and what Engine.begin_resize
+        does for what cannot be.
+        """
+        if asked.data_parallel_size is UNSET and asked.tensor_parallel_size is UNSET:
+            raise RequestError("data_parallel_size", None, "it, or tensor_parallel_size, says what is to change")
+        before, began_at = (self._size(), self._tensor_parallel_size()), time.monotonic()
         try:
             resizing = await self._service.engine.begin_resize(
-                asked.data_parallel_size, leaving=asked.leaving, drain_timeout_s=asked.drain_timeout_s
+                None if asked.data_parallel_size is UNSET else asked.data_parallel_size,
+                tensor_parallel_size=None if asked.tensor_parallel_size is UNSET else asked.tensor_parallel_size,
+                leaving=asked.leaving,
+                drain_timeout_s=asked.drain_timeout_s,
             )
         except ResizeUnderWayError as error:
             raise ApiError(409, str(error), code="resize_under_way") from None
+        except ResizeRefusedError as error:
+            raise ApiError(409, str(error), code="not_now") from None
         self._num_resizes += 1
         self._last = ResizeReport(
             id=self._num_resizes,
-            size_before=size_before,
-            data_parallel_size=asked.data_parallel_size,
+            size_before=before[0],
+            data_parallel_size=before[0] if asked.data_parallel_size is UNSET else asked.data_parallel_size,
+            tensor_parallel_size_before=before[1],
+            tensor_parallel_size=before[1] if asked.tensor_parallel_size is UNSET else asked.tensor_parallel_size,
             state="running",
             took_s=0.0,
         )
@@ -114,7 +131,10 @@ class Scaling:
         if self._last is not None and self._last.state == "running":
             self._last.took_s = self._taken_s()
         return ScaleReport(
-            data_parallel_size=self._size(), replicas=tuple(self._service.engine.replicas()), resize=self._last
+            data_parallel_size=self._size(),
+            tensor_parallel_size=self._tensor_parallel_size(),
+            replicas=tuple(self._service.engine.replicas()),
+            resize=self._last,
         )
 
     async def _follow(self, resizing: asyncio.Task[None], report: ResizeReport) -> None:
@@ -123,11 +143,14 @@ class Scaling:
         if not resizing.cancelled() and (error := resizing.exception()) is not None:
             state, report.error = "failed", str(error)
         report.state, report.took_s = state, self._taken_s()
+        self._service.metrics.note_resize(state, report.took_s)
         log.log(
             logging.INFO if state == "done" else logging.WARNING,
-            "resize from %d to %d replicas: %s after %.1f s%s",
+            "resize from %d to %d replicas of TP %d, before %d: %s after %.1f s%s",
             report.size_before,
             report.data_parallel_size,
+            report.tensor_parallel_size,
+            report.tensor_parallel_size_before,
             state,
             report.took_s,
             f": {report.error}" if report.error else "",
@@ -138,3 +161,6 @@ class Scaling:
 
     def _size(self) -> int:
         return sum(one.state in ("serving", "dead") for one in self._service.engine.replicas())
+
+    def _tensor_parallel_size(self) -> int:
+        return self._service.engine.info.tensor_parallel_size

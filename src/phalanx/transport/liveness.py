@@ -103,6 +103,12 @@ def is_running(pid: int) -> bool:
     return _start_time_of_running(pid) is not None
 
 
+def start_time_of(pid: int) -> int | None:
+    """When the process that has this pid was started, as `Party` has it, also of a zombie; None if none has."""
+    found = _read_stat(pid)
+    return found.start_time if found is not None else None
+
+
 def state_of(pid: int, start_time: int) -> str | None:
     """The kernel's letter for what a process does, such as "R", "S" or "T" (stopped); None if it is gone.
 

@@ -40,24 +40,14 @@ class RankMaintenance:
         *,
         ranks_on_host: int,
         enter: Callable[[str], None],
-        set_graphs: Callable[[bool], None],
     ) -> None:
-        """`arena` has the weights and the KV cache, whose tensors are called `cache`. `enter` is told each phase.
-
-        `set_graphs` is called with whether there are to be graphs of steps: they know where memory lies.
-        """
+        """`arena` has the weights and the KV cache, whose tensors are called `cache`. `enter` is told each phase."""
         self._weights = weights
         self._arena = arena
         self._cache = tuple(cache)
-        self._others = tuple(set(arena.names) - set(cache))
-        """Whatever else there is; weights among it."""
         self._ranks_on_host = ranks_on_host
         self._enter = enter
-        self._set_graphs = set_graphs
         self._reading: WeightsReading | None = None
-        self._level = 0
-        self._on_host: dict[str, Tensor] = {}
-        """Weights of a GPU that sleeps."""
 
     def carry_out(self, body: Maintaining) -> ReplyBody:
         """Raises what a rank cannot live with: it has then weights of both kinds, or no memory."""
@@ -70,7 +60,7 @@ class RankMaintenance:
         elif isinstance(body, FallAsleep):
             self._fall_asleep(body.level)
         else:
-            self._wake_up()
+            self._enter("idle")
         return Done()
 
     def close(self) -> None:
@@ -82,8 +72,6 @@ class RankMaintenance:
             self._drop()
             if not order.in_place and (lack := self._lack_of_room()):
                 return WeightsRead(0, self._weights.plain_bytes, error=lack)
-            if order.in_place:
-                self._arena.reclaim(self._others)
             self._reading = WeightsReading(self._weights, order)
         return self._reading.told
 
@@ -114,27 +102,11 @@ class RankMaintenance:
     def _fall_asleep(self, level: int) -> None:
         self._enter("falling asleep")
         self._drop()
-        if self._level == 0:
-            self._set_graphs(False)
-            self._arena.release(self._cache)
+        self._arena.release(self._cache)
         if level == 2:
-            self._on_host.clear()
             self._weights.let_go(self._arena.release)
-        elif self._level == 0 and self._arena.device.type != "cpu":
-            self._on_host = self._weights.move_out(self._arena.release)
-        self._level = level
         trim_heap()
         self._enter("asleep")
-
-    def _wake_up(self) -> None:
-        self._enter("waking")
-        self._arena.reclaim(self._cache)
-        if self._on_host:
-            self._arena.reclaim(self._others)
-            self._weights.take(self._on_host)
-        self._set_graphs(True)
-        self._level = 0
-        self._enter("idle")
 
 
 class WeightsReading:

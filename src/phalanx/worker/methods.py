@@ -100,6 +100,10 @@ class Methods:
             raise ConfigError("worker_extension_cls", path, allowed)
         self._methods |= added
 
+    def __contains__(self, name: str) -> bool:
+        """Whether it is declared."""
+        return name in self._methods
+
     def changing_weights(self) -> list[str]:
         """Names of those that are declared to change the weights."""
         return [name for name, method in self._methods.items() if getattr(method, _DECLARATION).changes_weights]

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import torch
+
 from phalanx.errors import PeerDiedError
 from phalanx.protocol import Call, Progress, Reply, WorkerMessage
 from phalanx.transport.queue import WorkerEndpoint
@@ -32,6 +34,8 @@ class BrainGoneError(Exception):
 def run(spec: WorkerSpec) -> int:
     """Serve one rank; returns the process's exit code. Does not return while the brain lives and has not said Stop."""
     faulthandler.enable(sys.stderr)
+    if spec.threads is not None and spec.threads != torch.get_num_threads():  # those of lines of another size
+        torch.set_num_threads(spec.threads)
     assert spec.queue is not None
     endpoint: Endpoint = WorkerEndpoint.attach(spec.queue, command_type=Call, reply_type=WorkerMessage)
     with endpoint:

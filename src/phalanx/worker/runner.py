@@ -108,7 +108,7 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_replicas: int) -> None:
-        """Compute a token that is nobody's, on a CPU: a process's first step takes several times as long as others.
+        """Compute a token that is nobody's: a process's first step takes several times as long as others.
 
         All ranks do it together, before the first step. The cache must have a block for padding.
         """
@@ -128,15 +128,10 @@ class Runner:
             flight.arrived.synchronize()
         return StepResult(flight.step, ints(flight.tokens_S.numpy().astype(np.int32)), _columns(flight.logprobs))
 
-    def replay_from(self, graphs: DecodeGraphs | None) -> None:
-        """Replay steps from these from now on, and let go of those before. No step is under way."""
-        if self._graphs is not None:
-            self._graphs.close()
-        self._graphs = graphs
-
     def close(self) -> None:
         """Let go of what groups cannot be left before. Blocks on nobody."""
-        self.replay_from(None)
+        if self._graphs is not None:
+            self._graphs.close()
 
     def _take_in(self, plan: StepPlan) -> None:
         self._slots.apply(plan)

@@ -36,6 +36,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """An IP address of this host that the other ranks' hosts reach; loopback will do when all are on one host."""
     held: HeldMemory | None = None
     """Weights and KV cache of a worker of this rank before it, with the same configuration, checkpoint and number of
-    blocks: then they are taken over instead of read and made. As Holder.memory gives it; only on a CPU."""
+    blocks: then they are taken over instead of read and made. As Holder.memory gives it."""
     keeps_memory: bool = False
     """Whether somebody is going to hold the rank's memory, so that it tells what there is (protocol.Allocated)."""
+    threads: int | None = None
+    """CPU threads of the rank; those of its environment if None."""

@@ -26,15 +26,16 @@ from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.journaled_exchange import JournaledExchange
 from phalanx.collectives.stream_writes import StreamWrites
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, DriverError
 from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.record import PlanSize
 from phalanx.ledger.stacks import may_offer, offer_stacks
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.memory.arena import Arena
+from phalanx.memory.cuda_driver import CudaDriver
 from phalanx.memory.held import encode_held
-from phalanx.memory.sizing import cache_bytes
+from phalanx.memory.sizing import LINE_BYTES, cache_bytes
 from phalanx.models.model import CausalLM, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
@@ -71,7 +72,7 @@ from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
 from phalanx.worker.maintenance import RankMaintenance
 from phalanx.worker.methods import Methods, load_extension, remote_method
-from phalanx.worker.profile import graph_bytes, peak_activation_bytes
+from phalanx.worker.profile import compute_little, graph_bytes, peak_activation_bytes
 from phalanx.worker.runner import InFlight, Runner
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.stage import Stage
@@ -137,7 +138,7 @@ class Worker:
         if self._journal is not None and self._segment is not None and self._device.type == "cuda":
             _follow_device(self._journal, self._segment, self._device)
         self._checkpoint = find_checkpoint(spec, self._enter)
-        self._arena = Arena(f"memory of rank {spec.rank}", self._device, spec.held)
+        self._arena = _arena(spec, self._device)
         self._groups: dict[str, Group] = {}
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
@@ -174,6 +175,7 @@ class Worker:
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
             filled={name: region.size_bytes for name, region in self._arena.held.items()},
             shares_packed=self.spec.keeps_memory and not grid.moves_experts,
+            expect=self._arena.begin_part,
         )
         for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
             if extension is not None:
@@ -273,6 +275,11 @@ class Worker:
     def methods_that_change_weights(self) -> list[str]:
         """Names of the extension's methods after which the prefix cache is of no use."""
         return self._methods.changing_weights()
+
+    @remote_method
+    def declares(self, method: str) -> bool:
+        """Whether there is a method of this name that may be called."""
+        return method in self._methods
 
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
@@ -374,7 +381,7 @@ class Worker:
 
     def _carry_out(self, body: CommandBody) -> ReplyBody:
         if isinstance(body, MeasureMemory):
-            return self._measure()
+            return self._measure(body.sizes_cache)
         if isinstance(body, AllocateCache):
             return self._allocate_cache(body.num_blocks, body.max_model_len)
         if isinstance(body, CallMethod):
@@ -400,38 +407,49 @@ class Worker:
         finally:
             self._journal.enter(self.phase)
 
-    def _measure(self) -> Measured:
+    def _measure(self, sizes_cache: bool) -> Measured:
         assert self._model is not None
         self._enter("sizing")
         model, config = self._model, self.spec.config
         bytes_of_block = block_bytes(model.cache_layers, config.cache.block_size, model.dtype)
         longest = config.model.max_model_len or self._checkpoint.max_model_len
-        blocks_per_request = -(-longest // config.cache.block_size)
-        peak_bytes = peak_activation_bytes(
-            model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
-        )
-        if self._has_graphs:
-            peak_bytes += self._measure_graphs(longest)
+        if sizes_cache:
+            found_bytes = self._measure_cache(longest, bytes_of_block)
+        else:
+            found_bytes = 0
+            num_replicas = config.parallel.data_parallel_size
+            compute_little(model, config.scheduler, config.cache.block_size, num_replicas)
+            self._measure_graphs(longest, makes_some=False)
         for experts in model.experts.values():
             experts.load.reset()  # what it was measured with were no tokens of anybody
-        return Measured(
-            cache_bytes=cache_bytes(
-                config.cache,
-                self._device,
-                useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
-                peak_activation_bytes=peak_bytes,
-                ranks_on_host=self.spec.ranks_on_host,
-            ),
-            block_bytes=bytes_of_block,
-            num_padding=self._num_padding_blocks,
+        return Measured(cache_bytes=found_bytes, block_bytes=bytes_of_block, num_padding=self._num_padding_blocks)
+
+    def _measure_cache(self, max_model_len: int, bytes_of_block: int) -> int:
+        """Bytes that there are for the KV cache, beside all that steps take."""
+        assert self._model is not None
+        config = self.spec.config
+        peak_bytes = peak_activation_bytes(
+            self._model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
+        )
+        num_behind = config.healing.standby if self.spec.keeps_memory else 0
+        peak_bytes += (1 + num_behind) * self._measure_graphs(max_model_len, makes_some=True)
+        blocks_per_request = -(-max_model_len // config.cache.block_size)
+        return cache_bytes(
+            config.cache,
+            self._device,
+            useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
+            peak_activation_bytes=peak_bytes + num_behind * LINE_BYTES,
+            ranks_on_host=self.spec.ranks_on_host,
         )
 
-    def _measure_graphs(self, max_model_len: int) -> int:
-        """Bytes that graphs take; 0, and none are made, if the model cannot be captured."""
+    def _measure_graphs(self, max_model_len: int, *, makes_some: bool) -> int:
+        """Bytes that graphs take; 0 unless it `makes_some`, or if, as is found out, the model cannot be captured."""
         assert self._model is not None
+        if not self._has_graphs:
+            return 0
         new_graphs = partial(self._new_graphs, max_model_len)
         try:
-            return graph_bytes(self._model, new_graphs, self.spec.config.cache.block_size)
+            return graph_bytes(self._model, new_graphs, self.spec.config.cache.block_size, makes_some=makes_some)
         except WaitsForGpuError as error:
             self._has_graphs = False
             log.warning("decode steps are not captured in CUDA graphs, as this model waits for the GPU: %s", error)
@@ -462,13 +480,12 @@ class Worker:
     def _warms_up(self) -> bool:
         """Whether the first step is to take no longer than others: it may come after a fault, when all wait for it.
 
-        Not where an extension may write to the weights: a line that stands ready looks at them in its first step, and
-        is to do so when no other one computes.
+        Not on a CPU where an extension may write to the weights, which are packed: a line that stands ready looks at
+        them in its first step, and is to do so when no other one computes.
         """
         config = self.spec.config
-        return (
-            config.healing.standby > 0 and self._device.type == "cpu" and config.executor.worker_extension_cls is None
-        )
+        looks_later = self._device.type == "cpu" and config.executor.worker_extension_cls is not None
+        return config.healing.standby > 0 and not looks_later
 
     def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
         graphs = self._new_graphs(max_model_len, null_block)
@@ -503,17 +520,10 @@ class Worker:
         self._enter("allocating")
         config, model = self.spec.config, self._model
         grid = Grid.of(config.parallel)
-        weights = frozenset(self._arena.names)
-        self._arena.begin_part()
-        model.bind_cache(
-            allocate_cache(
-                model.cache_layers,
-                num_blocks + self._num_padding_blocks,
-                config.cache.block_size,
-                model.dtype,
-                self._arena.allocate,
-            )
-        )
+        weights = frozenset(self._arena.regions)
+        block_size, num_all = config.cache.block_size, num_blocks + self._num_padding_blocks
+        self._arena.begin_part(num_all * block_bytes(model.cache_layers, block_size, model.dtype))
+        model.bind_cache(allocate_cache(model.cache_layers, num_all, block_size, model.dtype, self._arena.allocate))
         graphs = self._capture(max_model_len, null_block=num_blocks) if self._has_graphs else None
         self._runner = Runner(
             model,
@@ -526,21 +536,18 @@ class Worker:
             replica=self._replica,
             graphs=graphs,
         )
-        self._maintenance = self._new_maintenance(
-            [name for name in self._arena.names if name not in weights],
-            partial(self._set_graphs, max_model_len=max_model_len, null_block=num_blocks),
-        )
+        self._maintenance = self._new_maintenance([name for name in self._arena.regions if name not in weights])
         if self._warms_up:
             self._runner.warm_up(config.parallel.data_parallel_size)
         for experts in model.experts.values():
             experts.load.reset()  # what was computed for graphs, and to warm up, were no tokens of anybody
         self._enter("idle")
-        if not self.spec.keeps_memory or self._device.type != "cpu":
+        if not self.spec.keeps_memory or not self._arena.can_be_held:
             return Allocated()
         without = weights if grid.moves_experts else frozenset()
         return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
 
-    def _new_maintenance(self, cache: Sequence[str], set_graphs: Callable[[bool], None]) -> RankMaintenance:
+    def _new_maintenance(self, cache: Sequence[str]) -> RankMaintenance:
         def enter(phase: str) -> None:
             self.phase = phase
 
@@ -550,14 +557,30 @@ class Worker:
             cache,
             ranks_on_host=self.spec.ranks_on_host,
             enter=enter,
-            set_graphs=set_graphs,
         )
 
-    def _set_graphs(self, has_graphs: bool, *, max_model_len: int, null_block: int) -> None:
-        """Have graphs of decode steps, or none."""
-        assert self._runner is not None
-        if self._has_graphs:
-            self._runner.replay_from(self._capture(max_model_len, null_block) if has_graphs else None)
+
+def _arena(spec: WorkerSpec, device: torch.device) -> Arena:
+    """For weights and KV cache, such as others can hold if somebody is going to."""
+    driver = _sharing_driver(spec, device) if spec.keeps_memory and device.type == "cuda" else None
+    return Arena(f"memory of rank {spec.rank}", device, spec.held, driver=driver)
+
+
+def _sharing_driver(spec: WorkerSpec, device: torch.device) -> CudaDriver | None:
+    """None where a GPU's memory ends with the process. Raises ConfigError if a standby line was to have it."""
+    assert device.index is not None
+    try:
+        driver = CudaDriver(device.index)
+        why_not = None if driver.can_share else "this GPU's driver has no memory with descriptors"
+    except DriverError as error:
+        why_not = str(error)
+    if why_not is None:
+        return driver
+    if spec.config.healing.standby:
+        raise ConfigError("standby", spec.config.healing.standby, f"0 here: {why_not}, which two lines could share")
+    if spec.local_rank == 0:
+        log.warning("after a fault, weights are read again and requests computed again: %s", why_not)
+    return None
 
 
 def _device(spec: WorkerSpec) -> torch.device:

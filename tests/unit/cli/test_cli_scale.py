@@ -94,6 +94,15 @@ def test_it_waits_for_the_end(
     assert said.err == "replica 0: serving\nreplica 1: joining\nreplica 1: serving\n"
 
 
+def test_the_tensor_parallel_size(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"size_before": 2, "data_parallel_size": 2, "tensor_parallel_size_before": 1, "tensor_parallel_size": 2}
+    server.answers = [report("done", (0, "serving"), (1, "serving"), **sizes)]
+    assert run(["scale", server.url, "-tp", "2"]) == 0
+    asked = {"tensor_parallel_size": 2, "leaving": [], "drain_timeout_s": 30.0}
+    assert server.asked[0] == ("POST", "/scale", asked)
+    assert capsys.readouterr().out == "replicas: 2, before: 2; TP size: 2, before: 1; it took 4.2 s\n"
+
+
 def test_a_replica_is_drained_and_gone(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     server.answers = [report("running", (0, "serving"), (1, "leaving")), report("done", (0, "serving"))]
     assert run(["drain", server.url, "1"]) == 0

@@ -13,6 +13,7 @@ PROGRAM = Path(__file__).parent / "torch_calls_program.py"
 SIZE = 2
 
 EXPECTED = {
+    "init_process_group": ["init_process_group of 2 ranks"],
     "all_reduce": ["all_reduce of 4 float32"],
     "async": ["all_reduce of 4 float32"],
     "all_gather": ["all_gather of 8 float32"],

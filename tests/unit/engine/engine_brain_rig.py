@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -10,6 +10,7 @@ import numpy as np
 from engine_mortal_executor import MortalExecutor
 
 from phalanx.config import Config
+from phalanx.engine.ahead import Ahead
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import extend_digests
 from phalanx.errors import PeerDiedError
@@ -25,7 +26,13 @@ from phalanx.protocol import (
     as_ints,
     ints,
 )
-from phalanx.testing.simulated_worker import SimulatedWorker, expected_logprob, expected_output, token_hashes
+from phalanx.testing.simulated_worker import (
+    SimulatedExecutor,
+    SimulatedWorker,
+    expected_logprob,
+    expected_output,
+    token_hashes,
+)
 
 EOS = (3, 7)
 VOCAB_SIZE = 50
@@ -128,8 +135,11 @@ class Rig:
         block_size: int | None = None,
         num_blocks: int | None = None,
         max_model_len: int | None = None,
+        num_passes: int = 0,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """Go on with workers of another number or with other limits."""
+        """Go on with workers of another number or with other limits, which compute ahead in so many passes; after each
+        of them comes `meanwhile`."""
         self.epoch += 1
         self._note_generated()
         self.num_blocks = num_blocks or self.num_blocks
@@ -139,10 +149,20 @@ class Rig:
         parallel = msgspec.structs.replace(parallel, data_parallel_size=size, enable_expert_parallel=size > 1)
         cache = msgspec.structs.replace(cache, block_size=block_size or cache.block_size)
         self.config = msgspec.structs.replace(self.config, parallel=parallel, cache=cache)
-        self.executor.replace(self._make_workers())
-        self.brain.restructure(self.config, self.epoch, num_blocks=self.num_blocks, max_model_len=self.max_model_len)
+        following = SimulatedExecutor(*self._make_workers())
+        sizes = {"num_blocks": self.num_blocks, "max_model_len": self.max_model_len}
+        ahead = Ahead(self.brain.scheduler_for(self.config, self.epoch, **sizes))
+        for _ in range(num_passes):
+            ahead.add(self.brain.tokens_of_running())
+            ahead.run(following)
+            meanwhile()
+        self.executor.replace(following.workers)
+        self.brain.restructure(self.config, self.epoch, **sizes, scheduler=ahead.scheduler)
         self._carry()
         self._clean_blocks.clear()
+        for step in following.steps:
+            for replica, plan in enumerate(step.plans):
+                self._clean_blocks.update((replica, block) for block in _blocks_of(plan))
         self.check_cache()
 
     @property
@@ -300,3 +320,10 @@ class Rig:
         else:
             assert (client.output, client.reason) == (expected, reason)
         assert (client.num_cached is None) == (client.output == [])
+
+
+def _blocks_of(plan: StepPlan) -> set[int]:
+    """Those that requests are given."""
+    return {
+        block for column in (*(new.blocks for new in plan.new), plan.block_ids) for block in as_ints(column).tolist()
+    }

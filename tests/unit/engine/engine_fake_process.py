@@ -25,6 +25,7 @@ from phalanx.errors import PeerDiedError
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.protocol import (
     Cancel,
+    CancelResize,
     ClientMessage,
     EngineFailed,
     EngineReady,
@@ -33,6 +34,9 @@ from phalanx.protocol import (
     MaintenanceStats,
     Message,
     Reload,
+    Resize,
+    ResizeBegun,
+    ResizeEnded,
     Sleep,
     StartProgress,
     Submit,
@@ -47,6 +51,8 @@ SIGN_OF_LIFE_S = 0.1
 MAX_MODEL_LEN = 100_000
 LONG_STEP_S = 0.6
 PACE_S = 0.002
+REFUSED, FAILS, DIES, NEVER_READY = 13, 14, 15, 16
+"""Sizes of a resize, by what becomes of it; others are done."""
 POISON = 7
 """A prompt that begins with this token, when the engine dies of one."""
 
@@ -104,6 +110,10 @@ class FakeEngine:
                     self.brain.cancel(message.request_ids)
                 elif isinstance(message, MaintenanceOrder):
                     self.maintain(message)
+                elif isinstance(message, Resize):
+                    self.resize(message)
+                elif isinstance(message, CancelResize):
+                    self.send(ResizeEnded(message.number, "cancelled"))
                 elif self.behaviour != "ignores-shutdown":
                     return
             if self.brain.has_work() and not self.sleep_level:
@@ -124,6 +134,25 @@ class FakeEngine:
         self.send_stats()
         model = order.model if isinstance(order, Reload) else None
         self.send(Maintained(has_new_weights=isinstance(order, Reload), model=model))
+
+    def resize(self, asked: Resize) -> None:
+        """What comes of it depends on the larger of the sizes that are asked for."""
+        number, size = asked.number, max(asked.data_parallel_size, asked.tensor_parallel_size)
+        if size == REFUSED:
+            self.send(
+                ResizeEnded(number, "refused", "no", WrongSetting("data_parallel_size", size, "there are 2 cores"))
+            )
+            return
+        self.send(ResizeBegun(number))
+        self.send(StartProgress(1, "loading", 3, 4))
+        if size == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif size == FAILS:
+            self.send(ResizeEnded(number, "failed", "rank 2 did not start: killed"))
+        elif size != NEVER_READY:
+            size_now = (asked.data_parallel_size, asked.tensor_parallel_size)
+            ready = EngineReady(MAX_MODEL_LEN, 10, 16, size_now[0] * size_now[1], "cpu", "float32", *size_now)
+            self.send(ResizeEnded(number, "done", ready=ready))
 
     def step(self) -> None:
         batch = self.brain.step()

@@ -72,9 +72,13 @@ class Traffic(RuleBasedStateMachine):
         self.rig.keeps_cache = keeps_cache
         self.rig.rewind()
 
-    @rule(num_replicas=st.integers(1, 3), num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 18))
-    def resize(self, num_replicas: int, num_blocks: int) -> None:
-        self.rig.resize(data_parallel_size=num_replicas, num_blocks=num_blocks)
+    @rule(
+        num_replicas=st.integers(1, 3),
+        num_blocks=st.integers(MAX_MODEL_LEN // BLOCK_SIZE, 18),
+        num_passes=st.integers(0, 2),
+    )
+    def resize(self, num_replicas: int, num_blocks: int, num_passes: int) -> None:
+        self.rig.resize(data_parallel_size=num_replicas, num_blocks=num_blocks, num_passes=num_passes)
 
     @precondition(lambda self: self.rig.clients)
     @rule(data=st.data())

@@ -15,7 +15,7 @@ from test_engine_client import client_of, in_loop, until
 from test_engine_fleet import fleet_of
 
 from phalanx.engine.stream import Origin
-from phalanx.errors import MaintenanceError, NotNowError, UserError
+from phalanx.errors import MaintenanceError, ResizeRefusedError, UserError
 from phalanx.protocol import Reload, SamplingParams, Sleep, Wake
 
 RELOAD = Reload(None, "now", 60.0)
@@ -77,7 +77,7 @@ async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(chec
         assert fleet._seats.model == "/new"
         await fleet.maintain(Sleep(1))
         assert fleet.asleep == 1
-        with pytest.raises(NotNowError):
+        with pytest.raises(ResizeRefusedError, match="asleep"):
             await fleet.begin_resize(1)
         waiting = asyncio.create_task(fleet.until_settled())
         await fleet.maintain(Wake(None))

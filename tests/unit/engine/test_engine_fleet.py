@@ -14,6 +14,7 @@ from typing import Any
 
 import engine_tiny_tokenizers as tiny
 import pytest
+from engine_fake_process import NEVER_READY
 from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
@@ -444,13 +445,14 @@ async def test_what_has_no_room_is_refused(checkpoint: Path, monkeypatch: pytest
 
 
 @in_loop
-async def test_replicas_that_share_experts_cannot_come_and_go(checkpoint: Path) -> None:
+async def test_replicas_that_share_experts_cannot_come_and_go_one_by_one(checkpoint: Path) -> None:
+    """See test_engine_asked_resize.py for what they can."""
     async with asyncio.timeout(TIMEOUT_S):
         config = config_of(checkpoint, enable_expert_parallel=True)
         engine = await EngineClient.start(config, command=command("healthy"))
         try:
-            with pytest.raises(ConfigError, match="share experts"):
-                await engine.resize(data_parallel_size=2)
+            with pytest.raises(RequestError, match="replicas in lockstep are replaced all at once"):
+                await engine.resize(data_parallel_size=2, leaving=[0])
         finally:
             await engine.close()
 
@@ -581,3 +583,28 @@ async def test_with_ray_one_replica_is_placed_after_the_other(
         await Fleet.start(config_of(checkpoint, launcher="ray", tensor_parallel_size=2), told.append)
     assert events == ["begins", "is placed"] * 3
     assert [progress.rank for progress in told if progress.node] == [1, 3, 5]
+
+
+@in_loop
+async def test_ranks_of_one_replica_share_every_layer_among_more_of_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 3)
+    async with fleet_of(checkpoint, data_parallel_size=1, threads_per_rank=1) as fleet:
+        reshaping = await fleet.begin_resize(tensor_parallel_size=NEVER_READY)
+        for asked in ({"data_parallel_size": 2}, {"tensor_parallel_size": 2}):
+            with pytest.raises(ResizeUnderWayError, match="tensor_parallel_size 1 to another"):
+                await fleet.begin_resize(**asked)
+        reshaping.cancel()
+        await asyncio.wait([reshaping])
+        assert reshaping.cancelled() and fleet.info.tensor_parallel_size == 1
+        await fleet.resize(tensor_parallel_size=2)
+        assert (fleet.info.tensor_parallel_size, fleet.info.world_size) == (2, 2)
+        with pytest.raises(ConfigError, match="too few for 4 ranks"):
+            await fleet.resize(2)
+        await fleet.resize(1, tensor_parallel_size=1)
+        await fleet.resize(2)
+        assert fleet.info.num_replicas == 2
+        for size in (None, 1):
+            with pytest.raises(ConfigError, match="only one replica can change it, and there are 2"):
+                await fleet.resize(size, tensor_parallel_size=2)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from engine_echo_brain import EchoBrain
 
-from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError
+from phalanx.config import Config
+from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, StartError
 from phalanx.llm import LLM
+from phalanx.membership.resize import Resize, Size
 from phalanx.protocol import SamplingParams, Submit, TokenBatch
 
 MAX_MODEL_LEN = 1000
@@ -45,6 +47,23 @@ class FakeFormation:
     def check_health(self, timeout_s: float) -> None: ...
 
     def on_failure(self, callback: Any) -> None: ...
+
+    @property
+    def size(self) -> Size:
+        return Size(1, 1)
+
+    def begin_resize(self, asked: Size) -> Resize:
+        self.resize = Resize(self.size, asked)
+        return self.resize
+
+    def follow_resize(self, timeout_s: float) -> None:
+        becomes_of_it = {2: "ready", 3: "failed"}
+        self.resize.error = StartError("rank 2", "loading", "no memory") if self.resize.asked[0] == 3 else None
+        self.resize.state = becomes_of_it[self.resize.asked[0]]
+
+    def switch(self) -> Any:
+        config = Config.build(model="m", data_parallel_size=2, enable_expert_parallel=True)
+        return SimpleNamespace(epoch=2, config=config, capacity=self.capacity)
 
     def __enter__(self) -> FakeFormation:
         return self
@@ -344,3 +363,16 @@ def test_progress_goes_to_the_end(llm: LLM, capsys: pytest.CaptureFixture[str]) 
 
 def test_no_prompts_no_completions(llm: LLM) -> None:
     assert llm.generate([]) == []
+
+
+def test_another_size(llm: LLM) -> None:
+    told: list[Any] = []
+    brain_of(llm).restructure = lambda *given, **_: told.append(given)
+    llm.resize()
+    with pytest.raises(ResizeError, match="from DP 1, TP 1 to DP 3, TP 1: rank 2 did not start"):
+        llm.resize(data_parallel_size=3)
+    assert not told and llm.config.parallel.data_parallel_size == 1
+    llm.resize(data_parallel_size=2)
+    assert [epoch for _, epoch in told] == [2] and llm.config.parallel.data_parallel_size == 2
+    with pytest.raises(ConfigError, match="tensor_parallel_size"):
+        llm.resize(tensor_parallel_size=0)

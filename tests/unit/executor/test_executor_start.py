@@ -14,6 +14,7 @@ from phalanx.config import Config
 from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.start import (
+    LinePlan,
     _allocate,
     _fit_model_len,
     _open_groups,
@@ -97,6 +98,7 @@ class Stages:
     def __init__(self, *measured: Measured) -> None:
         self.measured = measured
         self.allocated: list[AllocateCache] = []
+        self.measurements: list[MeasureMemory] = []
         self.clock: Clock | None = None
         self.deadlines_s: list[float] = []
 
@@ -108,6 +110,8 @@ class Stages:
         self._take_time(deadline_s)
         if isinstance(body, AllocateCache):
             self.allocated.append(body)
+        if isinstance(body, MeasureMemory):
+            self.measurements.append(body)
         replies: Sequence[object] = self.measured if isinstance(body, MeasureMemory) else [Done()] * 2
         return SimpleNamespace(result=lambda: replies)
 
@@ -158,6 +162,19 @@ def test_a_block_for_padding_is_for_no_request_and_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="raise kv_cache_memory to 5000 bytes"):
         config = Config.build(model="m", block_size=16, max_model_len=64)
         _allocate(Stages(*measured), config, CHECKPOINT, LOADED, Deadline(1.0))
+
+
+@pytest.mark.parametrize(("device", "measurements"), [("cpu", []), ("cuda", [MeasureMemory(sizes_cache=False)])])
+def test_a_line_after_another_one_gets_a_cache_as_large(device: str, measurements: list[MeasureMemory]) -> None:
+    """Ranks with GPUs only find out what can be captured: another line's memory is not theirs to count."""
+    first: Any = Stages(*[Measured(cache_bytes=16_000, block_bytes=1000)] * 2)
+    config = Config.build(model="m", block_size=16, device=device)
+    capacity = _allocate(first, config, CHECKPOINT, LOADED, Deadline(1.0))
+    assert first.measurements == [MeasureMemory()]
+    second: Any = Stages(*[Measured(cache_bytes=0, block_bytes=1000)] * 2)
+    line = LinePlan(capacity=capacity)
+    assert _allocate(second, config, CHECKPOINT, LOADED, Deadline(1.0), line) == capacity
+    assert second.measurements == measurements and second.allocated == first.allocated
 
 
 def test_one_deadline_is_for_all_phases_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +20,13 @@ from test_executor_executor import ScriptedChannel, ScriptedLauncher
 from phalanx.errors import DeadlineError, HungError, PeerDiedError, PhalanxError, StartError, WorkerError
 from phalanx.executor import watching
 from phalanx.executor.executor import Executor
-from phalanx.executor.watching import Watching, start_watching
+from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
+from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.protocol import Failure, Ping
+from phalanx.transport.address import listen_on
+from phalanx.transport.keys import RunKey
 
 NOBODY = WatchOrder(ranks=(), groups={})
 WITHIN_S = 30.0
@@ -122,18 +125,84 @@ def test_what_stands_and_what_is_over(pretend: Any, caplog: pytest.LogCaptureFix
     assert "over: rank 1 on here does what" in caplog.text
 
 
-def test_how_a_rank_ended_is_asked_of_its_parent(pretend: Any) -> None:
+def await_that(holds: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + WITHIN_S
+    while not holds():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_soon", [True, False])
+def test_how_a_rank_ended_is_asked_of_its_parent(pretend: Any, caplog: pytest.LogCaptureFixture, is_soon: bool) -> None:
+    """What is told does not wait for it: of a process with a GPU it is not known soon."""
     pretend(saying(verdict("gone")))
+    has_ended = threading.Event()
     asked: list[int] = []
 
     def ending_of(rank: int) -> str | None:
         asked.append(rank)
-        return "killed by SIGKILL" if len(asked) > 2 else None  # it is not told at once
+        return "killed by SIGKILL" if is_soon or has_ended.is_set() else None
 
     watcher = Watching(NOBODY, lambda: None, ending_of)
     found = watcher.await_verdict(WITHIN_S)
+    assert is_soon or found == verdict("gone")
+    has_ended.set()
+    await_that(lambda: watcher.verdict is not None and watcher.verdict.what == "is gone: killed by SIGKILL")
+    assert watcher.standing == watcher.verdict and set(asked) == {1}
     watcher.close()
-    assert found is not None and found.what == "is gone: killed by SIGKILL" and set(asked) == {1}
+    assert ("how rank 1 on here ended: killed by SIGKILL" in caplog.text) is not is_soon
+
+
+def test_one_that_ends_is_replaced(pretend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The next one is told what stands, and says when that is over."""
+    first, order = tmp_path / "first", tmp_path / "order"
+    told = msgspec.json.encode(verdict("late")).decode()
+    pretend(f"cat > {order}; if mkdir {first}; then echo '{told}'; exit 3; fi; echo null; read stop < /proc/self/fd/$4")
+    with caplog.at_level(logging.INFO, "phalanx.ledger"):
+        watcher = Watching(NOBODY, lambda: None)
+        await_that(lambda: "over: rank 1 on here does what" in caplog.text)
+    assert watcher.verdict == verdict("late") and watcher.standing is None
+    assert msgspec.msgpack.decode(order.read_bytes(), type=WatchOrder).standing == verdict("late")
+    assert caplog.text.count("the watcher has ended, exit code 3: another one is started") == 1
+    watcher.close()
+
+
+def test_one_that_ends_again_and_again(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pretend("cat > /dev/null; exit 3")
+    watcher = Watching(NOBODY, lambda: None)
+    assert watcher.await_hopeless(WITHIN_S) is None and watcher._has_ended
+    watcher.close()
+    assert caplog.text.count("another one is started") == MAX_RESTARTS
+    assert f"exit code 3, more than {MAX_RESTARTS} times in 60 s: nobody says any more who is to blame" in caplog.text
+
+
+def test_none_takes_the_place_of_one_that_has_said_its_last_word(
+    pretend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = msgspec.json.encode(verdict("skipped")).decode()
+    pretend(f"cat > /dev/null; echo '{told}'")
+    watcher = Watching(NOBODY, lambda: None)
+    watcher._thread.join(WITHIN_S)
+    assert watcher.await_hopeless(0.0) == verdict("skipped") and "another one" not in caplog.text
+    watcher.close()
+
+
+def test_the_next_one_listens_where_the_first_one_did(pretend: Any, tmp_path: Path) -> None:
+    """Though who has made the socket has closed it by then."""
+    pretend(f"cat > {tmp_path}/order; exit 3")
+    with listen_on("127.0.0.1") as listener:
+        place = os.fstat(listener.fileno())
+        others = OtherNodesOrder(
+            listener=listener.fileno(), key=RunKey.new(), ranks={}, node_timeout_s=5.0, steps_ahead=2
+        )
+        watcher = Watching(msgspec.structs.replace(NOBODY, other_nodes=others), lambda: None)
+    watcher._thread.join(WITHIN_S)
+    order = msgspec.msgpack.decode((tmp_path / "order").read_bytes(), type=WatchOrder)
+    assert order.other_nodes is not None and order.other_nodes.listener != others.listener
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(order.other_nodes.listener)
+    assert len(watcher._restarted_at) == MAX_RESTARTS, f"it was there for each of them: {place}"
+    watcher.close()
 
 
 def failure(watcher: Watching, what: Failure | PhalanxError) -> PhalanxError:

@@ -36,6 +36,18 @@ def test_the_board() -> None:
     assert read_board(memory) == Notice(num_ranks=4, counts={"late": 3}, looked_ns=77)
 
 
+@pytest.mark.parametrize("still_stands", [True, False])
+def test_another_writer_takes_over(still_stands: bool) -> None:
+    memory, late = memoryview(bytearray(BOARD_BYTES)), verdict_of("late", 1)
+    BoardWriter(memory, num_ranks=2).post(late, 5)
+    writer = BoardWriter(memory, num_ranks=2, standing=late if still_stands else None)
+    stands = {"verdict": late, "since_ns": 5} if still_stands else {}
+    assert read_board(memory) == Notice(num_ranks=2, counts={"late": 1}, num_restarts=1, **stands)
+    writer.post(verdict_of("late", 0), 6)
+    found = read_board(memory)
+    assert found is not None and (found.counts, found.since_ns, found.num_restarts) == ({"late": 2}, 6, 1)
+
+
 def test_a_reader_in_the_middle_of_writing_sees_what_was_there() -> None:
     """The place that is written to is never the one that readers are sent to."""
     memory = memoryview(bytearray(BOARD_BYTES))
@@ -99,6 +111,21 @@ def test_outlets(tmp_path: Path) -> None:
     begun, over = map(json.loads, lines)
     assert [(event["event"], event["for_s"]) for event in (begun, over)] == [("verdict", 1.0), ("verdict_over", 3.0)]
     assert begun["engine_pid"] == os.getpid() and begun["verdict"]["stacks"]
+
+
+def test_outlets_that_go_on_with_what_stands(tmp_path: Path) -> None:
+    path, late = tmp_path / "events", verdict_of("late", 1, waited_s=1.0)
+    with SharedSegment.create(BOARD_BYTES, "board") as board:
+        outlets = Outlets(board=board.handle, events=str(path), model="m")
+        with OpenOutlets(outlets, num_ranks=2) as before:
+            before.stands(late, 10 * NS)
+        with OpenOutlets(outlets, num_ranks=2, standing=late) as opened:
+            opened.stands(late, 11 * NS)
+            opened.stands(None, 12 * NS)
+        notice = read_board(board.buf)
+        assert notice is not None and (notice.verdict, notice.counts) == (None, {"late": 1})
+    (over,) = map(json.loads, path.read_text().splitlines())
+    assert (over["event"], over["for_s"]) == ("verdict_over", 3.0)
 
 
 def test_a_disk_that_is_full_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

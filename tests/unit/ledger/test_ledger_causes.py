@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_ranks import Clock, WritingRank, look_at
 
 from phalanx.ledger.awaited import HUNG_S
-from phalanx.ledger.journal import PHASES
+from phalanx.ledger.journal import PHASES, read
 from phalanx.ledger.judge import STORE_S, judge
 from phalanx.ledger.limits import BUDGETS_S, Limits
 from phalanx.ledger.look import Look, Unheard, standings
@@ -63,6 +64,48 @@ def test_a_rank_that_sleeps_somewhere_is_late() -> None:
     verdict = judged(seen(waiting_for_1(), still_s=2.0, cpu_s=0.01, starved_s=1.9))
     assert (verdict.cause, verdict.culprits) == ("late", (1,))
     assert "has waited 1.9 s for a core" in str(verdict)
+
+
+@pytest.mark.parametrize(("cpu_s", "cause"), [(0.01, "late"), (1.9, "slow")])
+def test_a_rank_that_is_still_in_the_step_before(cpu_s: float, cause: str) -> None:
+    """Its peers have left that without it: a root runs ahead of those that it sends to."""
+    ranks = world()
+    for rank in (ranks[0], ranks[2]):
+        rank.end()
+        rank.begin(2)
+        rank.issue("tp@0", REDUCE)
+    verdict = judged(seen(ranks, still_s=2.0, cpu_s=cpu_s))
+    assert (verdict.cause, verdict.culprits, verdict.step, verdict.waiting) == (cause, (1,), 2, (0, 2))
+    assert "does not come to all_reduce float32 [3, 72] in step 2" in str(verdict)
+    ranks[1].end()
+    assert judged(seen(ranks)).cause == "behind"
+
+
+@pytest.mark.parametrize("num_ahead", [1, 2])
+@pytest.mark.parametrize("num_collectives", [1, 40])
+def test_a_rank_that_does_not_begin_a_step_that_nobody_needs_it_in(num_ahead: int, num_collectives: int) -> None:
+    """As the last stage of a pipeline, whose peers have sent it what it needs and left."""
+    clock = Clock()
+    ranks = [WritingRank(rank, ["tp@0"], now_ns=clock) for rank in WORLD]
+    for rank in ranks:
+        rank.begin(7)
+        rank.end()
+    assert judge(look_at(ranks, GROUPS, clock)) is None
+    for step in range(8, 8 + num_ahead):
+        for rank in ranks[:2]:
+            rank.begin(step)
+            for _ in range(num_collectives):
+                rank.collective("tp@0", REDUCE)
+            rank.end()
+    clock.pass_s(1.5)
+    look = look_at(ranks, GROUPS, clock)
+    glances = {rank.rank: msgspec.structs.replace(rank.look(), entries=read(rank.memory, 16)) for rank in ranks}
+    for one in (look, look._replace(ranks=glances)):
+        verdict = judged(one)
+        assert (verdict.cause, verdict.culprits, verdict.step) == ("behind", (2,), 8)
+        assert verdict.waited_s == pytest.approx(1.5) and verdict.is_of_a_wait
+    ranks[2].begin(8)
+    assert judged(look_at(ranks, GROUPS, clock)).cause == "late", "it has begun it, and is the only one inside"
 
 
 @pytest.mark.parametrize("is_awaited", [True, False])

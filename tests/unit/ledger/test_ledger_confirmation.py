@@ -46,3 +46,12 @@ def test_a_moment_without_it_does_not_end_it() -> None:
     confirmation, late = Confirmation(), verdict("late")
     assert told(confirmation, ([late] * 10 + [None]) * 5) == [7]
     assert confirmation.told == late
+
+
+def test_what_another_watcher_has_told_is_not_told_again() -> None:
+    stopped = verdict("stopped")
+    confirmation = Confirmation(stopped)
+    assert told(confirmation, [stopped] * 30) == []
+    assert confirmation.told is stopped
+    assert told(confirmation, [None] * 10, start=10**12 + 30 * LOOK_NS) == []
+    assert confirmation.told is None, "but that it is over is"

@@ -13,6 +13,8 @@ from phalanx.ledger.journal import (
     NUM_TEXTS,
     GroupJournal,
     Journal,
+    note_process,
+    prepare_journal,
     read,
 )
 from phalanx.ledger.record import Kind, rolled
@@ -44,6 +46,18 @@ def test_what_was_noted_is_read() -> None:
     assert not second.is_done and second.rolling == rolled(first.rolling, 0x22)
     journal.done(step)
     assert read(memory).records[0].is_done
+
+
+def test_a_process_is_known_before_it_notes_anything() -> None:
+    memory = memoryview(bytearray(JOURNAL_BYTES))
+    prepare_journal(memory)
+    assert (read(memory).pid, read(memory).phase) == (0, "starting")
+    note_process(memory, 4711, 815)
+    entries = read(memory)
+    assert (entries.pid, entries.start_time, entries.phase, entries.last) == (4711, 815, "starting", 0)
+    assert 0 < entries.phase_since_ns <= time.monotonic_ns()
+    Journal(memory, epoch=7).enter("joining")
+    assert (read(memory).pid, read(memory).phase) == (os.getpid(), "joining")
 
 
 def test_a_phase_that_has_no_name_here_is_another() -> None:

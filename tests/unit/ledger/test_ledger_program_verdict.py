@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from phalanx.collectives.torch_calls import Call
 from phalanx.ledger.journal import JOURNAL_BYTES, Journal, read
-from phalanx.ledger.program import ENDED_STEP, ENDING, WHOLE_PROGRAM, step_of
-from phalanx.ledger.program_verdict import ProgramLook, ProgramRank, judge_program
+from phalanx.ledger.program import ENDED_STEP, ENDING, JOINING, WHOLE_PROGRAM, joining_digest, joining_text, step_of
+from phalanx.ledger.program_verdict import CERTAIN_S, JOINING_S, Newcomer, ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.verdict import Verdict
 
 REDUCE, GATHER, BROADCAST = Call("all_reduce", "cpu"), Call("all_gather", "cpu"), Call("broadcast", "cpu", root=0)
@@ -235,3 +235,109 @@ def test_programs_that_tell_their_steps(theirs: int, cause: str) -> None:
     verdict = verdict_on(ranks, later_s=11)
     assert found(verdict) == (cause, (1,)) and verdict is not None and verdict.step == 3
     assert (verdict_on(ranks, later_s=2) is None) == (cause != "skipped")
+
+
+class JoiningRank(Rank):
+    """A rank that has come to where ranks find each other."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, [JOINING])
+        self.journal.explain(joining_digest(size), lambda: joining_text(size))
+        self.number = self.journal.issue(1, 1, joining_digest(size), 0)
+
+    def leave(self) -> None:
+        self.journal.done(self.number)
+
+
+def joining_verdict(
+    ranks: Sequence[Rank],
+    later_s: float,
+    size: int = 3,
+    newcomers: Sequence[Newcomer] = (),
+    here: Sequence[int] = (),
+) -> Verdict | None:
+    look = ProgramLook(
+        time.monotonic_ns() + int(later_s * 1e9),
+        {one.rank: one.look() for one in ranks},
+        {JOINING: tuple(range(size))},
+        {one.rank: one for one in newcomers},
+        frozenset(here),
+    )
+    return judge_program(look, PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("process", "cause", "after_s", "says"),
+    [
+        ("unknown", "late", JOINING_S, "does not come to init_process_group of 3 ranks: no process of it is known"),
+        ("running", "late", JOINING_S, "does not come to init_process_group of 3 ranks: its process 4711 is there"),
+        ("stopped", "stopped", CERTAIN_S, "is stopped by a signal, and has not come to init_process_group of 3 ranks"),
+        ("gone", "gone", CERTAIN_S, "has ended and not come to init_process_group of 3 ranks"),
+    ],
+)
+@pytest.mark.parametrize("culprit", range(3))
+def test_a_rank_that_never_comes(culprit: int, process: Any, cause: str, after_s: float, says: str) -> None:
+    ranks = [JoiningRank(rank, 3) for rank in range(3) if rank != culprit]
+    newcomers = [Newcomer(rank=culprit, node="here", process=process, pid=4711)] if process != "unknown" else []
+    assert joining_verdict(ranks, after_s - 0.5, newcomers=newcomers) is None
+    verdict = joining_verdict(ranks, after_s + 0.5, newcomers=newcomers)
+    assert found(verdict) == (cause, (culprit,)) and verdict is not None
+    assert verdict.what == says and verdict.waiting == tuple(one.rank for one in ranks)
+    assert (verdict.group, verdict.sequence, verdict.step) == (JOINING, 1, None)
+
+
+def test_of_several_that_never_come_one_of_this_host_is_named_first() -> None:
+    ranks = [JoiningRank(0, 4)]
+    verdict = joining_verdict(ranks, JOINING_S + 1, size=4, here=(0, 3))
+    assert found(verdict) == ("late", (3,)) and verdict is not None
+    assert verdict.what.endswith("no process of it is known; nor do ranks 1, 2") and not verdict.is_ambiguous
+    verdict = joining_verdict(ranks, JOINING_S + 1, size=2, here=(0,))
+    assert verdict is not None and verdict.what.endswith("it is of another host")
+
+
+def test_ranks_that_have_all_come_and_do_not_find_each_other() -> None:
+    ranks = [JoiningRank(rank, 3) for rank in range(3)]
+    assert joining_verdict(ranks, JOINING_S - 1) is None
+    verdict = joining_verdict(ranks, JOINING_S + 1)
+    assert found(verdict) == ("store", ()) and verdict is not None
+    assert verdict.what.startswith("ranks 0, 1, 2 have all come to init_process_group of 3 ranks")
+    ranks[0].leave()
+    ranks[2].leave()
+    assert found(joining_verdict(ranks, JOINING_S + 1)) == ("hung", (1,))
+    ranks[1].leave()
+    assert joining_verdict(ranks, 3600) is None
+
+
+def test_a_rank_that_is_stopped_or_ends_while_ranks_find_each_other() -> None:
+    ranks = [JoiningRank(rank, 3) for rank in range(3)]
+    ranks[1].process = "stopped"
+    assert joining_verdict(ranks, CERTAIN_S - 0.5) is None
+    assert found(joining_verdict(ranks, CERTAIN_S + 0.5)) == ("stopped", (1,))
+    ranks[1].end("has ended with ValueError: no such interface")
+    ranks[1].gone_s = 1.5
+    assert found(joining_verdict(ranks, CERTAIN_S + 0.5)) == ("gone", (1,))
+
+
+def test_ranks_of_worlds_of_other_sizes() -> None:
+    ranks = [JoiningRank(rank, 4 if rank == 2 else 3) for rank in range(3)]
+    verdict = joining_verdict(ranks, 0.5)
+    assert found(verdict) == ("diverged", (2,)) and verdict is not None
+    assert (verdict.theirs, verdict.peers) == ("init_process_group of 4 ranks", "init_process_group of 3 ranks")
+
+
+def test_who_makes_its_group_anew_is_waited_for_as_at_first() -> None:
+    ranks = [JoiningRank(rank, 2) for rank in range(2)]
+    for one in ranks:
+        one.leave()
+    ranks[0].journal.issue(1, 2, joining_digest(2), 0)
+    assert joining_verdict(ranks, JOINING_S - 1, size=2) is None
+    assert found(joining_verdict(ranks, JOINING_S + 1, size=2)) == ("late", (1,))
+
+
+def test_a_rank_that_is_stopped_in_what_others_are_in() -> None:
+    ranks = ranks_of(3)
+    for one in ranks:
+        one.issue(REDUCE)
+    ranks[2].process = "stopped"
+    assert verdict_on(ranks) is None
+    assert found(verdict_on(ranks, later_s=2)) == ("stopped", (2,))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import msgspec
 import pytest
 from ledger_ranks import Clock, WritingRank
 
 from phalanx.ledger import watcher
-from phalanx.ledger.journal import JOURNAL_BYTES
+from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
+from phalanx.ledger.judge import judge
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
 REDUCE = "all_reduce float32 [3, 72]"
@@ -95,6 +101,61 @@ def test_so_has_a_collective_that_all_have_come_to(watched: Watched) -> None:
     assert found is not None and (found.cause, found.culprits, found.group) == ("hung", (), "tp@0")
 
 
+@pytest.mark.parametrize("starving", [0.0, 1.0])
+def test_how_long_steps_take_is_no_excuse_for_who_does_not_begin_one(watched: Watched, starving: float) -> None:
+    for rank in watched.ranks:
+        rank.begin(2)
+    watched.clock.pass_s(2.0)
+    watched.end_step()
+    assert watched.verdict(0.5) is None
+    watched.ranks[0].begin(3, num_tokens=512)
+    watched.ranks[0].issue("tp@0", REDUCE)
+    found = watched.verdict(LEAST_S + 0.5, starving)
+    assert (found is None) if starving else (found is not None and (found.cause, found.culprits) == ("behind", (1,)))
+
+
+def test_who_is_in_a_step_has_the_time_that_steps_take(watched: Watched) -> None:
+    for rank in watched.ranks:
+        rank.begin(2)
+    watched.clock.pass_s(2.0)
+    watched.end_step()
+    assert watched.verdict(0.5) is None
+    watched.step(3, [0])
+    watched.ranks[1].begin(3)
+    assert watched.verdict(10.0) is None
+
+
+def test_a_step_that_nobody_needs_a_rank_in(watched: Watched) -> None:
+    watched.ranks[0].begin(2)
+    watched.ranks[0].end()
+    assert watched.verdict(LEAST_S - 0.2) is None
+    found = watched.verdict(0.5)
+    assert found is not None and (found.cause, found.culprits, found.step) == ("behind", (1,), 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_has_not_begun_its_journal(number: signal.Signals) -> None:
+    """Killed, it is its parent that says so: it may as well have told what is wrong."""
+    with ExitStack() as stack:
+        segment = stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal"))
+        prepare_journal(segment.buf)
+        process = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+        stack.callback(process.kill)
+        order = WatchedRank(rank=3, node="alpha", groups=("",), journal=segment.handle)
+        seen = stack.enter_context(Watcher(WatchOrder(ranks=(order,), groups={})))
+        assert seen.look(0).ranks == {}
+        note_process(segment.buf, process.pid, Party.of("rank 3", process.pid).start_time)
+        process.send_signal(number)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        look = seen.look(0)
+        verdict = judge(look)
+    if number == signal.SIGKILL:
+        assert verdict is None and look.ranks[3].process == "ended"
+    else:
+        assert verdict is not None and (verdict.cause, verdict.culprits) == ("stopped", (3,))
+        assert verdict.what == "is stopped by a signal, while starting"
+
+
 def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
     read = watched.count_reads()
     for number in range(2, 42):
@@ -121,4 +182,19 @@ def test_all_are_read_at_once_when_one_has_ended(watched: Watched) -> None:
     read = watched.count_reads()
     watched.step(3)
     watched.verdict(LOOK_S, has_ended=True)
+    assert read == [1, 1]
+
+
+def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody is woken by its beginning."""
+    watched.step(2)
+    watched.end_step()
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    one = watched._watcher._ranks[1]
+    assert one._entries is not None
+    monkeypatch.setattr(one, "_entries", msgspec.structs.replace(one._entries, device=DeviceMarks(0, 0, 0)))
+    monkeypatch.setattr(watcher, "_process_of", lambda entries: "running" if entries.device is None else "gone")
+    watched.step(3)
+    watched.verdict(LOOK_S)
     assert read == [1, 1]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from shared_memory_names import new_names
 
 from phalanx.errors import FrameError
-from phalanx.memory.arena import ALIGNMENT, SEGMENT_BYTES, Arena
+from phalanx.memory.arena import Arena
 from phalanx.memory.held import HeldMemory, decode_held, encode_held
+from phalanx.memory.host_segments import ALIGNMENT, SEGMENT_BYTES
 
 CPU = torch.device("cpu")
 shapes = st.lists(st.integers(0, 40), min_size=0, max_size=3).map(tuple)

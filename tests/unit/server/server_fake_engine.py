@@ -66,7 +66,8 @@ class FakeEngine:
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
         self.replica_states = (ReplicaState(replica=0, state="serving", num_requests=0),)
-        self.resizes: list[tuple[int, list[int], float]] = []
+        self.resizes: list[tuple[int | None, list[int], float]] = []
+        self.tensor_parallel_sizes: list[int] = []
         self.resized = asyncio.Event()
         self.refuses_resize: Exception | None = None
         self.resize_fails: Exception | None = None
@@ -99,10 +100,17 @@ class FakeEngine:
         return self.replica_states
 
     async def begin_resize(
-        self, data_parallel_size: int, *, leaving: Sequence[int] = (), drain_timeout_s: float = 30.0
+        self,
+        data_parallel_size: int | None = None,
+        *,
+        tensor_parallel_size: int | None = None,
+        leaving: Sequence[int] = (),
+        drain_timeout_s: float = 30.0,
     ) -> asyncio.Task[None]:
         if self.refuses_resize is not None:
             raise self.refuses_resize
+        if tensor_parallel_size is not None:
+            self.tensor_parallel_sizes.append(tensor_parallel_size)
         self.resizes.append((data_parallel_size, list(leaving), drain_timeout_s))
 
         async def resize() -> None:

@@ -9,7 +9,7 @@ import pytest
 from server_rig import Rig, in_loop
 
 from phalanx.engine.engine import ReplicaState
-from phalanx.errors import ConfigError, ResizeError, ResizeUnderWayError
+from phalanx.errors import ConfigError, ResizeError, ResizeRefusedError, ResizeUnderWayError
 
 
 def two_replicas(rig: Rig) -> None:
@@ -53,6 +53,20 @@ async def test_a_resize_is_begun_and_followed() -> None:
     assert found["resize"].items() >= {"id": 1, "size_before": 2, "data_parallel_size": 3, "state": "running"}.items()
     rig.engine.resized.set()
     assert (await until_over(rig))["state"] == "done"
+    metrics = (await rig.client.get("/metrics")).text
+    assert 'phalanx_resizes_total{outcome="done"} 1.0' in metrics and "phalanx_resize_last_seconds " in metrics
+
+
+@in_loop
+async def test_only_the_tensor_parallel_size() -> None:
+    rig = Rig()
+    answer = await rig.client.post("/scale", json={"tensor_parallel_size": 2})
+    assert answer.status_code == 202 and rig.engine.resizes == [(None, [], 30.0)]
+    assert rig.engine.tensor_parallel_sizes == [2]
+    told = answer.json()["resize"]
+    assert (told["size_before"], told["data_parallel_size"], told["tensor_parallel_size"]) == (1, 1, 2)
+    rig.engine.resized.set()
+    await until_over(rig)
 
 
 @in_loop
@@ -93,7 +107,8 @@ async def test_cancelled() -> None:
     ("error", "status", "word"),
     [
         (ConfigError("data_parallel_size", 2, "there are 2 cores"), 400, "there are 2 cores"),
-        (ResizeUnderWayError(1, 2), 409, "from 1 to 2 replicas is under way"),
+        (ResizeUnderWayError("1", "2 replicas"), 409, "from 1 to 2 replicas is under way"),
+        (ResizeRefusedError("the engine is being started again"), 409, "is being started again"),
     ],
 )
 def test_what_the_engine_refuses(error: Exception, status: int, word: str) -> None:
@@ -114,7 +129,8 @@ def test_what_the_engine_refuses(error: Exception, status: int, word: str) -> No
     [
         ("/scale", {}, "data_parallel_size"),
         ("/scale", {"data_parallel_size": 0}, "data_parallel_size"),
-        ("/scale", {"data_parallel_size": 2, "tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ("/scale", {"data_parallel_size": 2, "pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ("/scale", {"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ("/scale", {"data_parallel_size": 2, "drain_timeout_s": -1}, "drain_timeout_s"),
         ("/scale", {"data_parallel_size": 1, "leaving": [-1]}, "leaving[0]"),
         ("/drain", {"replica": "first"}, "replica"),

@@ -17,6 +17,7 @@ from phalanx.config import Config
 from phalanx.executor.presence import open_outlets
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.ending import living
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
 from phalanx.executor.watching import Watching, dump_order, make_journals, start_watching
@@ -51,7 +52,9 @@ def keep_ledger(
 
     None, with a warning, if it cannot be started: the ranks do without.
     """
-    journals = make_journals([rank.rank for rank in crew.placed if rank.is_driver_node], resources)
+    here = [rank for rank in crew.placed if rank.is_driver_node]
+    processes = {rank.rank: party for rank in here for party in living([rank.pid], f"rank {rank.rank}")}
+    journals = make_journals([rank.rank for rank in here], resources, processes)
     names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
     remote = crew.ranks_of_agents()
     order = WatchOrder(

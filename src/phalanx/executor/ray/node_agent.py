@@ -18,6 +18,7 @@ from phalanx.executor.ray.node_ledger import report_node
 from phalanx.executor.ray.rank_actor import introduction
 from phalanx.transport.liveness import Party
 from phalanx.transport.relay import NodeRelay
+from phalanx.transport.shared_memory import SegmentHandle
 
 FAREWELL_S = 0.5
 """For Ray to take the answer along before the process ends."""
@@ -62,7 +63,10 @@ class NodeAgent:
             source_address=told.own_address,
         )
         queues = tuple(relay.handle(rank) for rank in told.ranks)
-        journals = report_node(told, told.report, self._resources) if told.report is not None else {}
+        journals: dict[int, SegmentHandle] = {}
+        if told.report is not None:
+            processes = dict(zip(told.ranks, self._ranks, strict=True))
+            journals = report_node(told, told.report, processes, self._resources)
         return NodeReady(queues, tuple(groups), journals)
 
     def run(self) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from phalanx.executor.ray.messages import NodeOrder, NodeReport
 from phalanx.executor.watching import make_journals, start_watching
 from phalanx.ledger.reporting import ReportOrder
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle
 
 
-def report_node(told: NodeOrder, report: NodeReport, resources: ExitStack) -> dict[int, SegmentHandle]:
-    """A node's journals, by rank, and its watcher. All of it ends with `resources`.
+def report_node(
+    told: NodeOrder, report: NodeReport, processes: Mapping[int, Party], resources: ExitStack
+) -> dict[int, SegmentHandle]:
+    """A node's journals, by rank, and its watcher. All of it ends with `resources`. `processes`: by rank.
 
     None, with a warning, if there is no memory for them.
     """
-    journals = make_journals(told.ranks, resources)
+    journals = make_journals(told.ranks, resources, processes)
     if not journals:
         return journals
     ranks = [

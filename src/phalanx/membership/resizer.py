@@ -1,0 +1,288 @@
+"""A line of another size, prepared by a thread of its own beside the line that serves, until it takes over.
+
+It shares nothing with the line that serves but the host: it has processes, groups, weights and a KV cache of its own.
+So to undo a resize is to end that line, in whichever state it is; the line that serves never hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+
+from phalanx.config import Config
+from phalanx.errors import ConfigError, DeadlineError, PhalanxError
+from phalanx.executor.executor import Executor
+from phalanx.executor.pending import Pending
+from phalanx.executor.start import Capacity, settle
+from phalanx.membership.lines import Interruption, Line, Lines, end
+from phalanx.membership.memory import FormationMemory
+from phalanx.membership.recovery import forget_locals
+from phalanx.membership.resize import Resize, Resizing, Size
+from phalanx.membership.room import check_devices, check_memory
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.protocol import Ping, ReplyBody, StartProgress
+
+END_DEADLINE_S = 30.0
+ANSWER_S = 2.0
+"""For a sign of life of a line that has just been made ready."""
+
+RESIZE_HOOK = "reinitialize_distributed"
+"""What a worker extension may declare, to be called on the ranks of a line of another size."""
+
+log = logging.getLogger("phalanx.membership")
+
+
+class NextLine(NamedTuple):
+    """A line of the size asked for, and what lines after it are started with."""
+
+    config: Config
+    """Settled."""
+    line: Line
+    capacity: Capacity
+    memory: FormationMemory
+    """What it leaves."""
+
+    def close(self) -> None:
+        """End it. Raises DeadlineError."""
+        with ExitStack() as stack:
+            stack.callback(self.memory.close)
+            stack.callback(end, self.line)
+
+
+NextWork = Callable[[NextLine], Callable[[], None] | None]
+"""What a line that could step is to do before it takes over, in the thread that has prepared it; None if nothing."""
+
+
+def nothing_to_do(_: NextLine) -> None:
+    """It takes over as soon as it can."""
+
+
+class Preparation:
+    """A start of a line, and what it then does before it takes over, in a thread of its own. Belongs to one thread."""
+
+    def __init__(self, prepare: Callable[[Preparation], NextLine]) -> None:
+        self.interruption = Interruption()
+        self.has_room = threading.Event()
+        self.progress: StartProgress | None = None
+        """What one of its ranks has said last."""
+        self._started: NextLine | None = None
+        self._awaits_work = threading.Event()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._prepared: Future[NextLine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(prepare,), name="phalanx-resizing", daemon=True)
+        self._ending: threading.Thread | None = None
+        self._thread.start()
+
+    def go_on(self, next_work: NextWork) -> None:
+        """Ask for the next work, if the line could do some."""
+        if self._awaits_work.is_set() and self._started is not None:
+            self._awaits_work.clear()
+            self._work.put(next_work(self._started))
+
+    def is_over(self, timeout_s: float) -> bool:
+        """Whether it has come to its end, by then: the line may take over, or there is none."""
+        with suppress(TimeoutError):
+            self._prepared.exception(timeout_s)
+            return True
+        return False
+
+    def result(self) -> NextLine:
+        """When it is over. Raises what it has failed with."""
+        return self._prepared.result(0.0)
+
+    def report(self, progress: StartProgress) -> None:
+        """What a rank says."""
+        self.progress = progress
+
+    def discard(self) -> None:
+        """End it, whatever has come of it, in the background."""
+        assert self._ending is None
+        self.interruption.begin()
+        self._work.put(None)
+        self._ending = threading.Thread(target=self._end, name="phalanx-undoing", daemon=True)
+        self._ending.start()
+
+    def is_gone(self, timeout_s: float) -> bool:
+        """Whether nothing is left of what was discarded, by then."""
+        assert self._ending is not None
+        self._ending.join(timeout_s)
+        return not self._ending.is_alive()
+
+    def _run(self, prepare: Callable[[Preparation], NextLine]) -> None:
+        try:
+            with ExitStack() as undo:
+                self._started = prepare(self)
+                undo.callback(self._started.close)
+                while (work := self._next_work()) is not None:
+                    work()
+                undo.pop_all()
+            self._prepared.set_result(self._started)
+        except BaseException as error:  # whatever it is, who waits has to be told
+            if not isinstance(error, PhalanxError):
+                log.exception("a line of another size cannot be prepared")
+            self._prepared.set_exception(error)
+
+    def _next_work(self) -> Callable[[], None] | None:
+        self._awaits_work.set()
+        return self._work.get()
+
+    def _end(self) -> None:
+        try:
+            self.interruption.end(self._thread)
+            if (error := self._prepared.exception(0.0)) is None:
+                self._prepared.result(0.0).close()
+            forget_locals(error)
+        except DeadlineError as error:  # nobody waits for it any longer; it ends with the engine
+            log.error("of a resize that was undone: %s", error)
+
+
+class Resizer:
+    """Of one formation. Belongs to its thread, but for `fault` and `healed`."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, lines: Lines) -> None:
+        """`config`, settled, is that of the line that serves."""
+        self._config = config
+        self._checkpoint = checkpoint
+        self._lines = lines
+        parallel = config.parallel
+        self._resizing = Resizing(Size(parallel.data_parallel_size, parallel.tensor_parallel_size))
+        self._preparation: Preparation | None = None
+        self._next_work: NextWork = nothing_to_do
+        self._answer: Pending[list[ReplyBody]] | None = None
+
+    @property
+    def progress(self) -> StartProgress | None:
+        """What a rank of the line that is prepared has said last."""
+        return None if self._preparation is None else self._preparation.progress
+
+    def begin(self, asked: Size, capacity: Capacity, pids: Iterable[int], next_work: NextWork) -> Resize:
+        """Have a line of this size prepared. `capacity` and `pids` are of the line that serves. Blocks for nobody.
+
+        Requests may then be as long as now. Raises ConfigError for what the model cannot do and where devices are
+        missing, ResizeRefusedError while another one is under way, or a fault is healed.
+        """
+        self._resizing.check()
+        config = self._config_of(asked, capacity.max_model_len)
+        check_devices(config, self._resizing.size)
+        resize = self._resizing.begin(asked)
+        log.info("resize from %s to %s: ranks are prepared beside those that serve", resize.before, asked)
+        self._answer, self._next_work = None, next_work
+        self._preparation = Preparation(partial(self._prepare, config, resize, tuple(pids)))
+        return resize
+
+    def follow(self, timeout_s: float = 0.0) -> None:
+        """Take note of what has come of the resize that is under way; waits for news for `timeout_s` at most."""
+        resize, preparation = self._resizing.current, self._preparation
+        if resize is None or preparation is None:
+            return
+        if resize.state == "undoing":
+            if preparation.is_gone(timeout_s):
+                self._undone()
+            return
+        if preparation.has_room.is_set():
+            self._resizing.has_room()
+        preparation.go_on(self._next_work)
+        if preparation.is_over(timeout_s):
+            self._ask_for_a_sign_of_life(preparation)
+
+    def cancel(self) -> bool:
+        """Undo it. False if it is too late, or none is under way."""
+        if not self._resizing.cancel():
+            return False
+        self._discard()
+        return True
+
+    def commit(self) -> NextLine:
+        """The line that is ready serves from now on."""
+        assert self._preparation is not None
+        self._resizing.commit()
+        taken, self._preparation = self._preparation.result(), None
+        self._config = taken.config
+        return taken
+
+    def fault(self, error: Exception) -> None:
+        """The line that serves has failed, and is healed: a resize gives way. May be called more than once."""
+        undoes = self._resizing.current is not None and self._resizing.current.state != "undoing"
+        self._resizing.fault(error)
+        if undoes:
+            self._discard()
+
+    def healed(self) -> None:
+        self._resizing.healed()
+
+    def close(self) -> None:
+        """End what is being prepared."""
+        self.cancel()
+        if self._preparation is not None and not self._preparation.is_gone(END_DEADLINE_S):
+            log.error("the end of a resize took longer than %g s", END_DEADLINE_S)
+        self._preparation = None
+
+    def _config_of(self, asked: Size, max_model_len: int) -> Config:
+        """Settled. Raises ConfigError."""
+        parallel = msgspec.structs.replace(
+            self._config.parallel,
+            data_parallel_size=asked.data_parallel_size,
+            tensor_parallel_size=asked.tensor_parallel_size,
+        )
+        if parallel.engine_size < parallel.world_size:
+            allowed = "1 without enable_expert_parallel: such replicas are engines of their own"
+            raise ConfigError("data_parallel_size", asked.data_parallel_size, allowed)
+        model = msgspec.structs.replace(self._config.model, max_model_len=max_model_len)
+        config = msgspec.structs.replace(self._config, parallel=parallel, model=model)
+        config.refuse_contradictions()
+        return settle(config, self._checkpoint)
+
+    def _prepare(self, config: Config, resize: Resize, pids: Iterable[int], preparation: Preparation) -> NextLine:
+        """In the thread of the preparation."""
+        check_memory(config, resize.before, pids)
+        preparation.has_room.set()
+        # Of experts that move nobody knows, after a fault, which are where.
+        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
+        with ExitStack() as undo:
+            undo.callback(memory.close)
+            line, capacity = self._lines.start(preparation.report, config=config, interruption=preparation.interruption)
+            undo.callback(end, line)
+            memory.take(line.told)
+            if config.executor.worker_extension_cls is not None:
+                _tell_extension(line.executor, resize.before)
+            undo.pop_all()
+            return NextLine(config, line, capacity, memory)
+
+    def _ask_for_a_sign_of_life(self, preparation: Preparation) -> None:
+        """Ranks of a line that is ready may die like any others. Waits for nobody."""
+        try:
+            executor = preparation.result().line.executor
+            self._answer = self._answer or executor.submit(Ping(), deadline_s=ANSWER_S)
+            if self._answer.done():
+                self._resizing.prepared()
+        except Exception as error:  # whatever it is, the line that serves goes on, and who waits has to be told
+            self._resizing.failed(error)
+            self._discard()
+
+    def _discard(self) -> None:
+        assert self._preparation is not None
+        self._preparation.discard()
+
+    def _undone(self) -> None:
+        resize, self._preparation = self._resizing.current, None
+        self._resizing.undone()
+        assert resize is not None
+        log.warning("resize from %s to %s: %s%s", resize.before, resize.asked, resize.state, _because(resize.error))
+
+
+def _tell_extension(executor: Executor, before: Size) -> None:
+    """Call the extension's hook, if it declares one. Raises what a method does."""
+    if executor.collective_rpc("declares", [RESIZE_HOOK], unique_reply_rank=0):
+        executor.collective_rpc(RESIZE_HOOK, kwargs=before._asdict())
+
+
+def _because(error: Exception | None) -> str:
+    return "" if error is None else f": {error}"

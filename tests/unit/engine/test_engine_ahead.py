@@ -1,0 +1,84 @@
+"""What is computed on workers of another number before they take over need not be computed after that."""
+
+from __future__ import annotations
+
+import pytest
+from engine_brain_rig import Rig
+
+from phalanx.engine.ahead import MOST_PASSES, Ahead
+from phalanx.protocol import NewRequest, as_ints
+
+BLOCK_SIZE = 4
+
+
+def running(num_requests: int, *, num_tokens: int, **settings: int) -> Rig:
+    """A rig in the midst of so many requests."""
+    rig = Rig(block_size=BLOCK_SIZE, max_num_seqs=8, num_blocks=128, max_model_len=256, **settings)  # type: ignore[arg-type]
+    for first in range(num_requests):
+        rig.submit(range(10 + first, 10 + first + num_tokens), max_tokens=60, ignore_eos=True)
+    while min(len(client.output) for client in rig.clients.values()) < 3:
+        rig.step()
+    return rig
+
+
+def brought(rig: Rig) -> list[NewRequest]:
+    """By the next step."""
+    rig.step()
+    return [new for plan in rig.executor.steps[-2].plans + rig.executor.steps[-1].plans for new in plan.new]
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+def test_only_the_rest_is_computed_after_the_switch(num_replicas: int) -> None:
+    rig = running(4, num_tokens=30, data_parallel_size=2)
+    rig.resize(data_parallel_size=num_replicas, num_passes=1)
+    news = brought(rig)
+    assert len(news) == 4
+    for new in news:
+        assert len(as_ints(new.token_ids)) - new.num_computed <= BLOCK_SIZE
+    rig.finish()
+
+
+def test_what_has_come_meanwhile_takes_another_pass() -> None:
+    rig = running(4, num_tokens=30)
+    rig.resize(data_parallel_size=2, num_passes=2, meanwhile=rig.step)
+    assert all(len(as_ints(new.token_ids)) - new.num_computed <= BLOCK_SIZE + 1 for new in brought(rig))
+    rig.finish()
+
+
+def test_without_it_everything_is() -> None:
+    rig = running(4, num_tokens=30)
+    rig.resize(data_parallel_size=2)
+    assert all(new.num_computed == 0 for new in brought(rig))
+    rig.finish()
+
+
+def test_totals_are_those_of_the_requests() -> None:
+    rig = running(2, num_tokens=10, data_parallel_size=2)
+    before = rig.brain.stats()
+    rig.resize(data_parallel_size=2, num_passes=3)
+    after = rig.brain.stats()
+    assert [one.num_generated_tokens for one in after.replicas] == [one.num_generated_tokens for one in before.replicas]
+    assert [one.num_steps for one in after.replicas] == [one.num_steps for one in before.replicas]
+
+
+def test_a_cache_that_is_too_small_for_all() -> None:
+    rig = running(6, num_tokens=40)
+    rig.resize(num_blocks=70, num_passes=2)
+    rig.finish()
+
+
+def test_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if requests make tokens faster than they can be computed."""
+    monkeypatch.setattr("phalanx.engine.ahead.ENOUGH_S", -1.0)
+    rig = running(1, num_tokens=10)
+    sizes = {"num_blocks": rig.num_blocks, "max_model_len": rig.max_model_len}
+    ahead = Ahead(rig.brain.scheduler_for(rig.config, 2, **sizes))
+    num_passes = 0
+    while not ahead.is_enough:
+        ahead.run(rig.executor)
+        num_passes += 1
+    assert num_passes == MOST_PASSES
+    monkeypatch.setattr("phalanx.engine.ahead.ENOUGH_S", 1000.0)
+    once = Ahead(rig.brain.scheduler_for(rig.config, 2, **sizes))
+    once.run(rig.executor)
+    assert once.is_enough
