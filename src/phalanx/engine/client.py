@@ -78,7 +78,6 @@ class EngineClient:
 
     def __init__(self, config: Config, incarnation: Incarnation, front: Front, start_again: StartAgain) -> None:
         """Use `start`."""
-        self._config = config
         self.info = incarnation.info
         self.front = front
         self.tokenizer = front.tokenizer
