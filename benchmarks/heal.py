@@ -1,12 +1,13 @@
 """What clients see of a fault: the longest gap between two tokens, per kind of fault, with and without a standby line.
 
     python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--device cpu]
-                              [--peer-python PATH]
+                              [--launcher ray] [--peer-python PATH]
 
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
-standby line, the next fault comes when the next one is ready, and how long that takes is told as well.
+standby line, the next fault comes when the next one is ready, and how long that takes is told as well. With Ray, one of
+its own on this host, there is none.
 
 With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
@@ -260,6 +261,7 @@ def measure_peer(server: Server, num_streams: int, num_tokens: int, num_ranks: i
 @click.option("--streams", "num_streams", default=4, show_default=True)
 @click.option("--tokens", "num_tokens", default=300, show_default=True)
 @click.option("--faults", "num_faults", default=20, show_default=True, help="Of each kind.")
+@click.option("--launcher", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
@@ -273,6 +275,7 @@ def main(
     num_streams: int,
     num_tokens: int,
     num_faults: int,
+    launcher: str,
     seed: int,
     device: str,
     dtype: str,
@@ -286,10 +289,11 @@ def main(
         model, logs = model or write_checkpoint(Path(folder) / "model"), logs or Path(folder)
         logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
-        for standby in (0, 1):
+        for standby in (0, 1) if launcher == "local" else (0,):
             log = logs / f"standby{standby}.log"
             options = ["--allow-chaos", "--standby", str(standby), "--device", device, "--max-model-len", "512"]
-            options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", "local"]
+            options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", launcher]
+            options += ["--ray-address", "local"] if launcher == "ray" else []
             with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
                 click.echo(f"--standby {standby}: ready to serve after {await_serving(server.url):.1f} s")
                 num_bad += measure(

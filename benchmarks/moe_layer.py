@@ -122,9 +122,11 @@ def install(module: Any) -> None:
     if module.down_proj.device.type == "cuda":
         install_groups(module)
         return
-    for linear in install_products("experts", module).linears.values():
-        if can_pack(module.down_proj.dtype, module.down_proj.device):
+    products = install_products("experts", module)
+    if can_pack(module.down_proj.dtype, module.down_proj.device):
+        for linear in products.linears.values():
             linear.pack()
+        products.compile()
 
 
 def on_one_of_two(module: Any, mine: Span) -> Callable[[Input], Tensor]:

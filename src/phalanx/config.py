@@ -242,13 +242,13 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
 class HealingConfig(Section, frozen=True, kw_only=True):
     heal: bool = True
-    """With launcher local: when a rank dies, is stopped, hangs, diverges or fails, end all ranks and go on with new
-    ones. Requests only pause, and no token is lost or sent twice. Without it, the first fault ends the engine."""
+    """When a rank dies, is stopped, hangs, diverges or fails, end all ranks and go on with new ones. Requests only
+    pause, and no token is lost or sent twice. Without it, the first fault ends the engine."""
 
     standby: Standbys = 0
     """1 keeps a second set of ranks ready behind the one that computes, so that a fault costs a fraction of a second
     instead of a start. It takes a second set of processes on the same weights and KV cache, and 1.5 GiB or more of each
-    GPU."""
+    GPU; not with launcher ray."""
 
     heal_timeout_s: Seconds = 120.0
     """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""
@@ -355,6 +355,9 @@ class Config(Section, frozen=True, kw_only=True):
         self._refuse_local_replicas()
         if self.healing.standby and not self.healing.heal:
             raise ConfigError("standby", self.healing.standby, "only with heal")
+        if self.healing.standby and self.executor.launcher == "ray":
+            allowed = "0 with launcher ray: a second line of ranks would need bundles of its own"
+            raise ConfigError("standby", self.healing.standby, allowed)
         if self.healing.standby and self.executor.device == "cuda" and parallel.enable_eplb:
             reason = "0 with enable_eplb on GPUs: experts move, so that each line would have weights of its own"
             raise ConfigError("standby", self.healing.standby, reason)
@@ -425,14 +428,10 @@ class Config(Section, frozen=True, kw_only=True):
             yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
 
     def _healing_without_effect(self) -> Iterator[tuple[str, str]]:
-        launcher = self.executor.launcher
-        for name in ("standby", "heal_timeout_s"):
-            if getattr(self.healing, name) == getattr(HealingConfig(), name):
-                continue
-            if launcher != "local":
-                yield name, f"with launcher {launcher} a fault ends the engine; with local it heals"
-            elif not self.healing.heal:
-                yield name, "nothing is to heal"
+        if self.healing.heal_timeout_s != HealingConfig().heal_timeout_s and not self.healing.heal:
+            yield "heal_timeout_s", "nothing is to heal"
+        if self.healing.standby and self.executor.launcher == "inline":
+            yield "standby", "one rank in the engine's process has no second one behind it; with launcher local it has"
 
 
 def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:

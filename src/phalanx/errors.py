@@ -154,7 +154,14 @@ class DivergedError(PhalanxError):
 
 
 class HungError(PhalanxError):
-    """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not."""
+    """Ranks can never meet again. The message is the verdict: which rank, in which step, did what its peers did not.
+
+    `cause` is the verdict's (ledger/verdict.py); empty if it is not known.
+    """
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class DriverError(PhalanxError):

@@ -19,6 +19,7 @@ import msgspec
 from phalanx.config import Config, ExecutorConfig
 from phalanx.engine.admission import check_request, fitted, refusal, typed
 from phalanx.engine.balancing import Balancing
+from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.maintenance import TURN_S, Maintenance
@@ -39,8 +40,8 @@ from phalanx.errors import (
     UserError,
 )
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.formation import OF_EVERY_WORKER, start_formation
-from phalanx.membership.recovery import forget_locals
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     FIRST_WEIGHTS_VERSION,
@@ -391,15 +392,14 @@ class LLM:
 
     def _step(self) -> TokenBatch | None:
         """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
+        num_before = self._brain.num_steps
         try:
             batch = self._brain.step()
         except PhalanxError as error:
-            if not self._formation.heals(error):
-                raise
-            epoch, keeps_cache = self._formation.heal(error)
-            self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            self._heal(error)
             return None
-        self._formation.progressed()
+        if self._brain.num_steps > num_before:
+            self._formation.progressed()
         return batch
 
     def _maintain(self, order: MaintenanceOrder) -> None:
@@ -424,11 +424,15 @@ class LLM:
         try:
             return self._maintenance.turn()
         except PhalanxError as error:
-            if not self._formation.heals(error):
-                raise
-            epoch, keeps_cache = self._formation.heal(error)
-            self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            self._heal(error)
             return self._maintenance.ranks_replaced()
+
+    def _heal(self, error: PhalanxError) -> None:
+        """Have other ranks go on from what is committed. Raises what cannot be healed."""
+        if not self._formation.heals(error):
+            raise error
+        epoch, keeps_cache = self._formation.heal(error)
+        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
 
     def _submit_next(self, work: Work) -> None:
         for submit in work.take_next():
@@ -439,7 +443,8 @@ class LLM:
 
     def _come_back(self, error: Exception, work: Work) -> None:
         """Load the model again, for the requests to go on. Raises the last error if it cannot be."""
-        work.engine_ended(_said(error))
+        is_from_outside = isinstance(error, PhalanxError) and came_from_outside(error)
+        work.engine_ended(_said(error), is_from_outside=is_from_outside)
         has_model = True
         while (delay_s := self._restarts.next_delay_s(time.monotonic())) is not None:
             log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))

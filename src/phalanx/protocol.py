@@ -136,12 +136,16 @@ class Submit(Message, frozen=True):
 
     `output_token_ids` is what another engine has made of it before: this one goes on with the next token. A client that
     may have to do so chooses the seed itself.
+
+    `is_rehearsal`: it asks for one token, which nobody wants, so that the prompt comes to be in the prefix cache. It
+    counts for no token.
     """
 
     request_id: int
     prompt_token_ids: Ints
     sampling: SamplingParams
     output_token_ids: Ints = b""
+    is_rehearsal: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -363,6 +367,8 @@ class FormationStats(msgspec.Struct, frozen=True):
     """Standby lines that did not come up, or did not last."""
     last_pause_s: float
     """From the last fault to a line that takes steps; 0 before the first."""
+    last_fault: str = ""
+    """What ended a line last, in words that begin with who is to blame, if anybody is; empty before the first."""
 
 
 MaintenancePhase = Literal["reading", "waiting for requests", "switching", "falling asleep", "asleep", "waking"]

@@ -61,10 +61,10 @@ class ClusterServer:
             return self._client.get("/metrics").text
 
     def node_of(self, rank: int) -> str:
-        """The name of the node that a rank runs on."""
-        found = re.search(rf"rank {rank} is on (\w+)", self.log)
-        assert found is not None, self.log
-        return found[1]
+        """The name of the node that a rank runs on, by now."""
+        found = re.findall(rf"rank {rank} is on (\w+)", self.log)
+        assert found, self.log
+        return str(found[-1])
 
     def complete(self, prompt: list[int], max_tokens: int) -> list[str]:
         """Greedy tokens, as the API names them."""

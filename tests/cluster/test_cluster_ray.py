@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from formation_rig import Rig
 
 ray = pytest.importorskip("ray")
 
@@ -25,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 from phalanx import LLM  # noqa: E402
 from phalanx.cli import main  # noqa: E402
 from phalanx.config import Config  # noqa: E402
-from phalanx.errors import ConfigError, PeerDiedError, PlacementError, StartError, WorkerError  # noqa: E402
+from phalanx.errors import ConfigError, HungError, PeerDiedError, PlacementError, StartError, WorkerError  # noqa: E402
 from phalanx.executor.ray.calls import answers_to  # noqa: E402
 from phalanx.executor.ray.discovery import running_rays  # noqa: E402
 from phalanx.executor.ray.messages import NodeOrder  # noqa: E402
@@ -33,6 +34,7 @@ from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
 from phalanx.protocol import SamplingParams  # noqa: E402
 from phalanx.testing.checkpoints import write_checkpoint  # noqa: E402
+from phalanx.testing.faults import Fault  # noqa: E402
 from phalanx.transport.keys import RunKey  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -132,7 +134,7 @@ def test_the_ledger_on_one_node(
     cluster: None, checkpoint: Path, expected: Tokens, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One process more than without it, which sees all ranks itself."""
-    with on_ray(checkpoint) as llm:
+    with on_ray(checkpoint, heal=False) as llm:  # or a rank that was stopped would not be waited for
         (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watching" in one.cmdline()]
         victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGSTOP)
@@ -272,10 +274,12 @@ def test_the_current_placement_group(cluster: None, checkpoint: Path, expected: 
 
 def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
     agent: Any = ray.remote(NodeAgent).options(num_cpus=0).remote()
+    rank = subprocess.Popen(["sleep", "60"])
     order = NodeOrder(
+        epoch=1,
         name="beta",
         ranks=(1,),
-        pids=(os.getpid(),),
+        pids=(rank.pid,),
         brain_address="127.0.0.1",
         brain_port=1,  # nobody listens there
         own_address="127.0.0.1",
@@ -283,6 +287,7 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
         deadline_s=5.0,
         groups=(),
         report=None,
+        stay_s=1.0,
     )
     call = agent.prepare.remote(msgspec.msgpack.encode(order))
     try:
@@ -290,12 +295,15 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
             StartError, match=r"^agent of beta did not start: the link to 127\.0\.0\.1 port 1 .*refused"
         ):
             answers_to({call: "agent of beta"}, "linking", 20.0)
+        assert rank.wait(GONE_WITHIN_S) == -signal.SIGKILL, "it is of no use, and is not left"
     finally:
+        rank.kill()
+        rank.wait()
         ray.kill(agent)
 
 
 def test_a_killed_rank_is_named_with_its_log(cluster: None, checkpoint: Path) -> None:
-    with on_ray(checkpoint) as llm:
+    with on_ray(checkpoint, heal=False) as llm:
         victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
@@ -312,6 +320,20 @@ def test_a_rank_that_cannot_start_ends_the_start_with_its_error(
     (tmp_path / "transformers.py").write_text("raise RuntimeError('no transformers today')")
     with pytest.raises(WorkerError, match=r"rank \d on .*: RuntimeError: no transformers today"):
         on_ray(checkpoint, ray_runtime_env=environment)
+
+
+def test_faults_are_healed(cluster: None, checkpoint: Path, tmp_path: Path) -> None:
+    """On the memory of the ranks before, and from the checkpoint."""
+    rig = Rig(checkpoint, tmp_path / "report", launcher="ray", tensor_parallel_size=2)
+    try:
+        assert rig.run_with(Fault(kind="stop", rank=0)) == rig.expected
+        assert rig.stats().healed == {"new line": 1}
+        rig.formation._recovery._memory.drop()  # type: ignore[union-attr]
+        assert rig.run_with(Fault(kind="error", rank=1)) == rig.expected
+        assert rig.stats().healed == {"new line": 1, "checkpoint": 1} and not rig.stats().failed
+        assert rig.errors == [HungError, WorkerError]
+    finally:
+        rig.close()
 
 
 @pytest.mark.parametrize("victim", ["driver", "raylet"])

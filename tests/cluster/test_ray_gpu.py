@@ -70,7 +70,7 @@ def test_half_precision_follows_the_oracle_for_a_while(tmp_path: Path, running_r
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, running_ray: None) -> None:
-    with on_ray(write_checkpoint(tmp_path), tensor_parallel_size=2) as llm:
+    with on_ray(write_checkpoint(tmp_path), tensor_parallel_size=2, heal=False) as llm:
         llm.generate(PROMPTS, GREEDY)
         os.kill(llm.collective_rpc("whereabouts")[1]["pid"], signal.SIGKILL)
         killed_at = time.monotonic()

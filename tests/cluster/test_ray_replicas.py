@@ -71,7 +71,7 @@ def test_replicas_that_run_apart(ray_cluster: RayCluster, tmp_path: Path) -> Non
     """Each finds its own place; what one suffers is not the other's."""
     checkpoint = write_checkpoint(tmp_path / "llama")
     expected = tokens_of_one_process(checkpoint, PROMPTS, NUM_TOKENS)
-    with ClusterServer(ray_cluster, checkpoint, tmp_path / "log", *TWO_OF_TWO) as server:
+    with ClusterServer(ray_cluster, checkpoint, tmp_path / "log", *TWO_OF_TWO, "--no-heal") as server:
         server.await_ready()
         assert re.findall(r"rank (\d) is on (\w+)", server.log) == [
             (rank, node) for node in ("alpha", "beta") for rank in "01"

@@ -29,9 +29,13 @@ NOTICED_WITHIN_S = 2.0
 ENDED_WITHIN_S = 10.0
 GONE_WITHIN_S = 5.0
 
+HEAL_TIMEOUT_S = 2.0
+"""Less than Ray takes to find that a node is gone, or a line to come up."""
+
 FLAGS = ("--node-timeout-s", str(NODE_TIMEOUT_S), "--ray-per-worker-gpus", "2")
-TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--allow-split-tensor-parallel", *FLAGS)
-PIPELINE_PARALLEL = ("--pipeline-parallel-size", "2", *FLAGS)
+PIPELINE_THAT_HEALS = ("--pipeline-parallel-size", "2", *FLAGS, "--heal-timeout-s", str(HEAL_TIMEOUT_S))
+PIPELINE_PARALLEL = ("--pipeline-parallel-size", "2", *FLAGS, "--no-heal")
+TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--allow-split-tensor-parallel", *FLAGS, "--no-heal")
 """Rank 0 is beside the brain, rank 1 on another node."""
 
 Fault = Callable[[RayCluster, str], AbstractContextManager[None]]
@@ -88,6 +92,7 @@ def killed(cluster: RayCluster, node: str, name: str) -> AbstractContextManager[
         (TENSOR_PARALLEL, raylet_killed, 0.0),
         (TENSOR_PARALLEL, rank_killed, 0.0),
         (PIPELINE_PARALLEL, relay_killed, 0.0),
+        (PIPELINE_THAT_HEALS, raylet_killed, HEAL_TIMEOUT_S),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -63,3 +63,4 @@ def test_a_stall_shorter_than_the_deadline(ray_cluster: RayCluster, server: Clus
                     time.sleep(NODE_TIMEOUT_S / 2)
     assert is_cut
     assert names == expected.names
+    assert "are ended" not in server.log, "it was survived, not healed"

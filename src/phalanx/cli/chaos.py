@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
-from click.core import ParameterSource
 
+from phalanx.cli.chaos_check import Check, run_check
 from phalanx.cli.exit_codes import FAILURE
-from phalanx.cli.options import SectionedCommand, engine_options, given
+from phalanx.cli.options import SectionedCommand, engine_options, given, given_of
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
 from phalanx.errors import ConfigError
+from phalanx.testing.blows import BLOW_KINDS, ENDS, MOMENTS
 from phalanx.testing.faults import KINDS, Fault, FaultPlan, Kind, State, World
 
 if TYPE_CHECKING:
@@ -56,18 +57,37 @@ class _Names(click.ParamType):  # type: ignore[type-arg]  # generic only in late
         click.Option(["--count"], type=click.IntRange(1), default=20, show_default=True, help="How many faults."),
         click.Option(
             ["--kinds"],
-            type=_Names(KINDS),
+            type=_Names((*KINDS, *ENDS)),
             default=KINDS,
-            help=f"Some of {','.join(KINDS)}; by default all that can happen.",
+            help=f"Some of {','.join(KINDS)}, and with --check also {','.join(ENDS)}; by default all that can happen.",
         ),
         click.Option(
             ["--states"],
-            type=_Names(_STATES),
+            type=_Names((*_STATES, "any")),
             default=("idle", "prefill", "decode"),
-            help=f"Of {','.join(_STATES)}; all but start by default.",
+            help=f"Of {','.join(_STATES)}; all but start by default. With --check there is no start, but any: whatever"
+            " ranks do.",
         ),
         click.Option(
             ["--plan"], type=click.Path(exists=True, dir_okay=False), help="A fault plan in TOML or JSON, not a seed."
+        ),
+        click.Option(
+            ["--check"],
+            is_flag=True,
+            help="One engine, which heals, for all faults: check that its clients see nothing but pauses.",
+        ),
+        click.Option(
+            ["--streams"],
+            type=click.IntRange(1, 256),
+            default=8,
+            show_default=True,
+            help="With --check: requests at a time, of different kinds.",
+        ),
+        click.Option(["--only"], type=click.IntRange(0), help="With --check: only the round with this number."),
+        click.Option(
+            ["--log"],
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="With --check: a file for what the engine says; otherwise nobody hears it.",
         ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print a line of JSON for each fault instead."),
         click.Option(
@@ -86,6 +106,10 @@ def chaos(
     kinds: tuple[Kind, ...],
     states: tuple[State, ...],
     plan: str | None,
+    check: bool,
+    streams: int,
+    only: int | None,
+    log: Path | None,
     as_json: bool,
     pid: int | None,
     **settings: Any,
@@ -95,7 +119,21 @@ def chaos(
     With --pid the faults happen, for five seconds each, to an instance that runs, if it was started with --allow-chaos:
     it needs some load meanwhile, and most kinds end it. The exit code is 1 if a culprit, a cause, a group, a sequence
     number or an operation was wrong, or could not be told.
+
+    With --check they happen to one engine that heals, while it serves streams of different kinds: greedy, seeded, with
+    penalties, log-probabilities and stop strings, and some that are cancelled. The exit code is 1 if one of them is not
+    that of a run without a fault, does not end exactly once, waits for too long, if the wrong rank is blamed, or
+    something is left over.
     """
+    if check:
+        _refuse_with_check(pid=pid, plan=plan)
+        rounds = range(count) if only is None else (only,)
+        has_kinds, has_states = given_of("kinds"), given_of("states")
+        its_kinds, its_states = kinds if has_kinds else BLOW_KINDS, states if has_states else MOMENTS
+        todo = Check(str(model), settings, seed, rounds, its_kinds, its_states, streams, log)
+        run_check(todo, as_json=as_json)
+        return
+    _refuse_without_check(kinds, states)
     if (model is None) == (pid is None):
         raise click.UsageError("give MODEL, or --pid of an instance that runs")
     if pid is not None and given(settings):
@@ -120,25 +158,39 @@ def chaos(
 
 def _refuse_without_effect(*, has_plan: bool) -> None:
     """Raises UsageError for what a seed makes a plan of, if there is a plan."""
-    if has_plan and (without := _given_of("seed", "count", "kinds", "states")):
+    if has_plan and (without := given_of("seed", "count", "kinds", "states")):
         raise click.UsageError(f"{', '.join(without)}: without effect, since --plan says what is to go wrong")
+
+
+def _refuse_with_check(*, pid: int | None, plan: str | None) -> None:
+    """Raises UsageError for what is not to be had then."""
+    context = click.get_current_context()
+    if context.params["model"] is None or pid is not None or plan is not None:
+        raise click.UsageError("--check needs MODEL, and neither --pid nor --plan")
+    if context.params["only"] is not None and given_of("count"):
+        raise click.UsageError("--count: without effect, since --only says which round")
+    for name, allowed in (("kinds", BLOW_KINDS), ("states", MOMENTS)):
+        if given_of(name) and (odd := [one for one in context.params[name] if one not in allowed]):
+            raise click.UsageError(f"--{name} {','.join(odd)}: not with --check, where an engine serves")
+
+
+def _refuse_without_check(kinds: tuple[str, ...], states: tuple[str, ...]) -> None:
+    """Raises UsageError for what is to be had with --check alone."""
+    if without := given_of("streams", "only", "log"):
+        raise click.UsageError(f"{', '.join(without)}: only with --check")
+    if odd := [one for one in (*kinds, *states) if one in (*ENDS, "any")]:
+        raise click.UsageError(f"{', '.join(odd)}: only with --check")
 
 
 def _possible_where_it_runs(
     kinds: tuple[Kind, ...], states: tuple[State, ...]
 ) -> tuple[tuple[Kind, ...], tuple[State, ...]]:
     """What a seed may draw from for an instance that runs. Raises UsageError for what was asked for and cannot be."""
-    if "error" in kinds and _given_of("kinds"):
+    if "error" in kinds and given_of("kinds"):
         raise click.UsageError("--kinds error: not with --pid, as the engine tells it, and no verdict is given on it")
     if "start" in states:
         raise click.UsageError("--states start: not with --pid, as what runs has started")
     return tuple(kind for kind in kinds if kind != "error"), states
-
-
-def _given_of(*names: str) -> list[str]:
-    """The flags, of those with these names, that the command has."""
-    context = click.get_current_context()
-    return [f"--{name}" for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def _in_engines(model: str, settings: dict[str, Any], seed: int, draw: Draw) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from phalanx.cli.documentation import field_texts
 from phalanx.cli.setting_types import type_for
@@ -78,6 +79,12 @@ def given(settings: Mapping[str, Any], kind: type[msgspec.Struct] | None = None)
     """The settings that the user has set; with `kind`, those that are its fields."""
     names = settings if kind is None else kind.__struct_fields__
     return {name: value for name in names if (value := settings.get(name)) is not None and value != ()}
+
+
+def given_of(*names: str) -> list[str]:
+    """The flags, of those with these names, that the command has."""
+    context = click.get_current_context()
+    return [flag(name) for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def shown_name(field: str) -> str:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import UNSET
 
+from phalanx.cli.options import given_of
 from phalanx.cli.running_server import RunningServer
-from phalanx.errors import ResizeError, UserError
+from phalanx.errors import PhalanxError, ResizeError, UserError
 
 if TYPE_CHECKING:
-    from phalanx.server.scaling import ResizeReport, ScaleReport
+    from phalanx.server.scaling import DrainRequest, ResizeReport, ScaleReport, ScaleRequest
 
 POLL_S = 0.2
 
@@ -55,18 +56,20 @@ def scale(
     from phalanx.server.scaling import ScaleReport, ScaleRequest
 
     server = RunningServer(url)
-    if size is None and leaving:
-        raise click.UsageError("--leaving is for fewer replicas: give SIZE")
     if size is None and tensor_parallel_size is None:
+        if without := given_of("leaving", "drain_timeout", "wait"):
+            raise click.UsageError(f"{', '.join(without)}: without effect if nothing is to change: give SIZE")
         _print_replicas(server.call("GET", "/scale", ScaleReport))
         return
+    if size is None and leaving:
+        raise click.UsageError("--leaving is for fewer replicas: give SIZE")
     asked = ScaleRequest(
         data_parallel_size=UNSET if size is None else size,
         tensor_parallel_size=UNSET if tensor_parallel_size is None else tensor_parallel_size,
         leaving=list(leaving),
         drain_timeout_s=drain_timeout,
     )
-    _see_through(server, server.call("POST", "/scale", ScaleReport, asked), wait)
+    _see_through(server, _begin(server, "/scale", asked), wait)
 
 
 @click.command()
@@ -79,11 +82,31 @@ def drain(url: str, replica: int, drain_timeout: float, wait: bool) -> None:
 
     `phalanx scale URL` lists the replicas.
     """
-    from phalanx.server.scaling import DrainRequest, ScaleReport
+    from phalanx.server.scaling import DrainRequest
 
     server = RunningServer(url)
     asked = DrainRequest(replica=replica, drain_timeout_s=drain_timeout)
-    _see_through(server, server.call("POST", "/drain", ScaleReport, asked), wait)
+    _see_through(server, _begin(server, "/drain", asked), wait)
+
+
+def _begin(server: RunningServer, path: str, asked: ScaleRequest | DrainRequest) -> ScaleReport:
+    """Ask for a resize. Ctrl-C before the answer undoes it if it has begun by then, and says if that is not known."""
+    from phalanx.server.scaling import ScaleReport
+
+    asked_at = time.monotonic()
+    try:
+        return server.call("POST", path, ScaleReport, asked)
+    except KeyboardInterrupt:
+        try:
+            found = server.call("GET", "/scale", ScaleReport)
+            begun = found.resize
+            if begun is not None and begun.state == "running" and begun.took_s <= time.monotonic() - asked_at:
+                _cancel(server, begun.id, _Screen())
+            else:
+                click.echo(f"it has not begun; whether it still does says phalanx scale {server.url}", err=True)
+        except PhalanxError as error:
+            click.echo(f"{error}; whether it has begun says phalanx scale {server.url}", err=True)
+        raise
 
 
 def _see_through(server: RunningServer, begun: ScaleReport, wait: bool) -> None:

@@ -133,6 +133,7 @@ class Brain:
                 sampling=sampling,
                 seed=new_seed() if sampling.seed is None else sampling.seed,
                 end_token_ids=sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids),
+                is_rehearsal=request.is_rehearsal,
             )
         )
         self._num_submitted += 1
@@ -145,7 +146,7 @@ class Brain:
         for request_id in self._scheduler.cancel(request_ids):
             self._ended.append((request_id, FinishReason.CANCELLED))
             self._suspects.ended([request_id])
-        self._scheduler.run_alone(self._suspects.alone)
+        self._hold_back()
 
     def reset_prefix_cache(self) -> None:
         """Call it when the weights change: requests that come in from now on compute their prompts anew.
@@ -216,7 +217,14 @@ class Brain:
             self._ended, self._errors = [], []
         return batch if batch.tokens or batch.finished else None
 
-    def rewind(self, epoch: int, *, keeps_cache: bool, failure: str | None = None) -> None:
+    @property
+    def num_steps(self) -> int:
+        """That were committed."""
+        return self._scheduler.totals.num_steps
+
+    def rewind(
+        self, epoch: int, *, keeps_cache: bool, failure: str | None = None, is_from_outside: bool = False
+    ) -> None:
         """Forget the steps under way, and go on with new workers from what is committed: every token leaves once.
 
         `epoch` is that of the new workers, which know nothing and come to the executor before the next `step`. Those
@@ -224,13 +232,14 @@ class Brain:
         these left it; otherwise theirs is empty, and every request is computed anew from its tokens.
 
         `failure` says what went wrong, if anything did. A request that is in steps that fail again and again, and fails
-        alone as well, ends with an error that quotes it: the next `step` tells.
+        alone as well, ends with an error that quotes it: the next `step` tells. `is_from_outside`: as far as anybody
+        can tell it was no request's doing (blame.py); then others must have run without it, and without a failure.
         """
-        self._drop_in_flight(failure)
+        self._drop_in_flight(failure, is_from_outside=is_from_outside)
         self._scheduler.rewind(epoch, keeps_cache=keeps_cache)
         if self._balancing is not None:
             self._balancing.begin(epoch)
-        self._scheduler.run_alone(self._suspects.alone)
+        self._hold_back()
 
     def restructure(
         self,
@@ -259,7 +268,7 @@ class Brain:
         self._scheduler.go_on_after(before)
         for request in before.dismiss():
             self._move(request)
-        self._scheduler.run_alone(self._suspects.alone)
+        self._hold_back()
 
     def stats(self) -> EngineStats:
         """What there is now, and counts since the start."""
@@ -273,15 +282,20 @@ class Brain:
         batch = self._scheduler.commit(planned, results)
         self._suspects.committed(reach)
         self._suspects.ended(request_id for request_id, _ in batch.finished)
-        self._scheduler.run_alone(self._suspects.alone)
+        self._hold_back()
         return batch
 
-    def _drop_in_flight(self, failure: str | None) -> None:
+    def _hold_back(self) -> None:
+        """Those that are not to run as long as somebody is suspected."""
+        aside = self._suspects.aside if len(self._scheduler) > 1 else None
+        self._scheduler.hold_back(all_but=self._suspects.alone, aside=aside)
+
+    def _drop_in_flight(self, failure: str | None, *, is_from_outside: bool = False) -> None:
         """`failure`: why they will never be committed, if it may be the fault of a request in them."""
         self._in_flight.clear()
         if failure is None:
             return
-        errors = self._suspects.failed(self._scheduler.under_way(), failure)
+        errors = self._suspects.failed(self._scheduler.under_way(), failure, is_from_outside=is_from_outside)
         for request_id in self._scheduler.cancel(errors):
             self._end_with_error(request_id, errors[request_id])
 

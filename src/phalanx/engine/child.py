@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from phalanx.errors import DeadlineError
+from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit
 from phalanx.transport.stream import stream_pair
 
@@ -26,12 +27,13 @@ class EngineChild:
     lives as long as the engine shall.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int, kills_before: OutOfMemoryKills) -> None:
         """Use `spawn`."""
         self.pid = process.pid
         self.descriptor = descriptor
         """Our end of the stream to it; whoever opens it owns it."""
         self._process = process
+        self._kills_before = kills_before
         self._exited = asyncio.Event()
         self._pidfd = os.pidfd_open(process.pid)
         self._loop = asyncio.get_running_loop()
@@ -45,6 +47,7 @@ class EngineChild:
 
         `environment` comes over this process's own.
         """
+        kills_before = OutOfMemoryKills.now()
         ours, theirs = stream_pair()
         with ExitStack() as on_failure:
             on_failure.callback(os.close, ours)
@@ -61,7 +64,7 @@ class EngineChild:
                 os.close(theirs)
             on_failure.callback(process.wait, KILL_TIMEOUT_S)
             on_failure.callback(process.kill)
-            child = cls(process, ours)
+            child = cls(process, ours, kills_before)
             on_failure.pop_all()
             return child
 
@@ -95,7 +98,7 @@ class EngineChild:
     def how_it_ended(self) -> str:
         """In words, such as `killed by SIGKILL`."""
         code = self._process.returncode
-        return "still running" if code is None else describe_exit(code)
+        return "still running" if code is None else describe_exit(code, self._kills_before)
 
     def _reap(self) -> None:
         if self._exited.is_set():

@@ -474,7 +474,7 @@ class EngineClient:
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
             return
-        self._wake(self._work.engine_ended(end.reason))
+        self._wake(self._work.engine_ended(end.reason, is_from_outside=end.is_from_outside))
         delay_s = self._restarts.next_delay_s(time.monotonic())
         if delay_s is None:
             self._die(end.reason + self._told_restarts())

@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
@@ -175,7 +177,8 @@ class Fleet:
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """As EngineClient.generate, by the replica that suits the request best when iteration begins."""
-        return self._deltas(prompt_token_ids, self._engines[self._living()[0]].check(prompt_token_ids, sampling))
+        checked = self._engines[self._living()[0]].check(prompt_token_ids, sampling)
+        return self._deltas(RequestStream(self.tokenizer, prompt_token_ids, checked))
 
     async def until_settled(self) -> None:
         """As EngineClient.until_settled, of any that is not dead."""
@@ -324,7 +327,7 @@ class Fleet:
         return await _begun(self._see_through(resize))
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """As EngineClient.close, of all at the same time."""
+        """As EngineClient.close, of all at the same time. What the roster orders from now on is left undone."""
         self._is_closing = True
         self._deaths.cancel()
         self._note_change()
@@ -335,11 +338,9 @@ class Fleet:
         finally:
             await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
 
-    async def _deltas(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams
-    ) -> AsyncGenerator[OutputDelta, None]:
+    async def _deltas(self, stream: RequestStream) -> AsyncGenerator[OutputDelta, None]:
         self._living()
-        request = _Request(RequestStream(self.tokenizer, prompt_token_ids, sampling))
+        request = _Request(stream)
         self._requests.add(request)
         try:
             while True:
@@ -392,7 +393,7 @@ class Fleet:
         return {number: self._engines[number] for number in phases if phases[number] in ("serving", "leaving", "dead")}
 
     def _carry_out(self, orders: Sequence[Order]) -> None:
-        for order in orders:
+        for order in () if self._is_closing else orders:  # all end, and nobody would wait for these
             number = order.number
             before = self._work.pop(number, None)
             if before is asyncio.current_task():
@@ -462,7 +463,7 @@ class Fleet:
 
     async def _replace(self, number: int) -> None:
         """Start an engine in the place of one that has ended, until it is there."""
-        await self._engines[number].close()
+        await self._close(number)
         delay_s = REPLACE_AFTER_S
         while True:
             await asyncio.sleep(delay_s)
@@ -513,8 +514,7 @@ class Fleet:
             began_at, before = time.monotonic(), num_done
             num_done = min(before + self._piece, token_ids.size)
             is_whole = num_done == token_ids.size  # but for what is made meanwhile
-            ahead = self.generate(token_ids[:num_done].tolist(), SamplingParams(temperature=0.0, max_tokens=1))
-            async with aclosing(ahead):
+            async with aclosing(self._deltas(self._rehearsal(token_ids[:num_done]))) as ahead:
                 async for _ in ahead:
                     pass
             took_s = time.monotonic() - began_at
@@ -522,15 +522,22 @@ class Fleet:
                 self._piece = piece_that_takes(PIECE_S, num_done - before, took_s)
 
     async def _end(self, number: int) -> None:
-        engine = self._engines.get(number)
-        if engine is not None:
-            try:
-                await engine.close()
-            except Exception:  # nothing can be done about it, and others wait
-                log.exception("replica %d did not end", number)
+        if number in self._engines:
+            await self._close(number)
             del self._engines[number]
         self._router.forget(number)
         self._carry_out(self._roster.ended(number))
+
+    def _rehearsal(self, token_ids: NDArray[np.int32]) -> RequestStream:
+        sampling = SamplingParams(temperature=0.0, max_tokens=1)
+        return RequestStream(self.tokenizer, token_ids.tolist(), sampling, is_rehearsal=True)
+
+    async def _close(self, number: int) -> None:
+        """End an engine. What the kernel cannot end is said: nothing can be done about it, and others wait."""
+        try:
+            await self._engines[number].close()
+        except Exception:
+            log.exception("replica %d did not end", number)
 
     async def _see_through(self, resize: Resize | None) -> None:
         """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""

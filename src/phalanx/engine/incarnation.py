@@ -16,6 +16,7 @@ from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND, KILL_TIMEOUT_S, EngineChild
 from phalanx.engine.condition import Condition, ProcessWatch
 from phalanx.errors import FrameError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.executor.shared_fate import was_ended_from_outside
 from phalanx.ledger.attach import SILENT_WATCHER_S, Attached, silent_s
 from phalanx.ledger.board import Notice
 from phalanx.ledger.instance import shown_by
@@ -34,7 +35,7 @@ from phalanx.protocol import (
     StartProgress,
     TokenBatch,
 )
-from phalanx.transport.liveness import Party
+from phalanx.transport.liveness import Party, group_members
 from phalanx.transport.stream import AsyncStream
 
 OnProgress = Callable[[StartProgress], None]
@@ -67,6 +68,8 @@ class End(NamedTuple):
     verdict: VerdictReport | None
     """What the ledger, or the look of its process, had to say of it."""
     is_user_error: bool = False
+    is_from_outside: bool = False
+    """Whether it was nothing that the engine did, as far as anybody can tell: its process was killed or stopped."""
 
 
 class Incarnation:
@@ -204,12 +207,14 @@ class Incarnation:
     async def until_ranks_are_gone(self) -> None:
         """Wait for the ranks on this host, which the kernel ends with the engine: until then they hold memory.
 
+        Those that it has not shown, as they stand ready or have just begun, are of its process group, as all its own.
+
         After KILL_TIMEOUT_S it says so in the log and waits no longer.
         """
         expires_at = time.monotonic() + KILL_TIMEOUT_S
-        while self._attached is not None and (left := self._attached.ranks_left()):
+        while left := (self._attached.ranks_left() if self._attached is not None else []) or group_members(self.pid):
             if time.monotonic() > expires_at:
-                log.warning("ranks that have not ended %g s after their engine: %s", KILL_TIMEOUT_S, left)
+                log.warning("ranks or pids that have not ended %g s after their engine: %s", KILL_TIMEOUT_S, left)
                 return
             await asyncio.sleep(RANKS_POLL_S)
 
@@ -226,7 +231,8 @@ class Incarnation:
                     await self._stream.close()  # tells the engine that its last words were heard
         except PeerDiedError:
             await self._child.wait(LAST_WORDS_S)
-            self._end(f"{NAME}'s process (pid {self.pid}) ended: {self._child.how_it_ended()}")
+            how = self._child.how_it_ended()
+            self._end(f"{NAME}'s process (pid {self.pid}) ended: {how}", is_from_outside=was_ended_from_outside(how))
         finally:
             # Whatever else ends this task, nobody may go on waiting for what it would have read.
             self._end(f"{NAME}'s messages cannot be read any more")
@@ -246,7 +252,8 @@ class Incarnation:
                     else "before its first step"
                 )
                 silence = f"was silent for {self._silent_s:.3g} s, {steps}"
-                self._end(f"{NAME}'s process (pid {self.pid}) {silence}: it was killed")
+                is_stopped = (trouble := self._process.trouble()) is not None and trouble.cause == "stopped"
+                self._end(f"{NAME}'s process (pid {self.pid}) {silence}: it was killed", is_from_outside=is_stopped)
                 self._child.begin_kill()
 
     async def _write(self) -> None:
@@ -281,20 +288,21 @@ class Incarnation:
             self._end(message.reason, is_user_error=message.is_user_error)
 
     def _follow(self, epoch: int) -> None:
-        """Other ranks go on: look at these from now on."""
+        """Other ranks go on, or these have not been seen yet: look at them from now on."""
         before = self._attached
-        if before is None or before.instance.epoch == epoch:
+        if before is not None and before.instance.epoch == epoch:
             return
         found = _attach(self.pid)
         if found is None:  # it has just ended, or is about to show others
             return
-        self._counts_before.update(before.notice().counts)
         self._attached = found
-        before.close()
+        if before is not None:
+            self._counts_before.update(before.notice().counts)
+            before.close()
 
-    def _end(self, reason: str, *, is_user_error: bool = False) -> None:
+    def _end(self, reason: str, *, is_user_error: bool = False, is_from_outside: bool = False) -> None:
         if self.ended is None:
-            self.ended = End(reason, self._trouble(), is_user_error)
+            self.ended = End(reason, self._trouble(), is_user_error, is_from_outside)
             self._on_end(self.ended)
 
     def _trouble(self) -> VerdictReport | None:

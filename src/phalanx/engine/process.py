@@ -16,6 +16,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.admission import refusal
 from phalanx.engine.balancing import Balancing
+from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.maintenance import TURN_S, Maintenance
@@ -184,8 +185,10 @@ class EngineLoop:
         if not self._brain.has_work():
             self._check_workers()
             return
+        num_before = self._brain.num_steps
         batch = self._brain.step()
-        self._formation.progressed()
+        if self._brain.num_steps > num_before:  # it may only have told of requests that have ended
+            self._formation.progressed()
         if batch is not None:
             self._link.send(batch)
 
@@ -205,7 +208,7 @@ class EngineLoop:
             if not self._take_messages(0.0):
                 return False
         epoch, keeps_cache = healing.result()
-        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
         self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True

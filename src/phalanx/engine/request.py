@@ -56,6 +56,8 @@ class Request:
     """Chosen when it is queued."""
     slot: int | None = None
     """None while it waits."""
+    is_rehearsal: bool = False
+    """Its tokens count as nobody's."""
 
 
 class Running:

@@ -121,6 +121,8 @@ class Scheduler:
         """Who arrived later waits; None if nobody does."""
         self._alone: int | None = None
         """The one request that may run, if the others are held back."""
+        self._aside: int | None = None
+        """The one that is held back, if the others may run."""
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -233,13 +235,16 @@ class Scheduler:
         self._next_step = self._next_step or before._next_step
         self._admits_until = before._admits_until
 
-    def run_alone(self, request_id: int | None) -> None:
-        """From the next plan on only this request runs, and the others wait. None: all may run."""
-        self._alone = request_id
-        if request_id is not None:
+    def hold_back(self, *, all_but: int | None, aside: int | None) -> None:
+        """From the next plan on only request `all_but` runs, or else all but `aside`; the others wait. None: nobody."""
+        self._alone, self._aside = all_but, aside
+        if all_but is not None or aside is not None:
             self._requeue(
-                slot for slot in self.running.occupied() if self.running.request(slot).request_id != request_id
+                slot for slot in self.running.occupied() if not self._may_run(self.running.request(slot).request_id)
             )
+
+    def _may_run(self, request_id: int) -> bool:
+        return request_id == self._alone if self._alone is not None else request_id != self._aside
 
     def plan(self) -> PlannedStep | None:
         """The next step, or None if there is nothing to compute before an earlier step is committed.
@@ -340,13 +345,14 @@ class Scheduler:
     def _admit_next(self, replica: Replica) -> int | None:
         """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room.
 
-        If one is to be alone, it is the only one.
+        Those that are held back are passed over.
         """
         running, pool = self.running, replica.pool
         if not running.has_free_slot(replica.index):
             return None
-        request = replica.waiting.get(self._alone) if self._alone is not None else next(iter(replica.waiting.values()))
-        if request is None or not self._is_admitted(request):
+        admitted = (one for one in replica.waiting.values() if self._is_admitted(one))
+        request = next((one for one in admitted if self._may_run(one.request_id)), None)
+        if request is None:
             return None
         found_B = replica.find_cached(request)
         num_missing = self._num_blocks(len(request.token_ids)) - len(found_B)
@@ -486,6 +492,9 @@ class Scheduler:
         is_first_S = lengths_S == self.running.num_prompt_S[slots_S] + 1
         requests = [self.running.request(slot) for slot in slots_S[is_first_S].tolist()]
         for request in requests:
+            if request.is_rehearsal:  # and this is its only token
+                self.totals.num_generated_tokens_P[request.replica] -= 1
+                continue
             self.totals.num_prompt_tokens_P[request.replica] += request.num_prompt
             self.totals.num_cached_tokens_P[request.replica] += request.num_cached or 0
         return tuple((request.request_id, request.num_cached or 0) for request in requests)

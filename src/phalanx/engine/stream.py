@@ -133,12 +133,21 @@ class RequestStream:
     Outlives the engine that makes the tokens: it knows all that another one needs to go on, seed included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        is_rehearsal: bool = False,
+    ) -> None:
+        """`is_rehearsal`: as in Submit."""
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=new_seed())
         self._tokenizer = tokenizer
         self._prompt = ints(prompt_token_ids)
         self._sampling = sampling
+        self._is_rehearsal = is_rehearsal
         self._detokenizer = tokenizer.detokenizer(prompt_token_ids)
         self._stops = StopStrings(sampling.stop)
         self._output = array("i")
@@ -169,7 +178,7 @@ class RequestStream:
 
     def submit(self, request_id: int) -> Submit:
         """The request as an engine is to take it: it goes on after the last token that was pushed."""
-        return Submit(request_id, self._prompt, self._sampling, self._output.tobytes())
+        return Submit(request_id, self._prompt, self._sampling, self._output.tobytes(), self._is_rehearsal)
 
     def push(self, token_id: int, reason: FinishReason | None = None, row: LogprobRow | None = None) -> None:
         """Take in one token; `reason` if it is the last one."""

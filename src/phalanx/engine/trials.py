@@ -4,6 +4,8 @@ A request that takes its engine down would take down every one that it is given 
 that run are lost together. But it is among those that are where they were at the end before. So after the second end in
 a row such requests are *suspects*: the next engine gets them one at a time, first of all, and the next one only when
 the one before has gone on. One that is there again when that engine ends, and alone has not gone on, is the one.
+
+An end that came from outside is nobody's doing: it proves nothing, and what was known before it is known after it.
 """
 
 from __future__ import annotations
@@ -59,20 +61,26 @@ class Trials:
             self._given[request_id] = self._num_tokens(request_id)
         return chosen
 
-    def engine_ended(self) -> int | None:
+    def engine_ended(self, *, is_from_outside: bool = False) -> int | None:
         """All wait for another engine. Gives the request that takes engines down, if it is known by now: `drop` it."""
+        if is_from_outside:
+            self._let_wait()
+            return None
         stuck = [request_id for request_id in self._given if not self._has_gone_on(request_id)]
         for request_id in self._given:
             self._ends[request_id] = 1 if self._has_moved(request_id) else self._ends.get(request_id, 0) + 1
             self._had[request_id] = self._num_tokens(request_id)
         self._suspects = {request_id for request_id, num in self._ends.items() if num >= ENDS_OF_A_SUSPECT}
-        self._waiting = dict.fromkeys(sorted({*self._given, *self._waiting}))
-        self._given.clear()
+        self._let_wait()
         if len(stuck) != 1 or self._ends[stuck[0]] < ENDS_OF_A_CULPRIT:
             return None
         self._ends.clear()  # of the others: it was not them
         self._suspects.clear()
         return stuck[0]
+
+    def _let_wait(self) -> None:
+        self._waiting = dict.fromkeys(sorted({*self._given, *self._waiting}))
+        self._given.clear()
 
     def _has_moved(self, request_id: int) -> bool:
         """Since the end before."""

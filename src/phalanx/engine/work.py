@@ -59,9 +59,9 @@ class Work:
         cancelled = self._streams.end_all(FinishReason.CANCELLED)
         return cancelled, self._withdrawn(cancelled)
 
-    def engine_ended(self, reason: str) -> Ids:
+    def engine_ended(self, reason: str, *, is_from_outside: bool) -> Ids:
         """No engine has any of them now. Gives the request that ends with it, if it was to blame."""
-        culprit = self._trials.engine_ended()
+        culprit = self._trials.engine_ended(is_from_outside=is_from_outside)
         if culprit is None:
             return []
         complaint = f"the engine has ended {ENDS_OF_A_CULPRIT} times in a row while it had this request"

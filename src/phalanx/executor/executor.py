@@ -349,7 +349,7 @@ class Executor:
             will_tell = self._watching.ends_diverged and _is_divergence(error)
             verdict = self._watching.await_hopeless(VERDICT_GRACE_S if will_tell else 0.0)
             if verdict is not None:  # then the ranks were killed for it
-                hung = HungError(str(verdict))
+                hung = HungError(str(verdict), verdict.cause)
                 hung.__cause__ = error
                 return hung
         standing = self._watching.standing if self._watching is not None else None

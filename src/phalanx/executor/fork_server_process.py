@@ -30,7 +30,7 @@ from phalanx.executor.fork_server import (
     frame,
     split_frames,
 )
-from phalanx.executor.shared_fate import describe_exit
+from phalanx.executor.shared_fate import WITH_FORK_SERVER, describe_exit
 from phalanx.ledger.journal import note_process
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
@@ -233,7 +233,7 @@ class ForkServerProcess:
 
     def _end_of_server(self, state: _Line, how: str) -> None:
         for rank in state.ranks - state.exits.keys():  # some may never have been forked
-            state.exits[rank] = f"its fork server ended: {how}"
+            state.exits[rank] = f"{WITH_FORK_SERVER}: {how}"
 
     def _read_events(self, events: IO[bytes]) -> None:
         unread = bytearray()

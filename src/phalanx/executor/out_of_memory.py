@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 _Read = Callable[[str], str | None]
 
+NOT_FOR_MEMORY = ", not by the kernel for lack of memory"
+
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -33,7 +35,7 @@ class OutOfMemoryKills(NamedTuple):
             return " (out of memory?)"
         if now.on_host > self.on_host:
             return "; since it began, the kernel has killed on this host for lack of memory"
-        return ", not by the kernel for lack of memory"
+        return NOT_FOR_MEMORY
 
 
 def _in_cgroup(read: _Read) -> int | None:

@@ -6,9 +6,15 @@ import ctypes
 import os
 import signal
 
-from phalanx.executor.out_of_memory import OutOfMemoryKills
+from phalanx.executor.out_of_memory import NOT_FOR_MEMORY, OutOfMemoryKills
 
 PR_SET_PDEATHSIG = 1
+
+WITH_FORK_SERVER = "its fork server ended"
+"""So begins what is said of a rank that ends with the process that has started it."""
+
+_SENT_BY_OTHERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Nothing that a process computes ends it by one of these."""
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -34,3 +40,12 @@ def describe_exit(code: int, kills_before: OutOfMemoryKills | None = None) -> st
     if -code != signal.SIGKILL:
         return f"killed by {name}"
     return f"killed by {name}" + (kills_before or OutOfMemoryKills(None, None)).explain(OutOfMemoryKills.now())
+
+
+def was_ended_from_outside(how: str) -> bool:
+    """Whether it was not what a process did that ended it so (`describe_exit`), as far as anybody can tell.
+
+    Nobody is told who has sent a signal. SIGKILL is the kernel's own when there is no memory, which its counters show.
+    """
+    by_name = how.startswith(tuple(f"killed by {number.name}" for number in _SENT_BY_OTHERS))
+    return by_name or how.endswith(NOT_FOR_MEMORY) or how.startswith(WITH_FORK_SERVER)

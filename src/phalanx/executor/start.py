@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -21,8 +21,15 @@ from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.executor.presence import open_outlets, show_instance
-from phalanx.executor.watching import ENDS_WITHOUT_HOPE, dump_order, start_watching, watch_order, with_journals
-from phalanx.ledger.verdict import HOPELESS, Cause
+from phalanx.executor.watching import (
+    ENDS_WITHOUT_HOPE,
+    dump_order,
+    start_watching,
+    watch_order,
+    who_is_ended,
+    with_journals,
+)
+from phalanx.ledger.verdict import Cause
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.models.checkpoint import Checkpoint
@@ -42,6 +49,9 @@ from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from phalanx.executor.ray.quarters import Quarters
 
 NewLauncher = Callable[[Mapping[str, str]], LocalLauncher]
 """Makes the launcher of local ranks; gets the environment that they are to have."""
@@ -94,9 +104,13 @@ def start_executor(
     on_progress: OnProgress,
     *,
     new_launcher: NewLauncher = LocalLauncher,
+    quarters: Quarters | None = None,
     line: LinePlan = ALONE,
 ) -> tuple[Executor, Capacity]:
     """Start the workers, load the model into them and allocate the KV cache. Blocks until they are ready to step.
+
+    `new_launcher` is for local ranks; `quarters`, for those of Ray, where lines before this one have been, if there
+    were any.
 
     Raises ConfigError or another UserError for the user's mistakes, StartError, WorkerError, PeerDiedError or
     DeadlineError naming the rank that failed. Nothing is left behind when it raises.
@@ -104,7 +118,8 @@ def start_executor(
     config = settle(config, checkpoint)
     deadline = Deadline(line.timeout_s or config.executor.start_timeout_s)
     with ExitStack() as stack:
-        executor = stack.enter_context(_launch(config, checkpoint, on_progress, deadline, new_launcher, line))
+        launched = _launch(config, checkpoint, on_progress, deadline, new_launcher, quarters, line)
+        executor = stack.enter_context(launched)
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
         capacity = _allocate(executor, config, checkpoint, loaded, deadline, line)
         stack.pop_all()
@@ -155,6 +170,7 @@ def _launch(
     on_progress: OnProgress,
     deadline: Deadline,
     new_launcher: NewLauncher,
+    quarters: Quarters | None,
     line: LinePlan,
 ) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
@@ -164,7 +180,9 @@ def _launch(
             report = partial(_report_inline, on_progress, deadline)
             placed = _place_inline(config, checkpoint, grid, report, line, stack)
         elif config.executor.launcher == "ray":
-            placed = _place_on_ray(config, checkpoint, grid, on_progress, deadline, stack)
+            if quarters is None:
+                quarters = stack.enter_context(open_quarters(config, on_progress))
+            placed = _place_on_ray(quarters, checkpoint, grid, on_progress, deadline, line, stack)
         else:
             placed = _place_local(config, checkpoint, grid, new_launcher, line, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
@@ -232,10 +250,7 @@ def _place_local(
     specs = with_journals(specs, resources)
     order = watch_order(specs, dump_order(config))
     order = msgspec.structs.replace(order, outlets=open_outlets(config, resources))
-    ends_after_s = line.ends_after_s
-    if config.executor.collective_guard == "strict":  # then the ranks themselves say it, in the call that is wrong
-        ends_after_s = {cause: stands_s for cause, stands_s in ends_after_s.items() if cause not in HOPELESS}
-    ending_of = partial(_ending_of, launcher)
+    ending_of, ends_after_s = partial(_ending_of, launcher), who_is_ended(config, line.ends_after_s)
     watching = start_watching(order, launcher.kill, ending_of, ends_after_s) if order.ranks else None
     if watching is not None:
         resources.callback(watching.close)
@@ -246,19 +261,38 @@ def _ending_of(launcher: LocalLauncher, rank: int) -> str | None:
     return launcher.exits().get(rank)
 
 
+def open_quarters(config: Config, on_progress: OnProgress) -> Quarters:
+    """Room for ranks on a Ray cluster. Raises ConfigError if Ray is not installed, and as Quarters."""
+    require_ray()
+    from phalanx.executor.ray.quarters import Quarters
+
+    return Quarters(config, on_progress)
+
+
 def _place_on_ray(
-    config: Config,
+    quarters: Quarters,
     checkpoint: Checkpoint,
     grid: Grid,
     on_progress: OnProgress,
     deadline: Deadline,
+    line: LinePlan,
     resources: ExitStack,
 ) -> Placed:
-    """An actor for each rank, on the nodes of a Ray cluster. Raises ConfigError if Ray is not installed."""
-    require_ray()
+    """An actor for each rank, on the nodes of a Ray cluster."""
     from phalanx.executor.ray.place import place_on_ray
 
-    return place_on_ray(config, checkpoint, grid, on_progress, deadline, resources)
+    return place_on_ray(
+        quarters,
+        checkpoint,
+        grid,
+        on_progress,
+        deadline,
+        resources,
+        epoch=line.epoch,
+        memory=line.memory,
+        keeps_memory=line.keeps_memory,
+        ends_after_s=line.ends_after_s,
+    )
 
 
 def _open_groups(config: Config, grid: Grid, resources: ExitStack, epoch: int = FIRST_EPOCH) -> list[GroupSpec]:

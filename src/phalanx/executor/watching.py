@@ -69,8 +69,8 @@ class Watching:
         ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE,
     ) -> None:
         """Calls `on_hopeless`, in another thread, once a verdict has stood for as long as `ends_after_s` says of its
-        cause; of others it does nothing but tell. By default those are the ones that ranks can never meet after.
-        Raises StartError.
+        cause; of others it does nothing but tell, and so of ranks that may just lack a core: these have their
+        deadlines. By default it is called for what ranks can never meet after. Raises StartError.
 
         None where nothing is done about any, such as in a watcher that reports to another node's. `ending_of` says how
         a rank has ended, as far as is known by now; it must not block.
@@ -157,6 +157,11 @@ class Watching:
         is_over = found is not None and found.is_final and found.cause not in self._ends_after_s
         return self._ended_for is not None or is_over
 
+    def _patience_with(self, verdict: Verdict) -> float | None:
+        """How long it has to stand before ranks are ended for it; None if they are not."""
+        stands_s = self._ends_after_s.get(verdict.cause)
+        return None if stands_s and verdict.is_of_a_busy_host else stands_s
+
     def _stop(self) -> None:
         """Have the watcher end, whoever else has inherited the pipe."""
         with self._changed:
@@ -234,7 +239,7 @@ class Watching:
             self._found = verdict or self._found
             self._be_patient(verdict)
             self._changed.notify_all()
-        if verdict is not None and self._ends_after_s.get(verdict.cause) == 0.0:
+        if verdict is not None and self._patience_with(verdict) == 0.0:
             self._end_ranks(verdict)
         if verdict is not None and verdict.cause == "gone" and how is None:
             self._add_ending(verdict)
@@ -244,7 +249,7 @@ class Watching:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        stands_s = self._ends_after_s.get(verdict.cause) if verdict is not None else None
+        stands_s = self._patience_with(verdict) if verdict is not None else None
         if not stands_s or self._is_closing:
             return
         self._patience = threading.Timer(stands_s, self._end_ranks, (verdict,))
@@ -342,6 +347,13 @@ def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> W
         limits=Limits(step_timeout_s=deadlines.step_timeout_s, start_timeout_s=deadlines.start_timeout_s),
         dump=dump,
     )
+
+
+def who_is_ended(config: Config, ends_after_s: Mapping[Cause, float]) -> Mapping[Cause, float]:
+    """Less those whose ranks say it themselves, in the call that is wrong."""
+    if config.executor.collective_guard != "strict":
+        return ends_after_s
+    return {cause: stands_s for cause, stands_s in ends_after_s.items() if cause not in HOPELESS}
 
 
 def dump_order(config: Config) -> DumpOrder | None:

@@ -75,6 +75,8 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
             cause, what = _in_no_collective(culprit, f"{text} in step {wait.step}", f"still in step {entries.step}")
         else:
             cause, what = "behind", f"has not begun step {wait.step}: it is {entries.phase}"
+            if culprit.computes:
+                cause, what = "slow", f"{what}, and computes: {culprit.cpu_s:.1f} s of CPU in {culprit.still_s:.1f} s"
     elif has_left(culprit, wait.step):
         if (odd := _issued_too_much(look, wait)) is not None:
             return odd

@@ -17,7 +17,7 @@ from phalanx.ledger.verdict import Place, Verdict, Waiting, blame
 STORE_S = 10.0
 """The store passes on what ranks write within milliseconds."""
 
-BEGIN_S = 1.0
+BEGIN_S = 0.7
 """Who is idle begins a step within milliseconds."""
 
 _NS = 1e9

@@ -44,7 +44,7 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float = 0.0
     """What its process has computed in that time."""
     starved_s: float = 0.0
-    """How long its main thread has waited for a core in that time."""
+    """How long one of its threads has waited for a core in that time: that which has waited longest."""
 
     def has_issued(self, group: str, sequence: int) -> bool:
         """Whether it has come so far in a group."""
@@ -100,8 +100,9 @@ class RankLook(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def computes(self) -> bool:
-        """Whether its process is known to compute."""
-        return self.still_s >= _STILL_S and self.cpu_s >= _COMPUTES * self.still_s
+        """Whether its process is known to compute, as far as it has a core."""
+        had_core_s = max(self.still_s - self.starved_s, _STILL_S)
+        return self.still_s >= _STILL_S and self.cpu_s >= _COMPUTES * had_core_s
 
     def text(self, record: Record) -> str:
         """What a record stands for."""

@@ -121,7 +121,7 @@ class Asker:
         if question.times is None:
             question.times = threads_times(entries.pid)
         took_ns = now_ns - question.asked_ns
-        return max(took_ns - _starved_ns(entries, question.times, took_ns), 0) / _NS
+        return max(took_ns - starved_ns(entries, question.times, took_ns), 0) / _NS
 
     def _ask(self, now_ns: int) -> None:
         self._bell.ring()
@@ -159,7 +159,7 @@ def threads_times(pid: int) -> dict[int, ThreadTimes]:
         return {}
 
 
-def _starved_ns(entries: Entries, before: dict[int, ThreadTimes], took_ns: int) -> int:
+def starved_ns(entries: Entries, before: dict[int, ThreadTimes], took_ns: int) -> int:
     """How long a thread of the rank may have waited for a core of the last `took_ns`, at most.
 
     What the kernel counts as waiting is what is over. One that could run now may have waited whenever it did not run.

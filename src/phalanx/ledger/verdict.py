@@ -27,16 +27,19 @@ Cause = Literal[
 """gone: its process has ended. lost: nothing is heard of its node. diverged: it follows another plan than its peers, or
 is in another collective. stopped: by a signal. gil: a call into C keeps its GIL. skipped: it has left a step without a
 collective that its peers are in. late: it is in the step that its peers are in, or still in one before it, does not
-come to the collective that they wait in, and is not known to compute. slow: the same, and it computes. behind: it is in
-no step, and has not begun the one that its peers are in, or have left. circle: ranks wait for each other in different
-groups. hung: all have come to a collective and it does not end. store: it does not answer, so ranks cannot join.
-overdue: it takes too long for what it says that it does."""
+come to the collective that they wait in, and is not known to compute. slow: it computes, in such a step or before it.
+behind: it is in no step, has not begun the one that its peers are in, or have left, and is not known to compute.
+circle: ranks wait for each other in different groups. hung: all have come to a collective and it does not end. store:
+it does not answer, so ranks cannot join. overdue: it takes too long for what it says that it does."""
 
 HOPELESS: frozenset[Cause] = frozenset({"diverged", "skipped", "circle"})
 """What ranks that live do not get out of by themselves."""
 
 WAITED: frozenset[Cause] = frozenset({"skipped", "late", "slow", "behind", "circle", "hung"})
 """What is told only when somebody has waited for long."""
+
+_STARVED_SHARE = 0.1
+"""Of a wait. Threads that sleep and wake have to wait for a core now and then, but not for so long."""
 
 _LINES_SHOWN = 6
 
@@ -61,6 +64,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[int, ...] = ()
     """Ranks that wait for it."""
     waited_s: float = 0.0
+    starved_s: float = 0.0
+    """For how long of that those who are waited for had no core."""
     stacks: dict[int, tuple[str, ...]] = {}
     """Of the culprits and of one who waits, as far as they answered: lines of Python, innermost first."""
     standings: dict[int, Standing] = {}
@@ -80,6 +85,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def is_of_a_wait(self) -> bool:
         """Whether it is told only when somebody has waited for long. Of a node that is there, but not watched, too."""
         return self.cause in WAITED or (self.cause == "lost" and self.sequence is not None)
+
+    @property
+    def is_of_a_busy_host(self) -> bool:
+        """Whether those who are waited for may just have too little of a core: then they come when they get it."""
+        return self.is_of_a_wait and self.starved_s >= _STARVED_SHARE * self.waited_s > 0
 
     @property
     def is_ambiguous(self) -> bool:

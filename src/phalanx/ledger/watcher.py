@@ -14,7 +14,7 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
@@ -27,7 +27,7 @@ from phalanx.ledger.look import Look, RankLook, standings
 from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import LEAST_S, Patience
-from phalanx.ledger.pulse import Asker, thread_times
+from phalanx.ledger.pulse import Asker, ThreadTimes, starved_ns, threads_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.uneven import uneven_groups
@@ -144,7 +144,7 @@ class _Watched:
             entries = self.reader.read(most_records)
             process = _process_of(entries)
         still = self._note_still(entries, now_ns, has_moved, is_whole=most_records > GLANCE_RECORDS)
-        cpu_s, starved_s = _times_of(entries) if still is not None and now_ns > still.since_ns else (0.0, 0.0)
+        cpu_s, starved_s = still.until(entries, now_ns) if still is not None else (0.0, 0.0)
         return RankLook(
             rank=self.order.rank,
             node=self.order.node,
@@ -153,8 +153,8 @@ class _Watched:
             entries=entries,
             held_s=self._asker.held_s(entries, now_ns) if process == "running" else 0.0,
             still_s=(now_ns - still.since_ns) / _NS if still is not None else 0.0,
-            cpu_s=max(cpu_s - still.cpu_s, 0.0) if still is not None else 0.0,
-            starved_s=max(starved_s - still.starved_s, 0.0) if still is not None else 0.0,
+            cpu_s=cpu_s,
+            starved_s=starved_s,
         )
 
     def _read(self, most_records: int, has_moved: bool) -> Entries:
@@ -170,14 +170,30 @@ class _Watched:
         if has_moved:
             self._still = None
         elif self._still is None and is_of_interest:
-            self._still = _Still(now_ns, *_times_of(entries))
+            self._still = _Still(now_ns, _cpu_s(entries))
         return self._still if is_of_interest else None
 
 
-class _Still(NamedTuple):
+class _Still(msgspec.Struct):
+    """A rank that notes nothing."""
+
     since_ns: int
     cpu_s: float
-    starved_s: float
+    """That it had computed by then."""
+    threads: dict[int, ThreadTimes] | None = None
+    """From `threads_ns` on. There may be hundreds, which nobody looks at for a step that takes a moment."""
+    threads_ns: int = 0
+
+    def until(self, entries: Entries, now_ns: int) -> tuple[float, float]:
+        """What the rank has computed since, and for how long one of its threads has waited for a core."""
+        if now_ns <= self.since_ns:
+            return 0.0, 0.0
+        starved_s = 0.0
+        if self.threads is not None:
+            starved_s = starved_ns(entries, self.threads, now_ns - self.threads_ns) / _NS
+        elif now_ns - self.since_ns >= GLANCE_WAIT_S * _NS:
+            self.threads, self.threads_ns = threads_times(entries.pid), now_ns
+        return max(_cpu_s(entries) - self.cpu_s, 0.0), starved_s
 
 
 class Watcher:
@@ -236,7 +252,7 @@ class Watcher:
             if self._others is not None and not self._others.have_told_all():
                 return None
             look = self.look(now_ns)
-            found = judge(look)
+            found = _with_starvation(judge(look), look)
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
             if found is None:
                 self._harmless = uneven_groups(look)
@@ -299,15 +315,13 @@ class Watcher:
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
-        if not verdict.is_of_a_wait:
-            return True
-        awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
-        starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
-        return verdict.waited_s - starved_s >= self._patience_s(verdict, look)
+        return not verdict.is_of_a_wait or verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
     def _patience_s(self, verdict: Verdict, look: Look) -> float:
         """How long a step takes is no excuse for who is idle and does not begin it."""
-        is_idle = verdict.cause == "behind" and all(look.ranks[rank].is_between_steps for rank in verdict.culprits)
+        is_idle = verdict.cause in ("behind", "slow") and all(
+            look.ranks[rank].is_between_steps for rank in verdict.culprits
+        )
         return LEAST_S if is_idle else self._patience.of_s(look)
 
 
@@ -335,7 +349,19 @@ class Confirmation:
 
 
 def _identity(verdict: Verdict | None) -> object:
-    return verdict and (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
+    return verdict and (
+        *(verdict.cause, verdict.culprits, verdict.group, verdict.sequence),
+        verdict.is_of_a_busy_host,  # who waits for a core comes when it has one, and who does not may never come
+    )
+
+
+def _with_starvation(verdict: Verdict | None, look: Look) -> Verdict | None:
+    """With how long those had no core that are waited for: of a collective, all that take part."""
+    if verdict is None or not verdict.is_of_a_wait:
+        return verdict
+    awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
+    starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
+    return msgspec.structs.replace(verdict, starved_s=starved_s)
 
 
 def _process_of(entries: Entries) -> Literal["running", "stopped", "gone", "ended"]:
@@ -345,15 +371,15 @@ def _process_of(entries: Entries) -> Literal["running", "stopped", "gone", "ende
     return "stopped" if state in "Tt" else "running"
 
 
-def _times_of(entries: Entries) -> tuple[float, float]:
-    """What a rank's process has computed so far, and how long its main thread has waited for a core, in seconds."""
+def _cpu_s(entries: Entries) -> float:
+    """What a rank's process has computed so far."""
     try:
         with open(f"/proc/{entries.pid}/stat", "rb") as file:
             stat = file.read()
     except OSError:
-        return 0.0, 0.0
+        return 0.0
     user, system = stat[stat.rindex(b")") + 2 :].split()[11:13]
-    return (int(user) + int(system)) * _TICK_S, thread_times(entries.pid, entries.pid).waited_ns / _NS
+    return (int(user) + int(system)) * _TICK_S
 
 
 class Endings:

@@ -15,16 +15,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from phalanx.config import Config
-from phalanx.errors import ConfigError, PhalanxError, ResizeRefusedError, UserError
+from phalanx.errors import ConfigError, DeadlineError, PhalanxError, ResizeRefusedError, UserError
+from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity, settle, start_executor
+from phalanx.executor.start import Capacity, open_quarters, settle, start_executor
 from phalanx.membership.lines import Line, Lines
-from phalanx.membership.memory import FormationMemory
+from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
 from phalanx.membership.resize import Resize, Size
 from phalanx.membership.resizer import NextWork, Resizer, nothing_to_do
+from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, StartProgress, Step, StepResult
 
@@ -53,14 +55,19 @@ class Resized(NamedTuple):
 class Healing:
     """A recovery that another thread carries out."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_s: float) -> None:
+        """`longest_s`: what it cannot take in good order."""
         self._outcome: Future[Healed] = Future()
+        self._deadline = Deadline(longest_s)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it is over by then."""
+        """Whether it is over by then. Raises DeadlineError if it hangs, as one rank in this process may at its start,
+        which nobody can end."""
         with suppress(TimeoutError):
             self._outcome.exception(timeout_s)
             return True
+        if not self._deadline.remaining_s:
+            raise DeadlineError("ranks that go on", "who heals them", self._deadline.waited_s)
         return False
 
     def result(self) -> Healed:
@@ -179,7 +186,7 @@ class Formation:
         """Do so in another thread."""
         assert self._recovery is not None
         self._put_off_resizes(error)
-        healing = Healing()
+        healing = Healing(self._recovery.longest_s)
         self._recovery.begin(partial(healing.carry_out, self, error))
         return healing
 
@@ -310,19 +317,26 @@ class Formation:
 def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Formation:
     """Start ranks as `start_executor` does, and be ready to start others after them.
 
-    With `heal` off, and of ranks in this process and those of Ray, the first line is the last one.
+    With `heal` off the first line is the last one, and so it is on a GPU in this process: its errors stay with that.
     """
     config = settle(config, checkpoint)
     with ExitStack() as stack:
-        if not config.healing.heal or config.executor.launcher != "local":
+        has_gpu_here = config.executor.launcher == "inline" and config.executor.device == "cuda"
+        if not config.healing.heal or has_gpu_here:
             executor, capacity = start_executor(config, checkpoint, on_progress)
             return Formation(config, Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
+        holder: RankHolder = Holder()
+        quarters = None
+        if config.executor.launcher == "ray":
+            quarters = stack.enter_context(open_quarters(config, on_progress))
+            config = quarters.config
+            holder = quarters.holder()
         presence = Presence(config)
         stack.callback(presence.close)
         # Of experts that move nobody knows, after a fault, which are where.
-        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
+        memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
-        lines = stack.enter_context(Lines(config, checkpoint))
+        lines = stack.enter_context(Lines(config, checkpoint, quarters))
         line, capacity = lines.start(on_progress, show=presence.show)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)

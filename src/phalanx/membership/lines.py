@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
@@ -17,16 +17,20 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watcher import WatchOrder
+from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH
+
+if TYPE_CHECKING:
+    from phalanx.executor.ray.quarters import Quarters
 
 ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
     dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
 )
 """After a verdict that stands for so long, ranks are ended. Who was stopped may go on, and who is late may come; but to
-wait for it costs more than to do without. Not for one that computes (slow):
-its successor would do the same; nor for one that takes long to start (overdue), which has a deadline."""
+wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
+would do the same; nor for one that takes long to start (overdue). These have deadlines."""
 
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05
@@ -57,6 +61,7 @@ def end(line: Line) -> None:
     """End its ranks and let go of what they used. Raises DeadlineError."""
     line.executor.kill()
     line.executor.close()
+    forget_locals(line.executor.failure)
 
 
 class Interruption:
@@ -90,13 +95,17 @@ class Interruption:
 
 
 class Lines:
-    """Starts lines of local ranks on one fork server. For any thread. A context manager."""
+    """Starts lines of ranks: local ones on one fork server, those of Ray in the same quarters, and one in this process.
 
-    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
-        """`config` is settled."""
+    For any thread, but with Ray and in this process one line is started at a time. A context manager.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
+        """`config` is settled. `quarters`: of ranks with Ray."""
         self._config = config
         self.checkpoint = checkpoint
         """What lines that start from now on are made from."""
+        self._quarters = quarters
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
 
@@ -133,7 +142,12 @@ class Lines:
             return launcher if interruption is None else interruption.note(launcher)
 
         executor, capacity = start_executor(
-            config or self._config, self.checkpoint, on_progress, new_launcher=new_launcher, line=plan
+            config or self._config,
+            self.checkpoint,
+            on_progress,
+            new_launcher=new_launcher,
+            quarters=self._quarters,
+            line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
 
@@ -144,6 +158,8 @@ class Lines:
     def close(self) -> None:
         """End the ranks of all lines, of those that are just starting, too. May be called more than once."""
         self._launchers.close()
+        if self._quarters is not None:
+            self._quarters.vacate()
 
     def __enter__(self) -> Lines:
         return self

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import Protocol
 
 from phalanx.memory.held import HeldMemory
-from phalanx.memory.holder import Holder
+
+
+class RankHolder(Protocol):
+    """Keeps ranks' memory, as memory.holder.Holder does on one host."""
+
+    def hold(self, rank: int, told: HeldMemory) -> HeldMemory:
+        """Take what a living rank has; as the next one gets it."""
+
+    def memory(self, rank: int) -> HeldMemory | None:
+        """What a rank's next worker gets; None if nothing is held."""
+
+    def drop(self, rank: int) -> None:
+        """Let go of what a rank has, if anything."""
 
 
 class FormationMemory:
-    """Held by this process until `close`. For any thread."""
+    """Held until `close`. For any thread."""
 
-    def __init__(self, num_ranks: int, *, holds_weights: bool) -> None:
+    def __init__(self, num_ranks: int, holder: RankHolder, *, holds_weights: bool) -> None:
         """`holds_weights`: whether what ranks have to leave are all their weights, beside the KV cache."""
         self._num_ranks = num_ranks
         self._holds_weights = holds_weights
         self._is_trusted = True
-        self._holder = Holder()
+        self._holder = holder
         self._holding = threading.Lock()
 
     def take(self, told: Mapping[int, HeldMemory]) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
 from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
@@ -36,6 +37,8 @@ class Recovery:
         self, config: HealingConfig, lines: Lines, capacity: Capacity, memory: FormationMemory, presence: Presence
     ) -> None:
         self.ladder = Ladder(config.heal_timeout_s)
+        self.longest_s = config.heal_timeout_s + END_DEADLINE_S
+        """Of a recovery with all its tries, and the end of ranks."""
         self._lines = lines
         self._capacity = capacity
         self._memory = memory
@@ -50,6 +53,7 @@ class Recovery:
         self._healed: Counter[Rung] = Counter()
         self._failed: Counter[Rung] = Counter()
         self._last_pause_s = 0.0
+        self._last_fault = ""
         self._is_healing = False
         self._standby = Standby(self._prepare) if config.standby else None
 
@@ -69,7 +73,8 @@ class Recovery:
         if isinstance(error, WorkerError):
             log.error("%s", error.traceback)
         # Of a verdict the log has the rest already.
-        log.error("the ranks of epoch %d are ended: %s", failed.epoch, str(error).partition("\n")[0])
+        self._last_fault = str(error).partition("\n")[0]
+        log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
         failed.executor.kill()
         forget_locals(error)
         self._retire(failed)
@@ -78,6 +83,7 @@ class Recovery:
             try:
                 line = self._attempt(attempt)
             except (PhalanxError, OSError) as reason:  # OSError: no memory, no processes, no descriptors
+                forget_locals(reason)
                 self._failed[attempt.rung] += 1
                 climb.failed(attempt.rung, str(reason))
                 log.warning("no ranks by way of %s: %s", attempt.rung, reason)
@@ -104,7 +110,7 @@ class Recovery:
         """
         self._rests_standby = True
         if self._standby is not None:
-            self._standby.end(END_DEADLINE_S)
+            self._standby.clear(END_DEADLINE_S)
 
     def renew_standby(self) -> None:
         """Have one again, soon, if there is to be one."""
@@ -155,6 +161,7 @@ class Recovery:
             failed=dict(self._failed.items()),
             num_standby_faults=0 if self._standby is None else self._standby.num_faults,
             last_pause_s=self._last_pause_s,
+            last_fault=self._last_fault,
         )
 
     def interrupt(self) -> None:
@@ -193,10 +200,10 @@ class Recovery:
             if self._standby is not None:
                 self._standby.discard()
             line = self._new_line(attempt.deadline_s, NO_MEMORY)
-        elif attempt.rung == "standby" or (self._standby is not None and self._standby.is_preparing):
+        elif attempt.rung == "standby":
             line = self._take_standby(attempt.deadline_s)
         else:
-            line = self._new_line(attempt.deadline_s, self._memory.of_ranks())
+            line = self._next_line(attempt.deadline_s)
         try:
             line.executor.check_health(min(attempt.deadline_s, HEALTH_S))
             self._memory.take(line.told)
@@ -205,15 +212,22 @@ class Recovery:
             raise
         return line
 
-    def _take_standby(self, deadline_s: float) -> Line:
-        """The line that stands ready, or the one that is being prepared."""
+    def _take_standby(self, timeout_s: float) -> Line:
+        """The line that stands ready, or will before `timeout_s`; else it is ended."""
         assert self._standby is not None
-        line = self._standby.take(deadline_s)
+        line = self._standby.take(timeout_s)
         if line is None:
             self._standby.discard()
-            raise StartError("the standby line", "being prepared", f"it was not ready within {deadline_s:.3g} s")
+            raise StartError("the standby line", "being prepared", f"it was not ready within {timeout_s:.3g} s")
         self._presence.show(line.executor.watched, line.epoch)
         return line
+
+    def _next_line(self, deadline_s: float) -> Line:
+        """The one that is being prepared, if that is sooner; else a new one. A start that hangs is not waited for."""
+        if self._standby is not None:
+            with suppress(StartError):
+                return self._take_standby(min(self._standby.due_in_s, deadline_s))
+        return self._new_line(deadline_s, self._memory.of_ranks())
 
     def _new_line(self, deadline_s: float, memory: Mapping[int, HeldMemory]) -> Line:
         line, _ = self._lines.start(
@@ -247,13 +261,6 @@ class Recovery:
         thread = threading.Thread(target=work, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
-
-
-def forget_locals(error: BaseException | None) -> None:
-    """Let go of what the calls held that an error came through: the executor, and so the memory of its queue."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _say_nothing(progress: StartProgress) -> None:

@@ -22,11 +22,12 @@ from phalanx.errors import ConfigError, DeadlineError, PhalanxError
 from phalanx.executor.executor import Executor
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity, settle
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
-from phalanx.membership.recovery import forget_locals
 from phalanx.membership.resize import Resize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory
+from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import Ping, ReplyBody, StartProgress
 
@@ -245,7 +246,7 @@ class Resizer:
         check_memory(config, resize.before, pids)
         preparation.has_room.set()
         # Of experts that move nobody knows, after a fault, which are where.
-        memory = FormationMemory(config.parallel.world_size, holds_weights=not config.parallel.enable_eplb)
+        memory = FormationMemory(config.parallel.world_size, Holder(), holds_weights=not config.parallel.enable_eplb)
         with ExitStack() as undo:
             undo.callback(memory.close)
             line, capacity = self._lines.start(preparation.report, config=config, interruption=preparation.interruption)

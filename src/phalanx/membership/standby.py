@@ -10,6 +10,7 @@ from typing import Literal
 
 from phalanx.errors import DeadlineError, PhalanxError
 from phalanx.executor.pending import Pending
+from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, end
 from phalanx.protocol import Ping, ReplyBody
 
@@ -42,6 +43,9 @@ class Standby:
         self._is_wanted = True
         self._is_closed = False
         self._begins_at = time.monotonic()
+        self._begun_at = 0.0
+        self._took_s = 0.0
+        """To prepare the last one that came up."""
         self._pause_s = FIRST_PAUSE_S
         self._interruption = Interruption()
         self._changed = threading.Condition()
@@ -54,10 +58,11 @@ class Standby:
             return "ready" if self._line is not None else "preparing"
 
     @property
-    def is_preparing(self) -> bool:
-        """Whether one is under way, so that `take` may wait for it."""
+    def due_in_s(self) -> float:
+        """When the one that is being prepared is ready if it takes as long as the last one did; 0 if there is none, or
+        it should be ready by now, or nothing is known of that."""
         with self._changed:
-            return self._is_preparing
+            return max(self._begun_at + self._took_s - time.monotonic(), 0.0) if self._is_preparing else 0.0
 
     def take(self, timeout_s: float) -> Line | None:
         """The line that is ready, or is while it is waited for; None if there will be none.
@@ -81,7 +86,7 @@ class Standby:
             self._changed.notify_all()
 
     def discard(self, end_line: Callable[[Line], None] = end) -> None:
-        """End the line that is ready or is prepared: what it is made from is of no use any more.
+        """End the line that is ready or is prepared: it, or what it is made from, is of no use any more.
 
         One that is ready is ended by `end_line`, which by default blocks until its processes are gone."""
         with self._changed:
@@ -91,9 +96,9 @@ class Standby:
             self._changed.notify_all()
         interruption.begin()
         if line is not None:
-            end_line(line)
+            self._let_go(line, end_line)
 
-    def end(self, timeout_s: float) -> None:
+    def clear(self, timeout_s: float) -> None:
         """As `discard`; returns when nothing of it is left, not even of a line that was just being prepared.
 
         Raises DeadlineError.
@@ -112,10 +117,13 @@ class Standby:
 
     def _run(self) -> None:
         while not self._is_closed:
-            if (lost := self._await_turn()) is not None:
-                end(lost)
-            elif not self._is_closed:
-                self._try()
+            self._take_turn()  # and hold nothing of a line that is gone
+
+    def _take_turn(self) -> None:
+        if (lost := self._await_turn()) is not None:
+            self._let_go(lost)
+        elif not self._is_closed:
+            self._try()
 
     def _try(self) -> None:
         try:
@@ -138,17 +146,18 @@ class Standby:
                     left_s = self._begins_at - time.monotonic() if self._is_wanted else LOOK_S
                     if left_s <= 0:
                         self._is_preparing = True
+                        self._begun_at = time.monotonic()
                         self._interruption = Interruption()
                         return None
                 else:
                     try:
                         heartbeat = _looked_after(self._line, heartbeat)
-                    except PhalanxError as error:
+                    except Exception as error:
                         return self._lost(self._line, error)
                 self._changed.wait(min(left_s, LOOK_S))
         return None
 
-    def _lost(self, line: Line, error: PhalanxError) -> Line:
+    def _lost(self, line: Line, error: Exception) -> Line:
         log.warning("the standby line (epoch %d) is lost: %s", line.epoch, error)
         self._line = None
         self._put_off()
@@ -161,13 +170,24 @@ class Standby:
             if is_of_use:
                 self._line = line
                 self._pause_s = FIRST_PAUSE_S
+                self._took_s = time.monotonic() - self._begun_at
             self._changed.notify_all()
         if is_of_use:
             log.info("a standby line is ready (epoch %d)", line.epoch)
         else:
-            end(line)
+            self._let_go(line)
+
+    def _let_go(self, line: Line, end_line: Callable[[Line], None] = end) -> None:
+        """End it. What cannot be ended is said: nothing more can be done about it, and other lines come."""
+        try:
+            end_line(line)
+        except Exception:
+            with self._changed:
+                self.num_faults += 1
+            log.exception("a standby line (epoch %d) did not end", line.epoch)
 
     def _give_up(self, error: Exception) -> None:
+        forget_locals(error)
         with self._changed:
             self._is_preparing = False
             if not self._is_closed and not self._interruption.is_set:

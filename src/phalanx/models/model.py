@@ -327,6 +327,7 @@ def _pack(
             products.append(product)
         if isinstance(experts := getattr(module, "products", None), ExpertProducts):
             products.extend(experts.linears.values())
+            experts.compile()
     if head is not None:
         products.append(head.product)
     packing = Packing(products, release, kept=kept, memory=memory)

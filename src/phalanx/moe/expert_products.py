@@ -1,7 +1,8 @@
-"""The experts of one layer on a CPU: a product for each that a token came to.
+"""The experts of one layer on a CPU: by one kernel, or by a product for each that a token came to.
 
 Their weights can be packed, as those of linear layers (docs/decisions/0011): each expert's by itself, so that a step
-reads the experts that it needs, and one that moves to another rank is packed anew alone.
+reads the experts that it needs, and one that moves to another rank is packed anew alone. Packed ones are multiplied by
+our kernel where there is one (docs/decisions/0027).
 
 Shape suffixes: N tokens, K experts of a token, P pairs of a token and one of this rank's experts, R those pairs of one
 expert, S this rank's experts, I inputs, O outputs, D hidden size.
@@ -12,9 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
+
+from phalanx.moe.expert_kernel import ExpertKernel, find_kernel
 
 MIN_ROWS, FAST_ROWS = 3, 4
 """oneDNN reads a packed weight faster for four rows than for one or two. An expert with so few has its neighbours' rows
@@ -32,6 +39,7 @@ class ExpertLinear:
         self._bias_SO = bias_SO
         self._is_transposed = is_transposed
         self._packed: list[Tensor] | None = None
+        self._addresses: NDArray[np.int64] | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -49,6 +57,11 @@ class ExpertLinear:
         num_experts, num_outputs, num_inputs = self._weight_SOI.shape
         return num_experts, num_outputs, num_inputs
 
+    @property
+    def addresses(self) -> NDArray[np.int64] | None:
+        """[S]: where the packed weights lie, if they are packed."""
+        return self._addresses
+
     def pack(self, keep: Callable[[int, Tensor], Tensor] | None = None) -> None:
         """Copy the weights into packed ones, which with `keep` lie where it puts those of each expert.
 
@@ -60,11 +73,12 @@ class ExpertLinear:
     def use(self, packed: Sequence[Tensor]) -> None:
         """Compute by these, one of each expert."""
         self._packed = [*packed]
+        self._addresses = np.array([*map(torch.ops.mkldnn.data_ptr, packed)], np.int64)
 
     def unpack(self) -> None:
         """Write the weights back where they were, bit for bit, and use those."""
         assert self._packed is not None
-        packed, self._packed = self._packed[::-1], None
+        packed, self._packed, self._addresses = self._packed[::-1], None, None
         for weight_OI in self._weight_SOI:
             weight_OI.copy_(packed.pop().to_dense())
 
@@ -84,10 +98,11 @@ class ExpertLinear:
         """Have these experts' weights become `rows`, in the form that `read` gives. Packed ones stay packed."""
         rows_OI = rows.transpose(1, 2) if self._is_transposed else rows
         for row_OI, slot in zip(rows_OI, slots, strict=True):
-            if self._packed is None:
+            if self._packed is None or self._addresses is None:
                 self._weight_SOI[slot].copy_(row_OI)
             else:
                 self._packed[slot] = _pack(row_OI)
+                self._addresses[slot] = torch.ops.mkldnn.data_ptr(self._packed[slot])
 
     def __call__(self, slots: Sequence[int], counts: Sequence[int], x_PI: Tensor) -> Tensor:
         """What these experts' layers make of the rows of each, so many, that stand one below the other: [P, O]."""
@@ -131,6 +146,13 @@ class ExpertProducts:
         self._up, self._down = self.linears.values()
         self._module = module
         self._num_experts = len(module.down_proj)
+        self._kernel: ExpertKernel | None = None
+
+    def compile(self) -> None:
+        """Have packed weights multiplied by our kernel, if there is one for them. The first is to be made."""
+        if _is_plain_silu(self._module):
+            _, hidden, inner = self._down.packed_shape
+            self._kernel = find_kernel(hidden, inner, self._module.down_proj.dtype)
 
     def __call__(self, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """What these experts add to each token: [N, D].
@@ -138,6 +160,9 @@ class ExpertProducts:
         `local_NK` are the experts' places on this rank; what is numbered as many as there are is another rank's, and
         costs nothing.
         """
+        kernel, up, down = self._kernel, self._up.addresses, self._down.addresses
+        if kernel is not None and up is not None and down is not None and kernel.suits(local_NK, self._num_experts):
+            return kernel(hidden_ND, local_NK, weights_NK, up, down)
         if len(hidden_ND) == 1:
             return self._of_one(hidden_ND, local_NK[0], weights_NK[0])
         top_k, local = local_NK.shape[1], local_NK.reshape(-1)
@@ -170,6 +195,18 @@ class ExpertProducts:
         out_PD = self._down(slots, counts, inner_PI)
         # Of transformers 5.17 no module has one, nor says so.
         return module.post_expert_norm(out_PD) if getattr(module, "has_post_expert_norm", False) else out_PD
+
+
+def _is_plain_silu(module: Any) -> bool:
+    """Whether it computes down(silu(gate) * up), and nothing beside."""
+    return (
+        module.has_gate
+        and module.is_concatenated
+        and not module.has_bias
+        and not getattr(module, "has_post_expert_norm", False)
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+    )
 
 
 def _weighted_sums(out_PD: Tensor, row_NK: Tensor, weights_NK: Tensor) -> Tensor:

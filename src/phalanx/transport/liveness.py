@@ -126,10 +126,17 @@ def holds_memory(pid: int, start_time: int) -> bool:
     return found is not None and found.state not in "ZX" and found.start_time == start_time
 
 
+def group_members(group: int) -> list[int]:
+    """The processes of a process group that may still hold memory. Takes a look at every process there is."""
+    found = ((int(name), _read_stat(int(name))) for name in os.listdir("/proc") if name.isdigit())
+    return [pid for pid, stat in found if stat is not None and stat.group == group and stat.is_running]
+
+
 class _Stat(NamedTuple):
     """A process in /proc."""
 
     state: str
+    group: int
     is_exiting: bool
     start_time: int
 
@@ -142,7 +149,7 @@ def _parse_stat(stat: bytes) -> _Stat:
     """What is told in /proc/PID/stat."""
     # The second field is the command's name in parentheses, and may itself hold spaces and parentheses.
     fields = stat[stat.rindex(b")") + 2 :].split()
-    return _Stat(fields[0].decode(), bool(int(fields[6]) & _EXITING), int(fields[19]))
+    return _Stat(fields[0].decode(), int(fields[2]), bool(int(fields[6]) & _EXITING), int(fields[19]))
 
 
 def _start_time_of_running(pid: int) -> int | None:

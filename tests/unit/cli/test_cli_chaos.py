@@ -34,12 +34,28 @@ def run(*arguments: str) -> Result:
         (("model", "--plan", "PLAN", "--seed", "1"), "--seed: without effect, since --plan says"),
         (("--pid", "1", "--plan", "PLAN", "--states", "idle"), "--states: without effect"),
         (("model", "--plan", "PLAN", "--kinds", "stop", "--count", "3"), "--count, --kinds: without effect"),
+        (("--check",), "--check needs MODEL"),
+        (("model", "--check", "--plan", "PLAN"), "--check needs MODEL, and neither --pid nor --plan"),
+        (("model", "--check", "--only", "3", "--count", "4"), "--count: without effect, since --only says"),
+        (("model", "--check", "--states", "start"), "--states start: not with --check"),
+        (("model", "--check", "--kinds", "kill,store"), "--kinds store: not with --check"),
+        (("model", "--streams", "3", "--only", "1"), "--streams, --only: only with --check"),
+        (("model", "--kinds", "stop,kill-engine"), "kill-engine: only with --check"),
+        (("model", "--states", "any"), "any: only with --check"),
     ],
 )
 def test_a_wrong_command(arguments: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text('[[faults]]\nkind = "kill"\nrank = 0\n')
     result = run(*(str(tmp_path / "plan.toml") if one == "PLAN" else one for one in arguments))
     assert result.exit_code == 2 and complaint in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"), [(["--no-heal"], "heal"), (["-dp", "2"], "data_parallel_size"), (["--kinds", "link"], "kinds")]
+)
+def test_what_cannot_be_checked_is_refused(flags: list[str], field: str) -> None:
+    error = run("model", "--check", "-tp", "2", *flags).exception
+    assert isinstance(error, ConfigError) and error.field == field
 
 
 def test_one_rank_alone_has_no_ledger() -> None:

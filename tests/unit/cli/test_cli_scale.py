@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,6 +25,8 @@ class Server(ThreadingHTTPServer):
         self.answers: list[tuple[int, Any]] = []
         self.asked: list[tuple[str, str, Any]] = []
         self.keys: set[str | None] = set()
+        self.on_asked: Callable[[tuple[str, str, Any]], None] = lambda asked: None
+        self.may_answer = threading.Event()
         self.has_asked = threading.Event()
         """How it is: what began it was answered."""
 
@@ -39,6 +41,9 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append((self.command, self.path, json.loads(content) if content else None))
+        self.server.on_asked(self.server.asked[-1])
+        if self.server.may_answer.is_set():  # whoever asked has gone
+            return
         self.server.keys.add(self.headers.get("Authorization"))
         answers = self.server.answers
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -114,7 +119,11 @@ def test_without_a_size_it_lists_the_replicas(server: Server, capsys: pytest.Cap
     server.answers = [report("done", (0, "serving"), (3, "dead"))]
     assert run(["scale", server.url]) == 0
     assert capsys.readouterr().out == "replica 0: serving, requests: 2\nreplica 3: dead, requests: 2\n"
-    assert run(["scale", server.url, "--leaving", "3"]) == 2
+    for flags in (["--leaving", "3"], ["--drain-timeout", "3"], ["--no-wait"]):
+        assert run(["scale", server.url, *flags]) == 2
+        said = capsys.readouterr().err
+        assert "give SIZE" in said and flags[0].replace("--no-", "--") in said
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,30 @@ def test_interrupted_it_undoes_the_resize(server: Server, capsys: pytest.Capture
     thread.join()
     assert ("DELETE", "/scale", None) in server.asked
     assert "the resize: cancelled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "took_s", "said"),
+    [
+        ("running", 0.0, "the resize: cancelled"),
+        ("running", 1e6, "it has not begun"),  # that is somebody else's
+        ("done", 0.0, "it has not begun"),
+    ],
+)
+def test_interrupted_before_the_answer_it_says_what_becomes_of_the_resize(
+    server: Server, capsys: pytest.CaptureFixture[str], state: str, took_s: float, said: str
+) -> None:
+    def interrupt(asked: tuple[str, str, Any]) -> None:
+        if asked[0] == "POST":
+            os.kill(os.getpid(), signal.SIGINT)
+            server.may_answer.wait(10)
+
+    server.on_asked = interrupt
+    server.answers = [report(state, took_s=took_s), report("cancelled"), report("cancelled")]
+    assert run(["scale", server.url, "2"]) == 130
+    server.may_answer.set()
+    assert said in capsys.readouterr().err
+    assert (("DELETE", "/scale", None) in server.asked) == (said == "the resize: cancelled")
 
 
 def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:

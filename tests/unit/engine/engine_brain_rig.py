@@ -85,6 +85,8 @@ class Rig:
         )
         self.clients: dict[int, Client] = {}
         self.errors: dict[int, str] = {}
+        self.is_from_outside = False
+        """Whether failures seem to be."""
         self.keeps_cache = True
         """Whether workers find the KV cache of those that were killed."""
         self._num_generated: dict[int, int] = {}
@@ -122,7 +124,9 @@ class Rig:
         """Go on with other workers."""
         self.epoch += 1
         self.executor.replace(self._make_workers(self.workers if self.keeps_cache else ()))
-        self.brain.rewind(self.epoch, keeps_cache=self.keeps_cache, failure=failure)
+        self.brain.rewind(
+            self.epoch, keeps_cache=self.keeps_cache, failure=failure, is_from_outside=self.is_from_outside
+        )
         self._carry()
         if not self.keeps_cache:
             self._clean_blocks.clear()

@@ -35,14 +35,16 @@ class EchoBrain:
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
 
-    def rewind(self, epoch: int, *, keeps_cache: bool, failure: str | None = None) -> None:
+    def rewind(
+        self, epoch: int, *, keeps_cache: bool, failure: str | None = None, is_from_outside: bool = False
+    ) -> None:
         self.rewinds.append((epoch, keeps_cache, failure))
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)
 
     def step(self) -> TokenBatch | None:
-        self.num_steps += 1
+        self.num_steps += bool(self.running)  # else it only tells of what has ended
         time.sleep(0)  # where a real step waits for its workers
         tokens = {}
         for request_id, request in list(self.running.items()):

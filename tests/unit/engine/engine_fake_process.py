@@ -105,6 +105,9 @@ class FakeEngine:
                 if isinstance(message, Submit):
                     if self.behaviour == "dies-when-asked":
                         os.kill(os.getpid(), signal.SIGKILL)
+                    if self.behaviour.startswith("when-asked-waits-for "):
+                        while not Path(self.behaviour.removeprefix("when-asked-waits-for ")).exists():
+                            time.sleep(0.005)
                     self.brain.submit(message)
                 elif isinstance(message, Cancel):
                     self.brain.cancel(message.request_ids)
@@ -161,7 +164,7 @@ class FakeEngine:
         if self.behaviour == f"dies-in-step-{self.brain.num_steps}":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.behaviour == "dies-of-a-poison" and any(map(is_poison, self.brain.running.values())):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.brain.num_steps == 5 and self.behaviour == "stops-in-step-5":
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.brain.num_steps == 5 and self.behaviour == "hangs-in-step-5":

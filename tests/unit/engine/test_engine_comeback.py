@@ -201,6 +201,20 @@ async def test_a_request_that_takes_engines_down_ends_and_the_others_live(checkp
         await until_up_again(client, 3)
 
 
+@in_loop
+async def test_kills_from_outside_are_nobodys_doing(checkpoint: Path, tmp_path: Path) -> None:
+    """Not even of the only request, which gets no further meanwhile."""
+    async with client_of(checkpoint, f"when-asked-waits-for {tmp_path / 'file'}", engine_restarts=4) as client:
+        reading = asyncio.create_task(text_of(client, "the fox", SamplingParams(max_tokens=4)))
+        await until(lambda: client.num_running == 1)
+        for num_restarts in range(1, 5):
+            kill(client)
+            await until_up_again(client, num_restarts)
+        (tmp_path / "file").touch()
+        _, last = await reading
+        assert last.finish_reason == "length"
+
+
 # ------------------------------------------------------------------------------------- behind a server
 
 

@@ -20,8 +20,18 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import WATCH_POLL_S, Fleet, piece_that_takes, start_engine
+from phalanx.engine.roster import Order
 from phalanx.engine.seats import Seats, settings_of_replicas
-from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError, StartError
+from phalanx.engine.stream import RequestStream
+from phalanx.errors import (
+    ConfigError,
+    DeadlineError,
+    EngineDeadError,
+    RequestError,
+    ResizeError,
+    ResizeUnderWayError,
+    StartError,
+)
 from phalanx.executor import platform
 from phalanx.protocol import SamplingParams, StartProgress
 from phalanx.server.generation import Generation
@@ -223,6 +233,25 @@ async def test_a_replica_that_died_is_replaced(checkpoint: Path, monkeypatch: py
         await asyncio.gather(*(reader.task for reader in readers))
 
 
+@in_loop
+async def test_one_that_cannot_be_ended_is_replaced_as_well(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        close = fleet._engines[0].close
+
+        async def close_and_fail() -> None:
+            await close()
+            raise DeadlineError("the end after SIGKILL", "process 7", 10.0)
+
+        monkeypatch.setattr(fleet._engines[0], "close", close_and_fail)
+        os.kill(pids(fleet)[0], signal.SIGKILL)
+        await until(lambda: states(fleet)[0] == "dead")
+        await until(lambda: states(fleet) == {0: "serving", 1: "serving"})
+        assert "replica 0 did not end" in caplog.text
+
+
 @pytest.fixture
 def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 64)
@@ -263,15 +292,16 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
         reader = Reader(fleet, 10)
         await until(lambda: len(reader.tokens) > 100)
         asked: list[list[int]] = []
-        generate = fleet.generate
+        rehearsal = fleet._rehearsal
 
-        def note(prompt: list[int], sampling: SamplingParams) -> Any:
-            assert sampling.max_tokens == 1
+        def note(prompt: Any) -> RequestStream:
             assert counts(fleet) == {0: 1, 1: 0}, "it still runs where it is"
-            asked.append(prompt)
-            return generate(prompt, sampling)
+            asked.append(prompt.tolist())
+            stream = rehearsal(prompt)
+            assert stream.submit(0).is_rehearsal and stream.submit(0).sampling.max_tokens == 1
+            return stream
 
-        monkeypatch.setattr(fleet, "generate", note)
+        monkeypatch.setattr(fleet, "_rehearsal", note)
         await fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=0.0)
         assert len(asked[-1]) > len(asked[0]) >= 16
         assert asked[-1] == ([10, 11, 12] * len(asked[-1]))[: len(asked[-1])]
@@ -466,6 +496,30 @@ async def test_closed_during_a_resize_it_leaves_nothing(checkpoint: Path, many_c
         await fleet.close()
         with pytest.raises(EngineDeadError, match="shutting down"):
             await growing
+
+
+@in_loop
+async def test_what_is_ordered_while_it_closes_is_left_undone(
+    checkpoint: Path, many_cores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would wait for it."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        fleet._command = command("hangs-at-start")
+        growing = await fleet.begin_resize(data_parallel_size=2)
+        await until(lambda: fleet.replicas()[1].phase == "loading")
+        carried_out: list[Order] = []
+        do = fleet._do
+
+        def note(order: Order, before: Any) -> Any:
+            carried_out.append(order)
+            return do(order, before)
+
+        monkeypatch.setattr(fleet, "_do", note)
+        growing.cancel()  # which ends replica 1
+        await fleet.close()
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            await growing
+        assert not carried_out and all(task.done() for task in fleet._work.values())
 
 
 @in_loop

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import engine_tiny_tokenizers as tiny
 import msgspec
@@ -291,6 +292,24 @@ def test_a_fault_that_is_not_healed_ends_the_engine_and_says_what_was_tried(engi
     engine.send(submit(3, max_tokens=1))
     assert "could not be healed: new line: no memory" in engine.receive(EngineFailed).reason
     assert engine.exit_code() == 1
+
+
+@pytest.mark.parametrize("num_committed", [0, 1])
+def test_a_turn_that_commits_nothing_is_no_progress(num_committed: int) -> None:
+    """It tells that requests have ended, which needs no ranks."""
+
+    class OnlyTells(EchoBrain):
+        def has_work(self) -> bool:
+            return True
+
+        def step(self) -> TokenBatch | None:
+            self.num_steps += num_committed
+            return None
+
+    formation = FakeFormation()
+    maintenance = partial(Maintenance, cast(Any, None), cast(Any, None))
+    cast(Any, process.EngineLoop(cast(Any, None), cast(Any, OnlyTells), cast(Any, formation), maintenance))._turn()
+    assert formation.num_progressed == num_committed
 
 
 def test_cancel_reaches_the_brain(engine: Engine) -> None:

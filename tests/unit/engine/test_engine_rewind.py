@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from engine_brain_rig import Rig
 
 from phalanx.engine.suspects import FAILURES_TO_BLAME
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import FinishReason, StepPlan, as_ints, ints
+from phalanx.protocol import FinishReason, SamplingParams, StepPlan, Submit, as_ints, ints
 
 WAYS = pytest.mark.parametrize(
     "settings",
@@ -167,6 +168,32 @@ def test_who_kills_ends_and_the_others_live() -> None:
     }
 
 
+def test_a_request_that_was_only_there_when_ranks_were_killed_lives() -> None:
+    """Kill after kill from outside, before the first step of each new set of ranks, whoever runs then."""
+    rig = Rig()
+    rig.is_from_outside = True
+    rig.submit([10, 11], max_tokens=30, ignore_eos=True)
+    for _ in range(12):
+        kill(rig, is_blamed=True)
+    rig.submit([20, 21], max_tokens=30, ignore_eos=True)
+    for _ in range(3):
+        kill(rig, is_blamed=True)
+        rig.step()
+    rig.finish()
+    assert not rig.errors
+
+
+def test_who_kills_as_somebody_from_outside_would_is_found_since_the_others_live() -> None:
+    rig = Rig()
+    rig.is_from_outside = True
+    for first in range(3):
+        rig.submit([10 + first, 11], max_tokens=40, ignore_eos=True, top_k=8 if first == 1 else 0)
+    rig.finish()
+    reasons = [client.reason for client in rig.clients.values()]
+    assert reasons == [FinishReason.LENGTH, FinishReason.ERROR, FinishReason.LENGTH]
+    assert rig.epoch - 1 == FAILURES_TO_BLAME + 1 and "5 times in a row" in rig.errors[1]
+
+
 def test_while_one_is_tried_the_others_are_held_back() -> None:
     rig = Rig(max_num_seqs=3, async_scheduling=False)
     for first in range(3):
@@ -312,3 +339,17 @@ def test_a_rewind_costs_the_next_plan_only() -> None:
     assert len(first.new) == 8
     assert second.new == ()
     assert np.array_equal(as_ints(first.slots), as_ints(ints(list(range(8)))))
+
+
+def test_a_rehearsal_counts_for_no_token() -> None:
+    """It is there for the prefix cache."""
+    rig = Rig()
+    rig.submit([10, 11, 12], max_tokens=3, ignore_eos=True)
+    rig.finish()
+    (before,) = rig.brain.stats().replicas
+    rig.brain.submit(Submit(99, ints(range(20, 30)), SamplingParams(max_tokens=1), is_rehearsal=True))
+    while rig.brain.has_work():
+        rig.brain.step()
+    (after,) = rig.brain.stats().replicas
+    assert after.num_steps > before.num_steps
+    assert msgspec.structs.replace(after, num_steps=before.num_steps) == before

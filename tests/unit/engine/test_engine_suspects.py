@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from phalanx.engine.suspects import FAILURES_TO_BLAME, FAILURES_TO_ISOLATE, Suspects
+from phalanx.engine.suspects import FAILURES_TO_BLAME, FAILURES_TO_ISOLATE, STEPS_WITHOUT, Suspects
 
 
-def failed(suspects: Suspects, reach: dict[int, int], *, times: int = 1) -> dict[int, str]:
+def failed(
+    suspects: Suspects, reach: dict[int, int], *, times: int = 1, is_from_outside: bool = False
+) -> dict[int, str]:
     guilty: dict[int, str] = {}
     for _ in range(times):
         assert not guilty
-        guilty = suspects.failed(reach, "rank 1 died")
+        guilty = suspects.failed(reach, "rank 1 died", is_from_outside=is_from_outside)
     return guilty
 
 
@@ -75,3 +77,53 @@ def test_a_failure_without_a_step_under_way_is_nobodys() -> None:
     suspects = Suspects()
     assert failed(suspects, {}, times=10) == {}
     assert not suspects
+
+
+def killed(suspects: Suspects, reach: dict[int, int], *, times: int = 1) -> dict[int, str]:
+    """From outside, as far as anybody can tell."""
+    return failed(suspects, reach, times=times, is_from_outside=True)
+
+
+def test_kills_from_outside_convict_nobody_who_is_the_only_one() -> None:
+    suspects = Suspects()
+    assert killed(suspects, {0: 4}, times=20) == {}
+    suspects.committed({0: 4})
+    assert not suspects and suspects.aside is None
+
+
+def test_who_is_killed_alone_waits_while_others_run() -> None:
+    suspects = Suspects()
+    assert killed(suspects, {0: 4, 1: 4}, times=FAILURES_TO_ISOLATE) == {}
+    assert suspects.alone == 1 and suspects.aside is None
+    assert killed(suspects, {1: 4}, times=FAILURES_TO_BLAME - FAILURES_TO_ISOLATE) == {}
+    assert suspects.aside == 1 and suspects.alone == 0, "which is tried, and goes on"
+    for num_tokens in range(4, 4 + STEPS_WITHOUT - 1):
+        suspects.committed({0: num_tokens})
+    assert suspects.aside == 1 and suspects.alone is None
+    suspects.committed({0: 4 + STEPS_WITHOUT})
+    assert suspects.aside is None and suspects.alone == 1, "is tried once more"
+    assert list(killed(suspects, {1: 4})) == [1]
+
+
+def test_who_was_put_aside_and_then_gets_further_is_cleared() -> None:
+    suspects = Suspects()
+    killed(suspects, {1: 4}, times=FAILURES_TO_BLAME)
+    for num_tokens in range(STEPS_WITHOUT):
+        suspects.committed({0: num_tokens})
+    suspects.committed({1: 4})
+    assert not suspects and suspects.alone is None
+
+
+def test_kills_that_come_without_it_as_well_clear_who_was_put_aside() -> None:
+    suspects = Suspects()
+    killed(suspects, {1: 4}, times=FAILURES_TO_BLAME)
+    assert suspects.aside == 1
+    assert killed(suspects, {0: 4}) == {}
+    assert suspects.aside is None and suspects.alone is None and len(suspects) == 1
+
+
+def test_failures_of_its_own_need_no_trial_of_others() -> None:
+    suspects = Suspects()
+    killed(suspects, {1: 4}, times=2)
+    assert failed(suspects, {1: 4}, times=FAILURES_TO_BLAME - 1) == {}
+    assert list(failed(suspects, {1: 4})) == [1]

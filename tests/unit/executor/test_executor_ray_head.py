@@ -112,7 +112,9 @@ def test_ranks_that_ray_does_not_end_are_ended() -> None:
     """Ray's way of killing an actor leads over its head."""
     with subprocess.Popen(["sleep", "60"]) as rank:
         placed = SimpleNamespace(rank=0, pid=rank.pid, is_driver_node=True, node_id="a")
-        launcher = RayLauncher(cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, close=lambda: None)))
+        launcher = RayLauncher(
+            cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, close=lambda: None, end_remote=lambda: None))
+        )
         launcher.close(0.0)
         assert rank.poll() == -9
 

@@ -15,7 +15,7 @@ pytest.importorskip("ray")
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.executor.ray.assignment import PlacedRank
-from phalanx.executor.ray.ledger import Ledger, keep_ledger
+from phalanx.executor.ray.ledger import Ledger, keep_ledger, outlast_stalls
 from phalanx.ledger.journal import GroupJournal, Journal
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -89,3 +89,9 @@ def test_not_those_that_say_so_themselves_in_the_call_that_is_wrong(resources: E
     assert ledger.watching is not None
     ledger.watching.close()  # by then all that was told has been taken in
     assert not launcher.killed.is_set()
+
+
+def test_a_stall_of_the_network_is_outlasted() -> None:
+    asked = {"diverged": 0.0, "stopped": 0.5, "late": 0.5, "behind": 0.5, "hung": 0.5}
+    patient = outlast_stalls(asked, 10.0)  # type: ignore[arg-type]
+    assert patient == {"diverged": 0.0, "stopped": 0.5, "late": 10.0, "behind": 10.0, "hung": 10.0}

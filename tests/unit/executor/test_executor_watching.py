@@ -24,6 +24,7 @@ from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.ledger.watcher import WatchOrder
+from phalanx.membership.lines import ENDS_AFTER_S
 from phalanx.protocol import Failure, Ping
 from phalanx.transport.address import listen_on
 from phalanx.transport.keys import RunKey
@@ -266,6 +267,25 @@ def test_ranks_live_that_come_back_in_time(pretend: Any) -> None:
     assert watcher._patience is None and watcher.await_hopeless(0.0) is None
     watcher.close()
     assert not ended.is_set()
+
+
+@pytest.mark.parametrize("cause", ["late", "behind", "hung"])
+def test_ranks_that_may_lack_a_core_are_left_to_their_deadline(pretend: Any, cause: Cause) -> None:
+    """Until it turns out that they do not come although they have one."""
+    starved, asleep = (
+        msgspec.structs.replace(verdict(cause), waited_s=3.0, starved_s=starved_s) for starved_s in (0.4, 0.2)
+    )
+    assert starved.is_of_a_busy_host and not asleep.is_of_a_busy_host
+    ended = threading.Event()
+    pretend(saying(starved))
+    watcher = Watching(NOBODY, ended.set, ends_after_s=dict.fromkeys(ENDS_AFTER_S, 0.01))
+    assert watcher.await_verdict(WITHIN_S) == starved and watcher._patience is None
+    watcher.close()
+    assert not ended.is_set()
+    pretend(saying(starved, asleep))
+    watcher = Watching(NOBODY, ended.set, ends_after_s=dict.fromkeys(ENDS_AFTER_S, 0.01))
+    assert ended.wait(WITHIN_S) and watcher.await_hopeless(WITHIN_S) == asleep
+    watcher.close()
 
 
 def test_a_watcher_that_is_told_to_be_silent_tells_nothing_of_what_is_done_next(

@@ -60,6 +60,24 @@ def test_a_rank_that_computes_is_slow() -> None:
     assert "computes and does not come to all_reduce" in str(verdict) and "1.9 s of CPU in 2.0 s" in str(verdict)
 
 
+def test_a_rank_that_computes_instead_of_beginning_a_step_is_slow() -> None:
+    ranks = world()
+    for rank in ranks:
+        rank.end()
+    for rank in (ranks[0], ranks[2]):
+        rank.begin(2)
+        rank.issue("tp@0", REDUCE)
+    verdict = judged(seen(ranks, still_s=2.0, cpu_s=1.9))
+    assert (verdict.cause, verdict.culprits) == ("slow", (1,))
+    assert "has not begun step 2: it is idle, and computes: 1.9 s of CPU in 2.0 s" in str(verdict)
+    assert judged(seen(ranks, still_s=2.0, cpu_s=0.1)).cause == "behind"
+
+
+def test_a_rank_that_computes_as_far_as_it_has_a_core_is_slow() -> None:
+    verdict = judged(seen(waiting_for_1(), still_s=4.0, cpu_s=0.9, starved_s=3.0))
+    assert (verdict.cause, verdict.culprits) == ("slow", (1,))
+
+
 def test_a_rank_that_sleeps_somewhere_is_late() -> None:
     verdict = judged(seen(waiting_for_1(), still_s=2.0, cpu_s=0.01, starved_s=1.9))
     assert (verdict.cause, verdict.culprits) == ("late", (1,))

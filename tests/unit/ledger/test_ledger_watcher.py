@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -35,7 +37,8 @@ class Watched:
         self.ranks = [
             WritingRank(rank, ["tp@0"], segment.buf, now_ns=self.clock) for rank, segment in enumerate(segments)
         ]
-        self.starved_s = 0.0
+        self.starving: deque[bool] = deque()
+        """At each look so far."""
         ranks = tuple(
             WatchedRank(rank=rank, node="alpha", groups=("", "tp@0"), journal=segment.handle)
             for rank, segment in enumerate(segments)
@@ -58,9 +61,14 @@ class Watched:
         found = None
         for _ in range(round(after_s / LOOK_S)):
             self.clock.pass_s(LOOK_S)
-            self.starved_s += starving * LOOK_S
+            self.starving.append(starving > 0)
             found = self._watcher.verdict(self.clock(), has_ended=has_ended)
         return found
+
+    def starved_ns(self, took_ns: int) -> int:
+        """Of the last `took_ns`."""
+        num_looks = round(took_ns / 1e9 / LOOK_S)
+        return round(sum(islice(reversed(self.starving), num_looks)) * LOOK_S * 1e9)
 
     def count_reads(self) -> list[int]:
         """How often each rank is looked at, from now on."""
@@ -79,7 +87,8 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with ExitStack() as stack:
         ranks = Watched(stack, monkeypatch)
-        monkeypatch.setattr(watcher, "_times_of", lambda entries: (0.0, ranks.starved_s))
+        monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
+        monkeypatch.setattr(watcher, "starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
         ranks.step(1)
         ranks.end_step()
         assert ranks.verdict(0.5) is None
@@ -99,6 +108,21 @@ def test_so_has_a_collective_that_all_have_come_to(watched: Watched) -> None:
     assert watched.verdict(3.0, starving=1.0) is None
     found = watched.verdict(LEAST_S + 0.5)
     assert found is not None and (found.cause, found.culprits, found.group) == ("hung", (), "tp@0")
+    assert found.is_of_a_busy_host and not watched.verdict(60.0).is_of_a_busy_host  # type: ignore[union-attr]
+
+
+def test_a_rank_without_a_core_that_has_yet_to_begin_a_step_is_starved_as_well(watched: Watched) -> None:
+    """It is idle, as far as it says so itself."""
+    watched.step(2, [0])
+    assert watched.verdict(3.0, starving=1.0) is None
+    found = watched.verdict(LEAST_S + 0.5)
+    assert found is not None and (found.cause, found.culprits) == ("behind", (1,)) and found.is_of_a_busy_host
+
+
+def test_who_sleeps_is_not_starved(watched: Watched) -> None:
+    watched.step(2, [0])
+    found = watched.verdict(LEAST_S + 0.5)
+    assert found is not None and found.cause == "behind" and not found.is_of_a_busy_host
 
 
 @pytest.mark.parametrize("starving", [0.0, 1.0])

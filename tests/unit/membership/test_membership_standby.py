@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 import phalanx.membership.standby as standby_module
-from phalanx.errors import PeerDiedError, StartError
+from phalanx.errors import DeadlineError, PeerDiedError, StartError
 from phalanx.membership.lines import Interruption, Line
 from phalanx.membership.standby import Standby
 
@@ -27,8 +27,11 @@ class FakePing:
 
 
 class FakeExecutor:
+    failure = None
+
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.end_error: Exception | None = None
         self.pinged = threading.Event()
         self.ended = threading.Event()
 
@@ -40,6 +43,8 @@ class FakeExecutor:
 
     def close(self) -> None:
         self.ended.set()
+        if self.end_error is not None:
+            raise self.end_error
 
 
 class Workshop:
@@ -98,7 +103,7 @@ def test_who_takes_waits_for_one_that_is_being_prepared(workshop: Workshop) -> N
     workshop.may_go_on.clear()
     standby = Standby(workshop.prepare)
     assert workshop.has_begun.acquire(timeout=WITHIN_S)
-    assert standby.is_preparing and standby.take(0.0) is None
+    assert standby.take(0.0) is None
     threading.Timer(0.05, workshop.may_go_on.set).start()
     line = standby.take(WITHIN_S)
     assert line is not None and not workshop.executors[0].ended.is_set()
@@ -114,6 +119,38 @@ def test_one_that_is_lost_is_ended_and_replaced(standby: Standby, workshop: Work
     assert first.ended.wait(WITHIN_S)
     assert taken(standby).epoch == 2 and standby.num_faults == 1
     workshop.executors[1].close()
+
+
+def test_one_that_cannot_be_ended_is_counted_and_others_come(
+    standby: Standby, workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    while not workshop.executors:
+        assert workshop.has_begun.acquire(timeout=WITHIN_S)
+    first = workshop.executors[0]
+    first.end_error = DeadlineError("the end after SIGKILL", "rank 1", 10.0)
+    first.error = PeerDiedError("rank 1", 7)
+    assert first.ended.wait(WITHIN_S)
+    assert taken(standby).epoch == 2 and standby.num_faults == 2
+    assert "a standby line (epoch 1) did not end" in caplog.text
+    workshop.executors[1].close()
+
+
+def test_how_long_one_takes_is_known_from_the_one_before(workshop: Workshop) -> None:
+    workshop.may_go_on.clear()
+    standby = Standby(workshop.prepare)
+    assert workshop.has_begun.acquire(timeout=WITHIN_S)
+    assert standby.due_in_s == 0.0, "of the first one nothing is known"
+    threading.Event().wait(0.05)
+    workshop.may_go_on.set()
+    taken(standby).executor.close()
+    assert standby._took_s >= 0.05
+    standby._took_s = 1000.0
+    workshop.may_go_on.clear()
+    standby.renew()
+    assert workshop.has_begun.acquire(timeout=WITHIN_S)
+    assert 900.0 < standby.due_in_s <= 1000.0
+    standby.close()
+    assert standby.due_in_s == 0.0
 
 
 def test_one_that_does_not_come_up_is_tried_again(workshop: Workshop) -> None:

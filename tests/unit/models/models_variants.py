@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "experts on some layers": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "experts for our kernel": ("qwen3_moe", {"hidden_size": 64, "moe_intermediate_size": 128}),
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
     "llama3 rope": (
         "llama",

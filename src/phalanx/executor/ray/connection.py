@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import ray
@@ -48,8 +49,7 @@ class Connection:
 
     def nodes(self, resource: str) -> list[Node]:
         """The nodes that live, and what they have of `resource`, as Ray knows it: a moment old."""
-        # Ray has no public call for what is free; this is the one that its own libraries use.
-        free = ray._private.state.available_resources_per_node()
+        free = self.free()
         alive = [node for node in ray.nodes() if node["Alive"]]
         hosts = Counter(node["NodeManagerHostname"] for node in alive)
         return [
@@ -64,10 +64,15 @@ class Connection:
             for node in alive
         ]
 
+    def free(self) -> Mapping[str, Mapping[str, float]]:
+        """What each node has free of every resource, also of those of placement groups' bundles, by node id."""
+        # Ray has no public call for what is free; this is the one that its own libraries use.
+        free: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+        return free
+
     def free_on(self, node_id: str, resource: str) -> float:
         """What a node has free of any resource, also one of a placement group's bundle."""
-        free = ray._private.state.available_resources_per_node()
-        return float(free.get(node_id, {}).get(resource, 0.0))
+        return float(self.free().get(node_id, {}).get(resource, 0.0))
 
     def close(self) -> None:
         """Let go of the connection. May be called more than once."""

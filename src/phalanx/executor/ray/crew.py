@@ -1,4 +1,4 @@
-"""The actors of one run: one for each rank, and one for each node beside the driver's."""
+"""The actors of one line: one for each rank, and the agents of the nodes beside the driver's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 import msgspec
 import ray
 from ray import ObjectRef
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from phalanx.config import ClusterConfig, Config
 from phalanx.errors import StartError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
+from phalanx.executor.ray.agents import Agents, kill_ranks
 from phalanx.executor.ray.assignment import PlacedRank, address_of, assign
 from phalanx.executor.ray.calls import answers_to, explain
 from phalanx.executor.ray.environment import environment_for_workers, runtime_env
 from phalanx.executor.ray.messages import Introduction, NodeOrder, Preparation, RankOrder
-from phalanx.executor.ray.node_agent import NodeAgent, tail
+from phalanx.executor.ray.node_agent import tail
 from phalanx.executor.ray.rank_actor import RankActor
 from phalanx.executor.ray.reservation import Reservation
 from phalanx.protocol import StartProgress
@@ -39,19 +40,27 @@ TAIL_LINES = 15
 
 
 class Crew:
-    """Actors that are made at once, all at the same time. `close` ends them."""
+    """Actors that are made at once, all at the same time. `close` ends the ranks."""
 
     def __init__(
-        self, config: Config, grid: Grid, checkpoint: str, reservation: Reservation, deadline: Deadline
+        self,
+        config: Config,
+        grid: Grid,
+        checkpoint: str,
+        reservation: Reservation,
+        agents: Agents,
+        epoch: int,
+        deadline: Deadline,
     ) -> None:
         """Ask Ray for the actors, which are to come and to be linked by the deadline; returns before they are there."""
+        self.epoch = epoch
         self._config = config
         self._grid = grid
         self._checkpoint = checkpoint
         self._reservation = reservation
         self._instance = secrets.token_hex(4)
         self.deadline = deadline
-        nodes = reservation.nodes
+        self._agents = agents
         self.ranks: list[Any] = []  # Ray's handles have the methods of their actors, of which no checker knows
         self.agents: dict[str, Any] = {}
         """By node id."""
@@ -63,8 +72,10 @@ class Crew:
         try:
             for place in reservation.places:
                 self.ranks.append(self._make_rank(place.rank))
-                if not nodes[place.node_id].is_driver and place.node_id not in self.agents:
-                    self.agents[place.node_id] = self._make_agent(place.node_id)
+            used = dict.fromkeys(place.node_id for place in reservation.places)
+            self.agents = agents.of(
+                (node_id for node_id in used if not reservation.nodes[node_id].is_driver), self._instance
+            )
         except Exception as error:
             self.close()
             raise StartError("an actor", "asking Ray for it", explain(error)) from error
@@ -103,6 +114,11 @@ class Crew:
     def driver_node(self) -> Node:
         return _driver_of(self._reservation.nodes)
 
+    @property
+    def has_ray(self) -> bool:
+        """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
+        return ray.is_initialized() and (self.raylet is None or self.raylet.is_alive())
+
     def ranks_of_agents(self) -> dict[str, list[int]]:
         """The ranks of each node that has an agent, by node id."""
         return {node_id: [rank.rank for rank in self.placed if rank.node_id == node_id] for node_id in self.agents}
@@ -118,8 +134,8 @@ class Crew:
         }
 
     def run_nodes(self) -> dict[ObjectRef[Any], str]:
-        """Have the agents relay; calls that end with them."""
-        return {agent.run.remote(): node_id for node_id, agent in self.agents.items()}
+        """Have the agents relay; calls that end with their links."""
+        return {agent.run.remote(self.epoch): node_id for node_id, agent in self.agents.items()}
 
     def run_rank(self, order: RankOrder) -> ObjectRef[Any]:
         """Have a rank run; a call that ends with it."""
@@ -135,18 +151,20 @@ class Crew:
 
     def kill_remote(self) -> None:
         """Have agents kill the ranks of their nodes; returns at once. For any thread."""
-        if not ray.is_initialized():
-            return
-        for agent in self.agents.values():
-            agent.kill.remote()
+        if ray.is_initialized():
+            kill_ranks(self.agents, self.epoch)
+
+    def end_remote(self) -> None:
+        """Have agents kill the ranks of their nodes, and wait until they are gone."""
+        if self.has_ray:
+            self._agents.end_ranks(self.epoch, self.agents)
 
     def close(self) -> None:
-        """Kill every actor; some may take a moment to end."""
-        if not ray.is_initialized():  # Ray has ended them already, and a call would start another Ray
+        """Kill every rank; some may take a moment to end."""
+        if not self.has_ray:
             return
-        if self.raylet is not None and not self.raylet.is_alive():  # they end with it, and calls may hang
-            return
-        for actor in (*self.ranks, *self.agents.values()):
+        kill_ranks(self.agents, self.epoch)
+        for actor in self.ranks:
             ray.kill(actor)
 
     def _tail(self, placed: PlacedRank) -> str:
@@ -178,19 +196,6 @@ class Crew:
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._reservation.group, place.bundle),
             runtime_env=runtime_env(self._config.cluster),
-        ).remote()
-
-    def _make_agent(self, node_id: str) -> Any:
-        cluster = msgspec.structs.replace(self._config.cluster, ray_workers_use_nsight=False)
-        actor: Any = ray.remote(NodeAgent)
-        return actor.options(
-            name=f"phalanx-{self._instance}-agent-{node_id[:8]}",
-            num_cpus=0,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=2,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            runtime_env=runtime_env(cluster),
         ).remote()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 
 from phalanx.errors import PeerDiedError
-from phalanx.transport.liveness import Party
+from phalanx.transport.liveness import Party, is_running
 
 
 def living(pids: Iterable[int], name: str) -> list[Party]:
@@ -29,3 +31,24 @@ def kill(party: Party) -> None:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         finally:
             os.close(pidfd)
+
+
+def await_ends(parties: Iterable[Party], timeout_s: float) -> list[Party]:
+    """Wait until they are gone, with all that they had; those that are not after `timeout_s`."""
+    expires_at = time.monotonic() + timeout_s
+    return [party for party in parties if not _await_end(party, expires_at)]
+
+
+def _await_end(party: Party, expires_at: float) -> bool:
+    try:
+        pidfd = os.pidfd_open(party.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if is_running(party.pid) and not party.is_alive():  # another process has its pid
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(max(expires_at - time.monotonic(), 0.0) * 1000))
+    finally:
+        os.close(pidfd)

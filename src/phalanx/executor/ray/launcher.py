@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from phalanx.errors import DeadlineError
 from phalanx.executor.ray.crew import Crew
-from phalanx.executor.ray.ending import kill, living
+from phalanx.executor.ray.ending import await_ends, kill, living
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
 from phalanx.executor.ray.messages import RankOrder
@@ -17,11 +18,13 @@ from phalanx.worker.spec import WorkerSpec
 
 REAP_DEADLINE_S = 0.5
 """For Ray to end the actors that were killed. It cannot say it of those whose node is gone."""
+END_DEADLINE_S = 10.0
+"""For the kernel to end ranks after SIGKILL; freeing a GPU's memory takes a second or two."""
 POLL_S = 0.005
 
 
 class RayLauncher:
-    """A launcher over a crew whose nodes are linked."""
+    """A launcher over a crew whose nodes are linked. `let_go` when nothing of it is of interest any more."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
@@ -31,6 +34,7 @@ class RayLauncher:
         self._watch: ActorWatch | None = None
         self._raylet_watch = ExitStack()
         self._is_closing = False
+        self._has_ended = False
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         calls = {self._crew.run_rank(self._order(spec)): str(spec.rank) for spec in specs}
@@ -49,16 +53,27 @@ class RayLauncher:
         self._crew.kill_remote()
 
     def close(self, timeout_s: float) -> None:
+        """As Launcher says: on this node, and on others as far as they can be reached."""
         expires_at = time.monotonic() + timeout_s
         while len(self.exits()) < len(self._crew.placed) and time.monotonic() < expires_at:
             time.sleep(POLL_S)
         self._is_closing = True
         self._raylet_watch.close()
+        for party in self._local:  # Ray may do it late, without its head never
+            kill(party)
         self._crew.close()
+        if not self._has_ended:  # later the agents may be others
+            self._crew.end_remote()
+            self._has_ended = True
         if self._watch is not None:
-            self._watch.wait_for_all(REAP_DEADLINE_S)
+            self._watch.wait_for({str(placed.rank) for placed in self._crew.placed}, REAP_DEADLINE_S)
+        if left := await_ends(self._local, END_DEADLINE_S):
+            raise DeadlineError("the end after SIGKILL", ", ".join(map(str, left)), END_DEADLINE_S)
+
+    def let_go(self) -> None:
+        """Be told of no more ends. Before Ray is shut down."""
+        if self._watch is not None:
             self._watch.close()
-        self._await_processes()
 
     def _order(self, spec: WorkerSpec) -> RankOrder:
         devices = self._crew.placed[spec.rank].devices
@@ -89,21 +104,3 @@ class RayLauncher:
     def _note(self, rank: int, how: str) -> None:
         with self._lock:
             self._exits.setdefault(rank, how)
-
-    def _await_processes(self) -> None:
-        """Those of this host can be looked at; Ray says that an actor is dead a moment before its process is gone.
-
-        Without its head Ray kills none.
-        """
-        if not self._have_ended():
-            for party in self._local:
-                kill(party)
-            self._have_ended()
-
-    def _have_ended(self) -> bool:
-        expires_at = time.monotonic() + REAP_DEADLINE_S
-        while is_one_left := any(party.is_alive() for party in self._local):
-            if time.monotonic() >= expires_at:
-                break
-            time.sleep(POLL_S)
-        return not is_one_left

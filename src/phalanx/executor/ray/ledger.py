@@ -20,14 +20,25 @@ from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.ending import living
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
-from phalanx.executor.watching import Watching, dump_order, make_journals, start_watching
+from phalanx.executor.watching import (
+    ENDS_WITHOUT_HOPE,
+    Watching,
+    dump_order,
+    make_journals,
+    start_watching,
+    who_is_ended,
+)
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge
+from phalanx.ledger.verdict import Cause
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.address import address_of, listen_on
 from phalanx.transport.keys import RunKey
 from phalanx.transport.shared_memory import SegmentHandle
+
+LIKE_A_STALL: frozenset[Cause] = frozenset({"late", "behind", "hung"})
+"""What a network between nodes that stalls looks like as well: the run is to survive that."""
 
 
 class Ledger(NamedTuple):
@@ -46,9 +57,15 @@ class Ledger(NamedTuple):
 
 
 def keep_ledger(
-    config: Config, crew: Crew, groups: Sequence[GroupSpec], launcher: RayLauncher, resources: ExitStack
+    config: Config,
+    crew: Crew,
+    groups: Sequence[GroupSpec],
+    launcher: RayLauncher,
+    resources: ExitStack,
+    ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE,
 ) -> Ledger:
-    """Start the judge, which listens when this returns. All of it ends with `resources`.
+    """Start the judge, which listens when this returns, and has the ranks killed for verdicts that have stood for so
+    long. All of it ends with `resources`.
 
     None, with a warning, if it cannot be started: the ranks do without.
     """
@@ -65,7 +82,7 @@ def keep_ledger(
         dump=dump_order(config),
     )
     if not remote:
-        watching = _start(config, order, launcher, resources)
+        watching = _start(config, order, launcher, ends_after_s, resources)
         return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
     key = RunKey.new()
     with listen_on(crew.brain_address) as listener:
@@ -77,7 +94,9 @@ def keep_ledger(
             node_timeout_s=config.cluster.node_timeout_s,
             steps_ahead=max(config.parallel.pipeline_parallel_size, 2),  # as the brain has under way at most
         )
-        watching = _start(config, msgspec.structs.replace(order, other_nodes=others), launcher, resources)
+        order = msgspec.structs.replace(order, other_nodes=others)
+        patient = outlast_stalls(ends_after_s, config.cluster.node_timeout_s)
+        watching = _start(config, order, launcher, patient, resources)
     if watching is None:
         return Ledger.none()
     judge = Judge(address=address, port=port, key=key)
@@ -88,9 +107,25 @@ def keep_ledger(
     return Ledger(watching, journals, reports)
 
 
-def _start(config: Config, order: WatchOrder, launcher: RayLauncher, resources: ExitStack) -> Watching | None:
-    ends_ranks = None if config.executor.collective_guard == "strict" else launcher.kill
-    watching = start_watching(order, ends_ranks, lambda rank: launcher.exits().get(rank))
+def outlast_stalls(ends_after_s: Mapping[Cause, float], node_timeout_s: float) -> dict[Cause, float]:
+    """Have no ranks killed for what a stall of the network looks like, as long as such a stall may last."""
+    return {
+        cause: max(stands_s, node_timeout_s) if cause in LIKE_A_STALL else stands_s
+        for cause, stands_s in ends_after_s.items()
+    }
+
+
+def _start(
+    config: Config,
+    order: WatchOrder,
+    launcher: RayLauncher,
+    ends_after_s: Mapping[Cause, float],
+    resources: ExitStack,
+) -> Watching | None:
+    def ending_of(rank: int) -> str | None:
+        return launcher.exits().get(rank)
+
+    watching = start_watching(order, launcher.kill, ending_of, who_is_ended(config, ends_after_s))
     if watching is not None:
         resources.callback(watching.close)
     return watching

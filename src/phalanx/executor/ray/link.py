@@ -23,6 +23,9 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.transport.shared_memory import SegmentHandle
 
+DISMISSAL_S = 1.5
+"""For the driver to dismiss an agent, after a link that it closed. Of one that goes by itself Ray tells the user."""
+
 
 class Linked(NamedTuple):
     """The brain's channel, and what each rank needs of it and of its groups."""
@@ -66,6 +69,7 @@ def link_nodes(
     homes = {group.name: _home(group, crew.placed) for group in groups}
     orders = {
         node_id: _order(
+            config,
             crew,
             ranks,
             queue,
@@ -109,6 +113,7 @@ def _listen(config: Config, crew: Crew, key: RunKey, resources: ExitStack) -> Cl
 
 
 def _order(
+    config: Config,
     crew: Crew,
     ranks: Sequence[int],
     queue: ClusterQueue[Call, WorkerMessage],
@@ -118,6 +123,7 @@ def _order(
 ) -> NodeOrder:
     placed = [crew.placed[rank] for rank in ranks]
     return NodeOrder(
+        epoch=crew.epoch,
         name=placed[0].node,
         ranks=tuple(ranks),
         pids=tuple(rank.pid for rank in placed),
@@ -128,6 +134,7 @@ def _order(
         deadline_s=crew.deadline.remaining_s,
         groups=tuple(groups),
         report=report,
+        stay_s=config.healing.heal_timeout_s if config.healing.heal else DISMISSAL_S,
     )
 
 

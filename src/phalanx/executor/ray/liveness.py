@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
@@ -31,10 +31,10 @@ class ActorWatch:
         self._thread = threading.Thread(target=self._run, name="phalanx-actor-watch", daemon=True)
         self._thread.start()
 
-    def wait_for_all(self, timeout_s: float) -> bool:
-        """Whether every call has ended, at the latest after `timeout_s`."""
+    def wait_for(self, names: Collection[str], timeout_s: float) -> bool:
+        """Whether the calls of these names have ended, at the latest after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._calls, timeout_s)
+            return self._changed.wait_for(lambda: not any(name in names for name in self._calls.values()), timeout_s)
 
     def close(self) -> None:
         self._is_closing = True

@@ -60,8 +60,9 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """Link a node to the brain, and prepare the groups that are on this node alone."""
+    """Link a line's ranks on a node to the brain, and prepare the groups that are on this node alone."""
 
+    epoch: int
     name: str
     ranks: tuple[int, ...]
     pids: tuple[int, ...]
@@ -74,6 +75,8 @@ class NodeOrder(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[GroupSpec, ...]
     report: NodeReport | None
     """None without a ledger."""
+    stay_s: float
+    """How long the node waits for another line when this one has ended."""
 
 
 class NodeReady(msgspec.Struct, frozen=True):

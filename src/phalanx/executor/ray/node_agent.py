@@ -1,96 +1,118 @@
-"""The actor that stands for a node beside the driver's: the brain's link ends in it, and its memory is the node's."""
+"""The actor that stands for a node beside the driver's: the brain's links end in it, and its memory is the node's."""
 
 from __future__ import annotations
 
 import os
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 
 from phalanx.errors import PhalanxError
-from phalanx.executor.groups import open_group
-from phalanx.executor.ray.ending import kill
 from phalanx.executor.ray.fate import end_with_raylet
-from phalanx.executor.ray.messages import NodeOrder, NodeReady
-from phalanx.executor.ray.node_ledger import report_node
+from phalanx.executor.ray.messages import NodeOrder
+from phalanx.executor.ray.node_line import NodeLine
 from phalanx.executor.ray.rank_actor import introduction
-from phalanx.transport.liveness import Party
-from phalanx.transport.relay import NodeRelay
-from phalanx.transport.shared_memory import SegmentHandle
+from phalanx.memory.held import decode_held, encode_held
+from phalanx.memory.holder import Holder
 
 FAREWELL_S = 0.5
 """For Ray to take the answer along before the process ends."""
-DISMISSAL_S = 1.5
-"""For the driver to dismiss this actor, after a link that it closed. Of one that goes by itself Ray tells the user."""
+MOST_CALLS = 16
+"""At a time: the line that runs, one that is let go and one that comes, and what is asked of each."""
 TAIL_BYTES = 4096
 RAY_MARKS = (":job_id:", ":actor_name:", ":task_name:")
 
 
 class NodeAgent:
-    """One node's agent. `tail` and `kill` are called while `run` runs, in another thread."""
+    """One node's agent, while lines of ranks come and go there. It is called in several threads at a time.
+
+    Without a line it ends, if no next one comes in time: soon, if the link has broken, as its engine may be gone.
+    """
 
     def __init__(self) -> None:
         end_with_raylet()
-        self._resources = ExitStack()
-        self._relay: NodeRelay | None = None
-        self._ranks: list[Party] = []
+        self._lines: dict[int, NodeLine] = {}
+        """By epoch: those that are linked."""
+        self._changing = threading.Lock()
+        self._holder = Holder()
+        self._holding = threading.Lock()
+        self._leaving: threading.Timer | None = None
 
     def introduce(self) -> bytes:
         """Who and where this is: an encoded Introduction."""
         return msgspec.msgpack.encode(introduction())
 
     def prepare(self, order: bytes) -> bytes:
-        """Link the node to the brain; an encoded NodeReady. Raises RuntimeError that says why it cannot be."""
+        """Link a line's ranks on the node to the brain; an encoded NodeReady. Raises RuntimeError that says why it
+        cannot be."""
+        told = msgspec.msgpack.decode(order, type=NodeOrder)
         try:
-            return msgspec.msgpack.encode(self._prepare(msgspec.msgpack.decode(order, type=NodeOrder)))
+            line = NodeLine(told)
+            with self._changing:
+                self._lines[told.epoch] = line
+                self._stay()
+            return msgspec.msgpack.encode(line.link())
         except PhalanxError as error:
+            self._let_go(told.epoch, told.stay_s)
             raise RuntimeError(str(error)) from None  # an exception of ours does not survive Ray's way of sending it
 
-    def _prepare(self, told: NodeOrder) -> NodeReady:
-        self._relay = relay = NodeRelay(told.name, list(told.ranks))
-        self._resources.callback(relay.close)
-        for rank, pid in zip(told.ranks, told.pids, strict=True):
-            self._ranks.append(Party.of(f"rank {rank}", pid))
-            relay.expect(rank, self._ranks[-1])
-        groups = [self._resources.enter_context(open_group(group)).spec for group in told.groups]
-        relay.dial(
-            told.brain_address,
-            told.brain_port,
-            told.key,
-            deadline_s=told.deadline_s,
-            source_address=told.own_address,
-        )
-        queues = tuple(relay.handle(rank) for rank in told.ranks)
-        journals: dict[int, SegmentHandle] = {}
-        if told.report is not None:
-            processes = dict(zip(told.ranks, self._ranks, strict=True))
-            journals = report_node(told, told.report, processes, self._resources)
-        return NodeReady(queues, tuple(groups), journals)
-
-    def run(self) -> str:
-        """Relay until the link ends, then say why; the process ends soon after, and the node's ranks with it."""
-        assert self._relay is not None
-        stay_s = FAREWELL_S
+    def run(self, epoch: int) -> str:
+        """Relay until a line's link ends, then say why. If the brain has closed it, the next line is awaited for a
+        while; otherwise not for long, and then this process ends."""
+        line = self._lines[epoch]
+        how, stay_s = "the link broke", FAREWELL_S
         try:
-            self._relay.run()
-            how, stay_s = "the brain closed its link", DISMISSAL_S
+            line.run()
+            how, stay_s = "the brain closed its link", line.stay_s
         except PhalanxError as error:
             how = str(error)
         finally:
-            self._resources.close()
-            threading.Timer(stay_s, os._exit, (0,)).start()
+            self._let_go(epoch, stay_s)
         return how
+
+    def end_ranks(self, epoch: int, timeout_s: float) -> bool:
+        """Kill a line's ranks; whether they are gone within `timeout_s`. If it does not run by now, it never will."""
+        line = self._lines.get(epoch)
+        if line is None:
+            return True
+        are_gone = line.end_ranks(timeout_s)
+        if not line.is_running:
+            self._let_go(epoch, line.stay_s)
+        return are_gone
+
+    def hold(self, rank: int, told: bytes) -> bytes:
+        """Keep what a rank of this node has (an encoded HeldMemory) for those after it; as it is held here, likewise
+        encoded. Raises as Holder.hold."""
+        with self._holding:
+            return encode_held(self._holder.hold(rank, decode_held(told)))
+
+    def drop(self, rank: int) -> None:
+        """Let go of it."""
+        with self._holding:
+            self._holder.drop(rank)
 
     def tail(self, log: str) -> str:
         """The end of a log file of this node."""
         return tail(log)
 
-    def kill(self) -> None:
-        """Kill the node's ranks; returns before they have ended."""
-        for rank in self._ranks:
-            kill(rank)
+    def _let_go(self, epoch: int, stay_s: float) -> None:
+        """Of a line; and of the node in `stay_s`, if no other one has come by then."""
+        with self._changing:
+            line = self._lines.pop(epoch, None)
+        if line is not None:
+            line.close()
+        with self._changing:
+            if not self._lines:
+                self._stay()
+                self._leaving = threading.Timer(stay_s, os._exit, (0,))
+                self._leaving.daemon = True
+                self._leaving.start()
+
+    def _stay(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
 
 
 def tail(log: str) -> str:

@@ -30,6 +30,8 @@ from phalanx.topology.placement import Bundle, Demand, Node, Place, aligned, pla
 SETTLE_S = 3.0
 """What a run or its user has just let go of, or made, shows after a moment only."""
 POLL_S = 0.05
+NEXT_TO_NOTHING = 1e-4
+"""Ray counts in ten thousandths."""
 
 CREATED = "CREATED"
 
@@ -111,6 +113,17 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
             raise _NotYetError(PlacementError(complaint, _free_table(demand, nodes)))
         ownership.push(undo.pop_all())
     return Reservation(group, places, {node.node_id: node for node in nodes}, demand)
+
+
+def busy_places(connection: Connection, reservation: Reservation) -> list[Place]:
+    """Those whose bundle an actor has that is still ending, as far as Ray's head knows by now."""
+    demand, group_id, free = reservation.demand, reservation.group.id.hex(), connection.free()
+
+    def is_free(place: Place) -> bool:
+        resource = f"{demand.resource}_group_{place.bundle}_{group_id}"
+        return free.get(place.node_id, {}).get(resource, 0.0) >= demand.per_rank - NEXT_TO_NOTHING
+
+    return [place for place in reservation.places if not is_free(place)]
 
 
 def _remove(group: PlacementGroup) -> None:

@@ -12,7 +12,8 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.groups import describe_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.connection import connect
-from phalanx.executor.ray.place import hire
+from phalanx.executor.ray.quarters import Quarters
+from phalanx.protocol import FIRST_EPOCH
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import aligned
 
@@ -55,9 +56,11 @@ def survey(config: Config, checkpoint: str) -> Placement:
         deadline = Deadline(config.executor.start_timeout_s)
         resources.enter_context(connect(config.cluster, num_ranks=config.parallel.world_size))
         for replica, own in enumerate(config.of_engines()):
-            settled, crew = hire(own, checkpoint, Grid.of(own.parallel), lambda *_: None, deadline, resources)
+            quarters = resources.enter_context(Quarters(own, lambda *_: None))
+            crew = quarters.hire(checkpoint, FIRST_EPOCH, lambda *_: None, deadline)
+            resources.callback(crew.close)
             ranks += [_of_all(placed, replica, first=len(ranks)) for placed in crew.placed]
-    config = msgspec.structs.replace(config, executor=settled.executor)
+    config = msgspec.structs.replace(config, executor=quarters.config.executor)
     return Placement(tuple(ranks), _groups(config, ranks))
 
 

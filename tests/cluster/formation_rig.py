@@ -12,6 +12,7 @@ from typing import Any
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
+from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
 from phalanx.errors import PhalanxError
 from phalanx.executor.local import LocalLauncher
@@ -94,8 +95,9 @@ class Rig:
     def pids(self) -> dict[int, int]:
         """Of the ranks that compute."""
         launcher = self.formation._line.executor._launcher
-        assert isinstance(launcher, LocalLauncher)
-        return launcher.pids()
+        if isinstance(launcher, LocalLauncher):
+            return launcher.pids()
+        return {placed.rank: placed.pid for placed in launcher._crew.placed}  # type: ignore[attr-defined]  # of Ray
 
     def server_pid(self) -> int:
         """Of the fork server of all ranks."""
@@ -124,7 +126,9 @@ class Rig:
                 raise
             self.errors.append(type(error))
             epoch, keeps_cache = self.formation.heal(error)
-            self.brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+            self.brain.rewind(
+                epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error)
+            )
             return 0
         self.formation.progressed()
         if batch is None:

@@ -1,0 +1,93 @@
+"""What an engine has: processes, descriptors, memory. Whether it has more after a fault than before."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from phalanx.transport.liveness import group_members
+
+LINES_TO_COLLECT = 3
+"""Lines that have ended, of which Python's collector may yet have to find what they had: it comes by now and then. What
+each leaves behind for good shows soon after."""
+DESCRIPTORS_OF_A_RANK = 4
+"""Of its line, in the engine's process: segments of memory, pipes, sockets, a pidfd."""
+MEMORY_SLACK_BYTES = 64 << 20
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_SHARED = Path("/dev/shm")
+
+
+class Holdings(NamedTuple):
+    """Of one engine's process, and of what it has started."""
+
+    num_processes: int
+    num_descriptors: int
+    num_segments: int
+    """Of those: memory without a name (memfd)."""
+    num_files: int
+    """In /dev/shm, of whomever."""
+    rss_bytes: int
+    """Of the engine's process itself."""
+
+    @classmethod
+    def of(cls, pid: int) -> Holdings:
+        """At this moment. Takes milliseconds."""
+        targets = _targets(pid)
+        return cls(
+            num_processes=len(group_members(pid)),
+            num_descriptors=len(targets),
+            num_segments=sum(target.startswith("/memfd:") for target in targets),
+            num_files=len(os.listdir(_SHARED)) if _SHARED.is_dir() else 0,
+            rss_bytes=_rss_bytes(pid),
+        )
+
+    def beyond(self, before: Holdings, num_ranks: int) -> list[str]:
+        """What there is more of than there was, in words, in an engine with lines of so many ranks."""
+        found = []
+        of_lines = LINES_TO_COLLECT * (num_ranks + 1)
+        for name, one, other, slack in (
+            ("processes", self.num_processes, before.num_processes, 0),
+            ("descriptors", self.num_descriptors, before.num_descriptors, DESCRIPTORS_OF_A_RANK * of_lines),
+            ("segments of memory", self.num_segments, before.num_segments, of_lines),
+            ("files in /dev/shm", self.num_files, before.num_files, 0),
+            ("bytes of memory", self.rss_bytes, before.rss_bytes, MEMORY_SLACK_BYTES),
+        ):
+            if one > other + slack:
+                found.append(f"{one} {name}, {other} before")
+        return found
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that one has started and that are there; those of all its threads."""
+    found: list[int] = []
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
+
+
+def parent_of(pid: int) -> int | None:
+    """None if the process is gone."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[1])
+    return None
+
+
+def _targets(pid: int) -> list[str]:
+    found = []
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def _rss_bytes(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    return 0

@@ -1,0 +1,49 @@
+"""Streams of different kinds through kills and faults of all sorts, as `phalanx chaos --check` has them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from phalanx.config import Config
+from phalanx.testing.blows import Blow
+from phalanx.testing.chaos import settings_for_chaos
+from phalanx.testing.checker import Checker, Round
+from phalanx.testing.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+BLOWS = (
+    Blow(kind="kill", rank=1, after=0.4),
+    Blow(kind="kill", rank=0, state="prefill", step=2, collective=3),
+    Blow(kind="kill-switch", rank=1, collective=500, after=0.2),
+    Blow(kind="error", rank=1, state="decode", collective=1),
+    Blow(kind="skip", rank=0, state="decode", step=2),
+    Blow(kind="kill", rank=0, state="idle"),
+    Blow(kind="kill", rank=1, state="decode", step=3, collective=2),
+)
+
+
+async def rounds(config: Config) -> tuple[list[Round], list[str]]:
+    checker = await Checker.start(config, num_streams=8, seed=5)
+    try:
+        found = [await checker.round(index, blow) for index, blow in enumerate(BLOWS)]
+        expected = checker._expected[1]
+        expected.tokens[3] += 1
+        wrong = await checker.round(len(BLOWS), Blow(kind="kill", rank=0, after=0.3))
+        assert wrong.violations == (f"stream 1: token 3 of {len(expected.tokens)} differs",), "it does look"
+    finally:
+        left = await checker.close()
+    return found, left
+
+
+def test_clients_see_nothing_but_pauses(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "llama")
+    settings = {"tensor_parallel_size": 2, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory": 4 << 20}
+    found, left = asyncio.run(rounds(Config.build(model=str(checkpoint), **settings_for_chaos(**settings))))
+    assert left == []
+    assert {str(one.blow): one.violations for one in found if one.violations} == {}
+    assert all(one.has_happened and one.rungs for one in found)
+    assert all(one.num_streams >= 8 for one in found)

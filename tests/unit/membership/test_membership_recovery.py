@@ -1,0 +1,128 @@
+"""From a line that has failed to the next one, with lines that are none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+import phalanx.membership.standby as standby_module
+from phalanx.config import HealingConfig
+from phalanx.errors import PeerDiedError, StartError
+from phalanx.membership.lines import Interruption, Line
+from phalanx.membership.recovery import Recovery
+
+WITHIN_S = 20.0
+
+
+class FakeExecutor:
+    watched = failure = None
+
+    def submit(self, *_: object, **__: object) -> Any:
+        return self
+
+    def done(self) -> bool:
+        return False
+
+    def check_health(self, timeout_s: float) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FakeLines:
+    """Starts lines that are ready at once, but for those to stand ready if `hangs` is set."""
+
+    def __init__(self) -> None:
+        self.hangs = threading.Event()
+        self.num_standby = threading.Semaphore(0)
+        self.num_lines = 1
+
+    def start(self, _: object, *, interruption: Interruption | None = None, **__: object) -> tuple[Line, None]:
+        if interruption is not None:
+            self.num_standby.release()
+            while self.hangs.is_set():
+                if interruption.is_set:
+                    raise StartError("rank 0", "starting", "killed by SIGKILL")
+                time.sleep(0.001)
+        self.num_lines += 1
+        return line(self.num_lines), None
+
+    def close(self) -> None: ...
+
+
+class FakeMemory:
+    is_whole = holds_weights = True
+
+    def of_ranks(self) -> dict[int, Any]:
+        return {}
+
+    def take(self, _: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FakePresence:
+    def show(self, *_: object, **__: object) -> None: ...
+
+
+def line(epoch: int) -> Line:
+    return Line(epoch, cast(Any, FakeExecutor()), {})
+
+
+@pytest.fixture
+def lines() -> FakeLines:
+    return FakeLines()
+
+
+@pytest.fixture
+def recovery(lines: FakeLines, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recovery]:
+    monkeypatch.setattr(standby_module, "SETTLE_S", 0.0)
+    made = Recovery(
+        HealingConfig(standby=1), cast(Any, lines), cast(Any, None), cast(Any, FakeMemory()), cast(Any, FakePresence())
+    )
+    yield made
+    made.close()
+
+
+def heal(recovery: Recovery, failed: Line) -> Line:
+    found, keeps_cache = recovery.carry_out(failed, PeerDiedError("rank 1", 7))
+    assert keeps_cache
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    expires_at = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < expires_at
+        time.sleep(0.001)
+
+
+def test_nobody_waits_for_a_standby_line_whose_start_hangs(lines: FakeLines, recovery: Recovery) -> None:
+    assert lines.num_standby.acquire(timeout=WITHIN_S)
+    until(lambda: recovery.stats(1).standby == "ready")
+    lines.hangs.set()
+    now = heal(recovery, line(1))
+    assert recovery.stats(now.epoch).healed == {"standby": 1}
+    assert lines.num_standby.acquire(timeout=WITHIN_S), "the next one hangs"
+    began_at = time.monotonic()
+    heal(recovery, now)
+    assert time.monotonic() - began_at < WITHIN_S
+    assert recovery.stats(2).last_fault == "rank 1 (pid 7) died"
+    assert recovery.stats(2).healed == {"standby": 1, "new line": 1} and recovery.stats(2).failed == {}
+
+
+def test_one_that_is_about_to_be_ready_is_waited_for(lines: FakeLines, recovery: Recovery) -> None:
+    assert lines.num_standby.acquire(timeout=WITHIN_S)
+    until(lambda: recovery.stats(1).standby == "ready")
+    lines.hangs.set()
+    now = heal(recovery, line(1))
+    assert lines.num_standby.acquire(timeout=WITHIN_S)
+    assert recovery._standby is not None
+    recovery._standby._took_s = WITHIN_S
+    threading.Timer(0.05, lines.hangs.clear).start()
+    assert heal(recovery, now).epoch == lines.num_lines == 3, "and no other one was started"

@@ -1,0 +1,44 @@
+"""What a process has, and what it has more than before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+from phalanx.testing.holdings import Holdings, children_of, parent_of
+
+NOTHING = Holdings(0, 0, 0, 0, 0)
+
+
+def test_more_is_told_and_less_is_not() -> None:
+    before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, rss_bytes=1 << 30)
+    assert before.beyond(before, num_ranks=2) == [] and NOTHING.beyond(before, num_ranks=2) == []
+    more = Holdings(6, 40 + 9, 7 + 10, 1, (1 << 30) + (65 << 20))
+    assert [one.partition(",")[0] for one in more.beyond(before, num_ranks=2)] == [
+        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "1141899264 bytes of memory")
+    ]
+    assert "17 segments of memory, 7 before" not in more.beyond(before, num_ranks=3), "of lines that have ended"
+
+
+def test_what_a_process_has() -> None:
+    process = subprocess.Popen(["/bin/sh", "-c", "sleep 100 & echo; wait"], process_group=0, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        assert Holdings.of(process.pid).num_processes == 2
+        (sleep,) = children_of(process.pid)
+        assert parent_of(sleep) == process.pid
+        before = Holdings.of(os.getpid())
+        memory = os.memfd_create("phalanx:test")
+        assert Holdings.of(os.getpid()).num_segments == before.num_segments + 1
+        os.close(memory)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+        process.stdout.close()
+    expires_at = time.monotonic() + 10.0
+    while Holdings.of(process.pid)[:3] != (0, 0, 0):  # the second one has another parent by now, which sees to its end
+        assert time.monotonic() < expires_at
+        time.sleep(0.01)
+    assert children_of(process.pid) == [] and parent_of(process.pid) is None
