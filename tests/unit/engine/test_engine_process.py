@@ -21,6 +21,7 @@ from engine_echo_brain import EchoBrain
 
 import phalanx.engine.process as process
 from phalanx.config import Config
+from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.protocol import (
     Cancel,
