@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import msgspec
 from msgspec import Meta
 
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, as_told
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 NumBytes = Annotated[int, Meta(ge=1, le=2**62)]
@@ -318,10 +318,10 @@ class Config(Section, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, model=after)
 
     def changed(self) -> dict[str, str]:
-        """The settings that are not the defaults, as text."""
+        """The settings that are not the defaults, as text, without what may be secret."""
         sections = [(section, type(section)) for section in (getattr(self, name) for name in self.__struct_fields__)]
         return {
-            field.name: str(value)
+            field.name: str(as_told(field.name, value))
             for section, kind in sections
             for field in msgspec.structs.fields(kind)
             if (value := getattr(section, field.name)) != field.default
@@ -339,7 +339,7 @@ class Config(Section, frozen=True, kw_only=True):
     def warn_without_effect(self, field: str, reason: str) -> None:
         """Say once that nothing reads a setting that the user has changed."""
         value = getattr(getattr(self, settings_by_name()[field]), field)
-        _warn_once(f"{field} = {value!r} has no effect: {reason}")
+        _warn_once(f"{field} = {as_told(field, value)!r} has no effect: {reason}")
 
     def refuse_contradictions(self) -> None:
         """Raises ConfigError, whatever is still `auto`."""

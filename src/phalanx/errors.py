@@ -39,11 +39,22 @@ class UserError(PhalanxError, ValueError):
     """The user's mistake. Shown as one line, without a traceback."""
 
 
+MAY_HOLD_SECRETS = frozenset({"ray_runtime_env"})
+"""Settings of which logs, errors and dumps tell no value: its `env_vars` are where tokens are."""
+
+
+def as_told(field: str, value: object) -> object:
+    """What of a field's value may be told to whoever reads logs: of one that may hold secrets its keys at most."""
+    if field not in MAY_HOLD_SECRETS or value is None:
+        return value
+    return dict.fromkeys(value, "...") if isinstance(value, dict) else "..."
+
+
 class _FieldError(UserError):
     """A named field holds a value that is not allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}: {value!r} is not possible: {allowed}")
+        super().__init__(f"{field}: {as_told(field, value)!r} is not possible: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed

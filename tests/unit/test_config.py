@@ -66,6 +66,34 @@ def test_a_wrong_key_is_the_fault_of_the_setting_that_it_is_in() -> None:
     assert (caught.value.field, caught.value.value) == ("ray_runtime_env", {1: "x"})
 
 
+SECRET = {"env_vars": {"TOKEN": "a secret"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"launcher": "local", "ray_runtime_env": SECRET}, "{'env_vars': '...'}"),
+        ({"launcher": "ray", "ray_runtime_env": "TOKEN=a secret"}, "'...'"),
+        ({"launcher": "ray", "ray_runtime_env": {1: "a secret"}}, "{1: '...'}"),
+    ],
+)
+def test_an_error_tells_no_secret(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.build(model="m", **settings)
+    assert str(caught.value).startswith(f"ray_runtime_env: {told} is not possible: ")
+    assert "secret" not in str(caught.value)
+
+
+def test_neither_does_what_dumps_and_warnings_say(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config.build(model="m", launcher="ray", ray_runtime_env=SECRET)
+    assert config.cluster.ray_runtime_env == SECRET
+    assert config.changed()["ray_runtime_env"] == "{'env_vars': '...'}"
+    _warn_once.cache_clear()
+    config.warn_without_effect("ray_runtime_env", "of a test")
+    assert "ray_runtime_env = {'env_vars': '...'} has no effect: of a test" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_a_wrong_key_at_the_top_is_the_fault_of_the_whole() -> None:
     unnamed: dict[object, object] = {1: 2}
     with pytest.raises(ConfigError, match=r"ServerConfig: .*of each key: Expected `str`"):

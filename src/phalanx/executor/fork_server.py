@@ -6,13 +6,13 @@ and dies with it; its workers die with it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, NoReturn
 
 import msgspec
@@ -148,15 +148,31 @@ class ForkServer:
             send(self._events, Answered(order.number))
 
     def _fork(self, order: Fork) -> None:
+        """Lack of processes or descriptors ends the line that is to come, and none of those that compute."""
+        line, rank = order.line, order.spec.rank
+        try:
+            with ExitStack() as undo:
+                pid = self._fork_worker(order.spec)
+                undo.callback(_end, pid)
+                start_time = start_time_of(pid)
+                pidfd = os.pidfd_open(pid)
+                undo.callback(os.close, pidfd)
+                self._selector.register(pidfd, selectors.EVENT_READ)
+                undo.pop_all()
+        except OSError as error:
+            send(self._events, Exited(line, rank, f"could not be forked: {error.strerror}"))
+            return
+        assert start_time is not None, "it is there until it is reaped"
+        self._children[pidfd] = _Child(line, rank, pid)
+        send(self._events, Forked(line, rank, pid, start_time))
+
+    def _fork_worker(self, spec: WorkerSpec) -> int:
+        """Its pid. Raises OSError."""
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(order.spec, server_pid)
-        pidfd, start_time = os.pidfd_open(pid), start_time_of(pid)
-        assert start_time is not None, "it is there until it is reaped"
-        self._children[pidfd] = _Child(order.line, order.spec.rank, pid)
-        self._selector.register(pidfd, selectors.EVENT_READ)
-        send(self._events, Forked(order.line, order.spec.rank, pid, start_time))
+            self._become_worker(spec, server_pid)
+        return pid
 
     def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
         code = 1
@@ -189,7 +205,7 @@ class ForkServer:
         """Those of a line, or all; they are reaped when they have ended."""
         for child in self._children.values():
             if line is None or child.line == line:
-                with contextlib.suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
 
     def _end_all(self) -> None:
@@ -198,14 +214,19 @@ class ForkServer:
             os.waitpid(child.pid, 0)
 
 
+def _end(pid: int) -> None:
+    """Of a child that is not reaped yet."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def _warm(order: Warm) -> None:
-    """Import the model's own module before the fork. What is wrong with a checkpoint is for the workers to report."""
-    from phalanx.errors import UserError
+    """Import the model's own module before the fork. What is wrong with it, or its checkpoint, the workers report."""
     from phalanx.models.model import import_definition
 
     # The launcher's first, so that a name means the same module in both. Only here is what the environment has added.
     sys.path[:] = dict.fromkeys([*map(os.fsdecode, order.search_path), *sys.path])
-    with contextlib.suppress(UserError):
+    with suppress(Exception):  # an import may raise any, and there are lines that compute
         import_definition(order.checkpoint)
 
 
@@ -217,7 +238,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import phalanx.worker.process  # noqa: F401  (brings torch in, before the first fork)
 
-    with contextlib.suppress(BrokenPipeError):  # the launcher is gone: nobody is left to report to
+    with suppress(BrokenPipeError):  # the launcher is gone: nobody is left to report to
         ForkServer(orders, events).serve()
     os._exit(0)  # with torch imported, the interpreter would take its time to tidy up
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import IO
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError, StartError
+from phalanx.executor.ending import kill
 from phalanx.executor.fork_server import (
     Ask,
     Event,
@@ -30,8 +30,10 @@ from phalanx.executor.fork_server import (
     frame,
     split_frames,
 )
+from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import WITH_FORK_SERVER, describe_exit
 from phalanx.ledger.journal import note_process
+from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
@@ -55,7 +57,7 @@ class _Line:
     def __init__(self) -> None:
         self.ranks: set[int] = set()
         self.journals: dict[int, SegmentHandle] = {}
-        self.pids: dict[int, int] = {}
+        self.workers: dict[int, Party] = {}
         self.exits: dict[int, str] = {}
 
     @property
@@ -131,7 +133,7 @@ class ForkServerProcess:
     def pids(self, line: int) -> dict[int, int]:
         """Process ids of the workers forked so far, by rank."""
         with self._changed:
-            return dict(self._lines[line].pids)
+            return {rank: worker.pid for rank, worker in self._lines[line].workers.items()}
 
     def kill(self, line: int) -> None:
         """Have every process of a line killed, also those that are still to be forked; returns before they have ended.
@@ -140,11 +142,13 @@ class ForkServerProcess:
         """
         with self._changed:
             state = self._lines[line]
-            for rank in state.pids.keys() - state.exits.keys():
-                with suppress(ProcessLookupError):
-                    os.kill(state.pids[rank], signal.SIGKILL)
-            are_all_forked = state.pids.keys() >= state.ranks
-        if not are_all_forked:
+            are_all_killed = state.workers.keys() | state.exits.keys() >= state.ranks
+            for rank in state.workers.keys() - state.exits.keys():
+                try:
+                    kill(state.workers[rank])
+                except OSError:  # no descriptor is left; the server has one of each
+                    are_all_killed = False
+        if not are_all_killed:
             with suppress(StartError):  # the server has ended, and they with it
                 self._send(Kill(line))
 
@@ -215,7 +219,7 @@ class ForkServerProcess:
 
     def _run(self, spawned: Future[subprocess.Popen[bytes]], orders_read: int, environment: dict[str, str]) -> None:
         try:
-            process, events = _spawn(orders_read, environment)
+            process, events, pidfd = _spawn(orders_read, environment)
         except OSError as error:
             spawned.set_exception(error)
             return
@@ -223,7 +227,8 @@ class ForkServerProcess:
             os.close(orders_read)
         spawned.set_result(process)
         with events:
-            self._read_events(events)
+            self._read_events(events.fileno(), pidfd)
+        os.close(pidfd)
         how = describe_exit(process.wait())
         with self._changed:
             self._ended = how
@@ -235,9 +240,9 @@ class ForkServerProcess:
         for rank in state.ranks - state.exits.keys():  # some may never have been forked
             state.exits[rank] = f"{WITH_FORK_SERVER}: {how}"
 
-    def _read_events(self, events: IO[bytes]) -> None:
+    def _read_events(self, events: int, pidfd: int) -> None:
         unread = bytearray()
-        while data := events.read(1 << 16):
+        for data in output_until_end(events, pidfd):
             unread += data
             with self._changed:
                 for frame in split_frames(unread):
@@ -247,7 +252,7 @@ class ForkServerProcess:
     def _take(self, event: Event) -> None:
         if isinstance(event, Forked):
             state = self._lines[event.line]
-            state.pids[event.rank] = event.pid
+            state.workers[event.rank] = Party(f"rank {event.rank}", event.pid, event.start_time)
             if event.rank in state.journals:
                 _note_process(state.journals[event.rank], event)
         elif isinstance(event, Exited):
@@ -262,8 +267,8 @@ def _note_process(journal: SegmentHandle, forked: Forked) -> None:
         note_process(segment.buf, forked.pid, forked.start_time)
 
 
-def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start the fork server; returns it and the end at which its events come out. Raises OSError."""
+def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
+    """Start the fork server; returns it, the end at which its events come out, and its pidfd. Raises OSError."""
     events_read, events_write = os.pipe()
     events = os.fdopen(events_read, "rb", buffering=0)
     try:
@@ -278,4 +283,10 @@ def _spawn(orders_read: int, environment: Mapping[str, str]) -> tuple[subprocess
         raise
     finally:
         os.close(events_write)
-    return process, events
+    try:
+        return process, events, os.pidfd_open(process.pid)
+    except OSError:
+        events.close()
+        process.kill()
+        process.wait()
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
+from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
 from phalanx.ledger.journal import JOURNAL_BYTES, note_process, prepare_journal
@@ -396,20 +396,13 @@ def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
     """What a process writes, until it ends, whoever else has inherited its output."""
     assert process.stdout is not None
-    output, unread = process.stdout.fileno(), b""
-    ended = os.pidfd_open(process.pid)
-    poll = select.poll()
-    poll.register(output, select.POLLIN)
-    poll.register(ended, select.POLLIN)
+    unread, pidfd = b"", os.pidfd_open(process.pid)
     try:
-        while output in (ready := [descriptor for descriptor, _ in poll.poll()]) or ended not in ready:
-            data = os.read(output, 1 << 16)
-            if not data:
-                return
+        for data in output_until_end(process.stdout.fileno(), pidfd):
             *lines, unread = (unread + data).split(b"\n")
             yield from lines
     finally:
-        os.close(ended)
+        os.close(pidfd)
 
 
 def _reap(process: subprocess.Popen[bytes]) -> int:

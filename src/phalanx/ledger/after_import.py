@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -31,7 +30,10 @@ def _do(name: str, act: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, by asking all others."""
+    """Finds one module by asking the finders after it, until the module has been imported.
+
+    Not only once: who looks whether the module is there asks too, and an import that fails may be tried again.
+    """
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self._name = name
@@ -40,22 +42,33 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(self._name, spec.loader, self._act)
-        return spec
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def finish(self) -> None:
+        """The module is there."""
+        if self in sys.meta_path:  # else it has been executed once more, from what was found before
+            sys.meta_path.remove(self)
+            _do(self._name, self._act)
 
 
 class _Loader(Loader):
     """The module's own loader, and then the act."""
 
-    def __init__(self, name: str, loader: Loader, act: Callable[[], None]) -> None:
-        self._name = name
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
         self._loader = loader
-        self._act = act
+        self._finder = finder
+
+    def __getattr__(self, name: str) -> object:
+        """Who only looks where the module is may ask more of its loader than to load."""
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -64,4 +77,4 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader  # what looks for data of the module asks it
         self._loader.exec_module(module)
-        _do(self._name, self._act)
+        self._finder.finish()

@@ -139,7 +139,7 @@ def write(directory: Path, look: Look, verdict: Verdict | None, settings: Mappin
     about = "" if verdict is None else "-".join(["", verdict.cause, *(f"rank-{rank}" for rank in verdict.culprits[:4])])
     path = directory / f"{now:%Y%m%dT%H%M%S.%f}{about}"
     partial = directory / f"{_PARTIAL}{secrets.token_hex(8)}"
-    partial.mkdir()
+    partial.mkdir(mode=0o700)  # texts, stacks and settings are for who runs the program
     try:
         for rank, one in look.ranks.items():
             (partial / _file_of(rank)).write_bytes(msgspec.msgpack.encode(one))
@@ -241,7 +241,7 @@ def _decode_rank(path: Path, rank: int) -> RankLook:
 def _decode(path: Path, content: bytes, kind: type[AnyStruct], decode: Any) -> AnyStruct:
     try:
         struct: AnyStruct = decode(content, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise DumpError(f"{path} is torn, or none of ours: {error}") from error
     return struct
 

@@ -26,6 +26,7 @@ PREFIX = "nccl_trace_rank_"
 MOST_FILE_BYTES = 1 << 30
 _NAME = re.compile(r"(?P<prefix>.*?)(?P<rank>\d{1,6})(\.json|\.pickle|\.pkl)?")
 _FORMAT = re.compile(r"2\.\d+")
+_ENDS = re.compile(r"\w+:(?P<what>send|recv) (?P<ours>\d{1,9})(->|<-)(?P<theirs>\d{1,9})")
 
 
 class Frame(msgspec.Struct, frozen=True):
@@ -69,6 +70,20 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     pg_id: int = 0
     thread_id: str = ""
     thread_name: str = ""
+
+    @property
+    def is_bracket(self) -> bool:
+        """Whether it stands for all those before it that were issued as one."""
+        return self.profiling_name.endswith("coalesced") and not self.input_sizes
+
+    @property
+    def ends(self) -> tuple[int, int] | None:
+        """Source and destination of a point-to-point operation, as ranks of the group; None if it names none."""
+        found = _ENDS.fullmatch(self.profiling_name)
+        if found is None:
+            return None
+        ends = int(found["ours"]), int(found["theirs"])
+        return ends if found["what"] == "send" else (ends[1], ends[0])
 
 
 class ProcessGroup(msgspec.Struct, frozen=True):
@@ -164,10 +179,14 @@ def _read_file(path: Path) -> Recording:
         )
         for group in recording.pg_config.values():
             group.members  # noqa: B018 - whether it can be read
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise DumpError(f"{path} is torn, or is no dump of a Flight Recorder: {error}") from error
     if not _FORMAT.fullmatch(recording.version):
         raise DumpError(f"{path} is of format {recording.version!r}; 2.x is what can be read")
+    for entry in recording.entries:
+        if entry.is_p2p and not entry.is_bracket and entry.ends is None:
+            name = f"{entry.profiling_name!r} of its entry {entry.record_id}"
+            raise DumpError(f"{path}: {name} does not say between which ranks, as in nccl:send 0->1")
     return recording
 
 

@@ -388,16 +388,6 @@ class Reader:
         """0 as long as nobody knows the rank's process."""
         return self._words[_PID]
 
-    @property
-    def num_questions(self) -> int:
-        """How often somebody has asked whether the rank's interpreter runs."""
-        return self._words[_ASKED] & 0xFFFFFFFF
-
-    @property
-    def num_answers(self) -> int:
-        """How many of these it has answered."""
-        return self._words[_ANSWERED]
-
     def read(self, most: int = NUM_RECORDS) -> Entries:
         """The newest `most` records, and all else. Never blocks; the memory may be written to meanwhile.
 

@@ -159,13 +159,13 @@ def _operations(rank: int, recording: Recording, groups: _Groups) -> Iterator[_O
     for (_, is_p2p, sequence), entries in together.items():
         name = groups.of(rank, entries[0])
         if not is_p2p:
-            parts = [entry for entry in entries if not _is_bracket(entry)] or entries
+            parts = [entry for entry in entries if not entry.is_bracket] or entries
             text = "; ".join(_text(entry) for entry in parts)
             compared = "; ".join(_compared(entry) for entry in parts)
             yield _Operation(_Place(name, sequence), entries, text, compared, _is_over(entries[-1]))
             continue
         for entry in entries:
-            if _is_bracket(entry):
+            if entry.is_bracket:
                 continue
             ends = _ends(entry, groups.members[name])
             pair = groups.pair(name, *ends) if ends is not None else None
@@ -177,19 +177,12 @@ def _operations(rank: int, recording: Recording, groups: _Groups) -> Iterator[_O
                 yield _Operation(place, [entry], _text(entry), compared, _is_over(entries[-1]))
 
 
-def _is_bracket(entry: Entry) -> bool:
-    """The entry that stands for all those before it that were issued as one."""
-    return entry.profiling_name.endswith("coalesced") and not entry.input_sizes
-
-
 def _ends(entry: Entry, members: Sequence[int]) -> tuple[int, int] | None:
     """Source and destination of a point-to-point operation, as ranks of the program; None if one is not known."""
-    what, _, ends = entry.profiling_name.partition(":")[2].partition(" ")
-    ours, theirs = ends.replace("<-", "->").split("->")
-    if max(int(ours), int(theirs)) >= len(members):  # of a rank without a file, in dumps that do not tell members
+    if entry.ends is None or max(entry.ends) >= len(members):  # a rank without a file, where members are not told
         return None
-    pair = members[int(ours)], members[int(theirs)]
-    return pair if what == "send" else (pair[1], pair[0])
+    source, destination = entry.ends
+    return members[source], members[destination]
 
 
 def _is_over(entry: Entry) -> bool:

@@ -38,8 +38,8 @@ class Redialling(Generic[L]):
     """For the use of one thread, which is never held up. A context manager: the link ends with it."""
 
     def __init__(self, reach: Callable[[], L], whom: str) -> None:
-        """`reach` is called in threads of its own; it raises StartError or DeadlineError if it cannot. `whom`: for the
-        log."""
+        """`reach` is called in threads of its own; it raises StartError, DeadlineError or OSError if it cannot. `whom`:
+        for the log."""
         self._reach = reach
         self._whom = whom
         self._lock = threading.Lock()
@@ -90,24 +90,29 @@ class Redialling(Generic[L]):
 
     def _dial(self) -> None:
         """In a thread of its own."""
-        link, why = None, ""
+        link, why = None, "the attempt has failed by a mistake of ours"
         try:
             link = self._reach()
-        except (StartError, DeadlineError) as error:
+        except (StartError, DeadlineError, OSError) as error:
             why = str(error)
-        with self._lock:
-            self._is_dialling = False
-            now = time.monotonic()
-            if link is None:
-                self._why = why
-                self._put_off(now)
-            elif self._is_closed:
-                link.close()
-            else:
-                self._link, self._linked_at = link, now
-                if self._has_warned:
-                    log.info("%s is reached again, after %.1f s", self._whom, now - self._missed_since)
-                self._has_warned = False
+        finally:  # whatever it was: there is another attempt
+            with self._lock:
+                self._is_dialling = False
+                self._come_of_it(link, why)
+
+    def _come_of_it(self, link: L | None, why: str) -> None:
+        """With the lock held."""
+        now = time.monotonic()
+        if link is None:
+            self._why = why
+            self._put_off(now)
+        elif self._is_closed:
+            link.close()
+        else:
+            self._link, self._linked_at = link, now
+            if self._has_warned:
+                log.info("%s is reached again, after %.1f s", self._whom, now - self._missed_since)
+            self._has_warned = False
 
     def _put_off(self, now: float) -> None:
         """Many may have lost the same one at once, so they do not come back at once."""

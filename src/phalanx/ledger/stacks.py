@@ -12,6 +12,7 @@ to a process that does not handle it, or whose Python has another handler than o
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -19,7 +20,9 @@ import os
 import re
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 
 STACKS = "stacks"
 """The name of the memory, as descriptors show it."""
@@ -58,18 +61,43 @@ def stack_of(pid: int, descriptor: int, timeout_s: float = _ANSWER_S) -> tuple[s
 
     Blocks for `timeout_s` at most. Empty if it does not answer, or is gone.
     """
-    path, expires_at = f"/proc/{pid}/fd/{descriptor}", time.monotonic() + timeout_s
+    expires_at = time.monotonic() + timeout_s
     try:
-        with open(path, "r+b", buffering=0) as file:
+        with _process(pid) as process, _memory(pid, descriptor) as file:
             if not _has_signal_in(pid, b"SigCgt:"):  # it would be killed by it
                 return ()
             if _is_our_turn(file.fileno(), expires_at - timeout_s / 2):
                 os.ftruncate(file.fileno(), 0)
             told = file.seek(0, os.SEEK_END)
-            os.kill(pid, STACKS_SIGNAL)
+            signal.pidfd_send_signal(process, STACKS_SIGNAL)
             return _frames(_await(pid, file.fileno(), told, expires_at))
     except OSError:  # it is gone, or may not be looked at
         return ()
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int]:
+    """A descriptor of the process: its pid may be another's by the time that it is signalled. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def _memory(pid: int, descriptor: int) -> FileIO:
+    """What a process has told of its stacks. Raises OSError, also if the program has another file there by now.
+
+    Such a file is not even opened: it would be cleared, and written to by the process's handler.
+    """
+    place = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_PATH)
+    try:
+        path = f"/proc/self/fd/{place}"
+        if (found := os.readlink(path)) != f"/memfd:phalanx:{STACKS} (deleted)":
+            raise FileNotFoundError(errno.ENOENT, f"no {STACKS}", found)
+        return FileIO(path, "r+")
+    finally:
+        os.close(place)
 
 
 def _is_our_turn(descriptor: int, expires_at: float) -> bool:

@@ -250,7 +250,7 @@ class Watcher:
         elif (glance is not None and glance.cause in LASTING) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
             if self._others is not None and not self._others.have_told_all():
-                return None
+                return self._found  # neither over nor another, as far as is known
             look = self.look(now_ns)
             found = _with_starvation(judge(look), look)
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None

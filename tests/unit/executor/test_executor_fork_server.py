@@ -2,30 +2,102 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from phalanx.config import Config
 from phalanx.errors import StartError
 from phalanx.executor import fork_server_process
-from phalanx.executor.fork_server import ForkServer, Warm, frame
+from phalanx.executor.fork_server import (
+    Answered,
+    Ask,
+    Event,
+    Exited,
+    Fork,
+    Forked,
+    ForkServer,
+    Order,
+    Warm,
+    frame,
+    split_frames,
+)
 from phalanx.executor.fork_server_process import ForkServerProcess
 from phalanx.executor.local import LocalLaunchers
+from phalanx.models import model
+from phalanx.transport.liveness import start_time_of
+from phalanx.worker.spec import WorkerSpec
 
 
-def serve(order: Warm) -> None:
-    """One order, and the end."""
+def serve(*orders: Order) -> list[Event]:
+    """These orders, and the end. What is said meanwhile."""
     orders_read, orders_write = os.pipe()
     events_read, events_write = os.pipe()
-    os.write(orders_write, frame(order))
+    os.write(orders_write, b"".join(map(frame, orders)))
     os.close(orders_write)
     ForkServer(orders_read, events_write).serve()
-    for descriptor in (orders_read, events_read, events_write):
-        os.close(descriptor)
+    os.close(orders_read)
+    os.close(events_write)
+    with open(events_read, "rb") as events:
+        return [msgspec.msgpack.decode(one, type=Event) for one in split_frames(bytearray(events.read()))]
+
+
+def fork_order(line: int) -> Fork:
+    config = Config.build(model="m")
+    spec = WorkerSpec(
+        rank=0,
+        local_rank=0,
+        ranks_on_host=1,
+        device="cpu",
+        config=config,
+        checkpoint="no such checkpoint",
+        epoch=1,
+        groups=(),
+        queue=None,
+    )
+    return Fork(line, spec)
+
+
+@pytest.mark.parametrize("failing", ["fork", "pidfd_open"])
+def test_a_worker_that_cannot_be_forked_ends_no_other_line(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """And leaves no process behind."""
+    forked: list[int] = []
+    fork, call = os.fork, getattr(os, failing)
+
+    def counting_fork() -> int:
+        forked.append(fork())
+        return forked[-1]
+
+    def fail_the_second_time(*arguments: int) -> int:
+        if forked and (failing == "fork" or len(forked) == 2):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return counting_fork() if failing == "fork" else int(call(*arguments))
+
+    monkeypatch.setattr(ForkServer, "_become_worker", lambda *_: os._exit(int(signal.pause() is None)))
+    monkeypatch.setattr(os, "fork", counting_fork)
+    monkeypatch.setattr(os, failing, fail_the_second_time)
+    first, second, answer = serve(fork_order(1), fork_order(2), Ask(3))
+    assert isinstance(first, Forked) and (first.line, first.pid) == (1, forked[0])
+    assert second == Exited(2, 0, "could not be forked: Too many open files")
+    assert answer == Answered(3), "and nothing was told of the first line"
+    for pid in forked:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_code_that_cannot_be_imported_is_for_the_workers_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(checkpoint: str) -> None:
+        raise ImportError(checkpoint)
+
+    monkeypatch.setattr(model, "import_definition", fail)
+    assert serve(Warm("a checkpoint"), Ask(1)) == [Answered(1)]
 
 
 def test_ranks_find_the_modules_that_who_starts_them_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +130,26 @@ def test_one_that_takes_no_orders_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         server.close(0.0)
     assert server.ended is not None and server.ended.startswith("killed by SIGKILL")
+
+
+def test_a_process_that_has_the_pid_of_a_rank_by_then_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    with popen(["sleep", "60"]) as other:
+        start_time = start_time_of(other.pid)
+        assert start_time is not None
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, pass_fds, **__: popen(["sleep", "60"], pass_fds=pass_fds))
+        server = ForkServerProcess({})
+        line = server.fork([fork_order(0).spec])
+        server._take(Forked(line, 0, other.pid, start_time - 1))
+        server.kill(line)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.2)
+        server._take(Forked(line, 0, other.pid, start_time))
+        assert server.pids(line) == {0: other.pid}
+        server.kill(line)
+        assert other.wait(30.0) == -signal.SIGKILL
+        server.kill_server()
+        server.close(30.0)
 
 
 def test_one_that_does_not_answer_is_not_replaced_while_it_has_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

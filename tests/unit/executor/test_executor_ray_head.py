@@ -16,7 +16,7 @@ pytest.importorskip("ray")
 
 from ray_head import head
 
-from phalanx.errors import DeadlineError
+from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.ray import head as head_module
 from phalanx.executor.ray import reservation
 from phalanx.executor.ray.crew import Crew
@@ -94,6 +94,15 @@ def test_rays_own_patience_is_the_measure(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
     with HeadWatch.of_connection() as watch:
         assert await_failure(watch).waited_s == 0.5
+
+
+@pytest.mark.parametrize("told", ["a minute", "1.5", "", "0", "-1"])
+def test_a_patience_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    fake = SimpleNamespace(get_runtime_context=lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr(head_module, "ray", fake)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", told)
+    with pytest.raises(ConfigError, match=f"RAY_gcs_rpc_server_reconnect_timeout_s: '{told}' .* whole number"):
+        HeadWatch.of_connection()
 
 
 def test_a_placement_group_is_removed_only_while_somebody_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     look = diverged()
     verdict = judge(look)
     path = dump.write(tmp_path, look, verdict, {"tensor_parallel_size": "3"})
+    assert path.stat().st_mode & 0o777 == 0o700, "nobody else reads it"
     assert path.parent == tmp_path and path.name.endswith("-diverged-rank-0")
     assert sorted(file.name for file in path.iterdir()) == ["dump.json", *(f"rank_{i}.msgpack" for i in range(3))]
     for directory in (path, tmp_path):
@@ -95,6 +96,13 @@ def test_a_torn_file_is_named(tmp_path: Path, name: str, share: float) -> None:
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(DumpError, match=f"{name} is torn"):
+        dump.read(path)
+
+
+def test_a_file_that_is_nested_without_end_is_named(tmp_path: Path) -> None:
+    path = dump.write(tmp_path, diverged(), None)
+    (path / "dump.json").write_bytes(b'{"format": 1, "facts": ' + b"[" * 100_000)
+    with pytest.raises(DumpError, match=r"dump\.json is torn, or none of ours: .*recursion"):
         dump.read(path)
 
 

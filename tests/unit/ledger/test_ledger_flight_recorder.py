@@ -7,12 +7,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from recorder import program, write
 
 from phalanx.errors import DumpError
 from phalanx.ledger import flight_recorder
-from phalanx.ledger.flight_recorder import PREFIX, read
+from phalanx.ledger.flight_recorder import PREFIX, Entry, Recording, read
 
 
 class Harm:
@@ -51,6 +52,20 @@ def test_a_torn_file(tmp_path: Path, share: float) -> None:
         read(tmp_path)
 
 
+def entry(name: str) -> bytes:
+    """A recording of this point-to-point operation alone."""
+    one = Entry(
+        record_id=0,
+        process_group=("0", "default_pg"),
+        collective_seq_id=0,
+        profiling_name=name,
+        time_created_ns=1,
+        state="completed",
+        is_p2p=True,
+    )
+    return msgspec.json.encode(Recording(version="2.10", entries=[one]))
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -60,6 +75,10 @@ def test_a_torn_file(tmp_path: Path, share: float) -> None:
         (b'{"version": "2.10", "entries": [{"record_id": 1}]}', "missing required field"),
         (b'{"version": "2.10", ', "torn"),
         (b'{"version": "2.10", "pg_config": {"0": {"name": "0", "ranks": "exit()"}}}', "malformed"),
+        (b'{"version": ' + b"[" * 100_000, "torn, or is no dump of a Flight Recorder: .*recursion"),
+        (entry("nccl:recv"), "'nccl:recv' of its entry 0 does not say between which ranks"),
+        (entry("nccl:send 0->x"), "'nccl:send 0->x' of its entry 0 does not say"),
+        (entry("nccl:send 0->1->2"), "'nccl:send 0->1->2' of its entry 0 does not say"),
     ],
 )
 def test_what_is_no_dump(tmp_path: Path, content: bytes, complaint: str) -> None:

@@ -63,6 +63,22 @@ def test_one_link_until_it_breaks_and_then_another() -> None:
     assert other.links[1].is_closed
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("a mistake of ours")])
+def test_whatever_an_attempt_ends_with_there_is_another(error: Exception) -> None:
+    attempts: list[int] = []
+
+    def reach() -> Link:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise error
+        return Link()
+
+    with Redialling(reach, "the judge") as judge:
+        await_that(judge.link)
+    assert len(attempts) == 2
+
+
 def test_nobody_waits_for_an_attempt_and_what_comes_of_it_too_late_is_closed() -> None:
     other = Other()
     other.may_answer.clear()

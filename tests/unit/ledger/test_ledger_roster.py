@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -60,6 +61,32 @@ def test_what_is_to_be_done_after_an_import(tmp_path: Path, monkeypatch: pytest.
     assert acts == [1] and late_module.__spec__.origin == str(tmp_path / "late_module.py")
     after_import("late_module", lambda: acts.append(2))
     assert acts == [1, 2]
+
+
+def test_who_only_looks_for_a_module_and_who_fails_to_import_it_keep_nothing_from_being_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    acts: list[str] = []
+    for act in ("one", "another"):
+        after_import("probed_module", lambda act=act: acts.append(act))  # type: ignore[misc]
+    num_finders = len(sys.meta_path)
+    assert importlib.util.find_spec("probed_module") is None
+    (tmp_path / "probed_module.py").write_text("raise RuntimeError('not yet')")
+    importlib.invalidate_caches()
+    with pytest.raises(RuntimeError, match="not yet"):
+        importlib.import_module("probed_module")
+    (tmp_path / "probed_module.py").write_text("value = 1  # at last")
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec("probed_module")
+    assert found is not None and found.loader is not None
+    assert found.loader.get_data(str(tmp_path / "probed_module.py")) == b"value = 1  # at last"  # type: ignore[attr-defined]
+    assert acts == []
+    assert importlib.import_module("probed_module").value == 1
+    assert sorted(acts) == ["another", "one"] and len(sys.meta_path) == num_finders - 2
+    found.loader.exec_module(importlib.util.module_from_spec(found))
+    assert len(acts) == 2, "once"
+    monkeypatch.delitem(sys.modules, "probed_module")
 
 
 @pytest.mark.parametrize("is_there", [False, True])

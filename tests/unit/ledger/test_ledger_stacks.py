@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,28 @@ def test_one_that_is_stopped_or_gone_does_not_answer() -> None:
         os.kill(pid, signal.SIGSTOP)
         assert stack_of(pid, descriptor, timeout_s=0.2) == ()
     assert stack_of(pid, descriptor) == ()
+
+
+def test_a_file_that_has_come_in_place_of_its_memory_is_not_touched(tmp_path: Path) -> None:
+    """Nor is it by the process itself, which is not asked. Such a program has closed all descriptors that it found."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    program = f"""
+import os, time
+from phalanx.ledger.stacks import offer_stacks
+descriptor = offer_stacks()
+os.dup2(os.open({str(precious)!r}, os.O_RDWR | os.O_APPEND), descriptor)
+print(descriptor, flush=True)
+time.sleep(600)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert stack_of(child.pid, int(child.stdout.readline()), timeout_s=0.2) == ()
+        assert precious.read_text() == "precious"
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_a_handler_of_the_program_is_respected() -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from ledger_ranks import Clock, WritingRank
 from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
 from phalanx.ledger.judge import judge
+from phalanx.ledger.look import Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
@@ -93,6 +95,28 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         ranks.end_step()
         assert ranks.verdict(0.5) is None
         yield ranks
+
+
+def test_what_was_found_stands_until_all_nodes_have_told_what_is_needed_to_judge_anew(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.ranks[1].begin(2)
+    watched.step(2, [0])
+    found = watched.verdict(LEAST_S + 0.5)
+    assert found is not None and found.cause == "late"
+    own, look = watched._watcher, watched._watcher.look
+    monkeypatch.setattr(own, "look", lambda *arguments: without(own, look, *arguments))
+    monkeypatch.setattr(own, "_others", SimpleNamespace(have_told_all=lambda: False, steps=dict))
+    assert watched.verdict(1.0) == found
+
+
+def without(own: Watcher, look: Callable[..., Look], *arguments: int) -> Look:
+    """As if there was no other node."""
+    others, own._others = own._others, None
+    try:
+        return look(*arguments)
+    finally:
+        own._others = others
 
 
 def test_who_is_awaited_and_had_no_core_has_that_much_longer(watched: Watched) -> None:

@@ -14,7 +14,7 @@ from typing import Self
 
 import ray
 
-from phalanx.errors import DeadlineError
+from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.channel import Channel
 from phalanx.executor.ray.probe import LOOK_S, is_gone
 from phalanx.protocol import Call, WorkerMessage
@@ -43,9 +43,8 @@ class HeadWatch:
 
     @classmethod
     def of_connection(cls) -> Self:
-        """Of the head of the Ray that this process is connected to."""
-        rays_own_s = int(os.environ.get(RAYS_SETTING, RAYS_PATIENCE_S))
-        return cls(ray.get_runtime_context().gcs_address, rays_own_s * SHARE)
+        """Of the head of the Ray that this process is connected to. Raises ConfigError."""
+        return cls(ray.get_runtime_context().gcs_address, _rays_patience_s() * SHARE)
 
     def check(self) -> None:
         """Raises DeadlineError naming the head if it is gone."""
@@ -70,6 +69,13 @@ class HeadWatch:
                 return
             num_missed = num_missed + 1 if is_gone(self._address) else 0
         self.failure = DeadlineError("a sign of life", f"Ray's head at {self._address}", self._patience_s)
+
+
+def _rays_patience_s() -> int:
+    told = os.environ.get(RAYS_SETTING, str(RAYS_PATIENCE_S))
+    if not told.isascii() or not told.isdigit() or not int(told):
+        raise ConfigError(RAYS_SETTING, told, "a whole number of seconds, at least 1, as Ray reads it")
+    return int(told)
 
 
 class WatchedChannel:

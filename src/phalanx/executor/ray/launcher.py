@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from phalanx.errors import DeadlineError
+from phalanx.executor.ending import await_ends, kill, living
 from phalanx.executor.ray.crew import Crew
-from phalanx.executor.ray.ending import await_ends, kill, living
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
 from phalanx.executor.ray.messages import RankOrder

@@ -14,10 +14,10 @@ import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
+from phalanx.executor.ending import living
 from phalanx.executor.presence import open_outlets
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
-from phalanx.executor.ray.ending import living
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
 from phalanx.executor.watching import (

@@ -100,14 +100,16 @@ class NodeAgent:
         """Of a line; and of the node in `stay_s`, if no other one has come by then."""
         with self._changing:
             line = self._lines.pop(epoch, None)
-        if line is not None:
-            line.close()
-        with self._changing:
-            if not self._lines:
-                self._stay()
-                self._leaving = threading.Timer(stay_s, os._exit, (0,))
-                self._leaving.daemon = True
-                self._leaving.start()
+        try:
+            if line is not None:
+                line.close()
+        finally:  # what cannot be let go ends with the process
+            with self._changing:
+                if not self._lines:
+                    self._stay()
+                    self._leaving = threading.Timer(stay_s, os._exit, (0,))
+                    self._leaving.daemon = True
+                    self._leaving.start()
 
     def _stay(self) -> None:
         if self._leaving is not None:

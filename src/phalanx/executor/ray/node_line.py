@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from phalanx.executor.ending import await_ends, kill
 from phalanx.executor.groups import open_group
-from phalanx.executor.ray.ending import await_ends, kill
 from phalanx.executor.ray.messages import NodeOrder, NodeReady
 from phalanx.executor.ray.node_ledger import report_node
 from phalanx.transport.liveness import Party

@@ -13,8 +13,8 @@ from typing import Any
 
 import ray
 
+from phalanx.executor.ending import kill, living
 from phalanx.executor.ray.discovery import PRIVATE_NODE
-from phalanx.executor.ray.ending import kill, living
 from phalanx.transport.liveness import Party
 
 OBJECT_STORE_BYTES = 80 * 2**20

@@ -1,4 +1,4 @@
-"""Processes of this host that Ray should have ended, ended by force."""
+"""Processes of this host that are ended by force, and none that has their pid by then."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def living(pids: Iterable[int], name: str) -> list[Party]:
 
 
 def kill(party: Party) -> None:
-    """Kill it if it lives. Returns at once."""
+    """Kill it if it lives. Returns at once. Raises OSError if no descriptor is left to do so."""
     with suppress(ProcessLookupError):
         pidfd = os.pidfd_open(party.pid)
         try:
