@@ -10,6 +10,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -308,6 +309,13 @@ class Config(Section, frozen=True, kw_only=True):
             for replica in range(parallel.data_parallel_size)
         ]
         return tuple(msgspec.structs.replace(self, parallel=one) for one in own)
+
+    def with_model(self, model: str) -> Config:
+        """The same with another checkpoint directory, and the tokenizer of the one before."""
+        before = self.model
+        tokenizer = before.tokenizer or (before.model if Path(before.model).expanduser().exists() else None)
+        after = msgspec.structs.replace(before, model=model, revision=None, tokenizer=tokenizer)
+        return msgspec.structs.replace(self, model=after)
 
     def changed(self) -> dict[str, str]:
         """The settings that are not the defaults, as text, without what may be secret."""

@@ -9,6 +9,7 @@
     │   ├── PlacementError              the nodes cannot hold the ranks: says what is asked for, there, and missing
     │   ├── ResizeRefusedError          the size cannot be changed now: says what has to end first
     │   │   └── ResizeUnderWayError     it is being changed already: says from what to what
+    │   ├── NotNowError                 the engine is at something that this cannot be done beside: says at what
     │   └── RequestError                a request: names the parameter, the value and what is allowed
     ├── StartError                      a rank or process did not come up: says which, in which phase, and why
     ├── DeadlineError (TimeoutError)    a wait ended: says what was awaited, from whom and for how long
@@ -19,6 +20,7 @@
     ├── HungError                       ranks can never meet again: the ledger's verdict says who is to blame
     ├── NotHealedError                  after a fault no ranks came up that compute: says what was tried
     ├── ResizeError                     a resize has failed and was undone: says why
+    ├── MaintenanceError                weights could not be replaced, or the engine be put to sleep or woken: says why
     ├── FrameError                      bytes that are not a message of ours
     ├── DriverError                     CUDA's driver refused something: its call, name and words for it
     └── EngineDeadError                 the engine has stopped: says why
@@ -96,6 +98,10 @@ class ResizeUnderWayError(ResizeRefusedError):
 
     def __init__(self, before: str, asked_for: str) -> None:
         super().__init__(f"a resize from {before} to {asked_for} is under way: wait, or cancel it")
+
+
+class NotNowError(UserError):
+    """What is asked for cannot be done beside what is under way, or in the state that the engine is in."""
 
 
 class StartError(PhalanxError):
@@ -184,6 +190,10 @@ class NotHealedError(PhalanxError):
 
 class ResizeError(PhalanxError):
     """The number of replicas could not be changed: there are as many as before, and the message says why."""
+
+
+class MaintenanceError(PhalanxError):
+    """Weights could not be replaced, or the engine be put to sleep or woken. The message says why, and what serves."""
 
 
 class FrameError(PhalanxError):

@@ -22,17 +22,38 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
 from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
 from phalanx.engine.work import Work
-from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, ResizeError, UserError
+from phalanx.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    MaintenanceError,
+    NotNowError,
+    PhalanxError,
+    RequestError,
+    ResizeError,
+    UserError,
+)
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.membership.forgetting import forget_locals
-from phalanx.membership.formation import start_formation
+from phalanx.membership.formation import OF_EVERY_WORKER, start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams, TokenBatch
+from phalanx.protocol import (
+    FIRST_WEIGHTS_VERSION,
+    Maintained,
+    MaintenanceOrder,
+    Reload,
+    SamplingParams,
+    Sleep,
+    SleepLevel,
+    TokenBatch,
+    Wake,
+)
 
 RESIZE_LOOK_S = 0.05
 """How often Ctrl-C gets through while other ranks are prepared."""
@@ -89,6 +110,7 @@ class LLM:
         self._failure: PhalanxError | None = None
         self._on_failure: list[OnFailure] = []
         self._restarts = Restarts(_num_restarts(self.config))
+        self._weights_version = FIRST_WEIGHTS_VERSION
         self._begin()
 
     def _begin(self) -> None:
@@ -113,6 +135,7 @@ class LLM:
                 eos_token_ids=eos_token_ids(self._checkpoint.path, self._tokenizer_source),
                 balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
             )
+            self._maintenance = Maintenance(self.config, self._checkpoint, self._brain, formation)
             if not self._restarts.most:
                 formation.on_failure(self._fail)  # at once, also when nothing is generated
             self._resources = stack.pop_all()
@@ -175,9 +198,11 @@ class LLM:
         Where the method raised, the error of the lowest such rank is raised here, as a UserError (wrong name or
         arguments) or a WorkerError, and the LLM can be used again. Raises DeadlineError after `timeout_s`, which ends
         the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
-        ended. Raises EngineDeadError if it had ended before.
+        ended. Raises EngineDeadError if it had ended before, NotNowError while it is asleep.
         """
         self._check_can_run()
+        if self._maintenance.is_asleep and method not in OF_EVERY_WORKER:
+            raise NotNowError(f"{method} may want what a sleep has given back: call wake()")
         if method in self._weight_changing:
             self._formation.weights_changed()
             self._brain.reset_prefix_cache()
@@ -197,6 +222,8 @@ class LLM:
         run no more. A worker extension is made anew with the ranks: docs/worker-extensions.md.
         """
         self._check_can_run()
+        if self._maintenance.is_asleep:
+            raise NotNowError("this LLM is asleep: call wake()")
         asked = self._formation.size.changed(data_parallel_size, tensor_parallel_size)
         if asked == self._formation.size:
             return
@@ -230,6 +257,36 @@ class LLM:
             self._restarts = Restarts(0)
             self._formation.on_failure(self._fail)
         self._brain.reset_prefix_cache()
+
+    def reload(self, model: str | None = None) -> None:
+        """Compute with the weights of another checkpoint directory of the same model from now on.
+
+        Without one, with what is in the files of the one in use by now. Blocks until all ranks have them; the prefix
+        cache is empty then. They are read beside the weights in use, which takes as much memory of the host again. Only
+        for the thread that made this object. Raises CheckpointError that names what differs, or cannot be read: then
+        the old ones are in use. EngineDeadError if this LLM can run no more.
+        """
+        self._maintain(Reload(model, "now", self.config.executor.start_timeout_s))
+
+    def sleep(self, level: SleepLevel = 1) -> None:
+        """Give memory back to the system until `wake`: that of the KV cache, and at level 2 that of the weights too.
+
+        Raises as `reload` does, and NotNowError for what
+        cannot be had again. What is generated before `wake` raises NotNowError.
+        """
+        self._maintain(Sleep(level))
+
+    def wake(self, model: str | None = None) -> None:
+        """Go on after `sleep`. At level 2 the weights are read again, or those of another checkpoint of the same model.
+
+        Raises as `reload` does: then it is still asleep.
+        """
+        self._maintain(Wake(model))
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights in use: 1, and one more with each time that they were replaced."""
+        return self._weights_version
 
     def check_health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
         """Return when every rank has given a sign of life; only for the thread that made this object.
@@ -268,6 +325,8 @@ class LLM:
         progress: bool,
     ) -> list[Completion]:
         self._check_can_run()
+        if self._maintenance.is_asleep:
+            raise NotNowError("this LLM is asleep: call wake()")
         requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
@@ -337,16 +396,43 @@ class LLM:
         try:
             batch = self._brain.step()
         except PhalanxError as error:
-            if not self._formation.heals(error):
-                raise
-            epoch, keeps_cache = self._formation.heal(error)
-            self._brain.rewind(
-                epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error)
-            )
+            self._heal(error)
             return None
         if self._brain.num_steps > num_before:
             self._formation.progressed()
         return batch
+
+    def _maintain(self, order: MaintenanceOrder) -> None:
+        """Carry it out, with no request under way."""
+        self._check_can_run()
+        self._maintenance.begin(order)
+        try:
+            while (outcome := self._maintenance_turn()) is None:
+                time.sleep(TURN_S)
+        except BaseException as error:
+            self._ended = _said(error)
+            if isinstance(error, PhalanxError):
+                self._fail(error)
+            raise
+        if outcome.error is not None:
+            raise (CheckpointError if outcome.is_user_error else MaintenanceError)(outcome.error)
+        self._weights_version += outcome.has_new_weights
+        self._checkpoint = self._maintenance.checkpoint
+
+    def _maintenance_turn(self) -> Maintained | None:
+        """As `_step`."""
+        try:
+            return self._maintenance.turn()
+        except PhalanxError as error:
+            self._heal(error)
+            return self._maintenance.ranks_replaced()
+
+    def _heal(self, error: PhalanxError) -> None:
+        """Have other ranks go on from what is committed. Raises what cannot be healed."""
+        if not self._formation.heals(error):
+            raise error
+        epoch, keeps_cache = self._formation.heal(error)
+        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
 
     def _submit_next(self, work: Work) -> None:
         for submit in work.take_next():
@@ -497,7 +583,7 @@ def _progress_bar(num_requests: int, is_shown: bool) -> Iterator[Callable[[int],
         yield lambda num_running: bar.update(task, completed=num_requests - num_running)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return str(error) if isinstance(error, PhalanxError) else f"{type(error).__name__}: {error}"
 
 

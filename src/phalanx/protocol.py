@@ -2,7 +2,7 @@
 
 Three conversations use them:
 
-    client  → brain     Submit, Cancel, Resize, Shutdown, ...      (server process to engine process)
+    client  → brain     Submit, Cancel, Resize, Reload, Shutdown, ...      (server process to engine process)
     brain   → client    EngineReady, TokenBatch, EngineStats, ...
     brain   → workers   Call(Step | AllocateCache | ...)       (one frame for all workers)
     worker  → brain     Reply(StepResult | ...), StepIssued, Failure, Progress, Publish
@@ -154,8 +154,46 @@ class Cancel(Message, frozen=True):
     request_ids: tuple[int, ...]
 
 
+FIRST_WEIGHTS_VERSION = 1
+"""Of the weights that an engine starts with; each that comes after them has the next number."""
+
+When = Literal["now", "idle"]
+"""Requests that run get new weights on the way, or end with the ones before."""
+
+SleepLevel = Literal[1, 2]
+"""1 gives the KV cache's memory back, 2 that of the weights as well."""
+
+
+class Reload(Message, frozen=True):
+    """Compute with the weights of another checkpoint of the same model, or with what is in the same files by now.
+
+    Answered by Maintained, as Sleep and Wake are. If the new weights are not there, or requests have not ended, within
+    `timeout_s`, it has failed; the switch itself has a deadline of its own.
+    """
+
+    model: str | None
+    """A directory; None for the one in use."""
+    when: When
+    timeout_s: float
+
+
+class Sleep(Message, frozen=True):
+    """Give memory back until Wake. Requests wait meanwhile."""
+
+    level: SleepLevel
+
+
+class Wake(Message, frozen=True):
+    """Go on after Sleep. At level 2 the weights are read, those of another checkpoint if `model` names one."""
+
+    model: str | None
+
+
 class Shutdown(Message, frozen=True):
     """End in good order: nothing more is awaited from the brain."""
+
+
+MaintenanceOrder = Reload | Sleep | Wake
 
 
 class Resize(Message, frozen=True):
@@ -173,7 +211,7 @@ class CancelResize(Message, frozen=True):
     number: int
 
 
-ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize
+ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder
 
 
 # -------------------------------------------------------------------------------- brain → client
@@ -333,6 +371,35 @@ class FormationStats(msgspec.Struct, frozen=True):
     """What ended a line last, in words that begin with who is to blame, if anybody is; empty before the first."""
 
 
+MaintenancePhase = Literal["reading", "waiting for requests", "switching", "falling asleep", "asleep", "waking"]
+
+
+class MaintenanceStats(msgspec.Struct, frozen=True):
+    """What is being done to the ranks of an engine, or the state that they were put into."""
+
+    phase: MaintenancePhase
+    level: int = 0
+    """Of the sleep, if it is one."""
+    done: int = 0
+    """Of `total` bytes, while weights are read."""
+    total: int = 0
+
+
+class Maintained(Message, frozen=True):
+    """A Reload, Sleep or Wake is over.
+
+    With an error weights and state are what they were before. TokenBatches before it were computed with the old weights
+    and those after it with the new ones. `model` is the checkpoint in use, if that has become another one.
+    """
+
+    error: str | None = None
+    is_user_error: bool = False
+    is_not_now: bool = False
+    """It is another state of the engine that is in the way."""
+    has_new_weights: bool = False
+    model: str | None = None
+
+
 class EngineStats(Message, frozen=True):
     """The engine's state, sent a few times a second: also a sign of life."""
 
@@ -341,9 +408,13 @@ class EngineStats(Message, frozen=True):
     """None where experts do not move, and before the first measurement."""
     formation: FormationStats | None = None
     """None where a fault ends the engine."""
+    maintenance: MaintenanceStats | None = None
+    """None while nothing of it is under way."""
 
 
-EngineMessage = StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats | ResizeBegun | ResizeEnded
+EngineMessage = (
+    StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats | ResizeBegun | ResizeEnded | Maintained
+)
 
 
 # -------------------------------------------------------------------------------- brain → workers
@@ -492,7 +563,54 @@ class MoveExperts(Message, frozen=True):
     """The logical expert of each physical one."""
 
 
-CommandBody = Step | MeasureMemory | AllocateCache | Ping | Stop | Published | CallMethod | MeasureExperts | MoveExperts
+class ReadWeights(Message, frozen=True):
+    """Begin to read a checkpoint's weights; or, if this reading has begun, tell how far it is. Answered by WeightsRead.
+
+    They are read beside those in use, while steps are computed; with `in_place`, where those are that were given back.
+    """
+
+    number: int
+    """Tells one reading from another. A new one takes the place of the one before."""
+    checkpoint: str
+    """A directory, on every node."""
+    fingerprint: bytes
+    """Of the checkpoint that the brain has seen there."""
+    in_place: bool
+
+
+class TakeWeights(Message, frozen=True):
+    """Compute with the weights that were read from the next step on. Who fails in it has weights of both kinds."""
+
+
+class DropWeights(Message, frozen=True):
+    """Let go of what was read, or is being read."""
+
+
+class FallAsleep(Message, frozen=True):
+    """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes."""
+
+    level: int
+
+
+class WakeUp(Message, frozen=True):
+    """Be ready to step. The KV cache may hold anything."""
+
+
+Maintaining = ReadWeights | TakeWeights | DropWeights | FallAsleep | WakeUp
+"""Between two steps, by all ranks."""
+
+CommandBody = (
+    Step
+    | MeasureMemory
+    | AllocateCache
+    | Ping
+    | Stop
+    | Published
+    | CallMethod
+    | MeasureExperts
+    | MoveExperts
+    | Maintaining
+)
 
 
 class Call(Message, frozen=True):
@@ -590,7 +708,16 @@ class ExpertLoads(Message, frozen=True):
     layers: tuple[LayerLoad, ...]
 
 
-ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads
+class WeightsRead(Message, frozen=True):
+    """How far a rank is with ReadWeights: `done` of `total` bytes. `error` says why they cannot be read."""
+
+    done: int
+    total: int
+    is_whole: bool = False
+    error: str | None = None
+
+
+ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads | WeightsRead
 
 
 class Reply(Message, frozen=True):

@@ -18,8 +18,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_llm() -> None:
     public = {name for name, _ in inspect.getmembers(phalanx.LLM) if not name.startswith("_")}
     assert public == {
-        "chat", "check_health", "close", "collective_rpc", "generate", "on_failure", "reset_prefix_cache",
-        "resize",
+        "chat", "check_health", "close", "collective_rpc", "generate", "on_failure", "reload",
+        "reset_prefix_cache", "resize", "sleep", "wake", "weights_version",
     }  # fmt: skip
     assert list(inspect.signature(phalanx.LLM).parameters) == ["model", "on_progress", "settings"]
     for method, first in ((phalanx.LLM.generate, "prompts"), (phalanx.LLM.chat, "messages")):

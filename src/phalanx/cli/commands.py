@@ -7,6 +7,7 @@ import click
 from phalanx.cli.chaos import chaos
 from phalanx.cli.doctor import doctor
 from phalanx.cli.generate import generate
+from phalanx.cli.maintenance import reload, sleep, wake
 from phalanx.cli.scale import drain, scale
 from phalanx.cli.serve import serve
 from phalanx.cli.trace import trace
@@ -33,3 +34,6 @@ phalanx.add_command(chaos)
 phalanx.add_command(watch)
 phalanx.add_command(scale)
 phalanx.add_command(drain)
+phalanx.add_command(reload)
+phalanx.add_command(sleep)
+phalanx.add_command(wake)

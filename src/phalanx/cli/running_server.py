@@ -37,7 +37,15 @@ class RunningServer:
             raise ConfigError("URL", url, "such as http://127.0.0.1:8000")
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
-    def call(self, method: str, path: str, kind: type[T], body: msgspec.Struct | None = None) -> T:
+    def call(
+        self,
+        method: str,
+        path: str,
+        kind: type[T],
+        body: msgspec.Struct | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> T:
         """The answer. Raises UserError with the server's words if it refuses, and DeadlineError or PhalanxError if it
         cannot be reached or fails.
         """
@@ -48,13 +56,13 @@ class RunningServer:
             request.add_header("Content-Type", "application/json")
             request.data = msgspec.json.encode(body)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return msgspec.json.decode(response.read(), type=kind)
         except urllib.error.HTTPError as error:
             with error:
                 raise _refusal(error.code, error.read()) from None
         except TimeoutError:
-            raise DeadlineError(f"the answer to {method} {path}", self.url, TIMEOUT_S) from None
+            raise DeadlineError(f"the answer to {method} {path}", self.url, timeout_s) from None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise PhalanxError(f"{self.url} cannot be reached: {reason}") from None

@@ -84,6 +84,7 @@ class Brain:
         self._errors: list[tuple[int, str]] = []
         """Why, for some of these."""
         self._num_submitted = 0
+        self._is_held = False
 
     def _build(
         self, config: Config, scheduler: Scheduler, *, num_blocks: int, max_model_len: int, balancing: Balancing | None
@@ -154,9 +155,41 @@ class Brain:
         """
         self._scheduler.reset_prefix_cache()
 
+    def hold(self) -> None:
+        """Plan nothing until `go_on`: what is under way is committed, and all requests wait."""
+        self._is_held = True
+
+    def admit_no_more(self) -> None:
+        """Until `go_on` requests that come in wait; those that are here run to their ends."""
+        self._scheduler.admit_until(self._num_submitted)
+
+    def go_on(self) -> None:
+        """After `hold` or `admit_no_more`."""
+        self._is_held = False
+        self._scheduler.admit_until(None)
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether none is under way."""
+        return not self._in_flight
+
+    @property
+    def has_admitted(self) -> bool:
+        """Whether requests are left that may run, of those who came in before `admit_no_more`."""
+        return self._scheduler.has_admitted()
+
+    def recompute(self) -> None:
+        """Between steps: have everything computed anew that requests have in the KV cache, and forget all of it.
+
+        For other weights, or a cache that was lost. The same workers go on.
+        """
+        assert self.is_between_steps
+        self._scheduler.recompute()
+
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(len(self._scheduler) or self._in_flight or self._ended)
+        may_plan = not self._is_held and self._scheduler.has_admitted()
+        return bool(may_plan or self._in_flight or self._ended)
 
     def step(self) -> TokenBatch | None:
         """One turn: send plans as far as they may run ahead, then wait for the oldest step and commit it.
@@ -165,7 +198,8 @@ class Brain:
         executor raises (WorkerError, PeerDiedError, DeadlineError). Then nothing has left, and after `rewind` it goes
         on as if the steps under way had never been planned.
         """
-        while len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
+        may_plan = not self._is_held
+        while may_plan and len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
             moving = None if self._balancing is None else self._balancing.before_step()
             self._in_flight.append(_InFlight(planned, moving, self._executor.step(planned.step)))
         batch = TokenBatch(b"", b"")
@@ -176,7 +210,7 @@ class Brain:
             batch = self._commit(oldest.planned, oldest.pending.result())
             self._in_flight.popleft()
         else:
-            assert not len(self._scheduler), "requests are left that can never run"
+            assert self._is_held or not self._scheduler.has_admitted(), "requests are left that can never run"
         if self._ended:
             finished, errors = batch.finished + tuple(self._ended), batch.errors + tuple(self._errors)
             batch = msgspec.structs.replace(batch, finished=finished, errors=errors)

@@ -26,28 +26,36 @@ from phalanx.engine.history import History, with_replicas, without_engine
 from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress, ResizeNews
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.roster import Phase
-from phalanx.engine.stream import OutputDelta, RequestStream
+from phalanx.engine.stream import Origin, OutputDelta, RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
 from phalanx.errors import (
     EngineDeadError,
+    MaintenanceError,
+    NotNowError,
     PhalanxError,
     RequestError,
     ResizeError,
     ResizeRefusedError,
     ResizeUnderWayError,
+    UserError,
 )
 from phalanx.ledger.status import InstanceStatus
 from phalanx.membership.resize import Size
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.protocol import (
+    FIRST_EPOCH,
+    FIRST_WEIGHTS_VERSION,
     Cancel,
     CancelResize,
     EngineStats,
+    Maintained,
+    MaintenanceOrder,
     Resize,
     ResizeBegun,
     ResizeEnded,
     SamplingParams,
+    Sleep,
     StartProgress,
     TokenBatch,
 )
@@ -70,7 +78,6 @@ class EngineClient:
 
     def __init__(self, config: Config, incarnation: Incarnation, front: Front, start_again: StartAgain) -> None:
         """Use `start`."""
-        self._config = config
         self.info = incarnation.info
         self.front = front
         self.tokenizer = front.tokenizer
@@ -80,6 +87,14 @@ class EngineClient:
         """Why no more requests are taken; None while they are."""
         self.down: str | None = None
         """Why the engine is being started again; None when it is not. Requests wait meanwhile."""
+        self.weights_version = FIRST_WEIGHTS_VERSION
+        """Of what the next tokens are made with."""
+        self._next_version = FIRST_WEIGHTS_VERSION
+        """Of the weights that it may be getting."""
+        self._config = config
+        """Of engines that are started from now on."""
+        self._sleep_level = 0
+        self._maintaining: asyncio.Future[None] | None = None
         self._phase: str | None = None
         self._vocab_size = front.vocab_size
         self._incarnation = incarnation
@@ -97,7 +112,7 @@ class EngineClient:
         self._resize_numbers = itertools.count()
         self._resize: AskedResize | None = None
         """Under way."""
-        incarnation.attend(self._take, self._on_end, self._on_resize)
+        incarnation.attend(self._take, self._on_maintained, self._on_end, self._on_resize)
 
     @classmethod
     async def start(
@@ -156,6 +171,7 @@ class EngineClient:
             phase=self._phase,
             num_restarts=self._history.num_restarts,
             verdicts=self._history.verdicts_with(now.verdicts),
+            weights_version=self.weights_version,
         )
 
     def conditions(self) -> Sequence[Condition]:
@@ -165,9 +181,33 @@ class EngineClient:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
         return self._incarnation.statuses()
 
+    @property
+    def asleep(self) -> int:
+        """The level of its sleep, in which requests wait; 0 while it is awake."""
+        return self._sleep_level
+
     async def until_settled(self) -> None:
-        """Wait while the engine is being started again."""
+        """Wait while the engine is being started again, or asleep."""
         await self._settled.wait()
+
+    async def maintain(self, order: MaintenanceOrder, *, weights_version: int | None = None) -> None:
+        """Have the engine replace its weights, sleep or wake; returns when that is done.
+
+        New weights get this version, by default the next one. Once begun it goes on, also if this is cancelled. Raises
+        NotNowError for what is in the way, another UserError for what is wrong in the order, MaintenanceError if it has
+        failed: then all is as it was before. EngineDeadError if the engine is dead.
+        """
+        self._check_lives()
+        if self.down is not None:
+            raise NotNowError(f"the engine is being started again: {self.down}")
+        if self._resize is not None:
+            raise NotNowError("a resize is under way")
+        if self._maintaining is not None:
+            raise NotNowError("another reload, sleep or wake is under way")
+        self._next_version = weights_version or self.weights_version + 1
+        self._maintaining = asyncio.get_running_loop().create_future()
+        self._incarnation.send(order)
+        await asyncio.shield(self._maintaining)
 
     def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[OutputDelta, None]:
         """Output of one request, until the delta with a `finish_reason`. It is submitted when iteration begins.
@@ -181,9 +221,12 @@ class EngineClient:
         """The sampling parameters with the types that their fields state. Raises what `generate` raises at once."""
         sampling = typed(sampling)
         check_request(prompt_token_ids, sampling, max_model_len=self.info.max_model_len, vocab_size=self._vocab_size)
+        self._check_lives()
+        return sampling
+
+    def _check_lives(self) -> None:
         if self.dead is not None or self._is_closing:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
-        return sampling
 
     def generate_checked(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams
@@ -246,6 +289,11 @@ class EngineClient:
         new = range(len(there), self._resize.asked.data_parallel_size)
         return [*there, *(msgspec.structs.replace(joining, replica=replica) for replica in new)]
 
+    @property
+    def model(self) -> str:
+        """What it would be started with now."""
+        return self._config.model.model
+
     async def begin_resize(
         self,
         data_parallel_size: int | None = None,
@@ -263,6 +311,8 @@ class EngineClient:
             raise EngineDeadError(self.dead or f"{NAME} is shutting down")
         if self.down is not None:
             raise ResizeRefusedError(f"{NAME} is being started again: resize when it serves")
+        if self._sleep_level or self._maintaining is not None:
+            raise ResizeRefusedError(f"{NAME} is asleep, or is just getting other weights: resize when it serves")
         now = self.size
         asked = now.changed(data_parallel_size, tensor_parallel_size)
         resize = AskedResize(next(self._resize_numbers), now, asked)
@@ -376,13 +426,50 @@ class EngineClient:
         self._submit_next()
 
     def _take(self, batch: TokenBatch) -> None:
-        touched, to_cancel = self._work.take(batch)
+        touched, to_cancel = self._work.take(batch, self._origin)
         self._cancel(to_cancel)
         self._wake(touched)
         self._note_idle()
 
+    @property
+    def _origin(self) -> Origin:
+        """Of the tokens that come now: the engine tells of new weights and ranks before it sends what they make."""
+        stats = self._incarnation.stats
+        formation = stats.formation if stats is not None else None
+        return Origin(self.weights_version, FIRST_EPOCH if formation is None else formation.epoch)
+
+    def _on_maintained(self, outcome: Maintained) -> None:
+        if outcome.has_new_weights:
+            self.weights_version = self._next_version
+        if outcome.model is not None:
+            self._config = self._config.with_model(outcome.model)
+        stats = self._incarnation.stats
+        self._sleep_level = stats.maintenance.level if stats is not None and stats.maintenance is not None else 0
+        self._note_settled()
+        self._end_maintaining(_error_of(outcome))
+
+    def _end_maintaining(self, error: PhalanxError | None) -> None:
+        """Tell who waits for it, if somebody does: an engine that was started again is put to sleep by itself."""
+        maintaining, self._maintaining = self._maintaining, None
+        if maintaining is None:
+            return
+        if error is None:
+            maintaining.set_result(None)
+        else:
+            maintaining.set_exception(error)
+            maintaining.exception()  # who asked for it may have gone
+
+    def _note_settled(self) -> None:
+        if self.dead is not None or (self.down is None and not self._sleep_level):
+            self._settled.set()
+        else:
+            self._settled.clear()
+
     def _on_end(self, end: End) -> None:
         """The engine has ended: this is the end of all, or the time until there is another one begins."""
+        self._end_maintaining(
+            MaintenanceError(f"the engine has ended, and begins with the weights of before: {end.reason}")
+        )
         self._give_up_resize(end.reason)
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
@@ -393,7 +480,7 @@ class EngineClient:
             self._die(end.reason + self._told_restarts())
             return
         self.down = end.reason
-        self._settled.clear()
+        self._note_settled()
         self._restarting = asyncio.create_task(self._restart(delay_s))
 
     async def _restart(self, delay_s: float) -> None:
@@ -435,8 +522,10 @@ class EngineClient:
         before.forget()
         self.info = incarnation.info
         self.down = self._phase = None
-        self._settled.set()
-        incarnation.attend(self._take, self._on_end, self._on_resize)
+        self._note_settled()
+        incarnation.attend(self._take, self._on_maintained, self._on_end, self._on_resize)
+        if self._sleep_level:
+            incarnation.send(Sleep(2 if self._sleep_level == 2 else 1))
         self._submit_next()
 
     def _note_phase(self, progress: StartProgress) -> None:
@@ -450,7 +539,7 @@ class EngineClient:
         if self.dead is None:
             self.dead = reason
             self.down = None
-            self._settled.set()
+            self._note_settled()
             self._give_up_resize(reason)
             self._wake(list(self._news))
 
@@ -461,6 +550,14 @@ class EngineClient:
     def _note_idle(self) -> None:
         if not self.num_running:
             self._idle.set()
+
+
+def _error_of(outcome: Maintained) -> PhalanxError | None:
+    if outcome.error is None:
+        return None
+    if outcome.is_not_now:
+        return NotNowError(outcome.error)
+    return UserError(outcome.error) if outcome.is_user_error else MaintenanceError(outcome.error)
 
 
 class Front(NamedTuple):

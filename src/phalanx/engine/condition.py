@@ -11,7 +11,7 @@ import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.ledger.report import VerdictReport, utc_now
-from phalanx.protocol import FormationStats
+from phalanx.protocol import FIRST_EPOCH, FIRST_WEIGHTS_VERSION, FormationStats, MaintenanceStats
 from phalanx.transport.liveness import Party, state_of
 
 STOPPED_AFTER_S = 1.0
@@ -46,6 +46,20 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """How often a watcher that had ended was replaced."""
     formation: FormationStats | None = None
     """As the engine has last told; None where a fault ends it, and before it has told anything."""
+    weights_version: int = FIRST_WEIGHTS_VERSION
+    """Grows with each reload."""
+    maintenance: MaintenanceStats | None = None
+    """What is being done to it, or that it is asleep."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the ranks that compute."""
+        return FIRST_EPOCH if self.formation is None else self.formation.epoch
+
+    @property
+    def sleep_level(self) -> int:
+        """0 while it is awake."""
+        return 0 if self.maintenance is None else self.maintenance.level
 
     @property
     def is_healthy(self) -> bool:

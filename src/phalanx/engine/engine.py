@@ -13,7 +13,7 @@ from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineReady, EngineStats, SamplingParams
+from phalanx.protocol import EngineReady, EngineStats, MaintenanceOrder, SamplingParams
 
 DRAIN_TIMEOUT_S = 30.0
 """So long may requests of a replica that leaves still take there, before another one takes them over."""
@@ -106,8 +106,19 @@ class Engine(Protocol):
         requests any more, or others have taken over, it cannot be undone.
         """
 
+    @property
+    def asleep(self) -> int:
+        """The level of its sleep, in which requests wait; 0 while it is awake."""
+
     async def until_settled(self) -> None:
-        """Wait until it is not `down`: it serves again, or is dead."""
+        """Wait until it is neither `down` nor `asleep`: it serves again, or is dead."""
+
+    async def maintain(self, order: MaintenanceOrder) -> None:
+        """Replace the weights, sleep or wake; returns when that is done. Cancelling this does not undo it.
+
+        Raises NotNowError, other UserErrors for what is wrong in the order, MaintenanceError if it fails: then all is
+        as it was before.
+        """
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Wait up to `grace_s` for running requests, cancel the rest, and end all processes. May be repeated."""

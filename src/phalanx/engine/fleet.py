@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
@@ -27,13 +27,23 @@ from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.errors import (
     ConfigError,
     EngineDeadError,
+    NotNowError,
     PhalanxError,
     RequestError,
     ResizeError,
+    ResizeRefusedError,
     ResizeUnderWayError,
 )
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineStats, ReplicaStats, SamplingParams, StartProgress
+from phalanx.protocol import (
+    EngineStats,
+    MaintenanceOrder,
+    Reload,
+    ReplicaStats,
+    SamplingParams,
+    Sleep,
+    StartProgress,
+)
 
 WATCH_POLL_S = 0.02
 EMPTY_POLL_S = 0.02
@@ -90,6 +100,9 @@ class Fleet:
         self._placing = asyncio.Lock()
         """On a Ray cluster one starts after the other has its place."""
         self._drain_timeout_s = DRAIN_TIMEOUT_S
+        self._weights_version = first.weights_version
+        """Of replicas that join from now on."""
+        self._maintaining: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_closing = False
         self._is_reshaping = False
@@ -169,7 +182,7 @@ class Fleet:
 
     async def until_settled(self) -> None:
         """As EngineClient.until_settled, of any that is not dead."""
-        while self.down is not None:
+        while self.down is not None or self.asleep:
             living = [engine for engine in self._engines.values() if engine.dead is None]
             waits = [asyncio.create_task(engine.until_settled()) for engine in living]
             try:
@@ -177,6 +190,56 @@ class Fleet:
             finally:
                 for wait in waits:
                     wait.cancel()
+
+    @property
+    def asleep(self) -> int:
+        """As EngineClient.asleep, of all that live."""
+        return min((engine.asleep for engine in self._engines.values() if engine.dead is None), default=0)
+
+    async def maintain(self, order: MaintenanceOrder) -> None:
+        """As EngineClient.maintain. All sleep and wake at the same time; weights are replaced in one after the other.
+
+        If that fails in one of them, those before it have the new weights: `conditions` tells, and asking again brings
+        them into all.
+        """
+        self._living()
+        if self._roster.resize is not None:
+            raise NotNowError("a resize is under way")
+        if self._maintaining is not None and not self._maintaining.done():
+            raise NotNowError("another reload, sleep or wake is under way")
+        if down := self._numbers_down():
+            raise NotNowError(f"replicas are being started again: {', '.join(map(str, down))}")
+        engines = {number: engine for number, engine in self._active().items() if engine.dead is None}
+        work = self._reload(order, engines) if isinstance(order, Reload) else self._all_maintain(order, engines)
+        self._maintaining = asyncio.create_task(work)
+        await asyncio.shield(self._maintaining)
+
+    async def _reload(self, order: Reload, engines: Mapping[int, EngineClient]) -> None:
+        version = 1 + max(engine.weights_version for engine in engines.values())
+        for number, engine in engines.items():
+            log.info("replica %d gets weights of version %d", number, version)
+            await engine.maintain(order, weights_version=version)
+            self._router.forget(number)  # its cache is empty
+        self._note_weights(version, engine.model)
+
+    async def _all_maintain(self, order: MaintenanceOrder, engines: Mapping[int, EngineClient]) -> None:
+        """Raises what the first one raises that fails, when all are done."""
+        version = 1 + max(engine.weights_version for engine in engines.values())
+        work = [engine.maintain(order, weights_version=version) for engine in engines.values()]
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        for number in engines:
+            self._router.forget(number)
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
+            raise errors[0]
+        first = next(iter(engines.values()))
+        self._note_weights(first.weights_version, first.model)
+
+    def _note_weights(self, version: int, model: str) -> None:
+        """What replicas have that join from now on."""
+        self._weights_version = version
+        if model != self._config.model.model:
+            self._config = self._config.with_model(model)
+            self._seats.use_model(model)
 
     async def resize(
         self,
@@ -205,6 +268,8 @@ class Fleet:
         size = self._roster.size if data_parallel_size is None else data_parallel_size
         now = self._config.parallel.tensor_parallel_size
         self._check_shape()
+        if self.asleep or (self._maintaining is not None and not self._maintaining.done()):
+            raise ResizeRefusedError("the engine is asleep, or is just getting other weights: resize when it serves")
         self._roster.check(size, leaving, self._numbers_down())
         if tensor_parallel_size not in (None, now):
             return await self._begin_to_reshape(size, tensor_parallel_size)
@@ -376,13 +441,25 @@ class Fleet:
                 starting = asyncio.create_task(start())
                 if own.executor.launcher == "ray":
                     await report.until_placed(starting)
-            self._engines[number] = await starting
+            engine = await starting
+            engine.weights_version = self._weights_version
+            if self.asleep:
+                await self._put_to_sleep(engine)
+            self._engines[number] = engine
         except asyncio.CancelledError:
             if starting is not None:
                 await _undo(starting)
             raise
         finally:
             self._told.pop(number, None)
+
+    async def _put_to_sleep(self, engine: EngineClient) -> None:
+        """Have one that is new be as the others are."""
+        try:
+            await engine.maintain(Sleep(2 if self.asleep == 2 else 1))
+        except PhalanxError:
+            await engine.close()
+            raise
 
     async def _replace(self, number: int) -> None:
         """Start an engine in the place of one that has ended, until it is there."""

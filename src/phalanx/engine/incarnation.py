@@ -28,6 +28,7 @@ from phalanx.protocol import (
     EngineMessage,
     EngineReady,
     EngineStats,
+    Maintained,
     ResizeBegun,
     ResizeEnded,
     Shutdown,
@@ -104,6 +105,7 @@ class Incarnation:
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._on_batch: Callable[[TokenBatch], None] = lambda _: None
+        self._on_maintained: Callable[[Maintained], None] = lambda _: None
         self._on_end: Callable[[End], None] = lambda _: None
         self._on_resize: OnResize = lambda _: None
 
@@ -143,10 +145,15 @@ class Incarnation:
             return incarnation
 
     def attend(
-        self, on_batch: Callable[[TokenBatch], None], on_end: Callable[[End], None], on_resize: OnResize
+        self,
+        on_batch: Callable[[TokenBatch], None],
+        on_maintained: Callable[[Maintained], None],
+        on_end: Callable[[End], None],
+        on_resize: OnResize,
     ) -> None:
         """Begin to read. `on_end` is called once, after everything else; none may raise."""
-        self._on_batch, self._on_end, self._on_resize = on_batch, on_end, on_resize
+        self._on_batch, self._on_maintained = on_batch, on_maintained
+        self._on_end, self._on_resize = on_end, on_resize
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._listen())]
 
     def send(self, message: ClientMessage) -> None:
@@ -169,6 +176,7 @@ class Incarnation:
             num_watcher_restarts=notice.num_restarts,
             verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
             formation=self.stats.formation if self.stats is not None else None,
+            maintenance=self.stats.maintenance if self.stats is not None else None,
         )
 
     def statuses(self) -> Sequence[InstanceStatus]:
@@ -266,6 +274,8 @@ class Incarnation:
         if isinstance(message, TokenBatch):
             self._stepped_at = time.monotonic()
             self._on_batch(message)
+        elif isinstance(message, Maintained):
+            self._on_maintained(message)
         elif isinstance(message, EngineStats):
             if self.stats is None or _num_steps(message) != _num_steps(self.stats):
                 self._stepped_at = time.monotonic()

@@ -19,9 +19,18 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
+from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.resizing import EngineResizing, engine_ready
 from phalanx.engine.tokenizer import eos_token_ids
-from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, RequestError, UserError, WorkerError
+from phalanx.errors import (
+    DeadlineError,
+    NotNowError,
+    PeerDiedError,
+    PhalanxError,
+    RequestError,
+    UserError,
+    WorkerError,
+)
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.ledger.stacks import offer_stacks
@@ -34,6 +43,8 @@ from phalanx.protocol import (
     EngineFailed,
     EngineMessage,
     EngineStats,
+    Maintained,
+    MaintenanceOrder,
     Ping,
     ReplyBody,
     Resize,
@@ -131,10 +142,17 @@ class EngineLoop:
     it lives: that would say nothing of this loop.
     """
 
-    def __init__(self, link: ClientLink, make_brain: Callable[[StepExecutor], Brain], formation: Formation) -> None:
+    def __init__(
+        self,
+        link: ClientLink,
+        make_brain: Callable[[StepExecutor], Brain],
+        formation: Formation,
+        make_maintenance: Callable[[Brain, Formation], Maintenance],
+    ) -> None:
         self._link = link
         self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
         self._formation = formation
+        self._maintenance = make_maintenance(self._brain, formation)
         self._resizing = EngineResizing(formation, self._brain, self._tell)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._sent_stats: EngineStats | None = None
@@ -158,9 +176,12 @@ class EngineLoop:
         """How long to wait for messages, at most."""
         if self._brain.has_work():
             return 0.0
+        if self._maintenance.is_busy:
+            return TURN_S
         return RESIZE_LOOK_S if self._resizing.is_under_way else IDLE_CHECK_S
 
     def _turn(self) -> None:
+        self._tell_maintained(self._maintenance.turn())
         if not self._brain.has_work():
             self._check_workers()
             return
@@ -170,6 +191,11 @@ class EngineLoop:
             self._formation.progressed()
         if batch is not None:
             self._link.send(batch)
+
+    def _tell_maintained(self, outcome: Maintained | None) -> None:
+        if outcome is not None:
+            self._send_stats(at_once=True)  # who hears of the outcome finds the state that it has led to
+            self._link.send(outcome)
 
     def _heal(self, error: PhalanxError) -> bool:
         """Have other ranks go on from what is committed. False after Shutdown. Raises what keeps them from it."""
@@ -183,6 +209,7 @@ class EngineLoop:
                 return False
         epoch, keeps_cache = healing.result()
         self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
+        self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True
 
@@ -193,13 +220,30 @@ class EngineLoop:
                 self._submit(message)
             elif isinstance(message, Cancel):
                 self._brain.cancel(message.request_ids)
+            elif isinstance(message, MaintenanceOrder):
+                self._begin_maintenance(message)
             elif isinstance(message, Resize):
-                self._resizing.begin(message)
+                self._begin_resize(message)
             elif isinstance(message, CancelResize):
                 self._resizing.cancel(message.number)
             else:
                 return False
         return True
+
+    def _begin_resize(self, asked: Resize) -> None:
+        if self._maintenance.stats is None:
+            self._resizing.begin(asked)
+        else:
+            reason = f"the engine is {self._maintenance.stats.phase}: ask again when that is over"
+            self._tell(ResizeEnded(asked.number, "refused", reason))
+
+    def _begin_maintenance(self, order: MaintenanceOrder) -> None:
+        try:
+            if self._resizing.is_under_way:
+                raise NotNowError("a resize is under way: ask again when that is over")
+            self._maintenance.begin(order)
+        except UserError as error:
+            self._link.send(Maintained(str(error), is_user_error=True, is_not_now=isinstance(error, NotNowError)))
 
     def _submit(self, request: Submit) -> None:
         try:
@@ -222,12 +266,14 @@ class EngineLoop:
             self._stats_due_at = self._sign_due_at = 0.0
         self._link.send(message)
 
-    def _send_stats(self) -> None:
+    def _send_stats(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if now < self._stats_due_at:
+        if now < self._stats_due_at and not at_once:
             return
         self._stats_due_at = now + STATS_INTERVAL_S
-        stats = msgspec.structs.replace(self._brain.stats(), formation=self._formation.stats())
+        stats = msgspec.structs.replace(
+            self._brain.stats(), formation=self._formation.stats(), maintenance=self._maintenance.stats
+        )
         if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)
             self._sent_stats = stats
@@ -300,7 +346,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
     )
     link.send(engine_ready(config, capacity))
-    return EngineLoop(link, make_brain, formation)
+    return EngineLoop(link, make_brain, formation, partial(Maintenance, config, checkpoint))
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

@@ -117,6 +117,8 @@ class Scheduler:
         self._epoch = epoch
         self._next_step = 0
         self._under_way: deque[PlannedStep] = deque()
+        self._admits_until: int | None = None
+        """Who arrived later waits; None if nobody does."""
         self._alone: int | None = None
         """The one request that may run, if the others are held back."""
         self._aside: int | None = None
@@ -166,6 +168,22 @@ class Scheduler:
             replica.pool.reset_cache()
         self._first_cached_ticket = self.running.next_ticket
 
+    def recompute(self) -> None:
+        """Have all requests wait again, in order of arrival, and no block hold anything. No step is under way."""
+        assert not self._under_way
+        self._requeue(self.running.occupied())
+        for replica in self.replicas:
+            replica.pool.reset_cache()
+
+    def admit_until(self, arrival: int | None) -> None:
+        """Let requests wait that arrive as this one or later; with None nobody has to."""
+        self._admits_until = arrival
+
+    def has_admitted(self) -> bool:
+        """Whether a request is left that need not wait for `admit_until`."""
+        first = next(iter(self._requests.values()), None)  # they are in order of arrival
+        return first is not None and self._is_admitted(first)
+
     def under_way(self) -> dict[int, int]:
         """The requests that steps under way compute for; by id, to how many tokens in the KV cache they bring each."""
         return {request_id: end for step in self._under_way for request_id, end in self.reach(step).items()}
@@ -209,9 +227,13 @@ class Scheduler:
         return [running.token_ids_SL[slot, : running.num_committed_S[slot]].copy() for slot in running.occupied()]
 
     def go_on_after(self, before: Scheduler) -> None:
-        """Go on with the totals of a scheduler that plans no more, and with its step numbers if this has none yet."""
+        """Go on with the totals of a scheduler that plans no more, and with its step numbers if this has none yet.
+
+        Who has to wait there waits here too.
+        """
         self.totals = Totals(len(self.replicas), before.totals)
         self._next_step = self._next_step or before._next_step
+        self._admits_until = before._admits_until
 
     def hold_back(self, *, all_but: int | None, aside: int | None) -> None:
         """From the next plan on only request `all_but` runs, or else all but `aside`; the others wait. None: nobody."""
@@ -328,7 +350,8 @@ class Scheduler:
         running, pool = self.running, replica.pool
         if not running.has_free_slot(replica.index):
             return None
-        request = next((one for one in replica.waiting.values() if self._may_run(one.request_id)), None)
+        admitted = (one for one in replica.waiting.values() if self._is_admitted(one))
+        request = next((one for one in admitted if self._may_run(one.request_id)), None)
         if request is None:
             return None
         found_B = replica.find_cached(request)
@@ -346,6 +369,9 @@ class Scheduler:
         slot = running.add(request, blocks_B, num_computed)
         self._introduce(slot)
         return slot
+
+    def _is_admitted(self, request: Request) -> bool:
+        return self._admits_until is None or request.arrival < self._admits_until
 
     def _introduce(self, slot: int) -> None:
         replica = self.replicas[self.running.request(slot).replica]

@@ -49,6 +49,15 @@ class Seats:
             settled = msgspec.structs.replace(config.executor, device=pick_device(config))
             self._config = msgspec.structs.replace(config, executor=settled)
 
+    @property
+    def model(self) -> str:
+        """The checkpoint of replicas that join."""
+        return self._config.model.model
+
+    def use_model(self, model: str) -> None:
+        """Replicas that join from now on have this checkpoint."""
+        self._config = self._config.with_model(model)
+
     def settings(self, number: int, size: int, max_model_len: int) -> Settings:
         """Of one that joins a fleet, which then has `size` replicas. Its requests may be as long as in the others."""
         model = msgspec.structs.replace(self._config.model, max_model_len=max_model_len)

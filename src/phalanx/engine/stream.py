@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -50,6 +50,14 @@ class PositionLogprobs(msgspec.Struct, frozen=True):
     top: tuple[TokenLogprob, ...]
 
 
+class Origin(NamedTuple):
+    """What made a token."""
+
+    weights_version: int
+    epoch: int
+    """Of the ranks; one for all where they do not heal."""
+
+
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     """What a request has made since the last delta. Text may lag behind the tokens.
 
@@ -66,6 +74,8 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int | None = None
     error: str | None = None
     """Why, when `finish_reason` is `error`."""
+    origins: tuple[Origin, ...] = ()
+    """What made these tokens, one after the other. Nothing in the process that computes them itself."""
 
 
 class StopStrings:
@@ -149,6 +159,7 @@ class RequestStream:
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
         self._num_cached: int | None = None
+        self._origins: list[Origin] = []
 
     @property
     def is_finished(self) -> bool:
@@ -187,6 +198,11 @@ class RequestStream:
         """Note how many prompt tokens came from the prefix cache."""
         self._num_cached = num_cached_tokens
 
+    def push_origin(self, origin: Origin) -> None:
+        """Note what has made the tokens that were just pushed."""
+        if self._origins[-1:] != [origin]:
+            self._origins.append(origin)
+
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the output. Held text is let go: it can no longer become a stop string."""
         assert not self.is_finished, "ended twice"
@@ -210,9 +226,10 @@ class RequestStream:
             stop_reason=self._stop_reason,
             num_cached_tokens=self._num_cached,
             error=self._error,
+            origins=tuple(self._origins),
         )
         self._is_end_taken = self.is_finished
-        self._text, self._token_ids, self._logprobs, self._num_cached = [], [], [], None
+        self._text, self._token_ids, self._logprobs, self._num_cached, self._origins = [], [], [], None, []
         return delta
 
     def _show(self, piece: str) -> None:
@@ -284,8 +301,8 @@ class Streams:
         self._running.clear()
         return ended
 
-    def apply(self, batch: TokenBatch) -> tuple[list[int], list[int]]:
-        """Hand one step's tokens out. Ids of requests that nobody waits for are passed over.
+    def apply(self, batch: TokenBatch, origin: Origin | None = None) -> tuple[list[int], list[int]]:
+        """Hand out one step's tokens, which `origin` has made. Ids of requests that nobody waits for are passed over.
 
         Returns the ids of requests with news, and of those that met a stop string, which the brain does not know of and
         must be told to cancel.
@@ -301,6 +318,8 @@ class Streams:
             stream = self._running.get(request_id)
             if stream is not None:
                 stream.push(token_id, finished.get(request_id), rows.get(entry))
+                if origin is not None:
+                    stream.push_origin(origin)
                 touched.append(request_id)
         for request_id, reason in finished.items():
             stream = self._running.get(request_id)

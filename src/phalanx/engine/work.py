@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from phalanx.engine.stream import RequestStream, Streams
+from phalanx.engine.stream import Origin, RequestStream, Streams
 from phalanx.engine.trials import ENDS_OF_A_CULPRIT, Trials
 from phalanx.protocol import FinishReason, Submit, TokenBatch
 
@@ -37,9 +37,9 @@ class Work:
         """What the engine is to be given now. From then on it has these requests."""
         return [self._streams[request_id].submit(request_id) for request_id in self._trials.take_next()]
 
-    def take(self, batch: TokenBatch) -> tuple[Ids, Ids]:
-        """Hand out what the engine has made. Gives the requests with news, and those to cancel."""
-        touched, stopped = self._streams.apply(batch)
+    def take(self, batch: TokenBatch, origin: Origin | None = None) -> tuple[Ids, Ids]:
+        """Hand out what the engine, as `origin` tells, has made. Gives requests with news, and those to cancel."""
+        touched, stopped = self._streams.apply(batch, origin)
         for request_id in touched:
             if request_id not in self._streams:
                 self._trials.drop(request_id)

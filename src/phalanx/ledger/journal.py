@@ -37,7 +37,8 @@ JOURNAL_BYTES = HEADER_BYTES + NUM_TEXTS * TEXT_BYTES + NUM_RECORDS * RECORD_BYT
 
 PHASES = (
     *("not begun", "starting", "joining", "loading", "sizing", "allocating", "idle", "stepping"),
-    *("moving experts", "leaving", "compiling", "capturing", "rebuilding", "calling a method", "another phase"),
+    *("moving experts", "leaving", "compiling", "capturing", "rebuilding", "calling a method", "switching weights"),
+    *("falling asleep", "asleep", "waking", "another phase"),
 )
 """What a worker says that it does; the order is part of the layout."""
 

@@ -16,11 +16,14 @@ BUDGETS_S: Mapping[str, float] = {
     "capturing": 900.0,
     "rebuilding": 300.0,
     "moving experts": 120.0,
+    "switching weights": 300.0,
+    "falling asleep": 120.0,
+    "waking": 300.0,
     "leaving": 60.0,
     "another phase": 300.0,
 }
-"""Without a sign of progress. `idle` may last for ever, `stepping` is judged by its step, and `calling a method` has
-the deadline of its caller."""
+"""Without a sign of progress. `idle` and `asleep` may last for ever, `stepping` is judged by its step, and `calling a
+method` has the deadline of its caller."""
 
 _OF_START = 0.8
 _OF_STEP = 0.5

@@ -102,7 +102,7 @@ class Asker:
             return 0.0
         if self._question is not None and self._is_answered(self._question):
             self._question = None
-            every_s = ASK_IDLE_EVERY_S if entries.phase == "idle" else ASK_EVERY_S
+            every_s = ASK_IDLE_EVERY_S if entries.phase in ("idle", "asleep") else ASK_EVERY_S
             self._ask_at_ns = now_ns + int(every_s * _NS)
         if self._question is None:
             if now_ns >= self._ask_at_ns:

@@ -201,6 +201,37 @@ class Formation:
         if self._recovery is not None:
             self._recovery.weights_changed()
 
+    # ---------------------------------------------------------------------------- maintenance
+
+    @property
+    def has_weights_of_checkpoint(self) -> bool:
+        """Whether what ranks compute with can be read again."""
+        return not self._weights_changed
+
+    def rest_standby(self) -> None:
+        """Have no line stand ready before `renew_standby`. Blocks until there is none; raises DeadlineError."""
+        if self._recovery is not None:
+            self._recovery.rest_standby()
+
+    def renew_standby(self) -> None:
+        """Have one stand ready again, if there is to be one."""
+        if self._recovery is not None:
+            self._recovery.renew_standby()
+
+    def begin_change(self, checkpoint: Checkpoint) -> None:
+        """The weights of this checkpoint are about to come into ranks, while no line stands ready.
+
+        A line that comes after a fault before `end_change` reads all of them: weights are never mixed.
+        """
+        self._weights_changed = False
+        if self._recovery is not None:
+            self._recovery.begin_change(checkpoint)
+
+    def end_change(self) -> None:
+        """They are in all ranks."""
+        if self._recovery is not None:
+            self._recovery.end_change()
+
     # ---------------------------------------------------------------------------- another size
 
     @property

@@ -103,7 +103,8 @@ class Lines:
     def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
         """`config` is settled. `quarters`: of ranks with Ray."""
         self._config = config
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
+        """What lines that start from now on are made from."""
         self._quarters = quarters
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
@@ -142,7 +143,7 @@ class Lines:
 
         executor, capacity = start_executor(
             config or self._config,
-            self._checkpoint,
+            self.checkpoint,
             on_progress,
             new_launcher=new_launcher,
             quarters=self._quarters,

@@ -29,6 +29,7 @@ class FormationMemory:
         """`holds_weights`: whether what ranks have to leave are all their weights, beside the KV cache."""
         self._num_ranks = num_ranks
         self._holds_weights = holds_weights
+        self._is_trusted = True
         self._holder = holder
         self._holding = threading.Lock()
 
@@ -41,6 +42,7 @@ class FormationMemory:
             if len(told) < self._num_ranks:
                 self._drop()
                 return
+            self._is_trusted = True
             try:
                 for rank, memory in told.items():
                     self._holder.hold(rank, memory)
@@ -57,7 +59,15 @@ class FormationMemory:
     @property
     def is_whole(self) -> bool:
         """Whether a line can go on with it."""
-        return len(self.of_ranks()) == self._num_ranks
+        return self._is_trusted and len(self.of_ranks()) == self._num_ranks
+
+    def begin_change(self) -> None:
+        """Ranks write to their weights: until `end_change` no other ones are to go on with what is there."""
+        self._is_trusted = False
+
+    def end_change(self) -> None:
+        """All of them have written all of it. So has who is new since then."""
+        self._is_trusted = True
 
     @property
     def holds_weights(self) -> bool:

@@ -20,6 +20,7 @@ from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
 from phalanx.membership.standby import Standby
 from phalanx.memory.held import HeldMemory
+from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FormationStats, StartProgress
 
 END_DEADLINE_S = 30.0
@@ -43,6 +44,7 @@ class Recovery:
         self._memory = memory
         self._presence = presence
         self._may_reload = True
+        self._rests_standby = False
         self._is_closing = False
         self._thread: threading.Thread | None = None
         self._retired_epoch = 0
@@ -100,6 +102,35 @@ class Recovery:
         if self._standby is not None and not self._memory.holds_weights:
             log.warning("there is no standby line from now on: it would have the weights of the checkpoint")
             self._standby.discard()
+
+    def rest_standby(self) -> None:
+        """Have no standby line before `renew_standby`, also after faults. Blocks until there is none.
+
+        Raises DeadlineError.
+        """
+        self._rests_standby = True
+        if self._standby is not None:
+            self._standby.clear(END_DEADLINE_S)
+
+    def renew_standby(self) -> None:
+        """Have one again, soon, if there is to be one."""
+        self._rests_standby = False
+        self._renew_standby()
+
+    def begin_change(self, checkpoint: Checkpoint) -> None:
+        """The weights of this one are about to come into ranks: who starts from now on reads them from its files.
+
+        Until `end_change` nothing that ranks leave is trusted: some may have old weights, some new ones, and some both.
+        No standby line must be there.
+        """
+        assert self._rests_standby
+        self._memory.begin_change()
+        self._lines.checkpoint = checkpoint
+        self._may_reload = True
+
+    def end_change(self) -> None:
+        """All ranks have them."""
+        self._memory.end_change()
 
     def resize(self, config: Config, capacity: Capacity, memory: FormationMemory, before: Line, after: Line) -> None:
         """Another line of this size serves now: lines to come are like it, and the one before is ended.
@@ -212,7 +243,8 @@ class Recovery:
         return line
 
     def _renew_standby(self) -> None:
-        if self._standby is not None and (self._may_reload or self._memory.holds_weights):
+        has_weights = self._may_reload or self._memory.holds_weights
+        if self._standby is not None and has_weights and not self._rests_standby:
             self._standby.renew()
 
     def _retire(self, line: Line) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from phalanx.errors import PhalanxError
+from phalanx.errors import DeadlineError, PhalanxError
 from phalanx.executor.pending import Pending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, end
@@ -97,6 +97,16 @@ class Standby:
         interruption.begin()
         if line is not None:
             self._let_go(line, end_line)
+
+    def clear(self, timeout_s: float) -> None:
+        """As `discard`; returns when nothing of it is left, not even of a line that was just being prepared.
+
+        Raises DeadlineError.
+        """
+        self.discard()
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._is_preparing, timeout_s):
+                raise DeadlineError("the end of a line that was being prepared", "the standby line", timeout_s)
 
     def close(self) -> None:
         """Prepare none any more, and end what there is. Raises DeadlineError."""

@@ -151,6 +151,11 @@ class Checkpoint:
         return fingerprint(self.settings, self._headers)
 
     @property
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type, by safetensors' name, and shape of every tensor as it is stored. Raises CheckpointError."""
+        return {name: (info.dtype, info.shape) for name, info in self._headers.items()}
+
+    @property
     def weight_files(self) -> tuple[Path, ...]:
         return tuple(sorted({tensor.file for tensor in self._headers.values()}))
 

@@ -8,7 +8,6 @@ Shape suffixes: T tokens of a step, R rows of hidden states, D hidden size, V vo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,17 @@ from phalanx.models.attention import PagedAttention, Step, pick_backend
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.definition import build, definition_class, keep_stage
-from phalanx.models.four_bit_experts import Form, Part, install_four_bits, log_dequantised, plan_four_bits
+from phalanx.models.four_bit_experts import Form, install_four_bits, log_dequantised, plan_four_bits
 from phalanx.models.norms_of_all_heads import install_norms_of_all_heads
 from phalanx.models.packed import Packable, Packing, Product, Release, can_pack
 from phalanx.models.packed_memory import PackedMemory
 from phalanx.models.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead, sum_output
 from phalanx.models.parameters import Parameters
 from phalanx.models.precision import kept_dtype
-from phalanx.models.shards import EXPERTS, ROWS, Shard, Sharding
+from phalanx.models.rank_weights import RankPart, RankWeights, tie
+from phalanx.models.shards import EXPERTS, ROWS, Sharding
 from phalanx.models.short_paths import install_short_paths
-from phalanx.models.weights import Source, WeightReader, find_sources
+from phalanx.models.weights import WeightReader, find_sources
 from phalanx.moe import four_bits
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.moe.expert_groups import install_groups
@@ -65,7 +65,7 @@ class CausalLM:
         head: VocabParallelHead | None,
         *,
         is_first: bool,
-        weight_bytes: int,
+        weights: RankWeights,
         device: torch.device,
         packing: Packing | None,
         dispatcher: Dispatcher | None,
@@ -80,7 +80,9 @@ class CausalLM:
         """Whether it ends here: with logits."""
         self.dtype: torch.dtype = definition.dtype
         self.device = device
-        self.weight_bytes = weight_bytes
+        self.weights = weights
+        """What it computes with, for who lets go of it, or puts others in its place."""
+        self.weight_bytes = weights.num_bytes
         self.experts = experts
         """Of each layer whose experts are shared out one by one, by the name of their module."""
         self._definition = definition
@@ -205,8 +207,9 @@ def load_model(
     keep_stage(definition, layers)
     shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
     with WeightReader(checkpoint.tensors) as reader:
+        tied: Sequence[str] = ()
         if definition.config.tie_word_embeddings:
-            _tie(sharding, shards, sources, reader, filled)
+            tied = tie(sharding, shards, sources, reader, filled)
         if missing := [name for name in shards if name not in sources]:
             some = ", ".join(missing[:4])
             raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
@@ -217,7 +220,9 @@ def load_model(
         if in_four_bits and not four_bits.can_multiply(device):
             log_dequantised("there is no Triton here, which computes them")
             in_four_bits = {}
-        weights = _read(reader, shards, sources, dtypes, in_four_bits, allocate, on_progress, filled, expect)
+        part = RankPart(shards, sources, dtypes, in_four_bits, tied)
+        expect(part.num_bytes)
+        weights = part.read(reader, allocate, on_progress, filled)
     shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
     full_shapes = {name: shard.full_shape for name, shard in shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
@@ -235,7 +240,7 @@ def load_model(
         definition,
         head,
         is_first=layers.start == 0,
-        weight_bytes=sum(tensor.nbytes for tensor in weights.values()) + (packing.duplicate_bytes if packing else 0),
+        weights=RankWeights(part, weights, packing),
         device=device,
         packing=packing,
         dispatcher=dispatcher,
@@ -252,64 +257,6 @@ def _parameters(definition: Any) -> dict[str, Tensor]:
             if leaf not in module._non_persistent_buffers_set:
                 found[f"{name}.{leaf}"] = buffer
     return found
-
-
-def _tie(
-    sharding: Sharding,
-    shards: dict[str, Shard],
-    sources: dict[str, list[Source]],
-    reader: WeightReader,
-    filled: Mapping[str, int],
-) -> None:
-    """Have head and embedding read the same tensor, once where one rank has both.
-
-    As in transformers, a checkpoint that has two different ones is believed.
-    """
-    embedding, head = sources.get(sharding.embedding_name), sources.get(sharding.head_name)
-    if sharding.embedding_name in shards and sharding.embedding_name in filled:
-        are_equal = sharding.head_name not in filled  # as whoever filled them has found
-    else:
-        are_equal = not (embedding and head) or reader.are_equal(embedding[0].key, head[0].key)
-    if not are_equal:
-        return
-    if found := embedding or head:
-        sources[sharding.embedding_name] = sources[sharding.head_name] = found
-    if sharding.embedding_name in shards:
-        shards.pop(sharding.head_name, None)
-
-
-def _read(
-    reader: WeightReader,
-    shards: dict[str, Shard],
-    sources: dict[str, list[Source]],
-    dtypes: dict[str, torch.dtype],
-    in_four_bits: dict[str, Form],
-    allocate: Allocate,
-    on_progress: OnProgress,
-    filled: Mapping[str, int],
-    expect: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """This rank's parameters by name; of those in 4 bits the parts."""
-    parts = {
-        name: in_four_bits[name].parts(name) if name in in_four_bits else (Part(name, shard.shape, dtypes[name]),)
-        for name, shard in shards.items()
-    }
-    total_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for some in parts.values() for part in some)
-    expect(total_bytes)
-    done_bytes = 0
-    weights: dict[str, Tensor] = {}
-    for name, shard in shards.items():
-        targets = [allocate(*part) for part in parts[name]]
-        if all(part.name in filled for part in parts[name]):
-            pass
-        elif name in in_four_bits:
-            reader.fill_four_bits(FourBitWeight(*targets), shard, sources[name])
-        else:
-            reader.fill(targets[0], shard, sources[name])
-        weights |= {part.name: target for part, target in zip(parts[name], targets, strict=True)}
-        done_bytes += sum(target.nbytes for target in targets)
-        on_progress(done_bytes, total_bytes)
-    return weights
 
 
 def _install(

@@ -58,6 +58,9 @@ class Packable(Protocol):
     def unpack(self) -> None:
         """Write the weights back where they were, bit for bit."""
 
+    def forget(self) -> None:
+        """Compute by the plain weights, whatever these hold by now."""
+
 
 class Linear(NamedTuple):
     """A linear layer's name and parameters. The weight is [outputs, I]."""
@@ -114,6 +117,10 @@ class Product:
         plain_OI = self._packed.to_dense()
         for layer, part in zip(self.layers, plain_OI.split_with_sizes(self._splits), strict=True):
             layer.weight.copy_(part)
+        self.forget()
+
+    def forget(self) -> None:
+        """Use the plain weights, whatever they hold by now."""
         self._packed = self._bias_O = None
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -194,6 +201,18 @@ class Packing:
             tensor.set_(torch.empty(0, dtype=tensor.dtype))  # type: ignore[call-overload]
         self._returned = [(name, tensor, tensor._version) for name, tensor in self._lent]
         self._lent = []
+
+    def forget(self) -> None:
+        """From now on what the plain weights hold counts, and `pack` packs it: others are to be written there."""
+        for product in self._products:
+            product.forget()
+        self._is_packed_P[:] = 0
+        self._num_lent[0] += 1
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the memory from the allocator that packed weights lie in."""
+        return [place.name for place in self._places if place is not None and place.is_open]
 
     def lend(self, parameters: Mapping[str, Tensor]) -> None:
         """Make these hold the weights until the next step, which packs what is in them then."""

@@ -41,6 +41,16 @@ class PackedPlace:
         if sizes[0] is not None and sizes[1] is not None:
             self._open(sizes[0] // shape[0], sizes[1])
 
+    @property
+    def name(self) -> str:
+        """Of the memory that the weights lie in."""
+        return self._names[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is any yet."""
+        return self._bytes is not None
+
     def keep(self, index: int, packed: Tensor) -> Tensor:
         """Copy a packed weight to its place, and give the one that lies there."""
         layout: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)

@@ -82,6 +82,10 @@ class ExpertLinear:
         for weight_OI in self._weight_SOI:
             weight_OI.copy_(packed.pop().to_dense())
 
+    def forget(self) -> None:
+        """Use the plain weights, whatever they hold by now."""
+        self._packed = None
+
     def read(self, slots: Sequence[int]) -> Tensor:
         """These experts' weights as the parameter has them, packed or not: [slots, ...]."""
         rows = self._weight.new_empty(len(slots), *self._weight.shape[1:])

@@ -9,7 +9,15 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from phalanx.errors import ConfigError, EngineDeadError, PhalanxError, RequestError, UserError
+from phalanx.errors import (
+    ConfigError,
+    EngineDeadError,
+    MaintenanceError,
+    NotNowError,
+    PhalanxError,
+    RequestError,
+    UserError,
+)
 
 RETRY_AFTER_S = "5"
 """While an engine is started again, which takes some seconds at least."""
@@ -65,6 +73,11 @@ def engine_restarting(reason: str) -> ApiError:
     return ApiError(503, message, code="engine_restarting", headers={"Retry-After": RETRY_AFTER_S})
 
 
+def engine_asleep(level: int, why_now: str) -> ApiError:
+    message = f"the engine is asleep (level {level}) until POST /wake, and {why_now}"
+    return ApiError(503, message, code="engine_asleep", headers={"Retry-After": RETRY_AFTER_S})
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about `error`. Of our own mistakes it learns nothing but that there was one."""
     if isinstance(error, ApiError):
@@ -72,6 +85,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError | ConfigError):
         message = f"{error.field}: {reprlib.repr(error.value)} is not possible: {error.allowed}"
         return ApiError(400, message, param=error.field)
+    if isinstance(error, NotNowError):
+        return ApiError(409, str(error), code="not_now")
+    if isinstance(error, MaintenanceError):
+        return ApiError(500, str(error), code="maintenance_failed")
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, EngineDeadError):

@@ -18,6 +18,7 @@ from phalanx.server.chat import create_chat_completion
 from phalanx.server.completions import create_completion
 from phalanx.server.gate import Gate
 from phalanx.server.health import health
+from phalanx.server.maintenance import ReloadRequest, SleepRequest, Upkeep, WakeRequest
 from phalanx.server.openapi import describe_bodies
 from phalanx.server.request_body import read_request
 from phalanx.server.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -39,6 +40,9 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "/detokenize": DetokenizeRequest,
     "/scale": ScaleRequest,
     "/drain": DrainRequest,
+    "/reload": ReloadRequest,
+    "/sleep": SleepRequest,
+    "/wake": WakeRequest,
 }
 
 
@@ -52,6 +56,7 @@ def create_app(service: Service, keys: ApiKeys) -> ASGIApp:
     _add_generation(app, service)
     _add_tokenization(app, service)
     _add_scaling(app, service)
+    _add_maintenance(app, service)
     _add_information(app, service)
     describe_bodies(app, _BODIES)
     return app
@@ -124,6 +129,26 @@ def _add_scaling(app: FastAPI, service: Service) -> None:
     @app.delete("/scale")
     async def cancel_scale() -> Response:
         return json_response(scaling.cancel(), ACCEPTED)
+
+
+def _add_maintenance(app: FastAPI, service: Service) -> None:
+    upkeep = Upkeep(service)
+
+    @app.post("/reload")
+    async def reload(request: Request) -> Response:
+        return json_response(await upkeep.reload(await read_request(request, ReloadRequest, service)))
+
+    @app.post("/sleep")
+    async def sleep(request: Request) -> Response:
+        return json_response(await upkeep.sleep(await read_request(request, SleepRequest, service)))
+
+    @app.post("/wake")
+    async def wake(request: Request) -> Response:
+        return json_response(await upkeep.wake(await read_request(request, WakeRequest, service)))
+
+    @app.get("/maintenance")
+    async def get_maintenance() -> Response:
+        return json_response(upkeep.report(), headers={"Cache-Control": "no-store"})
 
 
 def _add_information(app: FastAPI, service: Service) -> None:

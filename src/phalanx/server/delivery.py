@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from phalanx.engine.stream import OutputDelta, PositionLogprobs
+from phalanx.engine.stream import Origin, OutputDelta, PositionLogprobs
 from phalanx.server.answer import Answer, AnswerWriter, ChoiceForm, Usage
 from phalanx.server.api_error import as_api_error, json_response
 from phalanx.server.attendance import ClientGoneError, attended
 from phalanx.server.generation import Generation
+from phalanx.server.origin_headers import headers_of
 from phalanx.server.requests import GenerationRequest
 from phalanx.server.service import Service
 
@@ -30,7 +31,8 @@ async def deliver(
     if asked.stream:
         return EventStream(service, generation, writer)
     outputs = await attended(_collect(generation), request.receive, service)
-    return json_response(writer.whole(outputs, Usage.of(generation)))
+    headers = headers_of([origin for output in outputs for origin in output.origins])
+    return json_response(writer.whole(outputs, Usage.of(generation)), headers=headers)
 
 
 async def _collect(generation: Generation) -> list[OutputDelta]:
@@ -48,6 +50,7 @@ def _join(deltas: Sequence[OutputDelta]) -> OutputDelta:
         logprobs=tuple(logprobs) if deltas[0].logprobs is not None else None,
         finish_reason=deltas[-1].finish_reason,
         stop_reason=deltas[-1].stop_reason,
+        origins=tuple(origin for delta in deltas for origin in delta.origins),
     )
 
 
@@ -58,7 +61,8 @@ class EventStream(Response):
 
     def __init__(self, service: Service, generation: Generation, writer: AnswerWriter) -> None:
         # Proxies such as nginx hold a response back until they have all of it, unless they are told not to.
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = headers_of([Origin(one.weights_version, one.epoch) for one in service.engine.conditions()])
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._service = service
         self._generation = generation

@@ -14,9 +14,9 @@ from phalanx.server.api_error import ApiError, ErrorBody, engine_dead, engine_re
 
 class HealthBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """ok: steps progress, or there are none to make. degraded: not in every replica. stuck: in none. restarting: all of
-    those that ended are being started again."""
+    those that ended are being started again. asleep: until it is woken, as somebody wants it."""
 
-    status: Literal["ok", "degraded", "stuck", "restarting", "dead", "stopping", "starting"]
+    status: Literal["ok", "asleep", "degraded", "stuck", "restarting", "dead", "stopping", "starting"]
     phase: str | None = None
     """While it starts, for the first time or again: what it does."""
     error: ErrorBody | None = None
@@ -37,7 +37,8 @@ def health(conditions: Sequence[Condition], refusal: ApiError | None) -> Health:
         return Health(refusal.status, HealthBody(status=status, error=refusal.body().error, verdict=verdict))
     sick = [one for one in conditions if not one.is_healthy]
     if not sick:
-        return Health(200, HealthBody(status="ok"))
+        is_asleep = bool(conditions) and all(one.sleep_level for one in conditions)
+        return Health(200, HealthBody(status="asleep" if is_asleep else "ok"))
     starting = [one for one in sick if one.down is not None]
     errors = [_error_of(one).body().error for one in sorted(sick, key=lambda one: one.dead is not None)]
     if len(sick) < len(conditions):

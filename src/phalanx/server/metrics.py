@@ -36,6 +36,15 @@ class Metrics:
         self._refused = Counter(
             "phalanx_requests_refused", "HTTP requests answered with an error.", ["status"], registry=registry
         )
+        self._maintained = Counter(
+            "phalanx_maintenance",
+            "Reloads, sleeps and wakes, by how they ended.",
+            ["order", "outcome"],
+            registry=registry,
+        )
+        self._maintenance_s = Gauge(
+            "phalanx_maintenance_last_seconds", "What the last one took.", ["order"], registry=registry
+        )
         self._first_token = Histogram(
             "phalanx_time_to_first_token_seconds",
             "From acceptance to the first token.",
@@ -63,6 +72,11 @@ class Metrics:
 
     def count_refused(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
+
+    def note_maintenance(self, order: str, *, has_failed: bool, took_s: float) -> None:
+        """A reload, sleep or wake is over."""
+        self._maintained.labels(order, "failed" if has_failed else "done").inc()
+        self._maintenance_s.labels(order).set(took_s)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -149,6 +163,10 @@ class _EngineCollector(Collector):
         restarts = CounterMetricFamily(
             "phalanx_engine_restarts", "Times that the engine was started again.", labels=["engine"]
         )
+        weights = GaugeMetricFamily(
+            "phalanx_weights_version", "Of the weights in use; grows with each reload.", labels=["engine"]
+        )
+        asleep = GaugeMetricFamily("phalanx_sleep_level", "Of the engine's sleep; 0 while awake.", labels=["engine"])
         watchers = CounterMetricFamily(
             "phalanx_ledger_watcher_restarts", "Times that a watcher that had ended was replaced.", labels=["engine"]
         )
@@ -160,6 +178,8 @@ class _EngineCollector(Collector):
                 since.add_metric([str(engine)], condition.since_step_s)
             watched.add_metric([str(engine)], condition.num_watched)
             restarts.add_metric([str(engine)], condition.num_restarts)
+            weights.add_metric([str(engine)], condition.weights_version)
+            asleep.add_metric([str(engine)], condition.sleep_level)
             watchers.add_metric([str(engine)], condition.num_watcher_restarts)
             counts.update(condition.verdicts)
         verdicts = CounterMetricFamily(
@@ -167,7 +187,7 @@ class _EngineCollector(Collector):
         )
         for cause in sorted({*get_args(Cause), *counts}):
             verdicts.add_metric([cause], counts[cause])
-        yield from (healthy, since, watched, watchers, restarts, verdicts)
+        yield from (healthy, since, watched, watchers, restarts, weights, asleep, verdicts)
         yield from _healing(conditions)
 
     def _states(self) -> Metric:

@@ -23,7 +23,7 @@ class Service:
         self.cut_off: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         """Resolves when requests in flight must end at once, to the error that they get."""
         self.num_waiting = 0
-        """Requests that have not reached the engine, because it is being started again."""
+        """Requests that have not reached the engine, because it is being started again or asleep."""
         self._num_in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -54,7 +54,7 @@ class Service:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the time in which a request in flight waits for an engine that is started again."""
+        """Around the time in which a request in flight waits for an engine that is started again or asleep."""
         self.num_waiting += 1
         try:
             yield

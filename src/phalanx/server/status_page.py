@@ -11,6 +11,7 @@ from html import escape
 from phalanx.engine.condition import Condition
 from phalanx.ledger.duration import duration
 from phalanx.ledger.status import GroupStatus, InstanceStatus, RankStatus
+from phalanx.protocol import FIRST_WEIGHTS_VERSION
 from phalanx.server.status import QueueStatus, ServerStatus
 
 REFRESH_S = 2
@@ -49,6 +50,7 @@ def page(status: ServerStatus) -> str:
         f"{_since_step(status)}</p>",
         _verdict(status),
         *map(_healing, status.engines),
+        *map(_maintenance, status.engines),
         _queues(status.queues),
         *map(_instance, status.instances),
     ]
@@ -96,6 +98,17 @@ def _healing(engine: Condition) -> str:
     if stats.standby != "none":
         facts.append(f"standby line {stats.standby}")
     return f"<p>{escape(', '.join(facts))}</p>"
+
+
+def _maintenance(engine: Condition) -> str:
+    """Nothing of an engine that serves, and always did so with the same weights."""
+    facts = []
+    if engine.weights_version != FIRST_WEIGHTS_VERSION:
+        facts.append(f"weights version {engine.weights_version}")
+    if engine.maintenance is not None:
+        level = f" (level {engine.sleep_level})" if engine.sleep_level else ""
+        facts.append(f"{engine.maintenance.phase}{level}")
+    return f"<p>{escape(f'Engine {engine.pid}: ' + ', '.join(facts))}</p>" if facts else ""
 
 
 def _queues(queues: Sequence[QueueStatus]) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ from phalanx.protocol import (
     ExpertLoads,
     LayerLoad,
     Loaded,
+    Maintaining,
     Measured,
     MeasureExperts,
     MeasureMemory,
@@ -69,6 +70,7 @@ from phalanx.worker.decode_graphs import DecodeGraphs
 from phalanx.worker.error_text import message_of
 from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
 from phalanx.worker.kv_cache import allocate_cache, block_bytes
+from phalanx.worker.maintenance import RankMaintenance
 from phalanx.worker.methods import Methods, load_extension, remote_method
 from phalanx.worker.profile import compute_little, graph_bytes, peak_activation_bytes
 from phalanx.worker.runner import InFlight, Runner
@@ -141,6 +143,7 @@ class Worker:
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
         self._runner: Runner | None = None
+        self._maintenance: RankMaintenance | None = None
         self._has_graphs = can_have_graphs(spec.config, self._device.type)
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
@@ -329,6 +332,8 @@ class Worker:
                 leaving.callback(group.close)
             if self._runner is not None:
                 leaving.callback(self._runner.close)
+            if self._maintenance is not None:
+                leaving.callback(self._maintenance.close)
         self._groups.clear()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
@@ -383,6 +388,9 @@ class Worker:
             return self._call_method(body)
         if isinstance(body, MeasureExperts):
             return self._measure_experts()
+        if isinstance(body, Maintaining):
+            assert self._maintenance is not None, "before AllocateCache"
+            return self._maintenance.carry_out(body)
         if isinstance(body, MoveExperts):
             self._move_experts(body)
         elif isinstance(body, Stop):
@@ -528,6 +536,7 @@ class Worker:
             replica=self._replica,
             graphs=graphs,
         )
+        self._maintenance = self._new_maintenance([name for name in self._arena.regions if name not in weights])
         if self._warms_up:
             self._runner.warm_up(config.parallel.data_parallel_size)
         for experts in model.experts.values():
@@ -537,6 +546,18 @@ class Worker:
             return Allocated()
         without = weights if grid.moves_experts else frozenset()
         return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
+
+    def _new_maintenance(self, cache: Sequence[str]) -> RankMaintenance:
+        def enter(phase: str) -> None:
+            self.phase = phase
+
+        return RankMaintenance(
+            self.model.weights,
+            self._arena,
+            cache,
+            ranks_on_host=self.spec.ranks_on_host,
+            enter=enter,
+        )
 
 
 def _arena(spec: WorkerSpec, device: torch.device) -> Arena:

@@ -29,10 +29,15 @@ from phalanx.protocol import (
     ClientMessage,
     EngineFailed,
     EngineReady,
+    Maintained,
+    MaintenanceOrder,
+    MaintenanceStats,
     Message,
+    Reload,
     Resize,
     ResizeBegun,
     ResizeEnded,
+    Sleep,
     StartProgress,
     Submit,
     WrongSetting,
@@ -57,6 +62,7 @@ class FakeEngine:
         self.stream = stream
         self.behaviour = behaviour
         self.brain = EchoBrain()
+        self.sleep_level = 0
 
     def send(self, message: Message) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
@@ -92,8 +98,8 @@ class FakeEngine:
     def serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(ClientMessage)
         while True:
-            if not self.brain.has_work() and not self.stream.wait(SIGN_OF_LIFE_S):
-                self.send(self.brain.stats())
+            if (self.sleep_level or not self.brain.has_work()) and not self.stream.wait(SIGN_OF_LIFE_S):
+                self.send_stats()
             for frame in self.stream.poll():
                 message = decoder.decode(frame)
                 if isinstance(message, Submit):
@@ -105,14 +111,32 @@ class FakeEngine:
                     self.brain.submit(message)
                 elif isinstance(message, Cancel):
                     self.brain.cancel(message.request_ids)
+                elif isinstance(message, MaintenanceOrder):
+                    self.maintain(message)
                 elif isinstance(message, Resize):
                     self.resize(message)
                 elif isinstance(message, CancelResize):
                     self.send(ResizeEnded(message.number, "cancelled"))
                 elif self.behaviour != "ignores-shutdown":
                     return
-            if self.brain.has_work():
+            if self.brain.has_work() and not self.sleep_level:
                 self.step()
+
+    def send_stats(self) -> None:
+        maintenance = MaintenanceStats("asleep", self.sleep_level) if self.sleep_level else None
+        self.send(msgspec.structs.replace(self.brain.stats(), maintenance=maintenance))
+
+    def maintain(self, order: MaintenanceOrder) -> None:
+        if self.behaviour == "dies-in-maintenance":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.behaviour == "refuses-maintenance":
+            self.send(Maintained("it is another model", is_user_error=True))
+            return
+        if not isinstance(order, Reload):
+            self.sleep_level = order.level if isinstance(order, Sleep) else 0
+        self.send_stats()
+        model = order.model if isinstance(order, Reload) else None
+        self.send(Maintained(has_new_weights=isinstance(order, Reload), model=model))
 
     def resize(self, asked: Resize) -> None:
         """What comes of it depends on the larger of the sizes that are asked for."""

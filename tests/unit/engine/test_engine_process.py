@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from engine_echo_brain import EchoBrain
 
 import phalanx.engine.process as process
 from phalanx.config import Config
+from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.protocol import (
     Cancel,
@@ -306,7 +308,8 @@ def test_a_turn_that_commits_nothing_is_no_progress(num_committed: int) -> None:
             return None
 
     formation = FakeFormation()
-    cast(Any, process.EngineLoop(cast(Any, None), cast(Any, OnlyTells), cast(Any, formation)))._turn()
+    maintenance = partial(Maintenance, cast(Any, None), cast(Any, None))
+    cast(Any, process.EngineLoop(cast(Any, None), cast(Any, OnlyTells), cast(Any, formation), maintenance))._turn()
     assert formation.num_progressed == num_committed
 
 

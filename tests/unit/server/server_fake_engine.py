@@ -9,11 +9,19 @@ from typing import Any
 from phalanx.engine.admission import check_request
 from phalanx.engine.condition import Condition
 from phalanx.engine.engine import ReplicaState
-from phalanx.engine.stream import OutputDelta, PositionLogprobs, TokenLogprob
+from phalanx.engine.stream import Origin, OutputDelta, PositionLogprobs, TokenLogprob
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.report import VerdictReport
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineReady, EngineStats, SamplingParams
+from phalanx.protocol import (
+    EngineReady,
+    EngineStats,
+    MaintenanceOrder,
+    MaintenanceStats,
+    Reload,
+    SamplingParams,
+    Sleep,
+)
 
 
 class CharacterTokenizer:
@@ -50,6 +58,11 @@ class FakeEngine:
         self.default_sampling = SamplingParams(temperature=0.6, top_k=50)
         self.dead: str | None = None
         self.down: str | None = None
+        self.asleep = 0
+        self.weights_version = 1
+        self.orders: list[MaintenanceOrder] = []
+        self.maintained = asyncio.Event()
+        self.order_fails: Exception | None = None
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
         self.replica_states = (ReplicaState(replica=0, state="serving", num_requests=0),)
@@ -70,9 +83,17 @@ class FakeEngine:
         self.is_closed = False
 
     def conditions(self) -> tuple[Condition, ...]:
-        told = {"late": 3}
         return (
-            Condition(pid=42, dead=self.dead, trouble=self.trouble, since_step_s=2.5, num_watched=2, verdicts=told),
+            Condition(
+                pid=42,
+                dead=self.dead,
+                trouble=self.trouble,
+                since_step_s=2.5,
+                num_watched=2,
+                verdicts={"late": 3},
+                weights_version=self.weights_version,
+                maintenance=MaintenanceStats("asleep", self.asleep) if self.asleep else None,
+            ),
         )
 
     def replicas(self) -> tuple[ReplicaState, ...]:
@@ -100,8 +121,16 @@ class FakeEngine:
         return asyncio.create_task(resize())
 
     async def until_settled(self) -> None:
-        while self.down is not None:
+        while self.down is not None or self.asleep:
             await asyncio.sleep(0)
+
+    async def maintain(self, order: MaintenanceOrder) -> None:
+        self.orders.append(order)
+        await self.maintained.wait()
+        if self.order_fails is not None:
+            raise self.order_fails
+        self.weights_version += isinstance(order, Reload)
+        self.asleep = order.level if isinstance(order, Sleep) else 0
 
     def statuses(self) -> tuple[InstanceStatus, ...]:
         return self.instances
@@ -132,6 +161,7 @@ class FakeEngine:
                     token_ids=(ord(character),),
                     logprobs=_logprobs(character, sampling.logprobs),
                     num_cached_tokens=self.num_cached_tokens if i == 0 else None,
+                    origins=(Origin(self.weights_version, 1),),
                     **(self.last if is_last else {}),
                 )
             has_ended = True

@@ -1,0 +1,173 @@
+"""What is done to one rank between its steps: other weights take the place of its own, and memory is given back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from phalanx.errors import CheckpointError, DeadlineError
+from phalanx.memory.arena import Arena
+from phalanx.memory.host import free_host_bytes, trim_heap
+from phalanx.models.checkpoint import Checkpoint
+from phalanx.models.rank_weights import RankWeights
+from phalanx.protocol import (
+    Done,
+    DropWeights,
+    FallAsleep,
+    Maintaining,
+    ReadWeights,
+    ReplyBody,
+    TakeWeights,
+    WeightsRead,
+)
+from phalanx.worker.error_text import message_of
+
+END_DEADLINE_S = 60.0
+
+
+class RankMaintenance:
+    """Of one rank that is ready to step. For the use of its thread."""
+
+    def __init__(
+        self,
+        weights: RankWeights,
+        arena: Arena,
+        cache: Sequence[str],
+        *,
+        ranks_on_host: int,
+        enter: Callable[[str], None],
+    ) -> None:
+        """`arena` has the weights and the KV cache, whose tensors are called `cache`. `enter` is told each phase."""
+        self._weights = weights
+        self._arena = arena
+        self._cache = tuple(cache)
+        self._ranks_on_host = ranks_on_host
+        self._enter = enter
+        self._reading: WeightsReading | None = None
+
+    def carry_out(self, body: Maintaining) -> ReplyBody:
+        """Raises what a rank cannot live with: it has then weights of both kinds, or no memory."""
+        if isinstance(body, ReadWeights):
+            return self._read(body)
+        if isinstance(body, DropWeights):
+            self._drop()
+        elif isinstance(body, TakeWeights):
+            self._take()
+        elif isinstance(body, FallAsleep):
+            self._fall_asleep(body.level)
+        else:
+            self._enter("idle")
+        return Done()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._drop()
+
+    def _read(self, order: ReadWeights) -> WeightsRead:
+        if self._reading is None or self._reading.number != order.number:
+            self._drop()
+            if not order.in_place and (lack := self._lack_of_room()):
+                return WeightsRead(0, self._weights.plain_bytes, error=lack)
+            self._reading = WeightsReading(self._weights, order)
+        return self._reading.told
+
+    def _lack_of_room(self) -> str | None:
+        """Why other weights cannot be read beside those in use."""
+        needed, free = self._ranks_on_host * self._weights.plain_bytes, free_host_bytes()
+        if needed <= free:
+            return None
+        return (
+            f"on {os.uname().nodename}: new weights are read beside those in use, which takes {_gib(needed)} more "
+            f"memory of the host, and {_gib(free)} are free; a sleep of level 2 makes room, and wake can read others"
+        )
+
+    def _take(self) -> None:
+        assert self._reading is not None, "nothing was read"
+        self._enter("switching weights")
+        self._weights.take(self._reading.result())
+        self._reading = None
+        trim_heap()
+        self._enter("idle")
+
+    def _drop(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+            trim_heap()
+
+    def _fall_asleep(self, level: int) -> None:
+        self._enter("falling asleep")
+        self._drop()
+        self._arena.release(self._cache)
+        if level == 2:
+            self._weights.let_go(self._arena.release)
+        trim_heap()
+        self._enter("asleep")
+
+
+class WeightsReading:
+    """Weights on their way from a checkpoint into memory, by a thread of its own: steps go on meanwhile."""
+
+    def __init__(self, weights: RankWeights, order: ReadWeights) -> None:
+        self.number = order.number
+        self.told = WeightsRead(0, weights.plain_bytes)
+        """How far it is."""
+        self._weights = weights
+        self._order = order
+        self._found: dict[str, Tensor] = {}
+        self._is_cancelled = False
+        self._thread = threading.Thread(target=self._run, name="phalanx-reading", daemon=True)
+        self._thread.start()
+
+    def result(self) -> dict[str, Tensor]:
+        """Of a reading that has told that it is whole."""
+        assert self.told.is_whole, self.told
+        return self._found
+
+    def cancel(self) -> None:
+        """Read no more than the tensor that the thread is at.
+
+        Where that goes to memory of the model's, wait for it. Raises DeadlineError if the files do not answer.
+        """
+        self._is_cancelled = True
+        if self._order.in_place:
+            self._thread.join(END_DEADLINE_S)
+            if self._thread.is_alive():
+                raise DeadlineError("a tensor to be read", self._order.checkpoint, END_DEADLINE_S)
+
+    def _run(self) -> None:
+        try:
+            self._found = self._weights.read(self._checkpoint(), self._note, in_place=self._order.in_place)
+        except _CancelledError:
+            return
+        except Exception as error:  # whatever it is, who asks how far it is must hear of it
+            where = f"on {os.uname().nodename}: "
+            self.told = WeightsRead(self.told.done, self.told.total, error=where + message_of(error))
+        else:
+            self.told = WeightsRead(self.told.total, self.told.total, is_whole=True)
+
+    def _checkpoint(self) -> Checkpoint:
+        """Raises CheckpointError if it is not the one that the brain has seen."""
+        found = Checkpoint(Path(self._order.checkpoint), self._order.checkpoint)
+        if found.fingerprint != self._order.fingerprint:
+            raise CheckpointError(
+                f"{found.path} has other weights here than where the engine runs, or they have changed"
+            )
+        return found
+
+    def _note(self, done: int, total: int) -> None:
+        if self._is_cancelled:
+            raise _CancelledError
+        self.told = WeightsRead(done, total)
+
+
+class _CancelledError(Exception):
+    """Nobody wants what is being read."""
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"

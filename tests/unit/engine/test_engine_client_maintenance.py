@@ -1,0 +1,99 @@
+"""Reload, sleep and wake through the client of one engine, and of a fleet; engines that end meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import engine_tiny_tokenizers as tiny
+import pytest
+from test_engine_client import client_of, in_loop, until
+from test_engine_fleet import fleet_of
+
+from phalanx.engine.stream import Origin
+from phalanx.errors import MaintenanceError, ResizeRefusedError, UserError
+from phalanx.protocol import Reload, SamplingParams, Sleep, Wake
+
+RELOAD = Reload(None, "now", 60.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "config.json").write_text('{"vocab_size": 400}')
+    return tiny.save(tiny.byte_level(), directory)
+
+
+@in_loop
+async def test_tokens_say_which_weights_have_made_them(checkpoint: Path) -> None:
+    async with client_of(checkpoint, "is-paced") as client:
+        origins: list[Origin] = []
+        async with aclosing(client.generate([5, 6], SamplingParams(max_tokens=None))) as deltas:
+            async for delta in deltas:
+                origins += delta.origins
+                if len(origins) == 3:
+                    await client.maintain(Reload("/new", "now", 60.0))
+                if origins[-1] == Origin(2, 1):
+                    break
+        assert set(origins) == {Origin(1, 1), Origin(2, 1)} and origins == sorted(origins)
+        assert (client.weights_version, client.condition.weights_version, client.model) == (2, 2, "/new")
+
+
+@in_loop
+async def test_a_refusal_and_an_engine_that_ends_meanwhile(checkpoint: Path) -> None:
+    async with client_of(checkpoint, "refuses-maintenance") as client:
+        with pytest.raises(UserError, match="another model"):
+            await client.maintain(RELOAD)
+        assert client.weights_version == 1
+    async with client_of(checkpoint, "dies-in-maintenance") as client:
+        with pytest.raises(MaintenanceError, match="the engine has ended"):
+            await client.maintain(RELOAD)
+
+
+@in_loop
+async def test_an_engine_that_is_started_again_sleeps_again(checkpoint: Path) -> None:
+    async with client_of(checkpoint, engine_restarts=1) as client:
+        await client.maintain(Sleep(2))
+        assert client.asleep == 2
+        settling = asyncio.create_task(client.until_settled())
+        os.kill(client.condition.pid, signal.SIGKILL)
+        await until(lambda: client.condition.num_restarts == 1)
+        await until(lambda: client.condition.sleep_level == 2)
+        assert not settling.done()
+        await client.maintain(Wake(None))
+        await settling
+        assert client.asleep == 0
+
+
+@in_loop
+async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        await fleet.maintain(Reload("/new", "now", 60.0))
+        assert [one.weights_version for one in fleet.conditions()] == [2, 2]
+        assert fleet._seats.model == "/new"
+        await fleet.maintain(Sleep(1))
+        assert fleet.asleep == 1
+        with pytest.raises(ResizeRefusedError, match="asleep"):
+            await fleet.begin_resize(1)
+        waiting = asyncio.create_task(fleet.until_settled())
+        await fleet.maintain(Wake(None))
+        await waiting
+        assert await _num_tokens(fleet.generate([5, 6], SamplingParams(max_tokens=3))) == 3
+
+
+@in_loop
+async def test_a_fleet_of_which_one_cannot(checkpoint: Path, tmp_path: Path) -> None:
+    behaviours: Sequence[str] = ("healthy", "refuses-maintenance")
+    async with fleet_of(checkpoint, f"{tmp_path / 'starts'}:{','.join(behaviours)}", data_parallel_size=2) as fleet:
+        with pytest.raises(UserError, match="another model"):
+            await fleet.maintain(RELOAD)
+        assert sorted(one.weights_version for one in fleet.conditions()) in ([1, 1], [1, 2])
+        assert fleet._weights_version == 1
+
+
+async def _num_tokens(deltas: object) -> int:
+    return sum([len(delta.token_ids) async for delta in deltas])  # type: ignore[attr-defined]
