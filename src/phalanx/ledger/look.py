@@ -132,6 +132,12 @@ class Look(NamedTuple):
     unwatched: Mapping[str, Unheard] = {}
     """Nodes that are there, and of whose ranks nothing is known."""
 
+    @property
+    def is_at_a_standstill(self) -> bool:
+        """Whether each rank is in a collective or in no step: so nothing is under way that could change where others
+        are."""
+        return all(one.awaits is not None or one.is_between_steps for one in self.ranks.values())
+
     def members(self, group: str) -> list[int]:
         """Those of a group that have begun."""
         return [rank for rank in self.groups[group] if rank in self.ranks]

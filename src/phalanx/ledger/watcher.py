@@ -57,7 +57,8 @@ MAY_END = ("not begun", "starting", "leaving")
 """Phases in which a rank that ends has said so, or says why by another way."""
 
 LASTING: frozenset[Cause] = frozenset({"gone", "diverged"})
-"""What cannot change any more, however long one looks."""
+"""What cannot change any more, however long one looks. What is hopeless cannot either, once all ranks have come to a
+standstill: until then a rank that is on its way may show that another one is to blame."""
 
 STANDS_S: Mapping[Cause, float] = {
     "gone": 0,
@@ -67,8 +68,11 @@ STANDS_S: Mapping[Cause, float] = {
     "store": 0,
     "overdue": 0,
     "stopped": 0.5,
+    "skipped": LOOK_S / 2,
+    "circle": LOOK_S / 2,
 }
-"""How long a verdict must have been the same before it is told: nothing where a duration is what it says."""
+"""How long a verdict must have been the same before it is told: nothing where a duration is what it says, and two looks
+where ranks are seen at different moments."""
 
 OTHERS_STAND_S = 0.2
 LONGEST_LOOK_S = 0.5
@@ -247,7 +251,7 @@ class Watcher:
         glance = judge(at_a_glance)
         if self._is_harmless(glance, at_a_glance):
             self._found = None
-        elif (glance is not None and glance.cause in LASTING) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
+        elif self._cannot_change(glance, at_a_glance) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
             if self._others is not None and not self._others.have_told_all():
                 return self._found  # neither over nor another, as far as is known
@@ -310,12 +314,23 @@ class Watcher:
 
     def _is_harmless(self, glance: Verdict | None, look: Look) -> bool:
         """Whether there is nothing for which to read all records: nor in groups that are uneven and were not before."""
-        is_uneven = uneven_groups(look) not in ({}, self._harmless)
-        return not is_uneven and (glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S))
+        if uneven_groups(look) not in ({}, self._harmless) or self._cannot_change(glance, look):
+            return False
+        return glance is None or (glance.is_of_a_wait and glance.waited_s < GLANCE_WAIT_S)
+
+    def _cannot_change(self, verdict: Verdict | None, look: Look) -> bool:
+        """Other nodes are seen as they were a moment ago: what ranks there and here are in may never have been at the
+        same time."""
+        if verdict is None:
+            return False
+        is_lasting = verdict.is_hopeless and self._others is None and look.is_at_a_standstill
+        return verdict.cause in LASTING or is_lasting
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
-        return not verdict.is_of_a_wait or verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
+        if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
+            return True
+        return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
     def _patience_s(self, verdict: Verdict, look: Look) -> float:
         """How long a step takes is no excuse for who is idle and does not begin it."""

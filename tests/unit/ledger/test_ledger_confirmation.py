@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from phalanx.ledger.verdict import Cause, Verdict
-from phalanx.ledger.watcher import Confirmation
+from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
+from phalanx.ledger.watcher import LASTING, LOOK_S, Confirmation
 
 LOOK_NS = 30_000_000
 
@@ -12,9 +12,11 @@ def verdict(cause: Cause, culprit: int = 1) -> Verdict:
     return Verdict(cause=cause, culprits=(culprit,), nodes=("here",), what="does", group="tp@0", sequence=7)
 
 
-def told(confirmation: Confirmation, found: list[Verdict | None], start: int = 10**12) -> list[int]:
+def told(
+    confirmation: Confirmation, found: list[Verdict | None], start: int = 10**12, look_ns: int = LOOK_NS
+) -> list[int]:
     """The looks at which something is told."""
-    return [i for i, one in enumerate(found) if confirmation.take(one, start + i * LOOK_NS) is not None]
+    return [i for i, one in enumerate(found) if confirmation.take(one, start + i * look_ns) is not None]
 
 
 def test_what_lasts_is_told_at_once_and_once() -> None:
@@ -27,8 +29,13 @@ def test_what_may_change_must_stand() -> None:
     assert told(Confirmation(), [verdict("late", i % 2) for i in range(20)]) == []
 
 
+def test_what_ranks_do_not_get_out_of_is_seen_twice() -> None:
+    for cause in HOPELESS - LASTING:
+        assert told(Confirmation(), [verdict(cause)] * 20, look_ns=round(LOOK_S * 1e9)) == [1]
+
+
 def test_after_a_pause_it_must_stand_anew() -> None:
-    confirmation, late = Confirmation(), verdict("skipped")
+    confirmation, late = Confirmation(), verdict("slow")
     assert told(confirmation, [late] * 5) == []
     assert told(confirmation, [late] * 20, start=2 * 10**12) == [7]
 

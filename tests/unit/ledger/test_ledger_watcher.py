@@ -27,29 +27,34 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
 REDUCE = "all_reduce float32 [3, 72]"
+GATHER = "all_gather float32 [3, 72] dim=1"
+
+
+GROUPS = ("tp@0", "ep@0")
 
 
 class Watched:
-    """Two ranks, and what the kernel says of their cores."""
+    """Two ranks or more, all in the same groups, and what the kernel says of their cores."""
 
-    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, num_ranks: int = 2) -> None:
         self._monkeypatch = monkeypatch
-        segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(2)]
+        segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(num_ranks)]
         self.clock = Clock()
         self.ranks = [
-            WritingRank(rank, ["tp@0"], segment.buf, now_ns=self.clock) for rank, segment in enumerate(segments)
+            WritingRank(rank, GROUPS, segment.buf, now_ns=self.clock) for rank, segment in enumerate(segments)
         ]
         self.starving: deque[bool] = deque()
         """At each look so far."""
         ranks = tuple(
-            WatchedRank(rank=rank, node="alpha", groups=("", "tp@0"), journal=segment.handle)
+            WatchedRank(rank=rank, node="alpha", groups=("", *GROUPS), journal=segment.handle)
             for rank, segment in enumerate(segments)
         )
-        self._watcher = stack.enter_context(Watcher(WatchOrder(ranks=ranks, groups={"tp@0": (0, 1)})))
+        groups = dict.fromkeys(GROUPS, tuple(range(num_ranks)))
+        self._watcher = stack.enter_context(Watcher(WatchOrder(ranks=ranks, groups=groups)))
 
-    def step(self, number: int, who: Sequence[int] = (0, 1)) -> None:
+    def step(self, number: int, who: Sequence[int] | None = None) -> None:
         """Into its only collective."""
-        for rank in who:
+        for rank in range(len(self.ranks)) if who is None else who:
             self.ranks[rank].begin(number)
             self.ranks[rank].issue("tp@0", REDUCE)
 
@@ -74,7 +79,7 @@ class Watched:
 
     def count_reads(self) -> list[int]:
         """How often each rank is looked at, from now on."""
-        counts = [0, 0]
+        counts = [0] * len(self.ranks)
         for rank, one in enumerate(self._watcher._ranks):
 
             def look(*args: Any, rank: int = rank, look: Callable[..., Any] = one.look) -> Any:
@@ -95,6 +100,65 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         ranks.end_step()
         assert ranks.verdict(0.5) is None
         yield ranks
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """Ranks that reduce in one group and gather in the other in each step."""
+    with ExitStack() as stack:
+        ranks = Watched(stack, monkeypatch, 3)
+        monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
+        for number in range(1, 4):
+            for one in ranks.ranks:
+                one.begin(number)
+                one.collective("tp@0", REDUCE)
+                one.collective("ep@0", GATHER)
+                one.end()
+        assert ranks.verdict(0.5) is None
+        yield ranks
+
+
+def skip_the_last(ranks: Sequence[WritingRank]) -> None:
+    """In step 4, of which the others leave nothing out: they are in it."""
+    for one in ranks:
+        one.begin(4)
+        one.collective("tp@0", REDUCE)
+    for one in ranks[:-1]:
+        one.issue("ep@0", GATHER)
+    ranks[-1].end()
+
+
+def test_who_has_left_a_step_without_a_collective_is_named_when_all_have_come_to_a_standstill(three: Watched) -> None:
+    skip_the_last(three.ranks)
+    found = three.verdict(2 * LOOK_S)
+    assert found is not None and (found.cause, found.culprits, found.group) == ("skipped", (2,), "ep@0")
+
+
+def test_but_not_while_a_rank_is_on_its_way(three: Watched) -> None:
+    """It may show that most leave the step without it."""
+    for one in three.ranks:
+        one.begin(4)
+        one.collective("tp@0", REDUCE)
+    three.ranks[0].collective("ep@0", GATHER)
+    three.ranks[0].issue("ep@0", GATHER)
+    three.ranks[2].collective("ep@0", GATHER)
+    three.ranks[2].end()
+    assert three.verdict(LEAST_S / 2) is None
+    three.ranks[1].collective("ep@0", GATHER)
+    three.ranks[1].end()
+    found = three.verdict(2 * LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("diverged", (0,))
+
+
+def test_ranks_that_wait_for_each_other_are_named_when_all_have_come_to_a_standstill(three: Watched) -> None:
+    for one in three.ranks:
+        one.begin(4)
+    for one in three.ranks[:2]:
+        one.issue("tp@0", REDUCE)
+    assert three.verdict(LEAST_S / 2) is None
+    three.ranks[2].issue("ep@0", GATHER)
+    found = three.verdict(2 * LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("circle", (2,))
 
 
 def test_what_was_found_stands_until_all_nodes_have_told_what_is_needed_to_judge_anew(
