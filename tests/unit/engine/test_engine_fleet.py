@@ -197,7 +197,7 @@ async def test_requests_do_not_wait_for_an_engine_that_is_started_again(checkpoi
         readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
         await go_on(readers)
         victim = pids(fleet)[0]
-        fleet._engines[0]._start_again = lambda _: asyncio.sleep(3600)  # it takes long
+        fleet._engines[0]._start_again = lambda *_: asyncio.sleep(3600)  # it takes long
         os.kill(victim, signal.SIGKILL)
         await until(lambda: fleet._engines[0].down is not None)
         await until(lambda: counts(fleet) == {0: 0, 1: 3})

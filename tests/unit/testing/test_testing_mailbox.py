@@ -12,7 +12,7 @@ import pytest
 
 from phalanx.errors import UserError
 from phalanx.testing.faults import Fault, Injected
-from phalanx.testing.mailbox import SIGNAL, Mailbox
+from phalanx.testing.mailbox import Mailbox
 
 CHILD = """
 import os, signal, sys, time
@@ -57,6 +57,8 @@ def test_a_fault_is_sent_and_reported() -> None:
 
 
 def test_a_process_that_takes_none() -> None:
-    assert signal.getsignal(SIGNAL) is signal.SIG_DFL, "sent all the same, it would kill this process"
-    with pytest.raises(UserError, match="takes no faults: its engine was not started with --allow-chaos"):
-        Mailbox(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as child:
+        with pytest.raises(UserError, match="takes no faults: its engine was not started with --allow-chaos"):
+            Mailbox(child.pid)
+        assert child.poll() is None, "it was sent nothing, which would have killed it"
+        child.kill()
