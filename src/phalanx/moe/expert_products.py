@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
 from phalanx.moe.expert_kernel import ExpertKernel, find_kernel
 
@@ -199,6 +197,9 @@ class ExpertProducts:
 
 def _is_plain_silu(module: Any) -> bool:
     """Whether it computes down(silu(gate) * up), and nothing beside."""
+    from transformers.activations import SiLUActivation  # not before a rank can say what goes wrong with it
+    from transformers.integrations.moe import _default_apply_gate
+
     return (
         module.has_gate
         and module.is_concatenated
