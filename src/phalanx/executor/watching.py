@@ -87,6 +87,7 @@ class Watching:
         self._changed = threading.Condition()
         self._is_closing = self._is_silent = self._has_ended = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._num_restarts = 0
         self._restarted_at: deque[float] = deque(maxlen=MAX_RESTARTS)
         order, held = _with_own_listener(order)
         stop_read, self._stop_write = os.pipe()
@@ -215,9 +216,10 @@ class Watching:
             )
             return None
         self._restarted_at.append(now)
+        self._num_restarts += 1
         log.warning("the watcher has ended, %s: another one is started", how)
         if isinstance(order, WatchOrder):
-            order = msgspec.structs.replace(order, standing=self._standing)
+            order = msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
         try:
             return _spawn(order, stop)
         except OSError as error:

@@ -34,15 +34,17 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
 class BoardWriter:
     """For one thread of one process, which may take the place of one that has ended: what stood there still stands."""
 
-    def __init__(self, memory: memoryview, num_ranks: int, standing: Verdict | None = None) -> None:
-        """`memory`: BOARD_BYTES, zeroed, or as another writer has left it. `standing`: what that has posted last, if it
-        still stands."""
+    def __init__(
+        self, memory: memoryview, num_ranks: int, standing: Verdict | None = None, num_restarts: int = 0
+    ) -> None:
+        """`memory`: BOARD_BYTES, zeroed, or as another writer has left it, which need not have come to post anything.
+        `standing`: what that has posted last, if it still stands."""
         before = read_board(memory)
         self._newest = NewestWriter(memory)
         self._words = memory.cast("Q")
         self._num_ranks = num_ranks
         self._counts = dict(before.counts) if before is not None else {}
-        self._num_restarts = before.num_restarts + 1 if before is not None else 0
+        self._num_restarts = num_restarts
         self.since_ns = before.since_ns if before is not None and standing is not None else 0
         """Since when what stands has."""
         self._post(standing)

@@ -29,7 +29,9 @@ class Outlets(msgspec.Struct, frozen=True, kw_only=True):
 class OpenOutlets:
     """For one thread of the process that judges. A context manager."""
 
-    def __init__(self, outlets: Outlets, num_ranks: int, standing: Verdict | None = None) -> None:
+    def __init__(
+        self, outlets: Outlets, num_ranks: int, standing: Verdict | None = None, num_restarts: int = 0
+    ) -> None:
         """`standing`: what a watcher before has told, and was not over.
 
         Raises PeerDiedError or FrameError if the board's owner is gone, OSError if events cannot be written.
@@ -38,7 +40,7 @@ class OpenOutlets:
         self._standing = standing
         with ExitStack() as undo:
             board = undo.enter_context(SharedSegment.attach(outlets.board)).buf
-            self._board = BoardWriter(board, num_ranks, standing)
+            self._board = BoardWriter(board, num_ranks, standing, num_restarts)
             path = outlets.events
             self._events = undo.enter_context(EventsFile(path)) if path is not None else None
             self._elsewhere: ElsewhereWriter | None = None

@@ -106,6 +106,8 @@ class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """None if all ranks are on this node."""
     standing: Verdict | None = None
     """What a watcher before this one has told, and was not over."""
+    num_restarts: int = 0
+    """How many there have been before this one."""
 
     @property
     def num_ranks(self) -> int:
@@ -447,7 +449,8 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         watcher, endings = stack.enter_context(Watcher(order)), stack.enter_context(Endings())
         outlets = None
         if order.outlets is not None:
-            outlets = stack.enter_context(OpenOutlets(order.outlets, order.num_ranks, order.standing))
+            opened = OpenOutlets(order.outlets, order.num_ranks, order.standing, order.num_restarts)
+            outlets = stack.enter_context(opened)
         while not endings.wait(stop, watcher.pids()):
             now_ns = time.monotonic_ns()
             before = confirmation.told

@@ -36,11 +36,17 @@ def test_the_board() -> None:
     assert read_board(memory) == Notice(num_ranks=4, counts={"late": 3}, looked_ns=77)
 
 
+def test_one_that_never_came_to_write_counts() -> None:
+    memory = memoryview(bytearray(BOARD_BYTES))
+    BoardWriter(memory, num_ranks=2, num_restarts=1)
+    assert read_board(memory) == Notice(num_ranks=2, num_restarts=1)
+
+
 @pytest.mark.parametrize("still_stands", [True, False])
 def test_another_writer_takes_over(still_stands: bool) -> None:
     memory, late = memoryview(bytearray(BOARD_BYTES)), verdict_of("late", 1)
     BoardWriter(memory, num_ranks=2).post(late, 5)
-    writer = BoardWriter(memory, num_ranks=2, standing=late if still_stands else None)
+    writer = BoardWriter(memory, num_ranks=2, standing=late if still_stands else None, num_restarts=1)
     stands = {"verdict": late, "since_ns": 5} if still_stands else {}
     assert read_board(memory) == Notice(num_ranks=2, counts={"late": 1}, num_restarts=1, **stands)
     writer.post(verdict_of("late", 0), 6)
