@@ -258,7 +258,7 @@ class HealingConfig(Section, frozen=True, kw_only=True):
     """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""
 
     auto_grow: bool = False
-    """When replicas were lost with their places (a node is gone, or was drained, and the others had no room), start them
+    """When replicas were lost with their places (a node is gone, or was drained, and no other had room), start them
     again by itself as soon as there is room, such as on a node that joins Ray. Otherwise `phalanx scale` does it."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import msgspec
 
@@ -26,8 +26,7 @@ _decode = msgspec.msgpack.Decoder(CensusAnswer).decode
 
 
 class Census:
-    """Starts the process when it is first asked, and again when it has ended. For one event loop, whose thread the
-    process ends with."""
+    """Has the process while it is asked from time to time. For one event loop, whose thread the process ends with."""
 
     def __init__(self, cluster: ClusterConfig, *, command: Sequence[str] = COMMAND) -> None:
         self._cluster = cluster
@@ -44,7 +43,7 @@ class Census:
         async with self._asking:
             try:
                 async with asyncio.timeout(ANSWER_S):
-                    answer = await self._ask(CensusQuestion(cluster=self._cluster, resource=resource))
+                    answer = await self._ask_again(CensusQuestion(cluster=self._cluster, resource=resource))
             except TimeoutError:
                 await self._end()
                 raise DeadlineError("what is free", NAME, ANSWER_S) from None
@@ -62,6 +61,14 @@ class Census:
         """End the process. It may be asked again."""
         async with self._asking:
             await self._end()
+
+    async def _ask_again(self, question: CensusQuestion) -> CensusAnswer:
+        """A process that nobody asks for a while ends."""
+        if self._stream is not None:
+            with suppress(PeerDiedError):
+                return await self._ask(question)
+            await self._end()
+        return await self._ask(question)
 
     async def _ask(self, question: CensusQuestion) -> CensusAnswer:
         if self._stream is None:

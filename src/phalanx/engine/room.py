@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from phalanx.engine.census import Census
 from phalanx.engine.joining import Joining
-from phalanx.errors import ConfigError, RequestError
+from phalanx.errors import ConfigError, DeadlineError, RequestError, ResizeRefusedError, StartError
 from phalanx.topology.apart import Fit, Wanted, fit_apart
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Demand, Node, avoiding
@@ -24,8 +24,8 @@ class Room:
     async def check(self, size: int, numbers: Sequence[int], pids: Sequence[int]) -> None:
         """Whether replicas with the new `numbers` may join, so that there are `size`. Takes a second or two.
 
-        `pids` are the engines that run. Raises ConfigError that says what is missing, and where; StartError or
-        DeadlineError if Ray's head cannot be asked.
+        `pids` are the engines that run. Raises ConfigError that says what is missing, and where; ResizeRefusedError if
+        Ray's head cannot be asked.
         """
         if not numbers:
             return
@@ -43,23 +43,36 @@ class Room:
             return Fit(0, "there is no other node than this host")
         return self._fit(size, numbers, nodes)
 
-    async def check_node(self, name: str) -> None:
-        """Raises RequestError if no node of the cluster goes by this name; else as `check`."""
+    async def complaint_about(self, number: int, size: int) -> str | None:
+        """Why a replica that has ended has no place any more; None if it has one. Raises as `check`."""
+        nodes = await self._nodes()
+        if nodes is None:
+            return self._joining.seats.complaint_about(number)
+        return self._fit(max(size, number + 1), (number,), nodes).complaint
+
+    async def name_of_node(self, name: str) -> str:
+        """What ranks call the node that a user means. Raises RequestError if there is none; else as `check`."""
         nodes = await self._nodes()
         if nodes is None:
             raise RequestError("node", name, "all ranks are on this host: it takes launcher ray, and a cluster")
-        if not any(node.is_called(name) for node in nodes):
+        meant = [node.name for node in nodes if node.is_called(name)]
+        if not meant:
             known = ", ".join(sorted(f"{node.name} ({node.address})" for node in nodes))
             raise RequestError("node", name, f"the cluster has {known}")
+        return meant[0]
 
     async def close(self) -> None:
+        """Keep no process for it."""
         await self._census.close()
 
     async def _nodes(self) -> Sequence[Node] | None:
-        """None where there is no cluster."""
+        """None where there is no cluster. Raises ResizeRefusedError."""
         if self._joining.config.executor.launcher != "ray":
             return None
-        return await self._census.nodes(self._demand.resource)
+        try:
+            return await self._census.nodes(self._demand.resource)
+        except (StartError, DeadlineError) as error:
+            raise ResizeRefusedError(f"what the nodes have free cannot be told: {error}") from error
 
     @property
     def _demand(self) -> Demand:

@@ -109,7 +109,7 @@ class Roster:
     @property
     def size(self) -> int:
         """Replicas that serve, or will again when another engine has been started for them."""
-        return len(self._members())
+        return len(self.members())
 
     @property
     def num_missing(self) -> int:
@@ -123,6 +123,10 @@ class Roster:
 
     def serving(self) -> list[int]:
         return self._in("serving")
+
+    def members(self) -> list[int]:
+        """Those that `size` counts."""
+        return sorted(number for number, phase in self._phases.items() if phase in ("serving", "dead"))
 
     def counts_on(self, number: int) -> bool:
         """Whether it makes a difference that its engine has ended by itself: it was to run, and nobody has told."""
@@ -138,7 +142,7 @@ class Roster:
         """Raises what `begin` would."""
         if self.resize is not None:
             raise ResizeUnderWayError(str(self.resize.size_before), f"{self.resize.size_asked_for} replicas")
-        members = self._members()
+        members = self.members()
         if size < 1:
             raise RequestError("data_parallel_size", size, "it must be at least 1")
         for number in leaving:
@@ -165,7 +169,7 @@ class Roster:
         `because` as many are wanted as before. Raises ResizeUnderWayError, and RequestError for what cannot be.
         """
         self.check(size, leaving, down)
-        members = self._members()
+        members = self.members()
         self.resize = resize = Resize(size_before=len(members), size_asked_for=size, because=because)
         if size > len(members):
             resize.joining = frozenset(self.free_numbers(size - len(members)))
@@ -231,7 +235,7 @@ class Roster:
         def order(number: int) -> tuple[bool, bool, int, int]:
             return self._phases[number] != "dead", number not in down, num_requests.get(number, 0), -number
 
-        others = sorted((number for number in self._members() if number not in named), key=order)
+        others = sorted((number for number in self.members() if number not in named), key=order)
         return [*dict.fromkeys(named), *others][:count]
 
     def _prepare(self, number: int) -> list[Order]:
@@ -300,9 +304,6 @@ class Roster:
             return
         if not any(self._phases.get(number) == "ending" for number in resize.joining | resize.leaving):
             self.resize, self.last = None, resize.outcome
-
-    def _members(self) -> list[int]:
-        return sorted(number for number, phase in self._phases.items() if phase in ("serving", "dead"))
 
     def _in(self, phase: Phase) -> list[int]:
         return sorted(number for number, found in self._phases.items() if found == phase)

@@ -91,10 +91,12 @@ class Seats:
             allowed = f"as the replicas are now, that takes {_gib(needed)} more memory, and {_gib(free)} are free"
             raise ConfigError("data_parallel_size", size, allowed)
 
-    def check_place(self, number: int, size: int) -> None:
-        """Whether this host still has the devices of a replica that has ended. Raises ConfigError."""
-        if self._config.executor.device == "cuda":
-            self._check_gpus(size, (number,))
+    def complaint_about(self, number: int) -> str | None:
+        """Why this host has no devices any more for a replica that has ended; None if it has."""
+        needed, num_gpus = (number + 1) * self._config.parallel.engine_size, len(visible_gpus())
+        if self._config.executor.device == "cuda" and needed > num_gpus:
+            return f"its GPUs are gone: {needed} are needed for it and those before it, and {num_gpus} can be used"
+        return None
 
     def _parallel(self, size: int) -> ParallelConfig:
         return msgspec.structs.replace(self._config.parallel, data_parallel_size=size)

@@ -1,4 +1,4 @@
-"""Room on a cluster's nodes for replicas that run apart: one after the other, each in what those before it leave. Pure."""
+"""Room on a cluster's nodes for replicas that run apart: one after the other, each in what those before leave. Pure."""
 
 from __future__ import annotations
 

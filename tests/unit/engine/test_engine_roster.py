@@ -292,7 +292,7 @@ class Fleet(RuleBasedStateMachine):
             self.before.discard(number)
         self.carry_out(self.roster.died(number, "it was killed"))
 
-    @precondition(lambda self: len(self.roster.serving()) > 1 or self.roster.serving() and self.dead())
+    @precondition(lambda self: len(self.roster.serving()) > 1 or (self.roster.serving() and self.dead()))
     @rule(data=st.data())
     def lose_the_place(self, data: st.DataObject) -> None:
         """Of one that serves or is dead, as long as another one serves."""

@@ -1,4 +1,4 @@
-"""Says which nodes a Ray cluster has, and what is free there, as often as it is asked; a process for itself.
+"""Says which nodes a Ray cluster has, and what is free there, while it is asked; a process for itself.
 
 Ray's client ends the process that it is in when Ray's head has been gone for a minute. So the one that asks, which
 serves requests, has none. This one takes no part in the cluster: it only reads what Ray's head knows.
@@ -31,6 +31,8 @@ from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 
 ANSWER_DEADLINE_S = 5.0
+IDLE_S = 10.0
+"""Nobody asks for so long: it ends, and whoever asks then starts another one."""
 
 
 class Reader:
@@ -72,8 +74,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     reader, decode = Reader(), msgspec.msgpack.Decoder(CensusQuestion).decode
     with Stream(descriptor, Party.of("who asks", parent_pid)) as stream, suppress(PeerDiedError):
-        while True:
-            stream.wait(3600.0)
+        while stream.wait(IDLE_S):
             for frame in stream.poll():
                 stream.send(msgspec.msgpack.encode(reader.answer(decode(frame))), deadline_s=ANSWER_DEADLINE_S)
 
