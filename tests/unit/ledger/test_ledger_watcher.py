@@ -22,7 +22,7 @@ from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import LONGEST_REST_S, LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -275,6 +275,22 @@ def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
         watched.end_step()
         assert watched.verdict(LOOK_S) is None
     assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
+
+
+def test_ranks_that_rest_are_read_now_and_then(watched: Watched) -> None:
+    read = watched.count_reads()
+    assert watched.verdict(2.0) is None
+    assert 0 < read[0] == read[1] <= 2.0 / LONGEST_REST_S + 1
+
+
+def test_all_are_read_at_once_when_one_begins_after_a_rest_and_does_not_go_on(watched: Watched) -> None:
+    """Where it was idle when it was read is not where it rests."""
+    assert watched.verdict(1.0) is None
+    watched.step(2, [0])
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.verdict(LOOK_S)
+    assert read == [1, 1]
 
 
 def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
