@@ -23,7 +23,7 @@ from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.judge import judge
 from phalanx.ledger.limits import Limits
-from phalanx.ledger.look import Look, RankLook, standings
+from phalanx.ledger.look import HELD_S, Look, RankLook, standings
 from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import LEAST_S, Patience
@@ -355,6 +355,8 @@ class Watcher:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
             return True
+        if any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits if rank in look.ranks):
+            return False  # it was asked whether its interpreter runs, and will have answered in a moment, or never
         return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
     def _patience_s(self, verdict: Verdict, look: Look) -> float:

@@ -19,10 +19,18 @@ from ledger_ranks import Clock, WritingRank
 from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
 from phalanx.ledger.judge import judge
-from phalanx.ledger.look import Look
+from phalanx.ledger.look import HELD_S, Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LONGEST_REST_S, LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import (
+    FULL_LOOK_S,
+    LONGEST_REST_S,
+    LONGEST_TRUST_S,
+    LOOK_S,
+    WatchedRank,
+    Watcher,
+    WatchOrder,
+)
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -235,6 +243,17 @@ def test_who_is_in_a_step_has_the_time_that_steps_take(watched: Watched) -> None
     watched.step(3, [0])
     watched.ranks[1].begin(3)
     assert watched.verdict(10.0) is None
+
+
+def test_who_may_hold_its_gil_is_not_late_yet(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_s = HELD_S / 2
+    monkeypatch.setattr(watched._watcher._ranks[1]._asker, "held_s", lambda *_: held_s)
+    watched.step(2, [0])
+    watched.ranks[1].begin(2)
+    assert watched.verdict(LEAST_S + 0.5) is None
+    held_s = 0.0  # it has answered
+    found = watched.verdict(FULL_LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("late", (1,))
 
 
 def test_a_step_that_nobody_needs_a_rank_in(watched: Watched) -> None:
