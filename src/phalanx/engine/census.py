@@ -33,6 +33,8 @@ class Census:
         self._command = command
         self._asking = asyncio.Lock()
         self._process: AsyncExitStack | None = None
+        self.pid: int | None = None
+        """Of the process, while there is one."""
         self._stream: AsyncStream | None = None
         self._frames: AsyncIterator[bytes] | None = None
 
@@ -81,11 +83,13 @@ class Census:
         child = EngineChild.spawn(self._command)
         self._process = process = AsyncExitStack()
         process.callback(child.kill)
+        self.pid = child.pid
         self._stream = await AsyncStream.open(child.descriptor, Party(NAME, child.pid, start_time=0))
         process.push_async_callback(self._stream.close)
         self._frames = aiter(self._stream)
 
     async def _end(self) -> None:
         process, self._process, self._stream, self._frames = self._process, None, None, None
+        self.pid = None
         if process is not None:
             await process.aclose()

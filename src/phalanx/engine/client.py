@@ -439,6 +439,8 @@ class EngineClient:
         self._attend(incarnation)
         if self.asleep:
             incarnation.send(Sleep(2 if self.asleep == 2 else 1))
+        if self._config.executor.launcher == "ray":  # it may have changed while it started
+            incarnation.send(AvoidNodes(self._config.cluster.avoid_nodes))
         self._submit_next()
 
     def _attend(self, incarnation: Incarnation) -> None:

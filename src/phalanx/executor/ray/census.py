@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray._raylet import GcsClientOptions
+from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]  # compiled
 
 from phalanx.config import ClusterConfig
 from phalanx.errors import PeerDiedError, UserError

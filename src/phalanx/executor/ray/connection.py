@@ -74,7 +74,8 @@ class Connection:
 def nodes_with(resource: str, is_driver: Callable[[Mapping[str, Any]], bool]) -> list[Node]:
     """As Connection.nodes. `is_driver` tells the driver's node from Ray's entry of it."""
     free = _free()
-    alive = [node for node in ray.nodes() if node["Alive"]]
+    # As ray.nodes(), which joins the cluster if this process has not: a reader has not.
+    alive = [node for node in ray._private.state.state.node_table() if node["Alive"]]
     hosts = Counter(node["NodeManagerHostname"] for node in alive)
     return [
         Node(
