@@ -339,7 +339,7 @@ def test_every_interleaving_of_one_reader_is_right(num_frames: int, num_slots: i
 
 @pytest.mark.slow
 def test_every_interleaving_of_two_readers_is_right() -> None:
-    """These are 400,000 states with `every_step`."""
+    """With `every_step` these are 393,954 states."""
     assert _check(2, 1, num_readers=2, closes=False) > 35_000
 
 
