@@ -13,8 +13,8 @@ Stores do not pass the branches that they depend on, which no machine does.
 
 Not all interleavings have to be tried (Lipton, Reduction, 1975). A load sees no less if it comes later, up to its
 process' next step that is no load. A store hides nothing from others if it comes earlier, up to its process' last step
-that is no store, as each location has one process that stores. So loads, at most one step of another kind, and stores go
-without interruption, and delayed loads are made at the last moment.
+that is no store, as each location has one process that stores. So loads, at most one step of another kind, and stores
+go without interruption, and delayed loads are made at the last moment.
 """
 
 from __future__ import annotations
