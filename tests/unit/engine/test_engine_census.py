@@ -1,4 +1,4 @@
-"""What is asked of a process that looks at a Ray cluster: it is started when it is asked, and again when it has ended."""
+"""What is asked of a process that looks at a Ray cluster: it starts when it is asked, and again when it has ended."""
 
 from __future__ import annotations
 
