@@ -46,6 +46,11 @@ class FleetResizing:
         self._work.carry_out(orders)
         return await begun(self._see_through(resize))
 
+    async def until_none(self) -> None:
+        """Wait for the end of the one that is under way, if one is. Raises EngineDeadError when the fleet is closed."""
+        if (resize := self._roster.resize) is not None:
+            await self._until_over(resize)
+
     def note_change(self) -> None:
         """Something about the replicas has changed."""
         self._changed.set()

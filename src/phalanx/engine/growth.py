@@ -31,15 +31,16 @@ class Growth:
         self._roster = members.roster
         self._resizing = resizing
         self._is_idle = is_idle
-        self._growing: asyncio.Task[None] | None = None
+        self._attempt: asyncio.Task[None] | None = None
         self._delay_s = AGAIN_AFTER_S
         self._due_at = 0.0
 
     async def give_way(self) -> None:
         """Undo what is just beginning: an operator wants another size."""
-        if self._growing is not None and not self._growing.done():
-            self._growing.cancel()
-            await end_of(self._growing)
+        if self._attempt is not None and not self._attempt.done():
+            self._attempt.cancel()
+            await end_of(self._attempt)
+            await self._resizing.until_none()
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -48,21 +49,29 @@ class Growth:
             if not self._roster.num_missing:
                 self._delay_s, self._due_at = AGAIN_AFTER_S, 0.0
             elif self._is_idle() and time.monotonic() >= self._due_at:
-                await self._try()
+                await self._attempt_once()
+
+    async def _attempt_once(self) -> None:
+        """Or none, if it has to give way."""
+        self._attempt = asyncio.create_task(self._try())
+        try:
+            await asyncio.wait((self._attempt,))
+        except asyncio.CancelledError:
+            self._attempt.cancel()
+            raise
 
     async def _try(self) -> None:
         size = self._roster.size + 1
         try:
-            self._growing = await self._resizing.begin(size, drain_timeout_s=0.0, because="there is room again")
-            await asyncio.wait((self._growing,))
-            if self._growing.cancelled():  # it has given way
-                return
-            self._growing.result()
+            growing = await self._resizing.begin(size, drain_timeout_s=0.0, because="there is room again")
+            await growing
         except UserError:  # there is no room yet, or something else has begun just now
             return
-        except (PhalanxError, OSError) as error:
+        except Exception as error:  # whatever it is, the others go on, and it is tried again
             self._due_at = time.monotonic() + self._delay_s
-            log.warning("a lost replica could not come back, next try in %.0f s: %s", self._delay_s, error)
+            has_traceback = not isinstance(error, PhalanxError | OSError)
+            told = "a lost replica could not come back, next try in %.0f s: %s"
+            log.warning(told, self._delay_s, error, exc_info=has_traceback)
             self._delay_s = min(2 * self._delay_s, AGAIN_AFTER_AT_MOST_S)
             return
         self._delay_s = AGAIN_AFTER_S
