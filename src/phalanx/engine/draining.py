@@ -54,6 +54,7 @@ class Draining:
         self.check_none()
         if (resize := self._roster.resize) is not None:
             raise ResizeUnderWayError(str(resize.size_before), f"{resize.size_asked_for} replicas")
+        self._check_known()
         self._node, avoided = node, self.drained
         try:
             self._node = name = await self._room.name_of_node(node)
@@ -122,6 +123,12 @@ class Draining:
         if leaving and not num_fit:
             allowed = f"all replicas have ranks there, and no other node has room for one: {complaint}"
             raise ConfigError("node", node, allowed)
+
+    def _check_known(self) -> None:
+        """Where ranks are is told a moment after an engine has begun. Raises ResizeRefusedError."""
+        for number, engine in self._members.active().items():
+            if engine.dead is None and engine.down is None and engine.stats is None:
+                raise ResizeRefusedError(f"replica {number} has just begun and has not told yet where it is")
 
     async def _fit_elsewhere(self, count: int) -> tuple[int, str | None]:
         return await self._room.fit(self._roster.size + count, self._roster.free_numbers(count))

@@ -163,7 +163,6 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return at Shutdown. Raises ClientGone, and whatever ends a step and is not healed."""
-        self._send_stats()  # where its ranks are
         while self._take_messages(self._patience_s()):
             try:
                 self._turn()
