@@ -92,6 +92,7 @@ async def fleet_on(
         cluster.fleet = fleet
         cluster.homes()
         try:
+            await until(lambda: all(engine.stats is not None for engine in fleet._members.engines.values()))
             yield fleet
         finally:
             await fleet.close()
