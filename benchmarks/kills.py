@@ -96,6 +96,7 @@ LATEST = 0.8
 ENGINE_KILLED_EVERY = 10
 """Rounds: an engine that ends again and again waits longer and longer before it is started again."""
 START_S = 120.0
+END_S = 30.0
 LOOK_S = 0.2
 
 
@@ -288,9 +289,10 @@ class Lanes:
     def end(self) -> None:
         for process in self._running:
             process.terminate()
+        expires_at = time.monotonic() + END_S
         for process in self._running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30.0)
+                process.wait(max(expires_at - time.monotonic(), 0.0))
             process.kill()
             process.wait()
 
@@ -298,10 +300,10 @@ class Lanes:
         return self._folder / f"job-{job.number}"
 
 
-def run(wanted: list[Job], lanes: Lanes, num_lanes: int, output: Path, count: int) -> None:
+def run(wanted: list[Job], lanes: Lanes, num_lanes: int, output: Path, count: int, within_s: float) -> None:
     waiting, began_at, num_before = list(wanted), time.monotonic(), len(read_lines(output))
     try:
-        while (num_running := lanes.look()) or waiting:
+        while ((num_running := lanes.look()) or waiting) and time.monotonic() - began_at < within_s:
             while waiting and num_running < num_lanes:
                 lanes.begin(waiting.pop(0))
                 num_running += 1
@@ -406,6 +408,8 @@ def _kinds(text: str) -> tuple[BlowKind, ...]:
     help="What runs the ranks. What cannot be here is left out.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="A line of JSON for each kill; what is there is kept.")
+@click.option("--within", "within_s", default=float("inf"), help="Seconds after which what still runs is ended.")
+@click.option("--tables", is_flag=True, help="Run nothing: the tables of what the output file has.")
 @click.option("--only", type=click.IntRange(0), help="This one alone, with what its engine says.")
 @click.option("--models", type=click.Path(path_type=Path), hidden=True)
 @click.option("--job", type=int, hidden=True)
@@ -420,6 +424,8 @@ def main(
     kinds: tuple[BlowKind, ...],
     over: tuple[Over, ...],
     output: Path | None,
+    within_s: float,
+    tables: bool,
     only: int | None,
     models: Path | None,
     job: int | None,
@@ -448,9 +454,9 @@ def main(
         options = ["--seed", seed, "--sizes", ",".join(map(str, sizes)), "--kinds", ",".join(kinds)]
         options += ["--over", ",".join(over), "--models", models, "--output", output]
         done = {line.round.index for line in read_lines(output)}
-        wanted = [only] if only is not None else [index for index in range(count) if index not in done]
+        wanted = [only] if only is not None else [index for index in range(count) if index not in done and not tables]
         its_lanes = Lanes(options, Path(folder), is_heard=only is not None)
-        run(jobs(seed, wanted, sizes, over), its_lanes, lanes, output, count)
+        run(jobs(seed, wanted, sizes, over), its_lanes, lanes, output, count, within_s)
         found = [
             line
             for line in read_lines(output)
