@@ -48,7 +48,7 @@ LOOK_S = 0.02
 EARLIEST, LATEST = 0.1, 0.7
 """When a fault comes, as shares of the time that the streams take without one."""
 PEER_AFTER_S = 0.3
-PEER_SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+PEER_SHAPE: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
 """Such as both run on two ranks."""
 PEER_KILLS = 2
 """It has to be started anew after each."""

@@ -87,7 +87,7 @@ SHARES: tuple[tuple[Over, int], ...] = (("local", 7), ("served", 1), ("ray", 1),
 """Engines of each kind, in turn."""
 ROUNDS_PER_ENGINE = 20
 NUM_STREAMS = 8
-SHAPE = {"num_key_value_heads": 8}
+SHAPE: dict[str, Any] = {"num_key_value_heads": 8}
 """Each of eight ranks has one."""
 ROUND_S = 90.0
 """What a round may take, of all of a job: one that takes longer is ended."""
