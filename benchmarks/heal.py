@@ -48,7 +48,13 @@ LOOK_S = 0.02
 EARLIEST, LATEST = 0.1, 0.7
 """When a fault comes, as shares of the time that the streams take without one."""
 PEER_AFTER_S = 0.3
-PEER_SHAPE: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+PEER_SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
 """Such as both run on two ranks."""
 PEER_KILLS = 2
 """It has to be started anew after each."""
@@ -152,15 +158,16 @@ def await_standby(url: str) -> float:
     return time.monotonic() - began_at
 
 
-def await_serving(url: str) -> float:
-    began_at = time.monotonic()
-    while True:
+def await_serving(server: Server) -> float:
+    began_at, url = time.monotonic(), server.url
+    while server.is_running:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=1.0).status_code == 200:
                 return time.monotonic() - began_at
         if time.monotonic() - began_at > START_TIMEOUT_S:
             raise click.ClickException(f"{url} was not ready after {START_TIMEOUT_S:.0f} s")
         time.sleep(LOOK_S)
+    raise click.ClickException(f"{server.name} ended before it was ready")
 
 
 def harm(pid: int, kind: Kind, rank: int) -> None:
@@ -331,7 +338,7 @@ def side_by_side(
 def peer_killed(python: Path, model: Path, tp_size: int, num_streams: int, num_tokens: int, log: Path) -> Killed:
     """One worker of vLLM, in a server of its own."""
     with running(vllm(python, model, tp_size, "float32", free_port(), log)) as server:
-        click.echo(f"vLLM: ready to serve after {await_serving(server.url):.1f} s")
+        click.echo(f"vLLM: ready to serve after {await_serving(server):.1f} s")
         asyncio.run(streams(server.url, num_streams, num_tokens))
         workers = sorted(server.processes(), key=lambda one: -one.memory_info().rss)[:tp_size]
         return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens))
@@ -379,7 +386,7 @@ def main(
             options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", launcher]
             options += ["--ray-address", "local"] if launcher == "ray" else []
             with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
-                click.echo(f"--standby {standby}: ready to serve after {await_serving(server.url):.1f} s")
+                click.echo(f"--standby {standby}: ready to serve after {await_serving(server):.1f} s")
                 num_bad += measure(
                     server, kinds, num_streams, num_tokens, num_faults, has_standby=bool(standby), seed=seed + standby
                 )

@@ -105,16 +105,21 @@ def _targets(pid: int) -> list[str]:
     return found
 
 
-def _num_ports(targets: set[str]) -> int:
-    """How many of these open files are sockets that listen."""
-    found = set()
+def listening_ports() -> dict[int, str]:
+    """TCP ports of this host that somebody listens on, and the inode of each one's socket."""
+    found = {}
     for table in _TCP_TABLES:
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTENS:
-                    found.add(f"socket:[{fields[9]}]")
-    return len(found & targets)
+                    found[int(fields[1].rpartition(":")[2], 16)] = fields[9]
+    return found
+
+
+def _num_ports(targets: set[str]) -> int:
+    """How many of these open files are sockets that listen."""
+    return sum(f"socket:[{inode}]" in targets for inode in listening_ports().values())
 
 
 def _rss_bytes(pid: int) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,7 @@ import msgspec
 from phalanx.errors import DeadlineError, PeerDiedError, StartError, UserError
 from phalanx.testing.blows import Blow
 from phalanx.testing.checker import Round
-from phalanx.testing.holdings import children_of, shared_files
+from phalanx.testing.holdings import children_of, listening_ports, shared_files
 from phalanx.testing.streams import Asked, Seen, difference, requests
 from phalanx.transport.liveness import Party
 
@@ -35,6 +35,7 @@ GONE_S = 10.0
 """For its processes to end."""
 STREAM_S = 120.0
 LOOK_S = 0.02
+PORTS = range(20_000, 30_000)
 VOCAB_SIZE, MAX_LEN = 256, 256
 
 _SERVE = """
@@ -54,7 +55,7 @@ class ServedChecker:
         self._model = model
         self._log = log or Path(os.devnull)
         self._asked = [one._replace(cancelled_after=None) for one in requests(seed, num_streams, VOCAB_SIZE, MAX_LEN)]
-        self._port = _free_port()
+        self._port = _free_port(random.Random(os.getpid()))
         self._url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._expected: Sequence[Seen] = ()
@@ -248,19 +249,12 @@ async def _left(family: Sequence[Party], files: set[str], port: int) -> list[str
     while True:
         found = [f"left over: process {one.pid}" for one in family if one.is_alive()]
         found += [f"left over: {name} in /dev/shm" for name in sorted(shared_files() - files)]
-        found += ["left over: the server's port"] if not _is_free(port) else []
+        found += ["left over: the server's port"] if port in listening_ports() else []
         if not found or time.monotonic() > expires_at:
             return found
         await asyncio.sleep(LOOK_S)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+def _free_port(dice: random.Random) -> int:
+    """Of those that the kernel gives to nobody by itself."""
+    return dice.choice(sorted({*PORTS} - {*listening_ports()}))

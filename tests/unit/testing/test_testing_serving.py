@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from phalanx.protocol import SamplingParams
-from phalanx.testing.serving import ServedChecker, _body, _family, _flag, _is_free, follow_url
+from phalanx.testing.holdings import listening_ports
+from phalanx.testing.serving import PORTS, ServedChecker, _body, _family, _flag, _free_port, follow_url
 from phalanx.testing.streams import Asked, Seen
 
 ASKED = Asked((1, 2), SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
@@ -95,5 +97,6 @@ def test_a_family_has_all_that_was_started_and_a_port_is_free_when_nobody_listen
         os.killpg(shell.pid, 9)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert not _is_free(port)
-    assert _is_free(port)
+        assert port in listening_ports()
+    assert port not in listening_ports()
+    assert _free_port(random.Random(1)) in PORTS
