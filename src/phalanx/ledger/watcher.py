@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Literal
 
@@ -36,6 +36,9 @@ from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
 LOOK_S = 0.05
+ENDING_LOOK_S = 0.01
+"""With GPUs it is looked this often whether a rank has begun its end: nobody is woken before that is over."""
+
 ASK_S = 1.0
 """No other rank is asked for its stack after this."""
 
@@ -131,12 +134,16 @@ class _Watched:
     def goes_on(self) -> bool:
         """Whether it has noted anything since this was asked last."""
         before, self._passed = self._passed, self.reader.moved
-        return before != self._passed and not self._is_ending()
+        return before != self._passed and not self.is_ending()
 
-    def _is_ending(self) -> bool:
-        """A process with a GPU is long about its end, and nobody is woken before that is over."""
-        known = self._entries
-        return known is not None and known.device is not None and _process_of(known) in ("gone", "ended")
+    @property
+    def has_device(self) -> bool:
+        """Whether it is long about its end, if that comes: as far as it was looked at."""
+        return self._entries is not None and self._entries.device is not None
+
+    def is_ending(self) -> bool:
+        """Whether a process with a GPU has begun its end."""
+        return self._entries is not None and self.has_device and _process_of(self._entries) in ("gone", "ended")
 
     def look(self, now_ns: int, most_records: int) -> RankLook | None:
         """None if the rank has not begun."""
@@ -292,6 +299,11 @@ class Watcher:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
 
+    def num_ending(self) -> int | None:
+        """How many ranks with GPUs have begun their ends; None if there are none, as far as they were looked at."""
+        with_devices = [watched for watched in self._ranks if watched.has_device]
+        return sum(watched.is_ending() for watched in with_devices) if with_devices else None
+
     def _all_go_on(self) -> bool:
         """Whether each rank has noted something since the last look, and nothing is being found out."""
         go_on = [watched.goes_on() for watched in self._ranks]
@@ -406,6 +418,7 @@ class Endings:
         self.has_one: bool = False
         """Whether the last wait was for less long because a rank had ended."""
         self._pidfds: dict[int, int] = {}
+        self._num_ending = 0
         self._poll = select.poll()
 
     def __enter__(self) -> Endings:
@@ -416,20 +429,35 @@ class Endings:
             if pidfd >= 0:
                 os.close(pidfd)
 
-    def wait(self, stop: int, pids: list[int]) -> bool:
-        """Whether it is time to stop; else returns after LOOK_S, or as soon as one of the processes has ended."""
+    def wait(self, stop: int, pids: list[int], num_ending: Callable[[], int | None] = lambda: None) -> bool:
+        """Whether it is time to stop; else returns after LOOK_S, or as soon as one of the processes has ended.
+
+        `num_ending` says how many have begun their ends, where that is looked for; then soon after there is one more.
+        """
         for pid in pids:
             if pid not in self._pidfds:
                 self._add(pid)
         self._poll.register(stop, select.POLLIN)
-        ready = [descriptor for descriptor, _ in self._poll.poll(LOOK_S * 1000)]
-        self.has_one = bool(set(ready) - {stop})
+        ready, has_one_begun = self._wait(time.monotonic() + LOOK_S, num_ending)
+        self.has_one = has_one_begun or bool(set(ready) - {stop})
         for pid, pidfd in self._pidfds.items():
             if pidfd in ready:
                 self._poll.unregister(pidfd)
                 os.close(pidfd)
                 self._pidfds[pid] = -1
         return stop in ready
+
+    def _wait(self, expires_at: float, num_ending: Callable[[], int | None]) -> tuple[list[int], bool]:
+        """Descriptors that are ready, and whether one more has begun its end."""
+        while True:
+            left_s, number = max(expires_at - time.monotonic(), 0.0), num_ending()
+            before, self._num_ending = self._num_ending, number or 0
+            if self._num_ending > before:
+                return [], True
+            wait_s = left_s if number is None else min(left_s, ENDING_LOOK_S)
+            ready = [descriptor for descriptor, _ in self._poll.poll(wait_s * 1000)]
+            if ready or wait_s == left_s:
+                return ready, False
 
     def _add(self, pid: int) -> None:
         self._pidfds[pid] = -1
@@ -451,7 +479,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         if order.outlets is not None:
             opened = OpenOutlets(order.outlets, order.num_ranks, order.standing, order.num_restarts)
             outlets = stack.enter_context(opened)
-        while not endings.wait(stop, watcher.pids()):
+        while not endings.wait(stop, watcher.pids(), watcher.num_ending):
             now_ns = time.monotonic_ns()
             before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)

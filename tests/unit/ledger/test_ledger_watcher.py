@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,15 @@ from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import (
+    ENDING_LOOK_S,
+    LONGEST_TRUST_S,
+    LOOK_S,
+    Endings,
+    WatchedRank,
+    Watcher,
+    WatchOrder,
+)
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -310,3 +319,26 @@ def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatc
     watched.step(3)
     watched.verdict(LOOK_S)
     assert read == [1, 1]
+    assert watched._watcher.num_ending() == 1
+
+
+def test_the_beginning_of_an_end_is_seen_at_once_where_it_takes_long(watched: Watched) -> None:
+    """And once: looks go on as before."""
+    assert watched._watcher.num_ending() is None, "ranks without GPUs end soon"
+    numbers = deque([0, 0, 1, 1])
+
+    def num_ending() -> int:
+        return numbers.popleft() if len(numbers) > 1 else numbers[0]
+
+    stop, other = os.pipe()
+    with Endings() as endings:
+        begun_at = time.monotonic()
+        assert not endings.wait(stop, [], num_ending) and endings.has_one
+        assert 2 * ENDING_LOOK_S <= time.monotonic() - begun_at
+        begun_at = time.monotonic()
+        assert not endings.wait(stop, [], num_ending) and not endings.has_one
+        assert time.monotonic() - begun_at >= LOOK_S
+        assert not endings.wait(stop, []) and not endings.has_one
+    os.close(stop)
+    os.close(other)
+
