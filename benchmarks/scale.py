@@ -9,8 +9,8 @@ at once), and it grows again. Gaps are what the clients see, between two tokens 
 time of the resize; beside them those of as long a time before it, when nothing happened. All outputs of a prompt have
 to be the same, greedy: what ran alone, and what ran through resizes.
 
-Without a model it is a tiny one with random weights. With `--expert-parallel` a mixture starts with two replicas in lockstep, which become one and two again: all ranks are
-replaced at once.
+Without a model it is a tiny one with random weights. With `--expert-parallel` a mixture starts with two replicas in
+lockstep, which become one and two again: all ranks are replaced at once.
 """
 
 from __future__ import annotations

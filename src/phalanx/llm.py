@@ -272,7 +272,8 @@ class LLM:
         """Give memory back to the system, or the GPU, until `wake`: that of the KV cache, and at level 2 that of the
         weights too.
 
-        Raises as `reload` does, and NotNowError for what cannot be had again. What is generated before `wake` raises NotNowError.
+        Raises as `reload` does, and NotNowError for what cannot be had again. What is generated before `wake` raises
+        NotNowError.
         """
         self._maintain(Sleep(level))
 

@@ -32,9 +32,9 @@ ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
 wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
 would do the same; nor for one that takes long to start (overdue). These have deadlines."""
 
-GONE = MappingProxyType({"gone": 0.0})
-"""With GPUs also when a rank has begun its end. The kernel tells of it only when it has given back what the process had of
-a GPU, a tenth of a second later; its peers need as long for theirs, and need not wait for it before."""
+ENDS_AFTER_WITH_GPUS_S: Mapping[Cause, float] = MappingProxyType({**ENDS_AFTER_S, "gone": 0.0})
+"""The kernel says that a process has ended when it has given back what that had of a GPU, a tenth of a second after its
+beginning. The peers of a rank that ends need as long for their ends, and need not wait for that one's."""
 
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05
@@ -130,14 +130,14 @@ class Lines:
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
         config = config or self._config
-        ends_early = config.executor.device == "cuda" and config.executor.launcher == "local"
+        has_gpus_here = config.executor.device == "cuda" and config.executor.launcher == "local"
         plan = LinePlan(
             epoch=epoch,
             capacity=capacity,
             memory=memory,
             keeps_memory=True,
             tell_memory=told.update,
-            ends_after_s=ENDS_AFTER_S | GONE if ends_early else ENDS_AFTER_S,
+            ends_after_s=ENDS_AFTER_WITH_GPUS_S if has_gpus_here else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
         )

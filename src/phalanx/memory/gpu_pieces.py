@@ -113,9 +113,7 @@ class GpuPieces:
 
     def describe(self, regions: Mapping[str, Region]) -> HeldMemory:
         """These tensors, as far as they are there, and the pieces that they lie in."""
-        regions = {
-            name: region for name, region in regions.items() if self._absent.isdisjoint(self._pieces_of(region))
-        }
+        regions = {name: region for name, region in regions.items() if self._absent.isdisjoint(self._pieces_of(region))}
         used = sorted(self._all_pieces_of(regions.values()))
         number = {piece: i for i, piece in enumerate(used)}
         return HeldMemory(

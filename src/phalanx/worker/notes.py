@@ -1,4 +1,4 @@
-"""What a rank notes while it works: in its journal, for the ledger, and in digests, for who compares the ranks' steps."""
+"""What a rank notes of its work: in its journal, for the ledger, and in digests, for who compares the ranks' steps."""
 
 from __future__ import annotations
 

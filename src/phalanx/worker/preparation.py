@@ -77,9 +77,7 @@ class Preparation:
             self._measure_graphs(max_model_len, makes_some=False)
         for experts in self._model.experts.values():
             experts.load.reset()  # what it was measured with were no tokens of anybody
-        return Measured(
-            cache_bytes=found_bytes, block_bytes=self.block_bytes, num_padding=self.num_padding_blocks
-        )
+        return Measured(cache_bytes=found_bytes, block_bytes=self.block_bytes, num_padding=self.num_padding_blocks)
 
     def capture(self, max_model_len: int, null_block: int) -> DecodeGraphs | None:
         """Graphs of steps over the model's cache, whose block `null_block` is nobody's; None if there are to be none.
