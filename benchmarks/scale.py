@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import click
 import httpx
+from heal import await_serving
 from serving import MODEL_NAME, REQUEST_TIMEOUT_S, free_port, phalanx, running
 
 from phalanx.testing.checkpoints import write_checkpoint
@@ -222,7 +223,7 @@ def main(
         family = "qwen3_moe" if expert_parallel else "llama"
         model = model or write_checkpoint(Path(folder) / "model", family, max_position_embeddings=2048)
         with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
-            server.await_ready()
+            await_serving(server.url)
             resizes, found = asyncio.run(
                 measure(server.url, rounds, streams, output_tokens, shares_experts=expert_parallel)
             )

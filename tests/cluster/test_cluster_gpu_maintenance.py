@@ -62,16 +62,15 @@ def made(llm: LLM) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"),
+    ("family", "layout", "cuda_graphs"),
     [
-        ("llama", "in this process"),
-        ("llama", "in a process"),
-        ("llama", "tp2"),
-        ("qwen3_moe", "tp2"),
-        ("qwen3_moe", "dp2"),
+        ("llama", "in this process", True),
+        ("llama", "in a process", False),
+        ("llama", "tp2", True),
+        ("qwen3_moe", "tp2", True),
+        ("qwen3_moe", "dp2", True),
     ],
 )
-@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "no graphs"])
 def test_other_weights_and_memory_that_comes_and_goes(
     checkpoints: Any, family: str, layout: str, cuda_graphs: bool
 ) -> None:
