@@ -42,6 +42,8 @@ PHASES = (
 )
 """What a worker says that it does; the order is part of the layout."""
 
+_IDLE = PHASES.index("idle")
+
 OUTSIDE = ("", "the store", "the others' joining")
 """What a rank may wait for that is no collective; the order is part of the layout."""
 
@@ -382,6 +384,18 @@ class Reader:
     def moved(self) -> tuple[int, int]:
         """Differs from before if the rank has noted something since: a record, or a phase."""
         return self._words[_LAST], self._words[_PHASE_SINCE]
+
+    @property
+    def noted_ns(self) -> int:
+        """When its newest record, or its phase, began."""
+        words = self._words
+        newest = (_RECORDS + words[_LAST] % NUM_RECORDS * RECORD_BYTES) // _WORD_BYTES
+        return max(words[newest + _ISSUED], words[_PHASE_SINCE])
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it says that it is."""
+        return self._words[_PHASE] == _IDLE
 
     @property
     def pid(self) -> int:
