@@ -20,6 +20,7 @@ from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
+    FIRST_EPOCH,
     AllocateCache,
     Allocated,
     Call,
@@ -29,9 +30,13 @@ from phalanx.protocol import (
     ReadWeights,
     Reply,
     ReplyBody,
+    Step,
+    StepPlan,
+    StepShape,
     TakeWeights,
     WakeUp,
     WeightsRead,
+    ints,
 )
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker import worker
@@ -54,6 +59,13 @@ class Here(Rank):
         reply = self.worker.next_reply(block=True)
         assert isinstance(reply, Reply)
         return reply.body
+
+    def made(self) -> list[int]:
+        """Of one request, which is then forgotten."""
+        tokens = self.generate(PROMPT, NUM_TOKENS)
+        nothing = StepPlan(FIRST_EPOCH, NUM_TOKENS, StepShape(0, 0, 0), ints([]), ints([]), dropped=ints([0]))
+        self.call(Step((nothing,)))
+        return tokens
 
     def sleep_or_wake(self, body: FallAsleep | WakeUp) -> HeldMemory:
         answer = self.call(body)
@@ -106,26 +118,26 @@ def test_memory_goes_and_tokens_stay_what_they_are(llama: Path, cuda: FakeCuda, 
     rank, told = rank_of(llama, stack)
     holder = stack.enter_context(Holder())
     holder.hold(0, told)
-    tokens, awake = rank.generate(PROMPT, NUM_TOKENS), sum(cuda.mapped.values())
+    tokens, awake = rank.made(), sum(cuda.mapped.values())
     weights = {name for name in told.regions if not name.startswith(("key.", "value."))}
 
     asleep = holder.hold(0, rank.sleep_or_wake(FallAsleep(1)))
     assert asleep.regions.keys() == weights and 0 < sum(cuda.mapped.values()) < awake
     told = holder.hold(0, rank.sleep_or_wake(WakeUp()))
     assert told.regions.keys() > weights and set(asleep.pieces) < set(told.pieces)
-    assert rank.generate(PROMPT, NUM_TOKENS) == tokens and sum(cuda.mapped.values()) == awake
+    assert rank.made() == tokens and sum(cuda.mapped.values()) == awake
 
     rank.sleep_or_wake(FallAsleep(1))
     asleep = holder.hold(0, rank.sleep_or_wake(FallAsleep(2)))
     assert not asleep.regions and not asleep.pieces and not cuda.mapped
     assert rank.read(llama, 1).is_whole and rank.call(TakeWeights()) == Done()
     assert len(holder.hold(0, rank.sleep_or_wake(WakeUp())).pieces) == len(told.pieces)
-    assert rank.generate(PROMPT, NUM_TOKENS) == tokens and sum(cuda.mapped.values()) == awake
+    assert rank.made() == tokens and sum(cuda.mapped.values()) == awake
 
 
 def test_who_finds_no_memory_says_so_and_can_sleep_on(llama: Path, cuda: FakeCuda, stack: ExitStack) -> None:
     rank, _ = rank_of(llama, stack)
-    tokens = rank.generate(PROMPT, NUM_TOKENS)
+    tokens = rank.made()
     for level in (1, 2):
         rank.sleep_or_wake(FallAsleep(level))
         others = cuda.total_bytes - cuda.created_bytes
@@ -141,4 +153,4 @@ def test_who_finds_no_memory_says_so_and_can_sleep_on(llama: Path, cuda: FakeCud
         if level == 2:
             assert rank.read(llama, 2).is_whole and rank.call(TakeWeights()) == Done()
         rank.sleep_or_wake(WakeUp())
-        assert rank.generate(PROMPT, NUM_TOKENS) == tokens
+        assert rank.made() == tokens
