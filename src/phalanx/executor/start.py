@@ -42,6 +42,7 @@ from phalanx.protocol import (
     Measured,
     MeasureMemory,
     Progress,
+    ReplyBody,
     StartProgress,
     WorkerMessage,
 )
@@ -72,6 +73,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Of one KV cache block on each rank."""
     device: str
     dtype: str
+    gives_back: bool = True
+    """Whether ranks can give their memory back in a sleep."""
 
 
 class LinePlan(NamedTuple):
@@ -354,6 +357,7 @@ def _measure(
         block_bytes=tuple(rank.block_bytes for rank in measured),
         device=loaded[0].device,
         dtype=loaded[0].dtype,
+        gives_back=all(rank.gives_back for rank in loaded),
     )
 
 
@@ -374,9 +378,14 @@ def _allocate(
     order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:
-        told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
-        line.tell_memory({rank: decode_held(held) for rank, held in told.items() if held})
+        line.tell_memory(told_memory(replies))
     return capacity
+
+
+def told_memory(replies: Sequence[ReplyBody]) -> dict[int, HeldMemory]:
+    """What all ranks have, in their order, as far as it can be held."""
+    told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
+    return {rank: decode_held(held) for rank, held in told.items() if held}
 
 
 def _fit_model_len(

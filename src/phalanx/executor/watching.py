@@ -227,7 +227,10 @@ class Watching:
             return None
 
     def _take(self, verdict: Verdict | None) -> None:
-        how = self._ending(verdict.culprits[0], SOON_S) if verdict is not None and verdict.cause == "gone" else None
+        ends_now = verdict is not None and self._patience_with(verdict) == 0.0
+        how = None
+        if verdict is not None and verdict.cause == "gone" and not ends_now:
+            how = self._ending(verdict.culprits[0], SOON_S)
         if verdict is not None and how is not None:
             verdict = _with_ending(verdict, how)
         if self._is_silent:
@@ -241,7 +244,7 @@ class Watching:
             self._found = verdict or self._found
             self._be_patient(verdict)
             self._changed.notify_all()
-        if verdict is not None and self._patience_with(verdict) == 0.0:
+        if verdict is not None and ends_now:
             self._end_ranks(verdict)
         if verdict is not None and verdict.cause == "gone" and how is None:
             self._add_ending(verdict)

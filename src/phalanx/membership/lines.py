@@ -32,6 +32,10 @@ ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
 wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
 would do the same; nor for one that takes long to start (overdue). These have deadlines."""
 
+ENDS_AFTER_WITH_GPUS_S: Mapping[Cause, float] = MappingProxyType({**ENDS_AFTER_S, "gone": 0.0})
+"""The kernel says that a process has ended when it has given back what that had of a GPU, a tenth of a second after its
+beginning. The peers of a rank that ends need as long for their ends, and need not wait for that one's."""
+
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05
 
@@ -125,13 +129,15 @@ class Lines:
         told: dict[int, HeldMemory] = {}
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
+        config = config or self._config
+        has_gpus_here = config.executor.device == "cuda" and config.executor.launcher == "local"
         plan = LinePlan(
             epoch=epoch,
             capacity=capacity,
             memory=memory,
             keeps_memory=True,
             tell_memory=told.update,
-            ends_after_s=ENDS_AFTER_S,
+            ends_after_s=ENDS_AFTER_WITH_GPUS_S if has_gpus_here else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
         )
@@ -142,7 +148,7 @@ class Lines:
             return launcher if interruption is None else interruption.note(launcher)
 
         executor, capacity = start_executor(
-            config or self._config,
+            config,
             self.checkpoint,
             on_progress,
             new_launcher=new_launcher,

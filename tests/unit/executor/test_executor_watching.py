@@ -258,6 +258,28 @@ def test_ranks_are_ended_for_what_has_stood_for_as_long_as_asked(pretend: Any) -
     assert isinstance(error, HungError) and str(error).startswith("rank 1 on here does")
 
 
+def test_who_is_gone_first_is_named_though_its_peers_were_ended_for_it_and_are_gone_before(pretend: Any) -> None:
+    """A process with a GPU is long about its end; so nobody waits either to hear how it was."""
+    pretend(saying(verdict("gone")))
+    ended, asked = threading.Event(), threading.Event()
+
+    def ending_of(_: int) -> str | None:
+        assert ended.is_set(), "before its peers were ended"
+        asked.set()
+        return "killed by SIGKILL"
+
+    watcher = Watching(NOBODY, ended.set, ending_of, ends_after_s={"gone": 0.0})
+    assert ended.wait(WITHIN_S) and asked.wait(WITHIN_S)
+    channel, launcher = ScriptedChannel(), ScriptedLauncher()
+    launcher.exited[1] = "killed by SIGKILL"
+    executor = Executor(launcher, channel, 3, 30.0, output_ranks=[0], resources=ExitStack(), watching=watcher)
+    channel.script.extend(cast(Any, [PeerDiedError("rank 2", 12), PeerDiedError("rank 1", 11)]))
+    with executor, pytest.raises(PeerDiedError) as caught:
+        executor.submit(Ping(), deadline_s=30.0).result()
+    error = caught.value
+    assert (error.party, error.pid, error.detail) == ("rank 1", 11, "killed by SIGKILL")
+
+
 def test_ranks_live_that_come_back_in_time(pretend: Any) -> None:
     pretend(saying(verdict("stopped"), None, verdict("late")))
     ended = threading.Event()
