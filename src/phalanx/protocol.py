@@ -211,7 +211,13 @@ class CancelResize(Message, frozen=True):
     number: int
 
 
-ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder
+class AvoidNodes(Message, frozen=True):
+    """From now on place ranks on other nodes of the cluster than these. Those that are there stay."""
+
+    nodes: tuple[str, ...]
+
+
+ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder | AvoidNodes
 
 
 # -------------------------------------------------------------------------------- brain → client
@@ -272,6 +278,8 @@ class EngineFailed(Message, frozen=True):
     reason: str
     is_user_error: bool
     setting: WrongSetting | None = None
+    lacks_room: bool = False
+    """Whether it is that the nodes of a cluster cannot hold the ranks."""
 
 
 class ResizeBegun(Message, frozen=True):
@@ -369,6 +377,8 @@ class FormationStats(msgspec.Struct, frozen=True):
     """From the last fault to a line that takes steps; 0 before the first."""
     last_fault: str = ""
     """What ended a line last, in words that begin with who is to blame, if anybody is; empty before the first."""
+    lacks_room: str | None = None
+    """What is missing on the nodes of a cluster, while ranks of a lost node wait for room."""
 
 
 MaintenancePhase = Literal["reading", "waiting for requests", "switching", "falling asleep", "asleep", "waking"]
@@ -410,6 +420,8 @@ class EngineStats(Message, frozen=True):
     """None where a fault ends the engine."""
     maintenance: MaintenanceStats | None = None
     """None while nothing of it is under way."""
+    nodes: tuple[str, ...] = ()
+    """By rank, the name of the node of a cluster that it is on. Empty where all are on this host."""
 
 
 EngineMessage = (

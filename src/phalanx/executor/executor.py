@@ -98,12 +98,15 @@ class Executor:
         resources: ExitStack,
         watching: Watching | None = None,
         guarding: Guarding | None = None,
+        nodes: tuple[str, ...] = (),
     ) -> None:
         """`output_ranks` answer for a step, one for each replica. `guarding` compares what ranks have issued.
 
         `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
         """
         self.world_size = world_size
+        self.nodes = nodes
+        """By rank, the node of a cluster that it is on. Empty where all are on this host."""
         self._output_ranks = tuple(output_ranks)
         self._launcher = launcher
         self._channel = channel

@@ -205,6 +205,7 @@ def _launch(
             resources=stack.pop_all(),
             watching=placed.watching,
             guarding=guarding,
+            nodes=placed.nodes,
         )
 
 

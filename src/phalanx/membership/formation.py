@@ -302,6 +302,16 @@ class Formation:
                 "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
             )
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """By rank, the node of a cluster that it is on. Empty where all are on this host."""
+        return self._line.executor.nodes
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes of the cluster. Those that are there stay."""
+        if self._recovery is not None:
+            self._recovery.avoid(nodes)
+
     def stats(self) -> FormationStats | None:
         """None where a fault ends the run. For any thread."""
         return None if self._recovery is None else self._recovery.stats(self._line.epoch)

@@ -157,6 +157,16 @@ class Lines:
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
 
+    @property
+    def lacks_room(self) -> str | None:
+        """What is missing on the nodes of a cluster, while a start waits for room. For any thread."""
+        return None if self._quarters is None else self._quarters.lacks_room
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Lines that are placed from now on are to come to other nodes of the cluster."""
+        if self._quarters is not None:
+            self._quarters.avoid(nodes)
+
     def resize(self, config: Config) -> None:
         """Lines that are started from now on have this configuration. It is settled."""
         self._config = config

@@ -155,6 +155,10 @@ class Recovery:
         memory_before.close()
         self._renew_standby()
 
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes of the cluster. For any thread."""
+        self._lines.avoid(nodes)
+
     def has_retired(self, line: Line) -> bool:
         """Whether it has failed, and is let go of."""
         return line.epoch == self._retired_epoch
@@ -170,6 +174,7 @@ class Recovery:
             num_standby_faults=0 if self._standby is None else self._standby.num_faults,
             last_pause_s=self._last_pause_s,
             last_fault=self._last_fault,
+            lacks_room=self._lines.lacks_room if self._is_healing else None,
         )
 
     def interrupt(self) -> None:

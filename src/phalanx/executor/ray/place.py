@@ -77,7 +77,8 @@ def place_on_ray(
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, [rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     watch = resources.enter_context(HeadWatch.of_connection())
-    return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching)
+    nodes = tuple(rank.node for rank in crew.placed)
+    return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching, nodes)
 
 
 def _spec(

@@ -40,6 +40,8 @@ class Quarters:
         self._grid = Grid.of(config.parallel)
         self._line: Crew | None = None
         self._is_vacated = False
+        self.lacks_room: str | None = None
+        """What is missing for the ranks of a lost node, while room for them is waited for. For any thread."""
         for rank in range(self._grid.world_size):
             on_progress(StartProgress(rank, "placing"))
         with ExitStack() as stack:
@@ -90,6 +92,11 @@ class Quarters:
     def has_ray(self) -> bool:
         """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
         return self._line.has_ray if self._line is not None else ray.is_initialized()
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes than these. For any thread."""
+        cluster = msgspec.structs.replace(self.config.cluster, avoid_nodes=nodes)
+        self.config = msgspec.structs.replace(self.config, cluster=cluster)
 
     def vacate(self) -> None:
         """Have what is under way here fail, and nobody come any more. For any thread."""
@@ -146,8 +153,10 @@ class Quarters:
             self._check_open()
             try:
                 self.reservation = self._reserve()
+                self.lacks_room = None
                 return
             except PlacementError as error:
+                self.lacks_room = f"lost: {where}: {error.complaint}"
                 if not deadline.remaining_s:
                     complaint = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node"
                     cause = f"{complaint}: {error.complaint}"
