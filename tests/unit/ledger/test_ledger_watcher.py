@@ -19,10 +19,18 @@ from ledger_ranks import Clock, WritingRank
 from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
 from phalanx.ledger.judge import judge
-from phalanx.ledger.look import Look
+from phalanx.ledger.look import HELD_S, Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import (
+    FULL_LOOK_S,
+    LONGEST_REST_S,
+    LONGEST_TRUST_S,
+    LOOK_S,
+    WatchedRank,
+    Watcher,
+    WatchOrder,
+)
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -237,6 +245,17 @@ def test_who_is_in_a_step_has_the_time_that_steps_take(watched: Watched) -> None
     assert watched.verdict(10.0) is None
 
 
+def test_who_may_hold_its_gil_is_not_late_yet(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_s = HELD_S / 2
+    monkeypatch.setattr(watched._watcher._ranks[1]._asker, "held_s", lambda *_: held_s)
+    watched.step(2, [0])
+    watched.ranks[1].begin(2)
+    assert watched.verdict(LEAST_S + 0.5) is None
+    held_s = 0.0  # it has answered
+    found = watched.verdict(FULL_LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("late", (1,))
+
+
 def test_a_step_that_nobody_needs_a_rank_in(watched: Watched) -> None:
     watched.ranks[0].begin(2)
     watched.ranks[0].end()
@@ -275,6 +294,22 @@ def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
         watched.end_step()
         assert watched.verdict(LOOK_S) is None
     assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
+
+
+def test_ranks_that_rest_are_read_now_and_then(watched: Watched) -> None:
+    read = watched.count_reads()
+    assert watched.verdict(2.0) is None
+    assert 0 < read[0] == read[1] <= 2.0 / LONGEST_REST_S + 1
+
+
+def test_all_are_read_at_once_when_one_begins_after_a_rest_and_does_not_go_on(watched: Watched) -> None:
+    """Where it was idle when it was read is not where it rests."""
+    assert watched.verdict(1.0) is None
+    watched.step(2, [0])
+    watched.verdict(LOOK_S)
+    read = watched.count_reads()
+    watched.verdict(LOOK_S)
+    assert read == [1, 1]
 
 
 def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
