@@ -116,6 +116,8 @@ class Staff:
         self._place()
         for was, now in zip(before, self.placed, strict=True):
             if was.devices != now.devices:
+                self.dismiss(places)
+                self.placed = before
                 cause = f"Ray has given GPU {', '.join(now.devices)} to {now.node}, and it was {', '.join(was.devices)}"
                 raise StartError(f"rank {now.rank}", "placing", cause)
 
