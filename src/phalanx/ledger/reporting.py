@@ -95,9 +95,7 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
 class _Reporter:
     """Looks, tells and answers over one link, which it knows to have told nothing yet."""
 
-    def __init__(
-        self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, num_restarts: int, stop: int
-    ) -> None:
+    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, num_restarts: int, stop: int) -> None:
         self.link = link
         self._watcher = watcher
         self._untold_restarts = num_restarts
