@@ -419,7 +419,7 @@ def lives(process: psutil.Process) -> bool:
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        command = process.cmdline()
-        return lives(process) and (command[0].startswith("ray::RankActor") or "phalanx.executor.fork_server" in command)
+        command = " ".join(process.cmdline())
+        return lives(process) and (command.startswith("ray::RankActor") or "phalanx.executor.fork_server" in command)
     except psutil.NoSuchProcess:
         return False
