@@ -19,8 +19,8 @@ from phalanx.ledger.environment import recorded
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
 from phalanx.ledger.roster import Roster
 from phalanx.ledger.verdict import Verdict
+from phalanx.ledger.watcher import LOOK_S
 
-LOOK_S = 0.05
 GRACE_S = 10.0
 """For a command that is to end: before it is killed, or, if it was sent a signal, before it is taken to go on."""
 

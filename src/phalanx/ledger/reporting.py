@@ -14,7 +14,7 @@ from phalanx.ledger.journal import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
 from phalanx.ledger.redialling import Redialling
 from phalanx.ledger.sighting import FromJudge, FromNode, Replaced, Stacks, TellAll, Telling
-from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, TOLD_S, Endings, Watcher, WatchOrder
+from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
 from phalanx.transport.dialling import dial
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
@@ -56,7 +56,7 @@ def report(order: ReportOrder, stop: int) -> None:
         watcher, endings = stack.enter_context(Watcher(order.watch)), stack.enter_context(Endings())
         judge = stack.enter_context(Redialling(partial(_link, order), "the judge of this run"))
         reporter: _Reporter | None = None
-        while not endings.wait(stop, watcher.pids(), TOLD_S):
+        while not endings.wait(stop, watcher.pids()):
             link = judge.link()
             if link is None:
                 continue

@@ -35,7 +35,7 @@ from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
-LOOK_S = 0.025
+LOOK_S = 0.05
 ASK_S = 1.0
 """No other rank is asked for its stack after this."""
 
@@ -45,8 +45,8 @@ LONGEST_TRUST_S = 0.2
 LONGEST_REST_S = 0.1
 """The same where some are idle, and have been: nothing wakes who looks when one of these is stopped."""
 
-TOLD_S = 0.05
-"""Nodes tell each other what they see this often at most, so that looking more often is of no use."""
+STILL_S = 0.01
+"""A rank in a step that has noted nothing for so long is looked at: as long as all is well, it does so all the time."""
 
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
@@ -136,19 +136,16 @@ class _Watched:
         self._asker = Asker(journal)
         self._entries: Entries | None = None
         self._moved = (0, 0)
-        self._passed = (0, 0)
         self._still: _Still | None = None
 
-    def passes(self) -> Literal["goes on", "rests", "stands"]:
-        """What it does without being looked at. goes on: it has noted something since this was asked last. rests: it is
-        idle, and was when it was looked at."""
-        before, self._passed = self._passed, self.reader.moved
+    def passes(self, now_ns: int) -> Literal["goes on", "rests", "stands"]:
+        """What it does, without a look. goes on: it notes something all the time. rests: it has been idle since it was
+        looked at."""
         if self._is_ending():
             return "stands"
-        if before != self._passed:
-            return "goes on"
-        known = self._entries
-        return "rests" if known is not None and known.phase == "idle" and self._moved == self._passed else "stands"
+        if self.reader.is_idle:
+            return "rests" if self.reader.moved == self._moved else "goes on"
+        return "goes on" if now_ns - self.reader.noted_ns < STILL_S * _NS else "stands"
 
     def _is_ending(self) -> bool:
         """A process with a GPU is long about its end, and nobody is woken before that is over."""
@@ -261,7 +258,7 @@ class Watcher:
 
         `has_ended`: a rank may have, so that looking cannot wait.
         """
-        if now_ns - self._glanced_ns < self._trusted_s() * _NS and not has_ended:
+        if now_ns - self._glanced_ns < self._trusted_s(now_ns) * _NS and not has_ended:
             return None
         self._glanced_ns = now_ns
         if now_ns - self._learned_ns >= LEARN_S * _NS:
@@ -314,14 +311,10 @@ class Watcher:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
 
-    def _trusted_s(self) -> float:
+    def _trusted_s(self, now_ns: int) -> float:
         """For how long after a look nothing can be wrong, or as good as nothing."""
-        passing = {watched.passes() for watched in self._ranks}
-        if self._found is not None:
-            return 0.0
-        if self._others is not None:
-            return TOLD_S
-        if "stands" in passing:
+        passing = {watched.passes(now_ns) for watched in self._ranks}
+        if "stands" in passing or self._found is not None or self._others is not None:
             return 0.0
         return LONGEST_REST_S if "rests" in passing else LONGEST_TRUST_S
 

@@ -80,6 +80,13 @@ class Watched:
             found = self._watcher.verdict(self.clock(), has_ended=has_ended)
         return found
 
+    def go_on(self, number: int, *, has_ended: bool = False) -> Verdict | None:
+        """A step between two looks, up to the second one."""
+        self.clock.pass_s(LOOK_S)
+        self.step(number)
+        self.end_step()
+        return self._watcher.verdict(self.clock(), has_ended=has_ended)
+
     def starved_ns(self, took_ns: int) -> int:
         """Of the last `took_ns`."""
         num_looks = round(took_ns / 1e9 / LOOK_S)
@@ -290,9 +297,7 @@ def test_a_process_that_has_not_begun_its_journal(number: signal.Signals) -> Non
 def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
     read = watched.count_reads()
     for number in range(2, 42):
-        watched.step(number)
-        watched.end_step()
-        assert watched.verdict(LOOK_S) is None
+        assert watched.go_on(number) is None
     assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
 
 
@@ -305,43 +310,36 @@ def test_ranks_that_rest_are_read_now_and_then(watched: Watched) -> None:
 def test_all_are_read_at_once_when_one_begins_after_a_rest_and_does_not_go_on(watched: Watched) -> None:
     """Where it was idle when it was read is not where it rests."""
     assert watched.verdict(1.0) is None
-    watched.step(2, [0])
-    watched.verdict(LOOK_S)
     read = watched.count_reads()
+    watched.step(2, [0])
     watched.verdict(LOOK_S)
     assert read == [1, 1]
 
 
 def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+    watched.go_on(2)
     read = watched.count_reads()
-    watched.step(3, [0])
+    watched.step(3)
     watched.verdict(LOOK_S)
     assert read == [1, 1]
 
 
 def test_all_are_read_at_once_when_one_has_ended(watched: Watched) -> None:
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+    watched.go_on(2)
     read = watched.count_reads()
-    watched.step(3)
-    watched.verdict(LOOK_S, has_ended=True)
+    watched.go_on(3)
+    assert read == [0, 0]
+    watched.go_on(4, has_ended=True)
     assert read == [1, 1]
 
 
 def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nobody is woken by its beginning."""
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+    watched.go_on(2)
     read = watched.count_reads()
     one = watched._watcher._ranks[1]
     assert one._entries is not None
     monkeypatch.setattr(one, "_entries", msgspec.structs.replace(one._entries, device=DeviceMarks(0, 0, 0)))
     monkeypatch.setattr(watcher, "_process_of", lambda entries: "running" if entries.device is None else "gone")
-    watched.step(3)
-    watched.verdict(LOOK_S)
+    watched.go_on(3)
     assert read == [1, 1]

@@ -12,9 +12,9 @@ are atomic on the bell's newest count, as the kernel does them under its hash bu
 Stores do not pass the branches that they depend on, which no machine does.
 
 Not all interleavings have to be tried (Lipton, Reduction, 1975). A load sees no less if it comes later, up to its
-process' next step that is no load; a store, of which its location has one process, hides nothing from others if it comes
-earlier, up to its process' last step that is no store. So loads, at most one step of another kind, and stores go without
-interruption, and delayed loads are made at the last moment.
+process' next step that is no load. A store hides nothing from others if it comes earlier, up to its process' last step
+that is no store, as each location has one process that stores. So loads, at most one step of another kind, and stores
+go without interruption, and delayed loads are made at the last moment.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def test_every_interleaving_of_one_reader_is_right(num_frames: int, num_slots: i
 
 @pytest.mark.slow
 def test_every_interleaving_of_two_readers_is_right() -> None:
-    """These are 400,000 states with `every_step`."""
+    """With `every_step` these are 393,954 states."""
     assert _check(2, 1, num_readers=2, closes=False) > 35_000
 
 
