@@ -6,8 +6,8 @@
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
-standby line, the next fault comes when the next one is ready, and how long that takes is told as well. Ray is one of its
-own on this host.
+standby line, the next fault comes when the next one is ready, and how long that takes is told as well. Ray is one
+of its own on this host.
 
 With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
