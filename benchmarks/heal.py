@@ -7,8 +7,8 @@
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
-standby line, the next fault comes when the next one is ready, and how long that takes is told as well. With Ray, one of
-its own on this host, there is none.
+standby line, the next fault comes when the next one is ready, and how long that takes is told as well. Ray is one
+of its own on this host.
 
 With `--replicas` it is a mixture whose replicas share its experts, in lockstep.
 
@@ -388,7 +388,7 @@ def main(
         model, logs = model or write_checkpoint(Path(folder) / "model", family, **shape), logs or Path(folder)
         logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
-        for standby in standbys if launcher == "local" else (0,):
+        for standby in standbys:
             log = logs / f"standby{standby}.log"
             options = ["--allow-chaos", "--standby", str(standby), "--device", device, "--max-model-len", "512"]
             options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", launcher]

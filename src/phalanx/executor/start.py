@@ -17,6 +17,7 @@ from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
 from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.inline import InlineRank
+from phalanx.executor.launcher import Killable
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
@@ -96,6 +97,10 @@ class LinePlan(NamedTuple):
     instance until the executor is closed."""
     timeout_s: float | None = None
     """For the whole start; the configuration's if None."""
+    is_beside: bool = False
+    """Whether another line computes, which is not to notice anything."""
+    note: Callable[[Killable], None] = lambda ranks: None
+    """Told, before there are any ranks, what ends them; the start then fails. Not of one in this process."""
 
 
 ALONE = LinePlan()
@@ -237,6 +242,7 @@ def _place_local(
     threads = pick_threads(config)
     launcher = new_launcher(thread_environment(threads))
     resources.callback(launcher.close, 0.0)
+    line.note(launcher)
     launcher.warm(str(checkpoint.path))
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
         [f"rank {rank}" for rank in range(grid.world_size)], command_type=Call, reply_type=WorkerMessage
@@ -296,6 +302,8 @@ def _place_on_ray(
         memory=line.memory,
         keeps_memory=line.keeps_memory,
         ends_after_s=line.ends_after_s,
+        is_beside=line.is_beside,
+        note=line.note,
     )
 
 

@@ -220,6 +220,9 @@ class Watching:
         log.warning("the watcher has ended, %s: another one is started", how)
         if isinstance(order, WatchOrder):
             order = msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
+        else:  # the judge counts them
+            watch = msgspec.structs.replace(order.watch, num_restarts=self._num_restarts)
+            order = msgspec.structs.replace(order, watch=watch)
         try:
             return _spawn(order, stop)
         except OSError as error:

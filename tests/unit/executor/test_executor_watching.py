@@ -22,6 +22,7 @@ from phalanx.executor import watching
 from phalanx.executor.executor import Executor
 from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
+from phalanx.ledger.reporting import Judge, ReportOrder
 from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.membership.lines import ENDS_AFTER_S
@@ -165,6 +166,16 @@ def test_one_that_ends_is_replaced(pretend: Any, tmp_path: Path, caplog: pytest.
     assert watcher.verdict == verdict("late") and watcher.standing is None
     assert msgspec.msgpack.decode(order.read_bytes(), type=WatchOrder).standing == verdict("late")
     assert caplog.text.count("the watcher has ended, exit code 3: another one is started") == 1
+    watcher.close()
+
+
+def test_the_judge_of_other_nodes_is_told_how_many_there_were_before(pretend: Any, tmp_path: Path) -> None:
+    first, order = tmp_path / "first", tmp_path / "order"
+    pretend(f"cat > {order}.new; mv {order}.new {order}; mkdir {first} && exit 3; read stop < /proc/self/fd/$4")
+    judge = Judge(address="127.0.0.1", port=1, key=RunKey.new())
+    watcher = Watching(ReportOrder(node="beta", watch=NOBODY, judge=judge, own_address="127.0.0.1"), None)
+    await_that(first.exists)
+    await_that(lambda: msgspec.msgpack.decode(order.read_bytes(), type=ReportOrder).watch.num_restarts == 1)
     watcher.close()
 
 
