@@ -223,7 +223,7 @@ def main(
         family = "qwen3_moe" if expert_parallel else "llama"
         model = model or write_checkpoint(Path(folder) / "model", family, max_position_embeddings=2048)
         with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
-            await_serving(server.url)
+            await_serving(server)
             resizes, found = asyncio.run(
                 measure(server.url, rounds, streams, output_tokens, shares_experts=expert_parallel)
             )
