@@ -363,9 +363,6 @@ class Config(Section, frozen=True, kw_only=True):
         self._refuse_local_replicas()
         if self.healing.standby and not self.healing.heal:
             raise ConfigError("standby", self.healing.standby, "only with heal")
-        if self.healing.standby and self.executor.launcher == "ray":
-            allowed = "0 with launcher ray: a second line of ranks would need bundles of its own"
-            raise ConfigError("standby", self.healing.standby, allowed)
         if self.healing.standby and self.executor.device == "cuda" and parallel.enable_eplb:
             reason = "0 with enable_eplb on GPUs: experts move, so that each line would have weights of its own"
             raise ConfigError("standby", self.healing.standby, reason)

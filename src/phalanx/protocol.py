@@ -599,13 +599,18 @@ class DropWeights(Message, frozen=True):
 
 
 class FallAsleep(Message, frozen=True):
-    """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes."""
+    """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes.
+
+    Answered with what is left (Allocated); a GPU's memory is free when nobody holds it any more.
+    """
 
     level: int
 
 
 class WakeUp(Message, frozen=True):
-    """Be ready to step. The KV cache may hold anything."""
+    """Be ready to step. The KV cache may hold anything. Answered with what there is (Allocated); who lacks memory
+    sleeps on.
+    """
 
 
 Maintaining = ReadWeights | TakeWeights | DropWeights | FallAsleep | WakeUp
@@ -650,6 +655,8 @@ class Loaded(Message, frozen=True):
     weight_bytes: int
     device: str
     dtype: str
+    gives_back: bool = True
+    """Whether it can give its memory back in a sleep."""
 
 
 class Measured(Message, frozen=True):
@@ -664,15 +671,17 @@ class Measured(Message, frozen=True):
 
 
 class Allocated(Message, frozen=True):
-    """The worker is ready to step.
+    """What the worker has by now: it is ready to step, or asleep.
 
     `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
     `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU whose memory ends with the
     process, as the driver cannot share it. Where experts move (`enable_eplb`) it is the KV cache alone: which experts
-    these weights were is forgotten.
+    these weights were is forgotten. Of a GPU nothing is in it that was given back.
     """
 
     held: bytes = b""
+    lack: str | None = None
+    """Why there is no memory to wake up with."""
 
 
 NO_TOKEN = -1

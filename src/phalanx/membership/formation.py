@@ -20,7 +20,7 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity, open_quarters, settle, start_executor
+from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
 from phalanx.membership.lines import Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
@@ -231,6 +231,15 @@ class Formation:
         """They are in all ranks."""
         if self._recovery is not None:
             self._recovery.end_change()
+
+    def hold(self, replies: Sequence[ReplyBody]) -> None:
+        """All ranks have given memory back, or have it again, while no line stands ready: hold what they say that they
+        have now (Allocated), and no more. On a CPU, whose segments stay what they are, there is nothing to do.
+
+        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out.
+        """
+        if self._recovery is not None and self._config.executor.device != "cpu":
+            self._recovery.follow(told_memory(replies))
 
     # ---------------------------------------------------------------------------- another size
 

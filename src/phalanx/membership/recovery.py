@@ -76,6 +76,7 @@ class Recovery:
         self._last_fault = str(error).partition("\n")[0]
         log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
         failed.executor.kill()
+        gone_s = time.monotonic() - began_at
         forget_locals(error)
         self._retire(failed)
         climb = self.ladder.begin(began_at)
@@ -91,7 +92,10 @@ class Recovery:
             self._healed[attempt.rung] += 1
             self._last_pause_s = time.monotonic() - began_at
             self._is_healing = False
-            log.warning("ranks of epoch %d go on after %.3f s (%s)", line.epoch, self._last_pause_s, attempt.rung)
+            log.warning(
+                "ranks of epoch %d go on after %.3f s (%s), %.3f s of it until the ones before were gone",
+                *(line.epoch, self._last_pause_s, attempt.rung, gone_s),
+            )
             self._renew_standby()
             return line, attempt.rung != "checkpoint"
         raise NotHealedError(f"{error}; it could not be healed: {climb.tried}") from error
@@ -131,6 +135,10 @@ class Recovery:
     def end_change(self) -> None:
         """All ranks have them."""
         self._memory.end_change()
+
+    def follow(self, told: Mapping[int, HeldMemory]) -> None:
+        """The ranks that compute have this by now, beside no standby line. Raises as FormationMemory.follow."""
+        self._memory.follow(told)
 
     def resize(self, config: Config, capacity: Capacity, memory: FormationMemory, before: Line, after: Line) -> None:
         """Another line of this size serves now: lines to come are like it, and the one before is ended.

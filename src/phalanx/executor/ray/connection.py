@@ -177,7 +177,7 @@ def _join_running() -> bool:
         return False
     try:
         get_ready_for(address)
-    except NoRayError:  # it has ended, and left a file with its address
+    except NoRayError:  # it has just ended
         return False
     _join(address)
     return True
