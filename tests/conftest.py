@@ -34,13 +34,24 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that `-m` leaves out by `alone` are not imported: each worker would take many seconds for it."""
+    asked = config.getoption("markexpr").split(" and ")
+    if collection_path.is_dir() or not {"alone", "not alone"} & set(asked):
+        return None
+    return _is_in(_ALONE, collection_path) != ("alone" in asked) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those of the Ray cluster come first: none of them can go to another lane when this one is the last to end."""
-    tests = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(tests).as_posix().startswith(_ALONE):
+        if _is_in(_ALONE, item.path):
             item.add_marker("alone")
-    items.sort(key=lambda item: not item.path.relative_to(tests).as_posix().startswith(_RAY_CLUSTER))
+    items.sort(key=lambda item: not _is_in(_RAY_CLUSTER, item.path))
+
+
+def _is_in(beginnings: tuple[str, ...], path: Path) -> bool:
+    return path.relative_to(Path(__file__).parent).as_posix().startswith(beginnings)
 
 
 @pytest.hookimpl(optionalhook=True)

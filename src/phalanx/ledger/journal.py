@@ -276,7 +276,7 @@ class GroupJournal:
     issue: Callable[[int, int, Callable[[], str]], None]
     """The group's next collective begins: its sequence number, its digest, and what gives that in words."""
     note_captured: Callable[[int, int, Callable[[], str]], None]
-    """A collective goes into a graph instead, as the so-many-eth of the group there; `done` has nothing to say of it."""
+    """A collective goes into a graph instead, as the so-many-th of its group there; `done` has nothing to say of it."""
     done: Callable[[], None]
     """It is over."""
     failed: Callable[[], None]
