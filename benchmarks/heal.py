@@ -282,9 +282,9 @@ async def answered_after(server: Server, since: float) -> float | None:
     return None
 
 
-async def killed(server: Server, victim: int, num_streams: int, num_tokens: int) -> Killed:
-    """Kill one rank while streams run."""
-    files, family = shared_files(), server.processes()
+async def killed(server: Server, victim: int, num_streams: int, num_tokens: int, files: set[str]) -> Killed:
+    """Kill one rank while streams run. `files`: in /dev/shm, before the server was started."""
+    family = server.processes()
     running_streams = asyncio.create_task(streams(server.url, num_streams, num_tokens))
     await asyncio.sleep(PEER_AFTER_S)
     os.kill(victim, signal.SIGKILL)
@@ -326,7 +326,15 @@ def kills_row(name: str, num_streams: int, seen: Sequence[Killed]) -> str:
 
 
 def side_by_side(
-    ours: Server, name: str, num_streams: int, num_tokens: int, num_kills: int, dice: random.Random, *, standby: bool
+    ours: Server,
+    name: str,
+    num_streams: int,
+    num_tokens: int,
+    num_kills: int,
+    dice: random.Random,
+    files: set[str],
+    *,
+    standby: bool,
 ) -> str:
     """A row of the table."""
     seen = []
@@ -334,17 +342,18 @@ def side_by_side(
         if standby:
             await_standby(ours.url)
         victim = dice.choice(sorted(ranks(ours.url).values()))
-        seen.append(asyncio.run(killed(ours, victim, num_streams, num_tokens)))
+        seen.append(asyncio.run(killed(ours, victim, num_streams, num_tokens, files)))
     return kills_row(name, num_streams, seen)
 
 
 def peer_killed(python: Path, model: Path, tp_size: int, num_streams: int, num_tokens: int, log: Path) -> Killed:
     """One worker of vLLM, in a server of its own."""
+    files = shared_files()
     with running(vllm(python, model, tp_size, "float32", free_port(), log)) as server:
         click.echo(f"vLLM: ready to serve after {await_serving(server):.1f} s")
         asyncio.run(streams(server.url, num_streams, num_tokens))
         workers = sorted(server.processes(), key=lambda one: -one.memory_info().rss)[:tp_size]
-        return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens))
+        return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens, files))
 
 
 @click.command()
@@ -381,7 +390,7 @@ def main(
     logs: Path | None,
 ) -> None:
     """Measure the gaps that clients see."""
-    num_bad, rows, dice = 0, [], random.Random(seed)
+    num_bad, rows, dice, files = 0, [], random.Random(seed), shared_files()
     with tempfile.TemporaryDirectory() as folder:
         family = "llama" if replicas == 1 else "qwen3_moe"
         shape = PEER_SHAPE if peer_python is not None else {}
@@ -403,7 +412,9 @@ def main(
                 if peer_python is not None:
                     name = f"Phalanx, `--standby {standby}`"
                     rows.append(
-                        side_by_side(server, name, num_streams, num_tokens, num_faults, dice, standby=bool(standby))
+                        side_by_side(
+                            server, name, num_streams, num_tokens, num_faults, dice, files, standby=bool(standby)
+                        )
                     )
         if peer_python is not None:
             seen = [
