@@ -79,6 +79,11 @@ class RankWeights:
         self._tensors = tensors
         self._packing = packing
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all tensors that are read."""
+        return tuple(self._tensors)
+
     @cached_property
     def num_bytes(self) -> int:
         """What they take, when they are there."""

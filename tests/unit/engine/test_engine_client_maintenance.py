@@ -74,7 +74,7 @@ async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(chec
     async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
         await fleet.maintain(Reload("/new", "now", 60.0))
         assert [one.weights_version for one in fleet.conditions()] == [2, 2]
-        assert fleet._seats.model == "/new"
+        assert fleet._joining.seats.model == "/new"
         await fleet.maintain(Sleep(1))
         assert fleet.asleep == 1
         with pytest.raises(ResizeRefusedError, match="asleep"):
@@ -92,7 +92,7 @@ async def test_a_fleet_of_which_one_cannot(checkpoint: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match="another model"):
             await fleet.maintain(RELOAD)
         assert sorted(one.weights_version for one in fleet.conditions()) in ([1, 1], [1, 2])
-        assert fleet._weights_version == 1
+        assert fleet._joining.weights_version == 1
 
 
 async def _num_tokens(deltas: object) -> int:

@@ -258,7 +258,7 @@ async def test_a_server_says_so_and_new_requests_wait(checkpoint: Path, tmp_path
 async def test_each_engine_of_a_fleet_comes_back_by_itself(checkpoint: Path) -> None:
     async with fleet_of(checkpoint, engine_restarts=1, data_parallel_size=2) as fleet:
         running = [asyncio.create_task(consume(fleet, 10 * i, SamplingParams(max_tokens=3000))) for i in range(2)]
-        await until(lambda: [engine.num_running for engine in fleet._engines.values()] == [1, 1])
+        await until(lambda: [engine.num_running for engine in fleet._members.engines.values()] == [1, 1])
         before = pids(fleet)
         os.kill(before[1], signal.SIGKILL)
         await until(lambda: fleet.conditions()[1].down is not None)

@@ -19,7 +19,8 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
-from phalanx.engine.fleet import WATCH_POLL_S, Fleet, piece_that_takes, start_engine
+from phalanx.engine.fleet import WATCH_POLL_S, Fleet, start_engine
+from phalanx.engine.leaving import piece_that_takes
 from phalanx.engine.roster import Order
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.stream import RequestStream
@@ -64,7 +65,7 @@ async def fleet_of(checkpoint: Path, behaviour: str = "healthy", **settings: Any
 
 def pids(fleet: Fleet) -> list[int]:
     """Of engines, in the order of their replicas' numbers."""
-    return [engine.condition.pid for _, engine in sorted(fleet._engines.items())]
+    return [engine.condition.pid for _, engine in sorted(fleet._members.engines.items())]
 
 
 def counts(fleet: Fleet) -> dict[int, int]:
@@ -197,9 +198,9 @@ async def test_requests_do_not_wait_for_an_engine_that_is_started_again(checkpoi
         readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
         await go_on(readers)
         victim = pids(fleet)[0]
-        fleet._engines[0]._start_again = lambda *_: asyncio.sleep(3600)  # it takes long
+        fleet._members.engines[0]._comeback._start_again = lambda *_: asyncio.sleep(3600)  # it takes long
         os.kill(victim, signal.SIGKILL)
-        await until(lambda: fleet._engines[0].down is not None)
+        await until(lambda: fleet._members.engines[0].down is not None)
         await until(lambda: counts(fleet) == {0: 0, 1: 3})
         await end(readers)
         assert (fleet.dead, fleet.down) == (None, None)
@@ -212,7 +213,7 @@ async def test_a_request_that_three_replicas_died_with_ends(checkpoint: Path) ->
         for _ in range(3):
             await until(lambda: any(counts(fleet).values()))
             (home,) = [replica for replica, count in counts(fleet).items() if count]
-            os.kill(fleet._engines[home].condition.pid, signal.SIGKILL)
+            os.kill(fleet._members.engines[home].condition.pid, signal.SIGKILL)
             await until(lambda home=home: not counts(fleet)[home])  # type: ignore[misc]
         with pytest.raises(EngineDeadError, match="killed by SIGKILL"):
             await reader
@@ -221,7 +222,7 @@ async def test_a_request_that_three_replicas_died_with_ends(checkpoint: Path) ->
 
 @in_loop
 async def test_a_replica_that_died_is_replaced(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    monkeypatch.setattr("phalanx.engine.roster_work.REPLACE_AFTER_S", 0.0)
     async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
         before = pids(fleet)
         os.kill(before[0], signal.SIGKILL)
@@ -237,15 +238,15 @@ async def test_a_replica_that_died_is_replaced(checkpoint: Path, monkeypatch: py
 async def test_one_that_cannot_be_ended_is_replaced_as_well(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    monkeypatch.setattr("phalanx.engine.roster_work.REPLACE_AFTER_S", 0.0)
     async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
-        close = fleet._engines[0].close
+        close = fleet._members.engines[0].close
 
         async def close_and_fail() -> None:
             await close()
             raise DeadlineError("the end after SIGKILL", "process 7", 10.0)
 
-        monkeypatch.setattr(fleet._engines[0], "close", close_and_fail)
+        monkeypatch.setattr(fleet._members.engines[0], "close", close_and_fail)
         os.kill(pids(fleet)[0], signal.SIGKILL)
         await until(lambda: states(fleet)[0] == "dead")
         await until(lambda: states(fleet) == {0: "serving", 1: "serving"})
@@ -292,7 +293,7 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
         reader = Reader(fleet, 10)
         await until(lambda: len(reader.tokens) > 100)
         asked: list[list[int]] = []
-        rehearsal = fleet._rehearsal
+        rehearsal = fleet._work._leaving._rehearsal
 
         def note(prompt: Any) -> RequestStream:
             assert counts(fleet) == {0: 1, 1: 0}, "it still runs where it is"
@@ -301,7 +302,7 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
             assert stream.submit(0).is_rehearsal and stream.submit(0).sampling.max_tokens == 1
             return stream
 
-        monkeypatch.setattr(fleet, "_rehearsal", note)
+        monkeypatch.setattr(fleet._work._leaving, "_rehearsal", note)
         await fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=0.0)
         assert len(asked[-1]) > len(asked[0]) >= 16
         assert asked[-1] == ([10, 11, 12] * len(asked[-1]))[: len(asked[-1])]
@@ -313,7 +314,7 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
 async def test_a_resize_does_not_wait_for_ever_for_what_is_computed_ahead(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.MOVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("phalanx.engine.leaving.MOVE_TIMEOUT_S", 0.1)
     async with fleet_of(checkpoint, "is-paced", data_parallel_size=2) as fleet:
         reader = Reader(fleet, 10)
         await go_on([reader])
@@ -332,7 +333,7 @@ async def test_that_a_leaving_replica_died_is_told_once(checkpoint: Path, caplog
         readers = [Reader(fleet, 10 * i) for i in range(3)]
         await go_on(readers)
         resizing = await fleet.begin_resize(1, leaving=[1, 2])
-        os.kill(fleet._engines[2].condition.pid, signal.SIGKILL)
+        os.kill(fleet._members.engines[2].condition.pid, signal.SIGKILL)
         await until(lambda: "replica 2 has ended" in caplog.text)
         await go_on(readers)
         await asyncio.sleep(5 * WATCH_POLL_S)
@@ -362,11 +363,11 @@ async def test_requests_of_a_leaving_replica_may_end_there(checkpoint: Path) -> 
 async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -> None:
     async with fleet_of(checkpoint, "is-paced", data_parallel_size=1) as fleet:
         reader = Reader(fleet, 10)
-        fleet._command = command("dies-at-start")
+        fleet._joining._command = command("dies-at-start")
         with pytest.raises(ResizeError, match=r"replica [12] did not start: .*SIGKILL"):
             await fleet.resize(data_parallel_size=3)
         assert states(fleet) == {0: "serving"}
-        fleet._command = command("hangs-at-start")
+        fleet._joining._command = command("hangs-at-start")
         growing = await fleet.begin_resize(data_parallel_size=2)
         await until(lambda: fleet.replicas()[1].phase == "loading")
         assert states(fleet) == {0: "serving", 1: "joining"}
@@ -376,7 +377,7 @@ async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -
         with pytest.raises(asyncio.CancelledError):
             await growing
         assert states(fleet) == {0: "serving"}
-        fleet._command = command("is-paced")
+        fleet._joining._command = command("is-paced")
         await fleet.resize(data_parallel_size=2)
         other = Reader(fleet, 30)
         await until(lambda: counts(fleet)[1] == 1)
@@ -392,7 +393,7 @@ async def test_a_resize_that_fails_or_is_cancelled_is_undone(checkpoint: Path) -
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    monkeypatch.setattr("phalanx.engine.roster_work.REPLACE_AFTER_S", 0.0)
     async with fleet_of(checkpoint, "is-paced") as fleet:
         readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
         await go_on(readers)
@@ -412,7 +413,7 @@ async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pyte
 def test_streams_live_through_kills_and_resizes_in_any_order(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int, engine_restarts: int
 ) -> None:
-    monkeypatch.setattr("phalanx.engine.fleet.REPLACE_AFTER_S", 0.0)
+    monkeypatch.setattr("phalanx.engine.roster_work.REPLACE_AFTER_S", 0.0)
     dice = random.Random(seed)
 
     async def read_on(fleet: Fleet, first: int, is_over: asyncio.Event) -> int:
@@ -431,7 +432,7 @@ def test_streams_live_through_kills_and_resizes_in_any_order(
             serving = [number for number, state in states(fleet).items() if state == "serving"]
             if kind == "kill" and len(serving) > 1:
                 with suppress(ProcessLookupError):  # it is dead already
-                    os.kill(fleet._engines[dice.choice(serving)].condition.pid, signal.SIGKILL)
+                    os.kill(fleet._members.engines[dice.choice(serving)].condition.pid, signal.SIGKILL)
             elif kind == "cancel" and resizing is not None:
                 resizing.cancel()
             elif kind == "resize":
@@ -449,9 +450,9 @@ def test_streams_live_through_kills_and_resizes_in_any_order(
             await until(lambda: set(states(fleet).values()) == {"serving"})
             is_over.set()
             assert min(await asyncio.gather(*readers)) > 0
-            assert len(fleet._engines) == fleet.info.num_replicas == len(states(fleet))
+            assert len(fleet._members.engines) == fleet.info.num_replicas == len(states(fleet))
             assert fleet.num_running == 0
-            assert not fleet._requests
+            assert not fleet._traffic.requests
 
     asyncio.run(run())
 
@@ -490,7 +491,7 @@ async def test_replicas_that_share_experts_cannot_come_and_go_one_by_one(checkpo
 @in_loop
 async def test_closed_during_a_resize_it_leaves_nothing(checkpoint: Path, many_cores: None) -> None:
     async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
-        fleet._command = command("hangs-at-start")
+        fleet._joining._command = command("hangs-at-start")
         growing = await fleet.begin_resize(data_parallel_size=2)
         await until(lambda: fleet.replicas()[1].phase == "loading")
         await fleet.close()
@@ -504,22 +505,22 @@ async def test_what_is_ordered_while_it_closes_is_left_undone(
 ) -> None:
     """Nobody would wait for it."""
     async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
-        fleet._command = command("hangs-at-start")
+        fleet._joining._command = command("hangs-at-start")
         growing = await fleet.begin_resize(data_parallel_size=2)
         await until(lambda: fleet.replicas()[1].phase == "loading")
         carried_out: list[Order] = []
-        do = fleet._do
+        do = fleet._work._do
 
         def note(order: Order, before: Any) -> Any:
             carried_out.append(order)
             return do(order, before)
 
-        monkeypatch.setattr(fleet, "_do", note)
+        monkeypatch.setattr(fleet._work, "_do", note)
         growing.cancel()  # which ends replica 1
         await fleet.close()
         with pytest.raises(EngineDeadError, match="shutting down"):
             await growing
-        assert not carried_out and all(task.done() for task in fleet._work.values())
+        assert not carried_out and all(task.done() for task in fleet._work._tasks.values())
 
 
 @in_loop
@@ -573,17 +574,15 @@ def test_a_replica_that_joins_gets_gpus_that_nobody_has(checkpoint: Path, monkey
     assert (own.parallel.data_parallel_size, own.parallel.tensor_parallel_size) == (1, 2)
     assert (own.executor.device, own.model.max_model_len) == ("cuda", 500)
     assert seats.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
-    seats.check_room(2, [1], [])
+    seats.check_host(2, [1], [])
     with pytest.raises(ConfigError, match="data_parallel_size: 3 is not possible: 6 GPUs are needed and 5 can be used"):
-        seats.check_room(3, [1, 2], [])
+        seats.check_host(3, [1, 2], [])
 
 
-def test_on_ray_only_the_start_tells_whether_there_is_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 1)
-    Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1)).check_room(9, range(1, 9), [os.getpid()])
+def test_a_placement_group_of_the_users_is_for_one_replica(checkpoint: Path) -> None:
     one_group = Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1, placement_group="mine"))
     with pytest.raises(ConfigError, match="placement_group: 'mine' is not possible"):
-        one_group.check_room(2, [1], [])
+        one_group.check_size(2)
 
 
 def test_with_ray_each_replica_knows_whether_it_is_local(checkpoint: Path) -> None:

@@ -1,0 +1,27 @@
+"""Tasks that may be cancelled while others wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+async def begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that has begun: one that is cancelled before does nothing at all."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    return task
+
+
+async def end_of(task: asyncio.Task[Any]) -> None:
+    """Wait for the end of a task that was cancelled, also if this one is cancelled as well."""
+    try:
+        await asyncio.wait((task,))
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
