@@ -42,9 +42,9 @@ from phalanx.moe.llvm_vectors import (
 STREAMS = 4
 """Spans of a tile's inputs that are read side by side. So many, times UNROLL, divide the steps of any tile."""
 
-NEAR_BYTES = 16 * 1024
-"""Of a tile's weights, at most, multiplied with all rows before the next: to read further ahead than a page of each
-stream is slower. What a part adds is summed up by itself, which is closer to the exact sum than one long sum."""
+NEAR_BYTES = 64 * 1024
+"""Of a tile's weights, at most, multiplied with all rows before the next. What such a part adds is summed up by itself,
+which is closer to the exact sum than one long sum."""
 
 MOST_ROWS = 6
 """Whose sums are in registers at a time."""
