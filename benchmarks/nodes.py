@@ -90,11 +90,14 @@ class RayHosts:
             *command, env=self._cluster.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as program:
             assert program.stdin is not None and program.stdout is not None
-            for line in program.stdout:
-                answer = self._do(msgspec.json.decode(line, type=Order))
-                program.stdin.write(msgspec.json.encode(answer) + b"\n")
-                program.stdin.flush()
-            return program.wait(END_S)
+            try:
+                for line in program.stdout:
+                    answer = self._do(msgspec.json.decode(line, type=Order))
+                    program.stdin.write(msgspec.json.encode(answer) + b"\n")
+                    program.stdin.flush()
+                return program.wait(END_S)
+            finally:
+                program.kill()  # the hosts end what it has started
 
     def leftovers(self) -> list[str]:
         """What is left on the hosts when all has had time to go."""
