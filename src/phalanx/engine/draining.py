@@ -102,8 +102,9 @@ class Draining:
 
     async def _make_up(self, count: int, because: str) -> None:
         """Have so many more, as far as there is room by now."""
-        num_fit, complaint = await self._fit_elsewhere(count) if count else (0, None)
+        num_fit, complaint = 0, None
         try:
+            num_fit, complaint = await self._fit_elsewhere(count) if count else (0, None)
             if num_fit:
                 await self._resize(self._roster.size + num_fit, (), 0.0, because)
         except PhalanxError as error:

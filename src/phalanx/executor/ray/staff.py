@@ -110,7 +110,11 @@ class Staff:
         for place in places:
             self.ranks[place.rank] = self._make(place)
         calls = {self.ranks[place.rank].introduce.remote(): self.rank_name(place) for place in places}
-        answers = answers_to(calls, "starting", deadline.remaining_s)
+        try:
+            answers = answers_to(calls, "starting", deadline.remaining_s)
+        except BaseException:  # later they would be there, and nobody would have asked where
+            self.dismiss(places)
+            raise
         for place, answer in zip(places, answers, strict=True):
             self._said[place.rank] = msgspec.msgpack.decode(answer, type=Introduction)
         self._place()
