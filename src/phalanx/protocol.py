@@ -730,12 +730,14 @@ class ExpertLoads(Message, frozen=True):
 
 
 class WeightsRead(Message, frozen=True):
-    """How far a rank is with ReadWeights: `done` of `total` bytes. `error` says why they cannot be read."""
+    """How far a rank is with ReadWeights: `done` of `total` bytes. `error` says why they cannot be read, `lack` of what
+    memory there is too little for them."""
 
     done: int
     total: int
     is_whole: bool = False
     error: str | None = None
+    lack: str | None = None
 
 
 ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads | WeightsRead

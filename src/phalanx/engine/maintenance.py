@@ -322,6 +322,8 @@ class Maintenance:
             self._done, self._total = sum(one.done for one in told), sum(one.total for one in told)
             if error := next((one.error for one in told if one.error is not None), None):
                 raise CheckpointError(error)
+            if lack := next((one.lack for one in told if one.lack is not None), None):
+                raise MaintenanceError(lack)
             if all(one.is_whole for one in told):
                 return
             if expires_at is not None:

@@ -77,9 +77,10 @@ class RankMaintenance:
     def _read(self, order: ReadWeights) -> WeightsRead:
         if self._reading is None or self._reading.number != order.number:
             self._drop()
-            lack = self._restore(self._weights.names) if order.in_place else self._lack_of_room()
-            if lack:
-                return WeightsRead(0, self._weights.plain_bytes, error=lack)
+            if order.in_place and (lack := self._restore(self._weights.names)):
+                return WeightsRead(0, self._weights.plain_bytes, lack=lack)
+            if not order.in_place and (error := self._lack_of_room()):
+                return WeightsRead(0, self._weights.plain_bytes, error=error)
             self._reading = WeightsReading(self._weights, order)
         return self._reading.told
 

@@ -144,7 +144,7 @@ def test_who_finds_no_memory_says_so_and_can_sleep_on(llama: Path, cuda: FakeCud
         cuda.total_bytes -= others
         if level == 2:
             told = rank.read(llama, 1)
-            assert told.error is not None and "CUDA_ERROR_OUT_OF_MEMORY" in told.error
+            assert told.error is None and told.lack is not None and "CUDA_ERROR_OUT_OF_MEMORY" in told.lack
         answer = rank.call(WakeUp())
         assert isinstance(answer, Allocated) and answer.lack is not None
         assert "for the memory of rank 0: cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY" in answer.lack
