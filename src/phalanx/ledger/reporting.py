@@ -110,7 +110,9 @@ class _Reporter:
         if self._untold_restarts and self.link.can_send():
             self._send(Replaced(self._untold_restarts))
             self._untold_restarts = 0
-        if self.link.can_send():  # what is not told now is told with the next sighting
+        # What is not told now is told with the next sighting. Beats that the network still takes, and nobody
+        # acknowledges, would arrive one after the other, and the silence would begin with the last of them.
+        if self.link.can_send() and self.link.has_arrived():
             self._tell()
 
     def _answer(self, message: FromJudge) -> None:

@@ -353,7 +353,7 @@ class Watcher:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
             return True
-        if any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits if rank in look.ranks):
+        if verdict.cause == "late" and any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits):
             return False  # it was asked whether its interpreter runs, and will have answered in a moment, or never
         return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
