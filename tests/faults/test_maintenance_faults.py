@@ -38,6 +38,7 @@ from phalanx.protocol import (
     ints,
 )
 from phalanx.testing.checkpoints import write_checkpoint
+from phalanx.testing.holdings import children_of
 
 pytestmark = pytest.mark.slow
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
@@ -117,10 +118,10 @@ class Served:
         self.until(lambda: not self.maintenance.is_busy)
 
     def used_bytes(self) -> int:
-        """Of the host by the ranks, or of all GPUs by anybody."""
+        """Of the host by all that this process has started, or of all GPUs by anybody."""
         if self.device == "cuda":
             return sum(used_bytes(number) for number in range(torch.cuda.device_count()))
-        return sum(map(bytes_of_family, self.pids().values()))
+        return sum(map(bytes_of_family, children_of(os.getpid())))  # all that share memory: how many is no matter then
 
     def kill(self, rank: int) -> None:
         os.kill(self.pids()[rank], signal.SIGKILL)
