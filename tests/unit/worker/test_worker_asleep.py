@@ -79,7 +79,7 @@ class Here(Rank):
         while True:
             told = self.call(order)
             assert isinstance(told, WeightsRead) and time.monotonic() < expires_at
-            if told.is_whole or told.error is not None:
+            if told.is_whole or told.error is not None or told.lack is not None:
                 return told
 
 
