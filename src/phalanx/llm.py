@@ -217,7 +217,7 @@ class LLM:
 
         They are started beside those that there are, and load the checkpoint. If anything goes wrong, ResizeError is
         raised and everything is as it was; so it is after Ctrl-C. Raises ConfigError for what cannot be: several
-        replicas need `enable_expert_parallel`, and ranks processes of their own (launcher local) that are healed
+        replicas need `enable_expert_parallel`, and ranks processes of their own (launcher local or ray) that are healed
         (`heal`). Raises ResizeRefusedError when a method has changed the weights, and EngineDeadError if this LLM can
         run no more. A worker extension is made anew with the ranks: docs/worker-extensions.md.
         """

@@ -197,7 +197,8 @@ MaintenanceOrder = Reload | Sleep | Wake
 
 
 class Resize(Message, frozen=True):
-    """Go on with ranks of another grid. Answered by ResizeBegun, then ResizeEnded; or by that at once."""
+    """Go on with ranks of another grid, or of the same one where they may be by now (AvoidNodes). Answered by
+    ResizeBegun, then ResizeEnded; or by that at once."""
 
     number: int
     """The client's, of this resize."""

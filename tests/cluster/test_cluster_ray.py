@@ -17,10 +17,11 @@ import msgspec
 import psutil
 import pytest
 from formation_rig import Rig, kill
+from resize_rig import once, pids_that_come, run_through
 
 ray = pytest.importorskip("ray")
 
-from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
 from phalanx import LLM  # noqa: E402
@@ -32,6 +33,7 @@ from phalanx.executor.ray.discovery import running_rays  # noqa: E402
 from phalanx.executor.ray.messages import NodeOrder  # noqa: E402
 from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
+from phalanx.membership.resize import Size  # noqa: E402
 from phalanx.protocol import SamplingParams  # noqa: E402
 from phalanx.testing.checkpoints import write_checkpoint  # noqa: E402
 from phalanx.testing.faults import Fault  # noqa: E402
@@ -343,8 +345,37 @@ def test_faults_are_healed(cluster: None, checkpoint: Path, tmp_path: Path) -> N
         assert rig.stats().healed == {"standby": 1, "new line": 2, "checkpoint": 1} and not rig.stats().failed
         assert actors[0] not in ranks(), "whatever was wrong with it is over"
         assert rig.errors == [HungError, WorkerError, PeerDiedError, WorkerError]
+        resize_and_heal(rig)
     finally:
         rig.close()
+
+
+def resize_and_heal(rig: Rig) -> None:
+    """From two ranks to one in a bundle that is there, and back; undone first, and healed after it."""
+    actors, groups = ranks(), bundles()
+
+    def harm() -> bool:
+        for pid in pids_that_come(rig).values():
+            os.kill(pid, signal.SIGKILL)
+            return True
+        return False
+
+    assert run_through(rig, Size(1, 1), once(harm)).ending == "failed"
+    wait_until(lambda: ranks() == actors, GONE_WITHIN_S)
+    assert bundles() == groups and len(groups) == 2
+    for num_ranks in (1, 2):
+        assert run_through(rig, Size(1, num_ranks)).ending == "done"
+        wait_until(lambda count=num_ranks: len(ranks()) == len(bundles()) == count, GONE_WITHIN_S)  # type: ignore[misc]
+        assert len(bundles() & groups) == 1
+    rig.errors.clear()
+    assert rig.run(kill(ranks()[0].pid, signal.SIGKILL)) == rig.expected
+    assert rig.errors == [PeerDiedError]
+    assert ray.available_resources().get("CPU") == NUM_CPUS - 2
+
+
+def bundles() -> set[str]:
+    """Ids of the placement groups that there are."""
+    return {key for key, group in placement_group_table().items() if group["state"] == "CREATED"}
 
 
 @pytest.mark.parametrize("victim", ["driver", "raylet"])

@@ -1,4 +1,5 @@
-"""Replicas over several real Ray nodes: in lockstep and sharing experts, or each an engine of its own."""
+"""Replicas over several real Ray nodes: in lockstep and sharing experts, also where they are another number of or move,
+or each an engine of its own."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from cluster_server import ClusterServer
 from one_process import Tokens, tokens_of_one_process
 from ray_cluster import RayCluster
+from test_ray_scaling import ranks_on, until
 
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -45,15 +48,37 @@ def expect_work_of_both(server: ClusterServer) -> None:
         time.sleep(0.05)
 
 
+def expect_tokens_through(server: ClusterServer, expected: Sequence[Tokens], path: str, **asked: Any) -> None:
+    """Also while other ranks take over."""
+    assert server.change(path, **asked).status_code == 202, server.log
+    while server.scale()["resize"]["state"] == "running":
+        expect_tokens(server, expected)
+    assert server.await_change()["state"] == "done", server.log
+    expect_tokens(server, expected)
+
+
 @pytest.mark.parametrize(
-    ("backend", "flags", "nodes"),
+    ("backend", "flags", "nodes", "change", "nodes_then"),
     [
-        ("allgather_reducescatter", (), ["alpha", "alpha", "beta", "beta"]),
-        ("alltoall", ("--data-parallel-size-local", "0"), ["beta", "beta", "gamma", "gamma"]),
+        (
+            *("allgather_reducescatter", (), ["alpha", "alpha", "beta", "beta"]),
+            *(("/drain", {"node": "beta"}), ["alpha", "alpha", "gamma", "gamma"]),
+        ),
+        (
+            *("alltoall", ("--data-parallel-size-local", "0"), ["beta", "beta", "gamma", "gamma"]),
+            *(("/scale", {"data_parallel_size": 1}), ["beta", "beta"]),
+        ),
     ],
+    ids=["drain", "scale"],
 )
 def test_experts_shared_out_over_nodes(
-    ray_cluster: RayCluster, tmp_path: Path, backend: str, flags: tuple[str, ...], nodes: list[str]
+    ray_cluster: RayCluster,
+    tmp_path: Path,
+    backend: str,
+    flags: tuple[str, ...],
+    nodes: list[str],
+    change: tuple[str, dict[str, Any]],
+    nodes_then: list[str],
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "mixtral", "mixtral", num_local_experts=7)
     expected = tokens_of_one_process(checkpoint, PROMPTS, NUM_TOKENS)
@@ -63,6 +88,13 @@ def test_experts_shared_out_over_nodes(
         assert [server.node_of(rank) for rank in range(4)] == nodes
         expect_tokens(server, expected)
         expect_work_of_both(server)
+        path, asked = change
+        expect_tokens_through(server, expected, path, **asked)
+        until(lambda: ranks_on(ray_cluster) == nodes_then, server)
+        refused = server.change("/drain", node=nodes_then[-1])
+        if path == "/drain":
+            assert refused.status_code == 400 and "no room for all ranks: 4 ranks" in refused.text, refused.text
+            assert [one["state"] for one in server.scale()["replicas"]] == ["serving", "serving"]
         assert server.stop() == 0, server.log
     ray_cluster.expect_clean(CLEAN_WITHIN_S)
 

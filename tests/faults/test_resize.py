@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from formation_rig import READY_WITHIN_S, Rig, kill
+from resize_rig import once, pids_that_come, run_through
 from test_formation import expect_nothing_is_left, num_segments
 
 from phalanx.engine.resizing import EngineResizing
 from phalanx.errors import PeerDiedError
-from phalanx.executor.local import LocalLauncher
 from phalanx.membership.resize import Size
-from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded, WrongSetting
+from phalanx.protocol import Resize, WrongSetting
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.liveness import is_running
 from phalanx.worker.methods import remote_method
@@ -57,45 +57,6 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     )
     yield rig
     expect_nothing_is_left(rig, num_held)
-
-
-def run_through(rig: Rig, size: Size, meanwhile: Callable[[EngineResizing], object] = lambda _: None) -> ResizeEnded:
-    """Requests run until the resize is over; gives how it has ended."""
-    told: list[EngineMessage] = []
-    resizing = EngineResizing(rig.formation, rig.brain, told.append)
-    resizing.begin(Resize(7, *size))
-
-    def after(_: int) -> None:
-        resizing.follow()
-        if resizing.is_under_way:
-            meanwhile(resizing)
-
-    expires_at = time.monotonic() + READY_WITHIN_S
-    while resizing.is_under_way:
-        assert time.monotonic() < expires_at, told
-        assert rig.run(after) == rig.expected
-    ended = told[-1]
-    assert isinstance(ended, ResizeEnded) and ended.number == 7
-    assert (ResizeBegun(7) in told) == (ended.ending != "refused")
-    return ended
-
-
-def once(harm: Callable[[], bool]) -> Callable[[EngineResizing], None]:
-    """Until it has been done."""
-    done = [False]
-
-    def meanwhile(_: EngineResizing) -> None:
-        done[0] = done[0] or harm()
-
-    return meanwhile
-
-
-def pids_that_come(rig: Rig) -> dict[int, int]:
-    """Of the ranks that are prepared."""
-    assert rig.formation._resizer is not None
-    preparation = rig.formation._resizer._preparation
-    ranks = None if preparation is None else preparation.interruption._ranks
-    return ranks.pids() if isinstance(ranks, LocalLauncher) else {}
 
 
 def test_down_and_up_and_a_fault_after_it(rig: Rig) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from formation_rig import Rig, kill
 from gpu_memory_used import used_bytes
-from test_resize import run_through
+from resize_rig import run_through
 
 from phalanx.membership.resize import Size
 from phalanx.testing.checkpoints import write_checkpoint

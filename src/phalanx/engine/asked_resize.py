@@ -81,10 +81,11 @@ class AskedResizes:
         if self._resize is not None:
             raise ResizeUnderWayError(str(self._resize.before), str(self._resize.asked))
 
-    async def begin(self, now: Size, asked: Size) -> asyncio.Task[None]:
-        """As Engine.begin_resize, for an engine that serves."""
+    async def begin(self, now: Size, asked: Size, *, moves: bool = False) -> asyncio.Task[None]:
+        """As Engine.begin_resize, for an engine that serves. With `moves` ranks are replaced also if they are to be as
+        many as now: they come to where ranks may be by then."""
         resize = AskedResize(next(self._numbers), now, asked)
-        if asked == now:
+        if asked == now and not moves:
             resize.end(ResizeEnded(resize.number, "done"))
         else:
             self._resize = resize
@@ -138,7 +139,8 @@ class AskedResizes:
             if ended.ending == "cancelled":
                 raise
         if ended.ending != "done":
-            raise ResizeError(f"from {resize.before} to {resize.asked}: {ended.reason or 'it was cancelled'}")
+            change = f"from {resize.before} to {resize.asked}" if resize.asked != resize.before else "to other nodes"
+            raise ResizeError(f"{change}: {ended.reason or 'it was cancelled'}")
 
     def _undo(self, resize: AskedResize) -> None:
         """Unless it is over: the engine tells what has become of it."""

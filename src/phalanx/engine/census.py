@@ -11,7 +11,7 @@ import msgspec
 
 from phalanx.config import ClusterConfig
 from phalanx.engine.child import EngineChild
-from phalanx.errors import DeadlineError, PeerDiedError, StartError
+from phalanx.errors import DeadlineError, PeerDiedError, RequestError, ResizeRefusedError, StartError
 from phalanx.executor.census import CensusAnswer, CensusQuestion
 from phalanx.topology.placement import Node
 from phalanx.transport.liveness import Party
@@ -23,6 +23,25 @@ ANSWER_S = 20.0
 """It imports Ray first, and waits up to 5 s for a head that does not answer."""
 
 _decode = msgspec.msgpack.Decoder(CensusAnswer).decode
+
+
+async def nodes_for_resize(census: Census, resource: str) -> Sequence[Node] | None:
+    """As Census.nodes, for who wants to change where ranks are. Raises ResizeRefusedError if nobody can tell."""
+    try:
+        return await census.nodes(resource)
+    except (StartError, DeadlineError) as error:
+        raise ResizeRefusedError(f"what the nodes have free cannot be told: {error}") from error
+
+
+def node_called(name: str, nodes: Sequence[Node] | None) -> Node:
+    """The one that a user means. `nodes` is None without a cluster. Raises RequestError if there is none."""
+    if nodes is None:
+        raise RequestError("node", name, "all ranks are on this host: it takes launcher ray, and a cluster")
+    for node in nodes:
+        if node.is_called(name):
+            return node
+    known = ", ".join(sorted(f"{node.name} ({node.address})" for node in nodes))
+    raise RequestError("node", name, f"the cluster has {known}")
 
 
 class Census:

@@ -21,6 +21,7 @@ from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState, Strength
 from phalanx.engine.front import Front
 from phalanx.engine.history import History, with_replicas, without_engine
 from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
+from phalanx.engine.lockstep_draining import LockstepDraining
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import Origin, OutputDelta, RequestStream
 from phalanx.engine.work import Work
@@ -40,8 +41,6 @@ from phalanx.protocol import (
     Sleep,
     TokenBatch,
 )
-
-_ALL_AT_ONCE = "replicas in lockstep leave a node all together: stop the server, and start it with avoid_nodes"
 
 StartAgain = Callable[[Config, OnProgress], Awaitable[Incarnation]]
 
@@ -76,6 +75,7 @@ class EngineClient:
         self._incarnation = incarnation
         self._maintenance = AskedMaintenance(weights_version)
         self._resizes = AskedResizes(lambda message: self._incarnation.send(message), self._on_resized)
+        self._draining = LockstepDraining(config, self, self._resizes, self._check_may_resize)
         self._comeback = Comeback(
             config.executor.engine_restarts,
             lambda on_progress: start_again(self._config, on_progress),
@@ -313,21 +313,16 @@ class EngineClient:
         """As Engine.begin_resize. All ranks are replaced at once, so none can be named, and none has to be drained."""
         if leaving:
             raise RequestError("leaving", list(leaving), "none: replicas in lockstep are replaced all at once")
-        self._resizes.check_none()
-        self._check_lives()
-        if self.down is not None:
-            raise ResizeRefusedError(f"{NAME} is being started again: resize when it serves")
-        if self.asleep or self._maintenance.is_under_way:
-            raise ResizeRefusedError(f"{NAME} is asleep, or is just getting other weights: resize when it serves")
+        self._check_may_resize()
         return await self._resizes.begin(self.size, self.size.changed(data_parallel_size, tensor_parallel_size))
 
     async def begin_drain(self, node: str, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> asyncio.Task[None]:
-        """Raises RequestError."""
-        raise RequestError("node", node, _ALL_AT_ONCE)
+        """As Engine.begin_drain. Requests go on with the ranks that take over, so nobody waits for them to end."""
+        return await self._draining.begin(node)
 
     async def undo_drain(self, node: str) -> None:
-        """Raises RequestError."""
-        raise RequestError("node", node, _ALL_AT_ONCE)
+        """As Engine.undo_drain."""
+        await self._draining.undo(node)
 
     async def resize(
         self,
@@ -354,6 +349,7 @@ class EngineClient:
                 await self._end_running(grace_s)
         finally:
             try:
+                await self._draining.close()
                 await self._comeback.cancel()
             finally:
                 try:
@@ -361,6 +357,15 @@ class EngineClient:
                 finally:  # also when the kernel cannot end it: nobody may go on waiting for it
                     self._die(f"{NAME} was shut down")
                     self._incarnation.forget()
+
+    def _check_may_resize(self) -> None:
+        """Raises ResizeRefusedError, EngineDeadError."""
+        self._resizes.check_none()
+        self._check_lives()
+        if self.down is not None:
+            raise ResizeRefusedError(f"{NAME} is being started again: resize when it serves")
+        if self.asleep or self._maintenance.is_under_way:
+            raise ResizeRefusedError(f"{NAME} is asleep, or is just getting other weights: resize when it serves")
 
     def _on_resized(self, ready: EngineReady, size: Size) -> None:
         self.info = ready

@@ -134,8 +134,9 @@ class Engine(Protocol):
         come there again. The task ends when no rank is there any more; cancelling that undoes it.
 
         Replicas that have ranks there leave, as in `resize`, after others have started on other nodes, as far as there
-        is room; else there are fewer from then on. Raises ConfigError if none would be left, RequestError for a node
-        that is not there, and as `begin_resize`.
+        is room; else there are fewer from then on. Replicas in lockstep are all replaced, by as many. Raises
+        ConfigError if none would be left, or other nodes lack room for those in lockstep, RequestError for a node that
+        is not there, and as `begin_resize`.
         """
 
     async def undo_drain(self, node: str) -> None:

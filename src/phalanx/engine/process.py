@@ -267,7 +267,7 @@ class EngineLoop:
         """Of a resize. When it is done, whoever was asked for a sign of life is gone."""
         if isinstance(message, ResizeEnded) and message.ending == "done":
             self._heartbeat = None
-            self._stats_due_at = self._sign_due_at = 0.0
+            self._send_stats(at_once=True)  # who hears of it finds where ranks are now
         self._link.send(message)
 
     def _send_stats(self, *, at_once: bool = False) -> None:

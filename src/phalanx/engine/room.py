@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from phalanx.engine.census import Census
+from phalanx.engine.census import Census, node_called, nodes_for_resize
 from phalanx.engine.joining import Joining
-from phalanx.errors import ConfigError, DeadlineError, RequestError, ResizeRefusedError, StartError
+from phalanx.errors import ConfigError
 from phalanx.topology.apart import Fit, Wanted, fit_apart
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Demand, Node, avoiding
@@ -52,14 +52,7 @@ class Room:
 
     async def name_of_node(self, name: str) -> str:
         """What ranks call the node that a user means. Raises RequestError if there is none; else as `check`."""
-        nodes = await self._nodes()
-        if nodes is None:
-            raise RequestError("node", name, "all ranks are on this host: it takes launcher ray, and a cluster")
-        meant = [node.name for node in nodes if node.is_called(name)]
-        if not meant:
-            known = ", ".join(sorted(f"{node.name} ({node.address})" for node in nodes))
-            raise RequestError("node", name, f"the cluster has {known}")
-        return meant[0]
+        return node_called(name, await self._nodes()).name
 
     async def close(self) -> None:
         """Keep no process for it."""
@@ -69,10 +62,7 @@ class Room:
         """None where there is no cluster. Raises ResizeRefusedError."""
         if self._joining.config.executor.launcher != "ray":
             return None
-        try:
-            return await self._census.nodes(self._demand.resource)
-        except (StartError, DeadlineError) as error:
-            raise ResizeRefusedError(f"what the nodes have free cannot be told: {error}") from error
+        return await nodes_for_resize(self._census, self._demand.resource)
 
     @property
     def _demand(self) -> Demand:

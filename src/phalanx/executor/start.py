@@ -98,7 +98,7 @@ class LinePlan(NamedTuple):
     timeout_s: float | None = None
     """For the whole start; the configuration's if None."""
     is_beside: bool = False
-    """Whether another line computes, which is not to notice anything."""
+    """Whether another line computes in the same quarters, and is not to notice anything."""
     note: Callable[[Killable], None] = lambda ranks: None
     """Told, before there are any ranks, what ends them; the start then fails. Not of one in this process."""
 
@@ -271,12 +271,17 @@ def _ending_of(launcher: LocalLauncher, rank: int) -> str | None:
     return launcher.exits().get(rank)
 
 
-def open_quarters(config: Config, on_progress: OnProgress) -> Quarters:
-    """Room for ranks on a Ray cluster. Raises ConfigError if Ray is not installed, and as Quarters."""
+def open_quarters(
+    config: Config, on_progress: OnProgress, *, beside: Quarters | None = None, shares: bool = True
+) -> Quarters:
+    """Room for ranks on a Ray cluster. Raises ConfigError if Ray is not installed, and as Quarters.
+
+    `beside` has the ranks that they are to take over from; with `shares` they may be in the same bundles.
+    """
     require_ray()
     from phalanx.executor.ray.quarters import Quarters
 
-    return Quarters(config, on_progress)
+    return Quarters(config, on_progress, beside=beside.reservation.berths if beside else (), shares=shares)
 
 
 def _place_on_ray(

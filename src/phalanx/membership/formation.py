@@ -250,15 +250,15 @@ class Formation:
         return Size(parallel.data_parallel_size, parallel.tensor_parallel_size)
 
     def begin_resize(self, asked: Size, next_work: NextWork = nothing_to_do) -> Resize:
-        """Have a line of another size prepared in the background, from the checkpoint. Blocks for nobody. When its
-        ranks could step, `follow_resize` asks `next_work` what they are to do before they take over, until that is
-        nothing.
+        """Have a line of another size prepared in the background, from the checkpoint; or one of the same size, which
+        comes to where ranks are to be by now (`avoid`). Blocks for nobody. When its ranks could step, `follow_resize`
+        asks `next_work` what they are to do before they take over, until that is nothing.
 
         What is given changes as `follow_resize` is called; when its state is `ready`, `switch` has that line go on. If
         anything goes wrong before, with any process, it is undone, and the line that computes has never noticed.
         Raises ConfigError for what cannot be, and ResizeRefusedError for what cannot be now.
         """
-        if self._resizer is None or self._config.executor.launcher != "local":
+        if self._resizer is None or self._config.executor.launcher == "inline":
             raise _cannot_resize(self._config, self.size, asked)
         if self._weights_changed:
             raise ResizeRefusedError(
@@ -286,7 +286,7 @@ class Formation:
         assert self._resizer is not None and self._recovery is not None
         taken = self._resizer.commit()
         before, self._line, self._config, self.capacity = self._line, taken.line, taken.config, taken.capacity
-        self._recovery.resize(taken.config, taken.capacity, taken.memory, before, taken.line)
+        self._recovery.resize(taken.config, taken.capacity, taken.memory, taken.quarters, before, taken.line)
         self._warn_of_new_ranks()
         log.info("ranks of epoch %d go on: %s", self._line.epoch, self.size)
         return Resized(self._line.epoch, taken.config, taken.capacity)
@@ -370,6 +370,6 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
 def _cannot_resize(config: Config, size: Size, asked: Size) -> ConfigError:
     """Where there is no other line than the first."""
     field = "data_parallel_size" if asked.data_parallel_size != size.data_parallel_size else "tensor_parallel_size"
-    launcher = config.executor.launcher
-    reason = f"launcher is {launcher}, and must be local" if launcher != "local" else "heal is off, and must be on"
+    is_inline = config.executor.launcher == "inline"
+    reason = "launcher is inline, and must be local or ray" if is_inline else "heal is off, and must be on"
     return ConfigError(field, getattr(asked, field), f"for ranks to be replaced, {reason}")

@@ -15,7 +15,7 @@ from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.launcher import Killable
 from phalanx.executor.local import LocalLauncher, LocalLaunchers
-from phalanx.executor.start import Capacity, LinePlan, start_executor
+from phalanx.executor.start import Capacity, LinePlan, open_quarters, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.membership.forgetting import forget_locals
@@ -101,7 +101,7 @@ class Interruption:
 class Lines:
     """Starts lines of ranks: local ones on one fork server, those of Ray in the same quarters, and one in this process.
 
-    For any thread, but in this process one line is started at a time. A context manager.
+    For any thread, but in this process one line is started at a time. A context manager, which closes the quarters.
     """
 
     def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
@@ -123,9 +123,11 @@ class Lines:
         timeout_s: float | None = None,
         interruption: Interruption | None = None,
         config: Config | None = None,
+        quarters: Quarters | None = None,
     ) -> tuple[Line, Capacity]:
         """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
-        of the other lines, is settled, too. With `interruption` it starts beside a line that computes."""
+        of the other lines, is settled, too, and with Ray goes with `quarters` of its own. With `interruption` it starts
+        beside a line that computes."""
         told: dict[int, HeldMemory] = {}
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
@@ -140,7 +142,7 @@ class Lines:
             ends_after_s=ENDS_AFTER_WITH_GPUS_S if has_gpus_here else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
-            is_beside=interruption is not None,
+            is_beside=interruption is not None and quarters is None,
             note=(interruption or Interruption()).note,
         )
 
@@ -154,7 +156,7 @@ class Lines:
             self.checkpoint,
             on_progress,
             new_launcher=new_launcher,
-            quarters=self._quarters,
+            quarters=quarters or self._quarters,
             line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
@@ -169,21 +171,42 @@ class Lines:
         if self._quarters is not None:
             self._quarters.avoid(nodes)
 
-    def resize(self, config: Config) -> None:
-        """Lines that are started from now on have this configuration. It is settled."""
-        self._config = config
+    @property
+    def avoided(self) -> tuple[str, ...]:
+        """The nodes of a cluster that lines are not to come to."""
+        return () if self._quarters is None else self._quarters.avoided
+
+    def find_quarters(self, config: Config, on_progress: OnProgress, *, shares: bool) -> Quarters | None:
+        """Places on the nodes of a cluster for a line of this configuration, beside one that computes; whoever asks
+        closes them. With `shares` ranks may be where those of that line are. None without a cluster.
+
+        Blocks for seconds. Raises PlacementError, and as `open_quarters`.
+        """
+        if self._quarters is None:
+            return None
+        return open_quarters(config, on_progress, beside=self._quarters, shares=shares)
+
+    def resize(self, config: Config, quarters: Quarters | None) -> Quarters | None:
+        """Lines that are started from now on have this configuration, which is settled, and these quarters; gives back
+        those that lines have had before, if they were with Ray."""
+        before, self._config, self._quarters = self._quarters, config, quarters
+        if before is not None and quarters is not None:
+            quarters.avoid(before.avoided)
+        return before
 
     def close(self) -> None:
         """End the ranks of all lines, of those that are just starting, too. May be called more than once."""
         self._launchers.close()
         if self._quarters is not None:
-            self._quarters.vacate()
+            self._quarters.kill()
 
     def __enter__(self) -> Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if self._quarters is not None:
+            self._quarters.close()
 
 
 def _show_nothing(order: WatchOrder | None, epoch: int) -> None:

@@ -7,8 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
@@ -22,6 +23,9 @@ from phalanx.membership.standby import Standby
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FormationStats, StartProgress
+
+if TYPE_CHECKING:
+    from phalanx.executor.ray.quarters import Quarters
 
 END_DEADLINE_S = 30.0
 HEALTH_S = 2.0
@@ -140,19 +144,28 @@ class Recovery:
         """The ranks that compute have this by now, beside no standby line. Raises as FormationMemory.follow."""
         self._memory.follow(told)
 
-    def resize(self, config: Config, capacity: Capacity, memory: FormationMemory, before: Line, after: Line) -> None:
+    def resize(
+        self,
+        config: Config,
+        capacity: Capacity,
+        memory: FormationMemory,
+        quarters: Quarters | None,
+        before: Line,
+        after: Line,
+    ) -> None:
         """Another line of this size serves now: lines to come are like it, and the one before is ended.
 
-        Blocks for no process: the two lines have nothing in common. Takes over `memory`, which `after` has made.
+        Blocks for no process: the two lines have nothing in common. Takes over `memory`, which `after` has made, and
+        the `quarters` where it is, if it is with Ray.
         """
         memory_before, self._memory, self._capacity = self._memory, memory, capacity
-        self._lines.resize(config)
+        quarters_before = self._lines.resize(config, quarters)
         self._presence.resize(config)
         self._presence.show(after.executor.watched, after.epoch)
         if self._standby is not None:
             self._standby.discard(self._end)
-        self._end(before)
         memory_before.close()
+        self._end(before, quarters_before)
         self._renew_standby()
 
     def avoid(self, nodes: tuple[str, ...]) -> None:
@@ -265,15 +278,22 @@ class Recovery:
         self._retired_epoch = line.epoch
         self._do_in_background(line.executor.close)
 
-    def _end(self, line: Line) -> None:
-        """Kill its processes and let go of what it used, in the background: nobody waits for them."""
-        self._do_in_background(partial(end, line))
+    def _end(self, line: Line, quarters: Quarters | None = None) -> None:
+        """Kill its processes and let go of what it used, and of `quarters`, in the background: nobody waits for it."""
+        self._do_in_background(partial(_end_all, line, quarters))
 
     def _do_in_background(self, work: Callable[[], None]) -> None:
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]
         thread = threading.Thread(target=work, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
+
+
+def _end_all(line: Line, quarters: Quarters | None) -> None:
+    with ExitStack() as stack:
+        if quarters is not None:
+            stack.callback(quarters.close)
+        end(line)
 
 
 def _say_nothing(progress: StartProgress) -> None:

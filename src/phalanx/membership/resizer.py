@@ -1,6 +1,7 @@
 """A line of another size, prepared by a thread of its own beside the line that serves, until it takes over.
 
-It shares nothing with the line that serves but the host: it has processes, groups, weights and a KV cache of its own.
+It shares nothing with the line that serves but the host, or bundles of Ray's: it has processes, groups, weights and a
+KV cache of its own.
 So to undo a resize is to end that line, in whichever state it is; the line that serves never hears of it.
 """
 
@@ -13,23 +14,26 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from phalanx.config import Config
-from phalanx.errors import ConfigError, DeadlineError, PhalanxError
+from phalanx.errors import ConfigError, DeadlineError, PhalanxError, PlacementError
 from phalanx.executor.executor import Executor
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity, settle
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
-from phalanx.membership.memory import FormationMemory
+from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.resize import Resize, Resizing, Size
-from phalanx.membership.room import check_devices, check_memory
+from phalanx.membership.room import check_devices, check_memory, no_places, shares_devices
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import Ping, ReplyBody, StartProgress
+
+if TYPE_CHECKING:
+    from phalanx.executor.ray.quarters import Quarters
 
 END_DEADLINE_S = 30.0
 ANSWER_S = 2.0
@@ -50,10 +54,14 @@ class NextLine(NamedTuple):
     capacity: Capacity
     memory: FormationMemory
     """What it leaves."""
+    quarters: Quarters | None
+    """With Ray, where it is."""
 
     def close(self) -> None:
         """End it. Raises DeadlineError."""
         with ExitStack() as stack:
+            if self.quarters is not None:
+                stack.callback(self.quarters.close)
             stack.callback(self.memory.close)
             stack.callback(end, self.line)
 
@@ -172,7 +180,8 @@ class Resizer:
         """
         self._resizing.check()
         config = self._config_of(asked, capacity.max_model_len)
-        check_devices(config, self._resizing.size)
+        if config.executor.launcher == "local":
+            check_devices(config, self._resizing.size)
         resize = self._resizing.begin(asked)
         log.info("resize from %s to %s: ranks are prepared beside those that serve", resize.before, asked)
         self._answer, self._next_work = None, next_work
@@ -237,25 +246,45 @@ class Resizer:
             allowed = "1 without enable_expert_parallel: such replicas are engines of their own"
             raise ConfigError("data_parallel_size", asked.data_parallel_size, allowed)
         model = msgspec.structs.replace(self._config.model, max_model_len=max_model_len)
-        config = msgspec.structs.replace(self._config, parallel=parallel, model=model)
+        cluster = msgspec.structs.replace(self._config.cluster, avoid_nodes=self._lines.avoided)
+        config = msgspec.structs.replace(self._config, parallel=parallel, model=model, cluster=cluster)
         config.refuse_contradictions()
         return settle(config, self._checkpoint)
 
     def _prepare(self, config: Config, resize: Resize, pids: Iterable[int], preparation: Preparation) -> NextLine:
         """In the thread of the preparation."""
-        check_memory(config, resize.before, pids)
-        preparation.has_room.set()
-        # Of experts that move nobody knows, after a fault, which are where.
-        memory = FormationMemory(config.parallel.world_size, Holder(), holds_weights=not config.parallel.enable_eplb)
         with ExitStack() as undo:
+            quarters = self._find_room(config, resize.before, pids, preparation)
+            holder: RankHolder = Holder()
+            if quarters is not None:
+                undo.callback(quarters.close)
+                preparation.interruption.note(quarters)
+                holder = quarters.holder()
+            preparation.has_room.set()
+            # Of experts that move nobody knows, after a fault, which are where.
+            memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
             undo.callback(memory.close)
-            line, capacity = self._lines.start(preparation.report, config=config, interruption=preparation.interruption)
+            line, capacity = self._lines.start(
+                preparation.report, config=config, interruption=preparation.interruption, quarters=quarters
+            )
             undo.callback(end, line)
             memory.take(line.told)
             if config.executor.worker_extension_cls is not None:
                 _tell_extension(line.executor, resize.before)
             undo.pop_all()
-            return NextLine(config, line, capacity, memory)
+            return NextLine(config, line, capacity, memory, quarters)
+
+    def _find_room(
+        self, config: Config, before: Size, pids: Iterable[int], preparation: Preparation
+    ) -> Quarters | None:
+        """On this host, or places on the nodes of a cluster, whose memory only the start can tell. Raises ConfigError
+        that says what is missing."""
+        if config.executor.launcher == "local":
+            check_memory(config, before, pids)
+        try:
+            return self._lines.find_quarters(config, preparation.report, shares=shares_devices(config))
+        except PlacementError as error:
+            raise no_places(config, before, error) from error
 
     def _ask_for_a_sign_of_life(self, preparation: Preparation) -> None:
         """Ranks of a line that is ready may die like any others. Waits for nobody."""

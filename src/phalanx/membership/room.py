@@ -1,17 +1,25 @@
-"""Whether this host has room for a line of another size, found out before any process of it is started."""
+"""Whether there is room for a line of another size, on this host or on a cluster's nodes, found out before any process
+of it is started."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from phalanx.config import Config
-from phalanx.errors import ConfigError
+from phalanx.errors import ConfigError, PlacementError
 from phalanx.executor.platform import num_cores, visible_gpus
 from phalanx.membership.resize import Size
 from phalanx.memory.host import bytes_of_family, free_host_bytes
 
 MOST_OF_TWO = 0.5
 """Share of a GPU's memory that a line may take, for another one to be prepared beside it."""
+
+
+def shares_devices(config: Config) -> bool:
+    """Whether ranks of two lines have room beside each other on a device."""
+    cache = config.cache
+    has_gpus = config.executor.device == "cuda"
+    return not has_gpus or cache.kv_cache_memory is not None or cache.gpu_memory_utilization <= MOST_OF_TWO
 
 
 def check_devices(config: Config, before: Size) -> None:
@@ -46,16 +54,27 @@ def check_memory(config: Config, before: Size, pids: Iterable[int]) -> None:
 
 
 def _check_gpus(config: Config, before: Size) -> None:
-    ranks, gpus, share = config.parallel.world_size, len(visible_gpus()), config.cache.gpu_memory_utilization
+    ranks, gpus = config.parallel.world_size, len(visible_gpus())
     if ranks > gpus:
         raise _no_room(config, before, f"{ranks} GPUs are needed and {gpus} can be used")
-    if config.cache.kv_cache_memory is None and share > MOST_OF_TWO:
-        raise _no_room(
-            config,
-            before,
-            f"ranks are prepared beside those that serve, and either take gpu_memory_utilization ({share:g}) of a GPU: "
-            f"start with {MOST_OF_TWO:g} or less, or with kv_cache_memory",
-        )
+    if not shares_devices(config):
+        raise _no_room(config, before, f"ranks are prepared beside those that serve, and {_how_to_share(config)}")
+
+
+def no_places(config: Config, before: Size, error: PlacementError) -> ConfigError:
+    """What the nodes of a cluster have too little of."""
+    if shares_devices(config):
+        counted = "what the ranks that serve have of ours counts as free here"
+    else:
+        counted = f"what the ranks that serve have is not free for those that take over, since {_how_to_share(config)}"
+    return _no_room(config, before, f"{error.complaint} ({counted})\n{error.table}")
+
+
+def _how_to_share(config: Config) -> str:
+    return (
+        f"either take gpu_memory_utilization ({config.cache.gpu_memory_utilization:g}) of a GPU: start with "
+        f"{MOST_OF_TWO:g} or less, or with kv_cache_memory"
+    )
 
 
 def _no_room(config: Config, before: Size, allowed: str) -> ConfigError:

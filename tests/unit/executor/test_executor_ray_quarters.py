@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.ray import agents as agents_module
 from phalanx.executor.ray import quarters as module
 from phalanx.executor.ray.agents import Agents
+from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.quarters import Quarters
 from phalanx.executor.ray.reservation import Reservation, busy_places
 from phalanx.topology.placement import Demand, Node, Place
@@ -26,6 +27,10 @@ GAMMA = Node("c", "gamma", "10.0.0.3", 1, 1)
 DEMAND = Demand("CPU", 1.0, False)
 GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "f00"))
 FREE = {"a": {"CPU_group_0_f00": 1.0}, "b": {"CPU_group_1_f00": 1.0}}
+
+
+def berths(places: Sequence[Place]) -> tuple[Berth, ...]:
+    return tuple(Berth(GROUP, place.bundle, place.node_id) for place in places)
 
 
 class Cluster:
@@ -47,7 +52,7 @@ class Cluster:
             raise PlacementError("there is room for 1", "a table")
         nodes = {node.node_id: node for node in self.alive}
         places = tuple(Place(rank, node_id, bundle=rank) for rank, node_id in enumerate(nodes))
-        return Reservation(GROUP, places, nodes, DEMAND)
+        return Reservation(places, berths(places), nodes, DEMAND)
 
     def __enter__(self) -> Cluster:
         return self
@@ -203,7 +208,7 @@ def test_no_other_node(cluster: Cluster, hire: Callable[..., Any]) -> None:
 
 
 def test_nobody_comes_any_more(cluster: Cluster, hire: Callable[..., Any]) -> None:
-    hire.quarters.vacate()  # type: ignore[attr-defined]
+    hire.quarters.kill()  # type: ignore[attr-defined]
     with pytest.raises(StartError, match="the engine ends"):
         hire()
 
@@ -215,7 +220,8 @@ def test_without_rays_head(hire: Callable[..., Any], monkeypatch: pytest.MonkeyP
 
 
 def test_a_part_of_a_bundle_is_not_enough() -> None:
-    reservation = Reservation(GROUP, (Place(0, "a", 0),), {"a": ALPHA}, DEMAND)
+    places = (Place(0, "a", 0),)
+    reservation = Reservation(places, berths(places), {"a": ALPHA}, DEMAND)
     for free, is_busy in ((0.5, True), (0.99995, False)):
         connection: Any = SimpleNamespace(free=lambda free=free: {"a": {"CPU_group_0_f00": free}})
         assert bool(busy_places(connection, reservation)) == is_busy

@@ -1,5 +1,5 @@
 """What the ranks of an engine have of Ray, whatever line they are of: the connection, a bundle for each rank with an
-actor in it, and the agents of the other nodes."""
+actor in it, and the agents of the other nodes. Lines of another grid have quarters of their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from phalanx.executor.executor import OnProgress
 from phalanx.executor.platform import torch_has_cuda
 from phalanx.executor.ray.agents import Agents
 from phalanx.executor.ray.assignment import PlacedRank
+from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.connection import Connection, connect
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.holding import NodesHolder
@@ -37,10 +38,15 @@ log = logging.getLogger("phalanx.executor")
 
 
 class Quarters:
-    """`hire` is for any thread, `vacate` too; all else for the one that closes them. A context manager."""
+    """`hire` is for any thread, `kill` and `avoid` too; all else for the one that closes them. A context manager."""
 
-    def __init__(self, config: Config, on_progress: OnProgress) -> None:
-        """Connect to Ray and find a bundle for each rank. Raises ConfigError, PlacementError, StartError."""
+    def __init__(
+        self, config: Config, on_progress: OnProgress, *, beside: Sequence[Berth] = (), shares: bool = True
+    ) -> None:
+        """Connect to Ray and find a bundle for each rank. Raises ConfigError, PlacementError, StartError.
+
+        `beside` and `shares` are as for `reserve`.
+        """
         self._grid = Grid.of(config.parallel)
         self._staff: Staff | None = None
         self._hiring = threading.Lock()
@@ -57,7 +63,7 @@ class Quarters:
             """With its device settled."""
             self.config.check()
             self._bundles = stack.enter_context(ExitStack())
-            self.reservation = self._reserve()
+            self.reservation = self._reserve(beside, shares)
             self.agents = Agents(config.cluster)
             stack.callback(self._end_actors)
             self._resources = stack.pop_all()
@@ -114,13 +120,18 @@ class Quarters:
         """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
         return self._staff.has_ray if self._staff is not None else ray.is_initialized()
 
+    @property
+    def avoided(self) -> tuple[str, ...]:
+        """Names of nodes that no rank is to come to from now on."""
+        return self.config.cluster.avoid_nodes
+
     def avoid(self, nodes: tuple[str, ...]) -> None:
-        """Ranks that are placed from now on are to come to other nodes than these. For any thread."""
+        """Ranks that are placed from now on are to come to other nodes than these."""
         cluster = msgspec.structs.replace(self.config.cluster, avoid_nodes=nodes)
         self.config = msgspec.structs.replace(self.config, cluster=cluster)
 
-    def vacate(self) -> None:
-        """Have what is under way here fail, and nobody come any more. For any thread."""
+    def kill(self) -> None:
+        """Have all ranks of all lines killed, and what is under way here fail; nobody comes any more."""
         self._is_vacated = True
         self._end_actors()
 
@@ -229,9 +240,10 @@ class Quarters:
                     raise StartError(where, "placing", cause) from error
             time.sleep(min(MOVE_POLL_S, deadline.remaining_s))
 
-    def _reserve(self) -> Reservation:
+    def _reserve(self, beside: Sequence[Berth] = (), shares: bool = True) -> Reservation:
+        device = self.config.executor.device
         reservation = reserve(
-            self._connection, self.config, self._grid, self.config.executor.device, ownership=self._bundles
+            self._connection, self.config, self._grid, device, self._bundles, beside=beside, shares=shares
         )
         for group in split_groups(self._grid, reservation.places):
             log.warning(

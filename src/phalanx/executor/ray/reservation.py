@@ -1,9 +1,11 @@
-"""Bundles for the ranks: of a placement group that exists, or of one made for this run on the nodes that we chose."""
+"""Bundles for the ranks: of a placement group that exists, or made for this run on the nodes that we chose."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,6 +24,7 @@ from ray.util.placement_group import (
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, PlacementError
+from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.connection import Connection
 from phalanx.executor.ray.probe import answers
 from phalanx.topology.grid import Grid
@@ -39,6 +42,8 @@ from phalanx.topology.placement import (
 SETTLE_S = 3.0
 """What a run or its user has just let go of, or made, shows after a moment only."""
 POLL_S = 0.05
+COLLISION_S = 0.5
+"""Two engines that have each taken a part of what both need let go, and begin again at different times within this."""
 NEXT_TO_NOTHING = 1e-4
 """Ray counts in ten thousandths."""
 
@@ -50,25 +55,40 @@ log = logging.getLogger("phalanx.executor")
 class Reservation(NamedTuple):
     """A bundle for each rank."""
 
-    group: PlacementGroup
     places: tuple[Place, ...]
+    berths: tuple[Berth, ...]
+    """In rank order."""
     nodes: Mapping[str, Node]
     """By their ids."""
     demand: Demand
 
 
-def reserve(connection: Connection, config: Config, grid: Grid, device: str, ownership: ExitStack) -> Reservation:
-    """Find a bundle for each rank, in the placement group that the configuration names, in the current one, or in a new
-    one, which goes with `ownership`.
+def reserve(
+    connection: Connection,
+    config: Config,
+    grid: Grid,
+    device: str,
+    ownership: ExitStack,
+    *,
+    beside: Sequence[Berth] = (),
+    shares: bool = True,
+) -> Reservation:
+    """Find a bundle for each rank: in the placement group that the configuration names, in the current one, or one that
+    is made for it and goes with `ownership`.
+
+    `beside` are those of ranks that the new ones are to take over from. With `shares` they have them too, if they are
+    ours, and what is new is only what is missing then.
 
     Raises PlacementError if the ranks do not fit, at once if they would not fit into the cluster even if it were empty;
     ConfigError.
     """
     demand = Demand.on(device, config.cluster.ray_per_worker_gpus)
-    existing = _existing(config)
+    is_in_existing = bool(beside) and not beside[0].is_ours
+    existing = beside[0].group if is_in_existing else _existing(config)
     if existing is not None:
         return _settled(lambda: _in_existing(connection, config, grid, demand, existing))
-    return _settled(lambda: _in_new(connection, config, grid, demand, ownership))
+    shared = beside if shares else ()
+    return _settled(lambda: _in_new(connection, config, grid, demand, ownership, shared))
 
 
 def _settled(attempt: Callable[[], Reservation]) -> Reservation:
@@ -91,7 +111,14 @@ class _NotYetError(Exception):
         self.failure = failure
 
 
-def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, ownership: ExitStack) -> Reservation:
+def _in_new(
+    connection: Connection,
+    config: Config,
+    grid: Grid,
+    demand: Demand,
+    ownership: ExitStack,
+    beside: Sequence[Berth],
+) -> Reservation:
     if config.cluster.ray_bundle_indices is not None:
         allowed = "only with a placement group that exists"
         raise ConfigError("ray_bundle_indices", config.cluster.ray_bundle_indices, allowed)
@@ -102,7 +129,11 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
         may_split=config.cluster.allow_split_tensor_parallel,
         num_local=config.parallel.data_parallel_size_local,
     )
-    nodes = avoiding(connection.nodes(demand.resource), config.cluster.avoid_nodes)
+    own = Counter(berth.node_id for berth in beside)
+    nodes = [
+        node._replace(free=node.free + own[node.node_id] * demand.per_rank)
+        for node in avoiding(connection.nodes(demand.resource), config.cluster.avoid_nodes)
+    ]
     try:
         places = choose(nodes)
     except PlacementError as error:
@@ -110,29 +141,51 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
         if _succeeds(lambda: choose(emptied)):
             raise _NotYetError(error) from error
         raise
-    group = placement_group(
-        [{demand.resource: demand.per_rank} for _ in places],
-        strategy="PACK",
-        bundle_label_selector=[{"ray.io/node-id": place.node_id} for place in places],
-    )
     with ExitStack() as undo:
-        undo.callback(_remove, group)
-        if not group.wait(SETTLE_S):
+        berths = _claim(places, demand, beside, undo)
+        if not all(berth.is_shared or berth.group.wait(SETTLE_S) for berth in berths):
+            undo.close()
+            time.sleep(random.uniform(0.0, COLLISION_S))
             complaint = "what the ranks need was taken by somebody else in this moment"
             raise _NotYetError(PlacementError(complaint, _free_table(demand, nodes)))
         ownership.push(undo.pop_all())
-    return Reservation(group, places, {node.node_id: node for node in nodes}, demand)
+    return Reservation(places, berths, {node.node_id: node for node in nodes}, demand)
+
+
+def _claim(places: Sequence[Place], demand: Demand, beside: Sequence[Berth], undo: ExitStack) -> tuple[Berth, ...]:
+    """A berth for each, which goes with `undo`: one of those beside while there are any on its node, else a new one,
+    which Ray may still be making.
+
+    Each is a placement group, so that each can be given back: Ray cannot take a bundle out of a group.
+    """
+    left, berths = list(beside), []
+    for place in places:
+        berth = next((berth for berth in left if berth.node_id == place.node_id and berth.share()), None)
+        if berth is None:
+            berth = _asked_for(place, demand)
+        else:
+            left.remove(berth)
+        undo.callback(berth.let_go)
+        berths.append(berth)
+    return tuple(berths)
+
+
+def _asked_for(place: Place, demand: Demand) -> Berth:
+    group = placement_group(
+        [{demand.resource: demand.per_rank}], bundle_label_selector=[{"ray.io/node-id": place.node_id}]
+    )
+    return Berth(group, 0, place.node_id, partial(_remove, group))
 
 
 def busy_places(connection: Connection, reservation: Reservation) -> list[Place]:
     """Those whose bundle an actor has that is still ending, as far as Ray's head knows by now."""
-    demand, group_id, free = reservation.demand, reservation.group.id.hex(), connection.free()
+    demand, free = reservation.demand, connection.free()
 
-    def is_free(place: Place) -> bool:
-        resource = f"{demand.resource}_group_{place.bundle}_{group_id}"
-        return free.get(place.node_id, {}).get(resource, 0.0) >= demand.per_rank - NEXT_TO_NOTHING
+    def is_free(berth: Berth) -> bool:
+        left = free.get(berth.node_id, {}).get(berth.resource(demand.resource), 0.0)
+        return left >= demand.per_rank - NEXT_TO_NOTHING
 
-    return [place for place in reservation.places if not is_free(place)]
+    return [place for place in reservation.places if not is_free(reservation.berths[place.rank])]
 
 
 def _remove(group: PlacementGroup) -> None:
@@ -177,7 +230,8 @@ def _in_existing(
         if _succeeds(lambda: choose([_emptied(bundle, entry, demand) for bundle in bundles])):
             raise _NotYetError(error) from error
         raise
-    return Reservation(group, places, {node.node_id: node for node in nodes}, demand)
+    berths = tuple(Berth(group, place.bundle, place.node_id) for place in places)
+    return Reservation(places, berths, {node.node_id: node for node in nodes}, demand)
 
 
 def _bundles(
@@ -202,7 +256,8 @@ def _free_in_bundle(
 ) -> float:
     if not entry["bundles"][index].get(demand.resource):
         return 0.0
-    return connection.free_on(entry["bundles_to_node_id"][index], f"{demand.resource}_group_{index}_{group.id.hex()}")
+    berth = Berth(group, index, entry["bundles_to_node_id"][index])
+    return connection.free_on(berth.node_id, berth.resource(demand.resource))
 
 
 def _existing(config: Config) -> PlacementGroup | None:

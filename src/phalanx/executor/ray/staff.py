@@ -80,8 +80,9 @@ class Staff:
             calls[actor.introduce.remote()] = self.rank_name(place)
         for node_id, agent in self.agents.items():
             calls[agent.introduce.remote()] = self.agent_name(node_id)
-        answers = answers_to(calls, "starting", deadline.remaining_s)
-        self._said = [msgspec.msgpack.decode(answer, type=Introduction) for answer in answers]
+        said = [_decode(answer) for answer in answers_to(calls, "starting", deadline.remaining_s)]
+        of_ranks, of_agents = said[: len(places)], said[len(places) :]
+        self._said = [*map(self._with_devices, places, of_ranks), *of_agents]
         self._place()
 
     def absent(self) -> list[Place]:
@@ -116,7 +117,7 @@ class Staff:
             self.dismiss(places)
             raise
         for place, answer in zip(places, answers, strict=True):
-            self._said[place.rank] = msgspec.msgpack.decode(answer, type=Introduction)
+            self._said[place.rank] = self._with_devices(place, _decode(answer))
         self._place()
         for was, now in zip(before, self.placed, strict=True):
             if was.devices != now.devices:
@@ -146,6 +147,12 @@ class Staff:
             for actor in self.ranks:
                 ray.kill(actor)
 
+    def _with_devices(self, place: Place, said: Introduction) -> Introduction:
+        """As Ray has given them to the actor that asked for what is in the bundle, whoever's it is."""
+        berth = self.reservation.berths[place.rank]
+        berth.devices = said.devices or berth.devices
+        return msgspec.structs.replace(said, devices=berth.devices)
+
     def _place(self) -> None:
         places, nodes = self.reservation.places, self.reservation.nodes
         of_node = {one.node_id: one.addresses for one in self._said}
@@ -157,19 +164,24 @@ class Staff:
         self.placed = assign(self._grid, places, self._said[: len(places)], nodes, addresses)
 
     def _make(self, place: Place) -> Any:
-        demand = self.reservation.demand
+        demand, berth = self.reservation.demand, self.reservation.berths[place.rank]
+        amount = 0 if berth.is_shared else demand.per_rank
         replica, stage, tp_rank = self._grid.coordinates(place.rank)
         actor: Any = ray.remote(RankActor)
         return actor.options(
             name=f"phalanx-{self._instance}-rank{place.rank}-dp{replica}-pp{stage}-tp{tp_rank}",
-            num_cpus=0 if demand.is_device else demand.per_rank,
-            num_gpus=demand.per_rank if demand.is_device else 0,
+            num_cpus=0 if demand.is_device else amount,
+            num_gpus=amount if demand.is_device else 0,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=MOST_CALLS,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.reservation.group, place.bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(berth.group, berth.index),
             runtime_env=runtime_env(self._cluster),
         ).remote()
+
+
+def _decode(answer: bytes) -> Introduction:
+    return msgspec.msgpack.decode(answer, type=Introduction)
 
 
 def addresses_of(
