@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from formation_rig import Rig, kill
-from resize_rig import once, pids_that_come, run_through
+from formation_rig import READY_WITHIN_S, Rig, kill
+from resize_rig import run_through
 
 ray = pytest.importorskip("ray")
 
@@ -28,10 +28,12 @@ from phalanx import LLM  # noqa: E402
 from phalanx.cli import main  # noqa: E402
 from phalanx.config import Config  # noqa: E402
 from phalanx.errors import ConfigError, HungError, PeerDiedError, PlacementError, StartError, WorkerError  # noqa: E402
+from phalanx.executor.deadline import Deadline  # noqa: E402
 from phalanx.executor.ray.calls import answers_to  # noqa: E402
 from phalanx.executor.ray.discovery import running_rays  # noqa: E402
 from phalanx.executor.ray.messages import NodeOrder  # noqa: E402
 from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
+from phalanx.executor.ray.quarters import Quarters  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
 from phalanx.membership.resize import Size  # noqa: E402
 from phalanx.protocol import SamplingParams  # noqa: E402
@@ -193,6 +195,19 @@ def test_each_rank_has_a_gpu_of_its_own(cluster: None) -> None:
     assert [(rank.local_rank, rank.devices) for rank in placed] == [(0, ("0", "1")), (1, ("0", "1"))]
 
 
+def test_a_rank_that_shares_a_bundle_has_its_gpu(cluster: None) -> None:
+    """And Ray has given no other one for it."""
+    config = gpu_config()
+    config = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, tensor_parallel_size=1))
+    with Quarters(config, lambda _: None) as first:
+        (before,) = first.survey(lambda _: None, Deadline(READY_WITHIN_S))
+        with Quarters(config, lambda _: None, beside=first.reservation.berths) as second:
+            (after,) = second.survey(lambda _: None, Deadline(READY_WITHIN_S))
+            assert ray.available_resources()["GPU"] == 1
+        assert len(bundles()) == 1
+    assert after.devices == before.devices and after.pid != before.pid
+
+
 def test_two_ranks_that_ray_puts_on_one_gpu_are_an_error(cluster: None) -> None:
     with pytest.raises(PlacementError, match=r"Ray has given GPU 0 of .* to more than one rank"):
         survey(gpu_config(ray_per_worker_gpus=0.4))
@@ -351,26 +366,18 @@ def test_faults_are_healed(cluster: None, checkpoint: Path, tmp_path: Path) -> N
 
 
 def resize_and_heal(rig: Rig) -> None:
-    """From two ranks to one in a bundle that is there, and back; undone first, and healed after it."""
-    actors, groups = ranks(), bundles()
-
-    def harm() -> bool:
-        for pid in pids_that_come(rig).values():
-            os.kill(pid, signal.SIGKILL)
-            return True
-        return False
-
-    assert run_through(rig, Size(1, 1), once(harm)).ending == "failed"
+    """From two ranks to one in a bundle that is there; undone first, while its actor comes, and healed after it."""
+    actors, before = ranks(), bundles()
+    assert run_through(rig, Size(1, 1), lambda resizing: resizing.cancel(7)).ending == "cancelled"
     wait_until(lambda: ranks() == actors, GONE_WITHIN_S)
-    assert bundles() == groups and len(groups) == 2
-    for num_ranks in (1, 2):
-        assert run_through(rig, Size(1, num_ranks)).ending == "done"
-        wait_until(lambda count=num_ranks: len(ranks()) == len(bundles()) == count, GONE_WITHIN_S)  # type: ignore[misc]
-        assert len(bundles() & groups) == 1
+    assert bundles() == before and len(before) == 2
+    assert run_through(rig, Size(1, 1)).ending == "done"
+    wait_until(lambda: len(bundles()) == 1, GONE_WITHIN_S)
+    wait_until(lambda: len(ranks()) == 1, GONE_WITHIN_S)
+    assert bundles() < before and ranks()[0] not in actors
     rig.errors.clear()
-    assert rig.run(kill(ranks()[0].pid, signal.SIGKILL)) == rig.expected
+    assert rig.run(kill(rig.pids()[0], signal.SIGKILL)) == rig.expected
     assert rig.errors == [PeerDiedError]
-    assert ray.available_resources().get("CPU") == NUM_CPUS - 2
 
 
 def bundles() -> set[str]:

@@ -50,6 +50,9 @@ class Resize:
     def is_over(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
 
+    def __str__(self) -> str:
+        return f"from {self.before} to {self.asked}" if self.asked != self.before else f"of {self.before} to other nodes"
+
 
 class Resizing:
     """All resizes of one formation, one at a time. Each method is something that has happened."""

@@ -183,7 +183,7 @@ class Resizer:
         if config.executor.launcher == "local":
             check_devices(config, self._resizing.size)
         resize = self._resizing.begin(asked)
-        log.info("resize from %s to %s: ranks are prepared beside those that serve", resize.before, asked)
+        log.info("resize %s: ranks are prepared beside those that serve", resize)
         self._answer, self._next_work = None, next_work
         self._preparation = Preparation(partial(self._prepare, config, resize, tuple(pids)))
         return resize
@@ -305,7 +305,7 @@ class Resizer:
         resize, self._preparation = self._resizing.current, None
         self._resizing.undone()
         assert resize is not None
-        log.warning("resize from %s to %s: %s%s", resize.before, resize.asked, resize.state, _because(resize.error))
+        log.warning("resize %s: %s%s", resize, resize.state, _because(resize.error))
 
 
 def _tell_extension(executor: Executor, before: Size) -> None:

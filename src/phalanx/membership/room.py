@@ -64,7 +64,7 @@ def _check_gpus(config: Config, before: Size) -> None:
 def no_places(config: Config, before: Size, error: PlacementError) -> ConfigError:
     """What the nodes of a cluster have too little of."""
     if shares_devices(config):
-        counted = "what the ranks that serve have of ours counts as free here"
+        counted = "bundles of Phalanx's own that the ranks that serve have count as free here"
     else:
         counted = f"what the ranks that serve have is not free for those that take over, since {_how_to_share(config)}"
     return _no_room(config, before, f"{error.complaint} ({counted})\n{error.table}")

@@ -90,8 +90,7 @@ class World(NamedTuple):
             has_experts=parallel.enable_expert_parallel,
             shares_groups=max(together.values(), default=0) > 1,
             has_connections=config.executor.collective_backend == "gloo" and config.executor.launcher != "ray",
-            can_shrink=config.executor.launcher != "ray"
-            and max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1,
+            can_shrink=max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1,
         )
 
     @classmethod
