@@ -44,24 +44,23 @@ class LockstepDraining:
         self._check_now()  # finding it takes a second
         if not self._client.nodes:
             raise ResizeRefusedError("the engine has just begun and has not told yet where its ranks are")
-        avoided = self._avoided
-        self._client.avoid((*(known for known in avoided if known != name), name))
+        is_news = name not in self._avoided
+        self._client.avoid((*self._others(name), name))
         try:
             moving = await self._begin_to_move(name)
-            return await begun(self._see_through(name, avoided, moving))
+            return await begun(self._see_through(name, moving, is_news=is_news))
         except BaseException:
-            self._client.avoid(avoided)
+            self._restore(name, is_news)
             raise
 
     async def undo(self, node: str) -> None:
         """Let ranks come to a node again. Raises RequestError, ResizeRefusedError."""
         self._check_now()
         if node in self._avoided:  # it may not be in the cluster any more
-            left = [known for known in self._avoided if known != node]
+            self._client.avoid(self._others(node))
         else:
             found = await self._find(node)
-            left = [known for known in self._avoided if not found.is_called(known)]
-        self._client.avoid(tuple(left))
+            self._client.avoid(tuple(known for known in self._avoided if not found.is_called(known)))
         log.info("node %s is of use again", node)
 
     async def close(self) -> None:
@@ -77,19 +76,27 @@ class LockstepDraining:
         except ConfigError as error:
             raise ConfigError("node", name, f"other nodes have no room for all ranks: {error.allowed}") from error
 
-    async def _see_through(self, name: str, avoided: tuple[str, ...], moving: asyncio.Task[None] | None) -> None:
+    async def _see_through(self, name: str, moving: asyncio.Task[None] | None, *, is_news: bool) -> None:
         """If it fails, or is cancelled, all is as before."""
         try:
             if moving is not None:
                 await moving
         except BaseException:
-            self._client.avoid(avoided)
+            self._restore(name, is_news)
             raise
         log.info("node %s is drained: no rank is there any more", name)
 
     async def _find(self, node: str) -> Node:
         """Raises RequestError, ResizeRefusedError."""
         return node_called(node, await nodes_for_resize(self._census, "CPU") if self._has_cluster else None)
+
+    def _restore(self, name: str, is_news: bool) -> None:
+        """Let ranks come there again, if they might before."""
+        if is_news:
+            self._client.avoid(self._others(name))
+
+    def _others(self, name: str) -> tuple[str, ...]:
+        return tuple(known for known in self._avoided if known != name)
 
     @property
     def _avoided(self) -> tuple[str, ...]:

@@ -112,8 +112,8 @@ def test_a_placement_group_is_removed_only_while_somebody_answers(monkeypatch: p
         context = SimpleNamespace(gcs_address=address)
         fake = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
         monkeypatch.setattr(reservation, "ray", fake)
-        reservation._remove("first")  # type: ignore[arg-type]
-    reservation._remove("second")  # type: ignore[arg-type]
+        reservation._remove(["first"])  # type: ignore[list-item]
+    reservation._remove(["second"])  # type: ignore[list-item]
     assert removed == ["first"]
 
 

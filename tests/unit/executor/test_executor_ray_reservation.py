@@ -49,6 +49,10 @@ class Cluster:
         self.groups.append(group)
         return group
 
+    def remove(self, groups: list[Any]) -> None:
+        for group in groups:
+            self.groups.remove(group)
+
     def homes(self) -> str:
         """Of the bundles that there are."""
         return "".join(sorted(group.home for group in self.groups))
@@ -58,7 +62,7 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster(a=2, b=2, c=2)
     monkeypatch.setattr(module, "placement_group", found.placement_group)
-    monkeypatch.setattr(module, "_remove", found.groups.remove)
+    monkeypatch.setattr(module, "_remove", found.remove)
     monkeypatch.setattr(module, "_existing", lambda _: None)
     monkeypatch.setattr(module, "SETTLE_S", 0.0)
     monkeypatch.setattr(module, "COLLISION_S", 0.0)
@@ -150,7 +154,7 @@ def test_an_actor_in_a_shared_bundle_asks_for_nothing_and_has_the_devices_that_a
     )
     monkeypatch.setattr(staff_module, "PlacementGroupSchedulingStrategy", lambda *where: where)
     group: Any = SimpleNamespace()
-    berths = (Berth(group, 0, "a", lambda: None), Berth(group, 1, "a", lambda: None))
+    berths = (Berth(group, 0, "a", is_ours=True), Berth(group, 1, "a", is_ours=True))
     berths[0].devices = ("3",)
     assert berths[0].share()
     places = (Place(0, "a", 0), Place(1, "a", 1))

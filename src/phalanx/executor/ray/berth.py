@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 from ray.util.placement_group import PlacementGroup
 
@@ -11,24 +10,17 @@ from ray.util.placement_group import PlacementGroup
 class Berth:
     """Has one user at first. For any thread, but for `devices`, which belong to the staff that came first."""
 
-    def __init__(
-        self, group: PlacementGroup, index: int, node_id: str, remove: Callable[[], None] | None = None
-    ) -> None:
-        """`remove` gives it back to Ray; None if it is in somebody else's placement group, and stays there."""
+    def __init__(self, group: PlacementGroup, index: int, node_id: str, *, is_ours: bool = False) -> None:
         self.group = group
         self.index = index
         """In the group."""
         self.node_id = node_id
         self.devices: tuple[str, ...] = ()
         """Physical ids, once an actor has been given them with the bundle."""
-        self._remove = remove
+        self.is_ours = is_ours
+        """Whether the group was made for it: then nobody else can put anything there, whatever our actors ask for."""
         self._num_users = 1
         self._changing = threading.Lock()
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether nobody else can put anything there, whatever of it our actors ask for."""
-        return self._remove is not None
 
     @property
     def is_shared(self) -> bool:
@@ -43,13 +35,11 @@ class Berth:
             self._num_users += 1
             return True
 
-    def let_go(self) -> None:
-        """One user less; with the last one it is given back."""
+    def let_go(self) -> bool:
+        """One user less; whether that was the last one."""
         with self._changing:
             self._num_users -= 1
-            is_last = not self._num_users
-        if is_last and self._remove is not None:
-            self._remove()
+            return not self._num_users
 
     def resource(self, name: str) -> str:
         """What Ray calls the part of its node's resource `name` that is in the bundle."""

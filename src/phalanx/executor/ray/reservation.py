@@ -158,14 +158,15 @@ def _claim(places: Sequence[Place], demand: Demand, beside: Sequence[Berth], und
 
     Each is a placement group, so that each can be given back: Ray cannot take a bundle out of a group.
     """
-    left, berths = list(beside), []
+    left = list(beside)
+    berths: list[Berth] = []
+    undo.callback(_let_go, berths)
     for place in places:
         berth = next((berth for berth in left if berth.node_id == place.node_id and berth.share()), None)
         if berth is None:
             berth = _asked_for(place, demand)
         else:
             left.remove(berth)
-        undo.callback(berth.let_go)
         berths.append(berth)
     return tuple(berths)
 
@@ -174,7 +175,12 @@ def _asked_for(place: Place, demand: Demand) -> Berth:
     group = placement_group(
         [{demand.resource: demand.per_rank}], bundle_label_selector=[{"ray.io/node-id": place.node_id}]
     )
-    return Berth(group, 0, place.node_id, partial(_remove, group))
+    return Berth(group, 0, place.node_id, is_ours=True)
+
+
+def _let_go(berths: Sequence[Berth]) -> None:
+    """Give those back that nobody else has."""
+    _remove([berth.group for berth in berths if berth.let_go()])
 
 
 def busy_places(connection: Connection, reservation: Reservation) -> list[Place]:
@@ -188,14 +194,15 @@ def busy_places(connection: Connection, reservation: Reservation) -> list[Place]
     return [place for place in reservation.places if not is_free(reservation.berths[place.rank])]
 
 
-def _remove(group: PlacementGroup) -> None:
-    if not ray.is_initialized():  # it is gone, and the call would start another Ray
+def _remove(groups: Sequence[PlacementGroup]) -> None:
+    if not groups or not ray.is_initialized():  # Ray is gone, and the call would start another one
         return
     head = ray.get_runtime_context().gcs_address
     if not answers(head):  # the call would not return before Ray ends this process
-        log.warning("Ray's head at %s does not answer: a placement group ends only with this process's job", head)
+        log.warning("Ray's head at %s does not answer: placement groups end only with this process's job", head)
         return
-    remove_placement_group(group)
+    for group in groups:
+        remove_placement_group(group)
 
 
 def _succeeds(attempt: Callable[[], object]) -> bool:
