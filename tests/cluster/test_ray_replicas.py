@@ -1,4 +1,4 @@
-"""Replicas over several real Ray nodes: in lockstep and sharing experts, which may move together, or each an engine of its
+"""Replicas over several real Ray nodes: in lockstep and sharing experts, which move together, or each an engine of its
 own."""
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Resize:
         return self.state in ("done", "failed", "cancelled")
 
     def __str__(self) -> str:
-        return f"from {self.before} to {self.asked}" if self.asked != self.before else f"of {self.before} to other nodes"
+        is_move = self.asked == self.before
+        return f"of {self.before} to other nodes" if is_move else f"from {self.before} to {self.asked}"
 
 
 class Resizing:
