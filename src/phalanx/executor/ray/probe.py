@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 
 import grpc
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -10,14 +12,18 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
-from phalanx.errors import ConfigError, DeadlineError, StartError
-from phalanx.transport.address import connect_to
+from phalanx.errors import ConfigError
 
 DEADLINE_S = 5.0
 LOOK_S = 1.0
 """For one look of many."""
 _QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
+_LACKS_HERE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
+    *(socket.EAI_SYSTEM, socket.EAI_MEMORY),
+)
+"""That no connection was tried, and nothing is known of the other end."""
 _SILENCE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -58,13 +64,14 @@ def answers(address: str) -> bool:
 def is_gone(address: str) -> bool:
     """Whether nobody is at the address of Ray's head any more, or its host cannot be reached.
 
-    One that is only slow, or stopped, is there: its kernel still takes connections.
+    One that is only slow, or stopped, is there: its kernel still takes connections. So is one that cannot be asked, as
+    this process has no descriptors left, or this host no ports.
     """
     host, _, port = address.rpartition(":")
     try:
-        connect_to(host.strip("[]"), int(port), deadline_s=LOOK_S).close()
-    except (StartError, DeadlineError):
-        return True
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+    except OSError as error:
+        return error.errno not in _LACKS_HERE
     return False
 
 
