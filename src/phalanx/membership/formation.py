@@ -28,6 +28,7 @@ from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
+from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
@@ -370,7 +371,7 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
         memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
         lines = stack.enter_context(Lines(config, checkpoint, quarters))
-        line, capacity = lines.start(on_progress, show=presence.show)
+        line, capacity = start_first_line(lines, on_progress, presence.show, config.executor.start_timeout_s)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
             memory.take(line.told)
