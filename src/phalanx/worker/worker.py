@@ -407,7 +407,7 @@ def _device(spec: WorkerSpec) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", spec.local_rank)
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise DeviceRefusedError(f"{error} (GPU {spec.local_rank} of those that it sees)") from error
     torch.cuda.set_device(device)
