@@ -118,7 +118,7 @@ def test_what_this_process_lacks_is_not_the_heads_end(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(probe.socket, "create_connection", fail)
+    monkeypatch.setattr(socket, "create_connection", fail)
     assert is_gone("10.0.0.1:6379") is found
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 
 import grpc
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -13,17 +11,13 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
 from phalanx.errors import ConfigError
+from phalanx.transport.address import is_nobody_at
 
 DEADLINE_S = 5.0
 LOOK_S = 1.0
 """For one look of many."""
 _QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
-_LACKS_HERE = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
-    *(socket.EAI_SYSTEM, socket.EAI_MEMORY),
-)
-"""That no connection was tried, and nothing is known of the other end."""
 _SILENCE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -64,15 +58,10 @@ def answers(address: str) -> bool:
 def is_gone(address: str) -> bool:
     """Whether nobody is at the address of Ray's head any more, or its host cannot be reached.
 
-    One that is only slow, or stopped, is there: its kernel still takes connections. So is one that cannot be asked, as
-    this process has no descriptors left, or this host no ports.
+    One that is only slow, or stopped, is there: its kernel still takes connections.
     """
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
-    except OSError as error:
-        return error.errno not in _LACKS_HERE
-    return False
+    return is_nobody_at(host.strip("[]"), int(port), within_s=LOOK_S)
 
 
 def _ask(address: str, headers: dict[str, str]) -> grpc.StatusCode:
