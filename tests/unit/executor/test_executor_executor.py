@@ -26,6 +26,7 @@ from phalanx.errors import (
 )
 from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.executor.guarding import Guarding
+from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.protocol import (
     Call,
@@ -428,7 +429,7 @@ def issued(step: int, *digests: int) -> bytes:
     writing = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
     writing.begin(step)
     for digest in digests:
-        writing.fold(1, digest)
+        writing.fold(1, rolled(0, digest))
     return writing.leave()
 
 
