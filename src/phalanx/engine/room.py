@@ -50,9 +50,9 @@ class Room:
             return self._joining.seats.complaint_about(number)
         return self._fit(max(size, number + 1), (number,), nodes).complaint
 
-    async def name_of_node(self, name: str) -> str:
-        """What ranks call the node that a user means. Raises RequestError if there is none; else as `check`."""
-        return node_called(name, await self._nodes()).name
+    async def node_called(self, name: str) -> Node:
+        """The one that a user means. Raises RequestError if there is none; else as `check`."""
+        return node_called(name, await self._nodes())
 
     async def close(self) -> None:
         """Keep no process for it."""
