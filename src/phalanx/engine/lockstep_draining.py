@@ -15,11 +15,14 @@ from phalanx.config import Config
 from phalanx.engine.asked_resize import AskedResizes
 from phalanx.engine.awaiting import begun
 from phalanx.engine.census import Census, node_called, nodes_for_resize
-from phalanx.errors import ConfigError, ResizeRefusedError
+from phalanx.errors import ConfigError, ResizeError, ResizeRefusedError
 from phalanx.topology.placement import Node
 
 if TYPE_CHECKING:
     from phalanx.engine.client import EngineClient
+
+LOOK_S = 0.05
+"""How often it is looked whether the engine has said so."""
 
 log = logging.getLogger("phalanx.engine")
 
@@ -79,12 +82,19 @@ class LockstepDraining:
     async def _see_through(self, name: str, moving: asyncio.Task[None] | None, *, is_news: bool) -> None:
         """If it fails, or is cancelled, all is as before."""
         try:
-            if moving is not None:
-                await moving
+            await (self._until_avoided(name) if moving is None else moving)
         except BaseException:
             self._restore(name, is_news)
             raise
         log.info("node %s is drained: no rank is there any more", name)
+
+    async def _until_avoided(self, name: str) -> None:
+        """Wait until the engine says that no rank is there, nor comes: some that are just being healed may have got
+        places before it was told. Raises ResizeError if they have."""
+        while not self._client.has_left(name):
+            if name in self._client.nodes:
+                raise ResizeError(f"ranks that were being healed have just come to node {name}: drain it again")
+            await asyncio.sleep(LOOK_S)
 
     async def _find(self, node: str) -> Node:
         """Raises RequestError, ResizeRefusedError."""

@@ -54,7 +54,7 @@ class NextLine(NamedTuple):
     capacity: Capacity
     memory: FormationMemory
     """What it leaves."""
-    quarters: Quarters | None
+    quarters: Quarters | None = None
     """With Ray, where it is."""
 
     def close(self) -> None:
