@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import BlockPool, Blocks
-from phalanx.engine.prefix_cache import PrefixCache, extend_digests
+from phalanx.engine.prefix_cache import ROOT, PrefixCache, extend_digests
 from phalanx.engine.request import Request
 from phalanx.protocol import Ints, NewRequest, ints
 
@@ -33,6 +34,26 @@ class Replica:
         num_full = (len(request.token_ids) - 1) // self._block_size
         extend_digests(request.digests, request.token_ids, self._block_size, num_full)
         return np.array(self.cache.find(request.digests[:num_full]), dtype=np.int32)
+
+    def take_tail(self, request: Request, num_full: int) -> tuple[Blocks, int]:
+        """The block after so many full ones that were found, if it holds the tokens after these; and how many.
+
+        Never all, as with `find_cached`.
+        """
+        if self._is_prefix_caching:
+            first = num_full * self._block_size
+            rest = request.token_ids[first : first + self._block_size - 1]
+            found = self.cache.find_tail(request.digests[num_full - 1] if num_full else ROOT, rest)
+            if found is not None and self.pool.take_tail(found[0]):
+                return np.array(found[:1], dtype=np.int32), min(found[1], len(request.token_ids) - 1 - first)
+        return np.empty(0, dtype=np.int32), 0
+
+    def keep_tail(self, request: Request, token_ids: NDArray[np.int32], blocks: Blocks) -> None:
+        """Let who goes on after a request that ends find its last block, if that is not full."""
+        num_full = len(token_ids) // self._block_size
+        if self._is_prefix_caching and len(request.digests) >= num_full and len(token_ids) % self._block_size:
+            parent = request.digests[num_full - 1] if num_full else ROOT
+            self.cache.insert_tail(parent, token_ids[num_full * self._block_size :], int(blocks[num_full]))
 
     def requeue(self, requests: Iterable[Request]) -> None:
         """Let requests wait again, among those that wait, in order of arrival."""
