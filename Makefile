@@ -6,8 +6,8 @@ PORT   ?= 8000
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BESIDE    := -n 2 --dist worksteal
-IN_LANES  := -n 2 --dist loadgroup
+BESIDE    := -n 3 --dist worksteal
+IN_LANES  := -n 3 --dist loadgroup
 SAMPLE    := models/SmolLM2-135M-Instruct.gguf
 
 .PHONY: help setup model serve check test bench lint clean

@@ -11,7 +11,9 @@ its own on this host, there is none.
 
 With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
-With a peer, one of vLLM's workers is killed under the same load: when its clients hear of it, and what.
+With a peer, a rank is killed under the same load in both, of the same model: how many clients hear of an error and
+when, how long streams are silent, when a request that is sent after the kill is answered, whether the server ends, and
+what is left of it then.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from typing import Any, NamedTuple
 
 import click
 import httpx
-import psutil
 from serving import MODEL_NAME, START_TIMEOUT_S, Server, free_port, phalanx, running, vllm
 
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, Kind
+from phalanx.testing.holdings import shared_files
 from phalanx.testing.mailbox import Mailbox
 
 KINDS: tuple[Kind, ...] = ("kill", "stop", "error", "skip")
@@ -46,6 +48,19 @@ LOOK_S = 0.02
 EARLIEST, LATEST = 0.1, 0.7
 """When a fault comes, as shares of the time that the streams take without one."""
 PEER_AFTER_S = 0.3
+PEER_SHAPE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+"""Such as both run on two ranks."""
+PEER_KILLS = 2
+"""It has to be started anew after each."""
+HEADS = "| a rank is killed (s) | kills | streams that failed | told after | silence | answers again | ends | left |"
+SERVES_AGAIN_S = 45.0
+"""So long is waited for an answer after a kill."""
 
 
 class Stream(NamedTuple):
@@ -55,6 +70,24 @@ class Stream(NamedTuple):
     gap_s: float
     """The longest between two pieces of text."""
     error: str | None
+    ended_at: float
+
+
+class Killed(NamedTuple):
+    """What clients and operator see of one killed rank, in seconds from the kill."""
+
+    num_failed: int
+    """Streams."""
+    told_s: float
+    """Until the last of those heard of it."""
+    gap_s: float
+    """The longest between two pieces of any stream, or to its error."""
+    again_s: float | None
+    """Until a request was answered that was sent after it; None if none was."""
+    gone_s: float | None
+    """Until the server had ended; None if it had not."""
+    left: list[str]
+    """Of a server that has ended."""
 
 
 class Seen(NamedTuple):
@@ -83,7 +116,8 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> S
                 text += piece["choices"][0]["text"] if piece["choices"] else ""
     except httpx.HTTPError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    return Stream(text, max(gap_s, time.monotonic() - last if error and last else 0.0), error)
+    ended_at = time.monotonic()
+    return Stream(text, max(gap_s, ended_at - last if error and last else 0.0), error, ended_at)
 
 
 async def streams(url: str, num_streams: int, num_tokens: int) -> list[Stream]:
@@ -124,15 +158,16 @@ def await_standby(url: str) -> float:
     return time.monotonic() - began_at
 
 
-def await_serving(url: str) -> float:
-    began_at = time.monotonic()
-    while True:
+def await_serving(server: Server) -> float:
+    began_at, url = time.monotonic(), server.url
+    while server.is_running:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=1.0).status_code == 200:
                 return time.monotonic() - began_at
         if time.monotonic() - began_at > START_TIMEOUT_S:
             raise click.ClickException(f"{url} was not ready after {START_TIMEOUT_S:.0f} s")
         time.sleep(LOOK_S)
+    raise click.ClickException(f"{server.name} ended before it was ready")
 
 
 def harm(pid: int, kind: Kind, rank: int) -> None:
@@ -230,28 +265,83 @@ def measure(
     return bad + errors.total()
 
 
-def measure_peer(server: Server, num_streams: int, num_tokens: int, num_ranks: int) -> None:
-    """One worker of vLLM is killed."""
-    url = server.url
-    asyncio.run(streams(url, num_streams, num_tokens))
-    workers = sorted(server.processes(), key=lambda one: -one.memory_info().rss)[:num_ranks]
+async def answered_after(server: Server, since: float) -> float | None:
+    """Seconds from `since` to the answer of a request that is sent from now on; None if the server has ended."""
+    body = {"model": MODEL_NAME, "prompt": [1, 2, 3], "max_tokens": 1}
+    async with httpx.AsyncClient(timeout=SERVES_AGAIN_S) as client:
+        while time.monotonic() - since < SERVES_AGAIN_S:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.post(f"{server.url}/v1/completions", json=body)).status_code == httpx.codes.OK:
+                    return time.monotonic() - since
+            if not server.is_running:
+                return None
+            await asyncio.sleep(LOOK_S)
+    return None
 
-    async def run() -> list[Stream]:
-        task = asyncio.create_task(streams(url, num_streams, num_tokens))
-        await asyncio.sleep(PEER_AFTER_S)
-        workers[-1].kill()
-        return await task
 
-    began_at = time.monotonic()
-    found = asyncio.run(run())
-    heard_s = time.monotonic() - began_at - PEER_AFTER_S
-    with contextlib.suppress(httpx.HTTPError, psutil.Error):
-        for _ in range(100):
-            time.sleep(0.2)
-            if not server.processes() or httpx.get(f"{url}/health", timeout=1.0).status_code != 200:
-                break
-    failed = [one.error for one in found if one.error is not None]
-    click.echo(f"  vLLM: {len(failed)} of {len(found)} streams failed, {heard_s:.1f} s after the kill: {failed[:1]}")
+async def killed(server: Server, victim: int, num_streams: int, num_tokens: int) -> Killed:
+    """Kill one rank while streams run."""
+    files, family = shared_files(), server.processes()
+    running_streams = asyncio.create_task(streams(server.url, num_streams, num_tokens))
+    await asyncio.sleep(PEER_AFTER_S)
+    os.kill(victim, signal.SIGKILL)
+    since = time.monotonic()
+    again_s = await answered_after(server, since)
+    gone_s = None if server.is_running else time.monotonic() - since
+    found = await running_streams
+    left: list[str] = []
+    if gone_s is not None:
+        await asyncio.sleep(1.0)
+        alive, others = [one for one in family if one.is_running()], sorted(shared_files() - files)
+        left = [f"{len(alive)} processes"] * bool(alive) + [f"{len(others)} files in /dev/shm"] * bool(others)
+        for one in alive:
+            one.kill()
+    failed = [one for one in found if one.error is not None]
+    told_s = max((one.ended_at - since for one in failed), default=0.0)
+    return Killed(len(failed), told_s, max(one.gap_s for one in found), again_s, gone_s, left)
+
+
+def kills_row(name: str, num_streams: int, seen: Sequence[Killed]) -> str:
+    """Markdown."""
+
+    def longest(values: Sequence[float | None]) -> str:
+        there = sorted(value for value in values if value is not None)
+        return f"{statistics.median(there):.2f}, longest {there[-1]:.2f}" if there else "never"
+
+    failed = [one for one in seen if one.num_failed]
+    cells = (
+        name,
+        len(seen),
+        f"{sum(one.num_failed for one in seen)} of {num_streams * len(seen)}",
+        longest([one.told_s for one in failed]) if failed else "none",
+        longest([one.gap_s for one in seen]),
+        longest([one.again_s for one in seen]),
+        longest([one.gone_s for one in seen]),
+        ", ".join(sorted({thing for one in seen for thing in one.left})) or "nothing",
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def side_by_side(
+    ours: Server, name: str, num_streams: int, num_tokens: int, num_kills: int, dice: random.Random, *, standby: bool
+) -> str:
+    """A row of the table."""
+    seen = []
+    for _ in range(num_kills):
+        if standby:
+            await_standby(ours.url)
+        victim = dice.choice(sorted(ranks(ours.url).values()))
+        seen.append(asyncio.run(killed(ours, victim, num_streams, num_tokens)))
+    return kills_row(name, num_streams, seen)
+
+
+def peer_killed(python: Path, model: Path, tp_size: int, num_streams: int, num_tokens: int, log: Path) -> Killed:
+    """One worker of vLLM, in a server of its own."""
+    with running(vllm(python, model, tp_size, "float32", free_port(), log)) as server:
+        click.echo(f"vLLM: ready to serve after {await_serving(server):.1f} s")
+        asyncio.run(streams(server.url, num_streams, num_tokens))
+        workers = sorted(server.processes(), key=lambda one: -one.memory_info().rss)[:tp_size]
+        return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens))
 
 
 @click.command()
@@ -284,9 +374,10 @@ def main(
     logs: Path | None,
 ) -> None:
     """Measure the gaps that clients see."""
-    num_bad = 0
+    num_bad, rows, dice = 0, [], random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        model, logs = model or write_checkpoint(Path(folder) / "model"), logs or Path(folder)
+        shape = PEER_SHAPE if peer_python is not None else {}
+        model, logs = model or write_checkpoint(Path(folder) / "model", **shape), logs or Path(folder)
         logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
         for standby in (0, 1) if launcher == "local" else (0,):
@@ -295,14 +386,22 @@ def main(
             options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", launcher]
             options += ["--ray-address", "local"] if launcher == "ray" else []
             with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
-                click.echo(f"--standby {standby}: ready to serve after {await_serving(server.url):.1f} s")
+                click.echo(f"--standby {standby}: ready to serve after {await_serving(server):.1f} s")
                 num_bad += measure(
                     server, kinds, num_streams, num_tokens, num_faults, has_standby=bool(standby), seed=seed + standby
                 )
+                if peer_python is not None:
+                    name = f"Phalanx, `--standby {standby}`"
+                    rows.append(
+                        side_by_side(server, name, num_streams, num_tokens, num_faults, dice, standby=bool(standby))
+                    )
         if peer_python is not None:
-            with running(vllm(peer_python, model, tp_size, "float32", free_port(), Path(folder) / "vllm")) as server:
-                click.echo(f"vLLM: ready to serve after {await_serving(server.url):.1f} s")
-                measure_peer(server, num_streams, num_tokens, tp_size)
+            seen = [
+                peer_killed(peer_python, model, tp_size, num_streams, num_tokens, logs / f"vllm{number}.log")
+                for number in range(PEER_KILLS)
+            ]
+            rows.append(kills_row("vLLM", num_streams, seen))
+            click.echo("\n".join(["", HEADS, "|---" * 8 + "|", *rows]))
     sys.exit(1 if num_bad else 0)
 
 

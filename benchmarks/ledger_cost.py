@@ -1,13 +1,13 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--pairs 4] [--texts 2] [--short]
+    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--engines 2] [--texts 2] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: pairs of engines with the same model (a small random one without --model), one with the ledger and one
-  without, decode for eight streams and take turns of one step; the ratio of their tokens per second as the median over
-  the pairs of steps, with the interval that it is in with 95 %. The watcher takes from both alike: its share comes on
-  top, which is its cores of those that the ranks leave no room on.
+- *Tokens*: an engine (with a small random model without --model) decodes for eight streams, and of two steps in a row
+  its ranks note one and not the other; the ratio of tokens per second as the median over the pairs of steps, with the
+  interval that it is in with 95 %. The watcher takes from both alike: its share comes on top, which is its cores of
+  those that the ranks leave no room on.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
@@ -29,17 +29,21 @@ from typing import Any, NamedTuple
 
 import click
 
+from phalanx.collectives.journaled import JournaledGroup
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
+from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.executor.watching import Watching
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, NoJournal
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, Submit, ints
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+from phalanx.worker.methods import remote_method
+from phalanx.worker.worker import Worker
 
 COLLECTIVES_PER_STEP = 64
 STEP_S = 0.02
@@ -179,7 +183,7 @@ def step_s(brain: Brain) -> float:
 
 
 @contextmanager
-def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
+def engine(model: Path, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
     config = Config.build(
         model=str(model),
         dtype="float32",
@@ -190,57 +194,75 @@ def engine(model: Path, num_ranks: int, ledger: bool) -> Iterator[Brain]:
         kv_cache_memory=16 << 20,
         enable_prefix_caching=False,
         threads_per_rank=1,
-        async_scheduling=False,  # so that nothing is under way while the other engine has its turn
-        ledger=ledger,
+        async_scheduling=False,  # so that a step is one that is noted or one that is not
+        worker_extension_cls=f"{Path(__file__).stem}:{Muting.__name__}",
     )
     executor, capacity = start_executor(config, resolve(str(model)), lambda *_: None)
     with executor:
-        yield Brain(
-            config,
+        yield (
             executor,
-            num_blocks=capacity.num_blocks,
-            max_model_len=capacity.max_model_len,
-            eos_token_ids=(257,),
+            Brain(
+                config,
+                executor,
+                num_blocks=capacity.num_blocks,
+                max_model_len=capacity.max_model_len,
+                eos_token_ids=(257,),
+            ),
         )
 
 
-def report_tokens(model: Path | None, num_ranks: int, num_pairs: int, num_texts: int) -> None:
-    """Compare pairs of engines, of which now the one with the ledger is started first, now the other: two engines of
-    the same settings differ by as much as the ledger costs, as their memory lies elsewhere.
+class Muting:
+    """A worker extension that has its rank note nothing for a while, as without a ledger."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._journal = worker._journal
+        self._journals: dict[str, GroupJournal | NoJournal] = {}
+
+    @remote_method
+    def have_noted(self, notes: bool) -> None:
+        """From the next step on."""
+        self._worker._journal = self._journal if notes else None
+        for name, group in self._worker.groups.items():
+            if isinstance(group, JournaledGroup):
+                journal = self._journals.setdefault(name, group._journal)
+                group._journal = journal if notes else NoJournal()
+
+
+def report_tokens(model: Path | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
+    """Compare steps of one engine, of two in a row one that is noted and one that is not: two engines of the same
+    settings differ by more than the ledger costs, as their memory lies elsewhere.
     """
     ratios, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         model = model or write_checkpoint(Path(folder) / "model", **MODEL)
-        for pair in range(num_pairs):
-            for without_s, with_it_s in steps_of(
-                model, num_ranks, num_texts, has_ledger=(pair % 2 == 0, pair % 2 == 1)
-            ):
-                ratios.append(without_s / with_it_s)
-                rates.append(STREAMS / without_s)
+        for _ in range(num_engines):
+            for took_s in pairs_of_steps(model, num_ranks, num_texts):
+                ratios.append(took_s[False] / took_s[True])
+                rates.append(STREAMS / took_s[False])
     low, median, high = statistics.quantiles(ratios, n=4)
     least, most = interval_of_median(ratios)
     click.echo(
         f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without the ledger (95 % "
         f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs "
-        f"of steps of {num_pairs} pairs of engines; {statistics.median(rates):.0f} tokens/s without)"
+        f"of steps of {num_engines} engines; {statistics.median(rates):.0f} tokens/s without)"
     )
 
 
-def steps_of(
-    model: Path, num_ranks: int, num_texts: int, has_ledger: tuple[bool, bool]
-) -> Iterator[tuple[float, float]]:
-    """Seconds without the ledger and with it, of each step of two engines, started in that order."""
-    with ExitStack() as stack:
-        brains = {ledger: stack.enter_context(engine(model, num_ranks, ledger)) for ledger in has_ledger}
-        dice = random.Random(0)
+def pairs_of_steps(model: Path, num_ranks: int, num_texts: int) -> Iterator[dict[bool, float]]:
+    """Seconds of a step that is noted and of one that is not, in either order."""
+    dice = random.Random(0)
+    with engine(model, num_ranks) as (executor, brain):
         for text in range(num_texts + 1):
-            for brain in brains.values():
-                submit(brain, dice)
-            while all(brain.has_work() for brain in brains.values()):
-                order = dice.sample((True, False), 2)
-                took_s = {ledger: step_s(brains[ledger]) for ledger in order}
+            submit(brain, dice)
+            while brain.has_work():
+                took_s = {}
+                for notes in dice.sample((True, False), 2):
+                    executor.collective_rpc("have_noted", [notes])
+                    took_s[notes] = step_s(brain)
                 if text:  # the first one warms up
-                    yield took_s[False], took_s[True]
+                    yield took_s
+            executor.collective_rpc("have_noted", [True])
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
@@ -316,15 +338,15 @@ def take_turn(ends: Sequence[Connection]) -> float:
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--pairs", type=click.IntRange(1), default=4, show_default=True, help="Of engines, one after the other.")
+@click.option("--engines", type=click.IntRange(1), default=2, show_default=True, help="One after the other.")
 @click.option("--texts", type=click.IntRange(1), default=2, show_default=True, help="Of each engine.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(model: Path | None, ranks: int, rounds: int, pairs: int, texts: int, short: bool) -> None:
-    rounds, pairs, texts = (3, 1, 1) if short else (rounds, pairs, texts)
+def main(model: Path | None, ranks: int, rounds: int, engines: int, texts: int, short: bool) -> None:
+    rounds, engines, texts = (3, 1, 1) if short else (rounds, engines, texts)
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(model, ranks, pairs, texts)
+    report_tokens(model, ranks, engines, texts)
     report_all_reduce(rounds)
 
 

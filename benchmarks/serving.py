@@ -69,6 +69,10 @@ class Server:
                 time.sleep(0.1)
         raise click.ClickException(f"{self.name} was not ready after {START_TIMEOUT_S:.0f} s; its log is {self._log}")
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def processes(self) -> list[psutil.Process]:
         root = psutil.Process(self._process.pid)
         return [root, *root.children(recursive=True)]

@@ -16,15 +16,13 @@ from ray_cluster import RayCluster
 
 _NUM_CPUS = {"alpha": 2, "beta": 2, "gamma": 2}
 
-_NODES = (
-    *("cluster/test_ray_", "cluster/test_cluster_ray", "cluster/test_cluster_relay", "cluster/test_hosts"),
-    *("faults/test_node_", "faults/test_ledger_nodes", "faults/test_collectives_between_hosts"),
-)
-"""Tests with hosts of their own, or with Ray, of which others would find the one that runs."""
+_RAY_CLUSTER = ("cluster/test_ray_", "faults/test_node_", "faults/test_ledger_nodes")
+"""Tests on the nodes of one Ray, which takes long to start."""
 
 _ALONE = (
-    *_NODES,
-    *("faults/", "cluster/test_cluster_local", "cluster/test_served_replicas"),
+    *_RAY_CLUSTER,
+    *("faults/", "cluster/test_cluster_local", "cluster/test_cluster_ray", "cluster/test_cluster_relay"),
+    *("cluster/test_hosts", "cluster/test_served_replicas"),
     *("unit/executor/", "unit/server/test_server_run", "unit/engine/test_engine_client"),
 )
 """Tests of whether faults are told in time: they wait more than they compute, and are to have a core when they do."""
@@ -36,24 +34,39 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that `-m` leaves out by `alone` are not imported: each worker would take many seconds for it."""
+    asked = config.getoption("markexpr").split(" and ")
+    if collection_path.is_dir() or not {"alone", "not alone"} & set(asked):
+        return None
+    return _is_in(_ALONE, collection_path) != ("alone" in asked) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    tests = Path(__file__).parent
+    """Those of the Ray cluster come first: none of them can go to another lane when this one is the last to end."""
     for item in items:
-        if item.path.relative_to(tests).as_posix().startswith(_ALONE):
+        if _is_in(_ALONE, item.path):
             item.add_marker("alone")
+    items.sort(key=lambda item: not _is_in(_RAY_CLUSTER, item.path))
+
+
+def _is_in(beginnings: tuple[str, ...], path: Path) -> bool:
+    return path.relative_to(Path(__file__).parent).as_posix().startswith(beginnings)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadgroup` tests run in two lanes, one of which is for hosts and Ray."""
+    """With `--dist loadgroup` a file's tests stay together, and those of the Ray cluster; in the order collected."""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class InLanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "nodes" if nodeid.removeprefix("tests/").startswith(_NODES) else "here"
+            path = nodeid.removeprefix("tests/")
+            return "Ray cluster" if path.startswith(_RAY_CLUSTER) else path.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return InLanes(config, log)
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,23 @@ class ClusterServer:
         return self._log.read_text()
 
     def await_ready(self) -> None:
+        self._await(self._is_ready, "ready")
+
+    def await_place(self) -> None:
+        """Wait until all ranks have one: what others start now finds the rest."""
+        self._await(lambda: "rank 0 is on " in self.log, "placed")
+
+    def _await(self, condition: Callable[[], bool], what: str) -> None:
         expires_at = time.monotonic() + _READY_WITHIN_S
-        while time.monotonic() < expires_at:
+        while not condition():
             assert self.process.poll() is None, self.log
-            with contextlib.suppress(httpx.TransportError), self._host.network():
-                if self._client.get("/health").status_code == 200:
-                    return
+            assert time.monotonic() < expires_at, f"not {what} after {_READY_WITHIN_S} s: {self.log}"
             time.sleep(0.05)
-        raise AssertionError(f"not ready after {_READY_WITHIN_S} s: {self.log}")
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError), self._host.network():
+            return self._client.get("/health").status_code == 200
+        return False
 
     def await_log(self, text: str) -> None:
         """Wait until it has printed this."""

@@ -79,9 +79,10 @@ def test_two_instances_that_share_a_node(
     first = ("--pipeline-parallel-size", "2", "--ray-per-worker-gpus", "1.5")
     second = ("--pipeline-parallel-size", "2", "--ray-per-worker-gpus", "0.5")
     with ClusterServer(ray_cluster, checkpoint, tmp_path / "first", *first) as one:
-        one.await_ready()
+        one.await_place()
         with ClusterServer(ray_cluster, checkpoint, tmp_path / "second", *second, port=8001) as other:
-            other.await_ready()
+            for server in (one, other):
+                server.await_ready()
             with ThreadPoolExecutor(2) as clients:
                 list(clients.map(lambda server: expect_tokens(server, expected), (one, other)))
             assert other.stop() == 0, other.log

@@ -7,8 +7,9 @@ journal as captured, and counts for nothing else; each replay of the graph count
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from phalanx.collectives.group import Group
 from phalanx.collectives.row_counts import RowCounts
 from phalanx.ledger.journal import GroupJournal, NoJournal
 from phalanx.ledger.step_digests import StepDigests
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MAX_KNOWN = 4096
 # Shapes vary with the number of tokens in a step; this is more than there are in a while of serving.
@@ -59,38 +63,28 @@ class JournaledGroup:
         return self._sequence
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._issue("all_reduce", x.dtype, x.shape, 0)
-        with self._journal:
-            return self._group.all_reduce(x)
+        return self._carry_out(self._described("all_reduce", x.dtype, x.shape, 0), self._group.all_reduce, x)
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         assert -x.dim() <= dim < x.dim(), dim
-        self._issue("all_gather", x.dtype, x.shape, dim % x.dim())
-        with self._journal:
-            return self._group.all_gather(x, dim)
+        described = self._described("all_gather", x.dtype, x.shape, dim % x.dim())
+        return self._carry_out(described, self._group.all_gather, x, dim)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         assert x.shape[0] % self.size == 0, x.shape
-        self._issue("reduce_scatter", x.dtype, x.shape, 0)
-        with self._journal:
-            return self._group.reduce_scatter(x)
+        return self._carry_out(self._described("reduce_scatter", x.dtype, x.shape, 0), self._group.reduce_scatter, x)
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         RowCounts(send_counts, receive_counts).check(len(x), self.rank, self.size)
-        self._issue("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
-        with self._journal:
-            return self._group.all_to_all(x, send_counts, receive_counts)
+        described = self._described("all_to_all", x.dtype, x.shape[1:], 0)  # numbers of rows may differ between ranks
+        return self._carry_out(described, self._group.all_to_all, x, send_counts, receive_counts)
 
     def broadcast(self, x: Tensor, src: int) -> Tensor:
         assert 0 <= src < self.size, src
-        self._issue("broadcast", x.dtype, x.shape, src)
-        with self._journal:
-            return self._group.broadcast(x, src)
+        return self._carry_out(self._described("broadcast", x.dtype, x.shape, src), self._group.broadcast, x, src)
 
     def barrier(self) -> None:
-        self._note(self._barrier)
-        with self._journal:
-            self._group.barrier()
+        self._carry_out(self._barrier, self._group.barrier)
 
     def close(self) -> None:
         with ExitStack() as leaving:
@@ -111,17 +105,32 @@ class JournaledGroup:
     def replaying(self, graph: Descriptor) -> Iterator[None]:
         """Meanwhile a graph is given to the device, with collectives of this group."""
         self._note(graph)
-        with self._journal:
+        try:
             yield
+        except BaseException:
+            self._journal.failed()
+            raise
+        self._journal.done()
 
-    def _issue(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> None:
+    def _described(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> Descriptor:
         key = (operation, dtype, shape, argument)
         descriptor = self._known.get(key)
         if descriptor is None:
             if len(self._known) == _MAX_KNOWN:
                 self._known.clear()
             descriptor = self._known[key] = Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
+        return descriptor
+
+    def _carry_out(self, descriptor: Descriptor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Note it, take part in it, and note that it is over."""
         self._note(descriptor)
+        try:
+            result = call(*args, **kwargs)
+        except BaseException:
+            self._journal.failed()
+            raise
+        self._journal.done()
+        return result
 
     def _note(self, descriptor: Descriptor) -> None:
         if self._captured is not None:

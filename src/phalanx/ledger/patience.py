@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable
 
 from phalanx.ledger.limits import Limits
@@ -14,7 +14,8 @@ LEAST_S = 0.7
 """With the looks that find it and the time that a verdict has to stand, it is told within a second."""
 
 STEPS_OF_PATIENCE = 20
-"""Times the median of steps of about as many tokens."""
+"""Times the median of steps of about as many tokens: without the first of them, once there is another, as that may have
+had much to set up."""
 
 LARGER_BY = 4
 """Times what the largest step seen would take with more tokens: the cost of a token grows with what came before it."""
@@ -32,8 +33,8 @@ class Patience:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        # By the size of a step: its tokens' number of bits.
-        self._took_s: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        # By the size of a step, its tokens' number of bits, and by step: of the rank that was in it for longest.
+        self._took_s: dict[int, dict[int, float]] = defaultdict(dict)
         self._learned: dict[int, int] = {}
 
     def learn(self, rank: int, steps: Iterable[Record]) -> None:
@@ -44,8 +45,14 @@ class Patience:
                 continue
             if not record.is_done:  # nor will those after it be done before it
                 break
-            self._took_s[record.sequence.bit_length()].append((record.done_ns - record.issued_ns) / _NS)
+            self._note(record.sequence.bit_length(), record.step, (record.done_ns - record.issued_ns) / _NS)
             self._learned[rank] = record.number
+
+    def _note(self, size: int, step: int, took_s: float) -> None:
+        took = self._took_s[size]
+        took[step] = max(took_s, took.get(step, 0.0))
+        if len(took) > _KEPT:
+            del took[next(iter(took))]
 
     def of_s(self, look: Look) -> float:
         """How long somebody may wait in the largest of the steps that are under way."""
@@ -61,7 +68,8 @@ class Patience:
             return AT_FIRST_S + AT_FIRST_PER_TOKEN_S * num_tokens
         larger = [known for known in self._took_s if known >= size]
         known = min(larger) if larger else max(self._took_s)
-        usual_s = statistics.median(self._took_s[known])
+        first_s, *others_s = self._took_s[known].values()
+        usual_s = statistics.median(others_s or [first_s])
         if larger:
             return STEPS_OF_PATIENCE * usual_s
         return max(float(STEPS_OF_PATIENCE), LARGER_BY * num_tokens / (1 << max(known - 1, 0))) * usual_s

@@ -83,6 +83,10 @@ class PlanSize(NamedTuple):
         return cls(tokens, rows, samples) if word else None
 
 
+PRIME = 0x100000001B3
+WORD = 0xFFFFFFFFFFFFFFFF
+
+
 def rolled(rolling: int, digest: int) -> int:
     """The rolling digest after one more (FNV's way of mixing, over 64-bit words instead of bytes)."""
-    return ((rolling ^ digest) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return ((rolling ^ digest) * PRIME) & WORD

@@ -23,7 +23,7 @@ from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
 from phalanx.ledger.judge import judge
 from phalanx.ledger.limits import Limits
-from phalanx.ledger.look import Look, RankLook, standings
+from phalanx.ledger.look import HELD_S, Look, RankLook, standings
 from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
 from phalanx.ledger.outlets import OpenOutlets, Outlets
 from phalanx.ledger.patience import LEAST_S, Patience
@@ -41,6 +41,12 @@ ASK_S = 1.0
 
 LONGEST_TRUST_S = 0.2
 """Ranks that all go on are looked at this often at least: what holds them up may yet be to come."""
+
+LONGEST_REST_S = 0.1
+"""The same where some are idle, and have been: nothing wakes who looks when one of these is stopped."""
+
+STILL_S = 0.01
+"""A rank in a step that has noted nothing for so long is looked at: as long as all is well, it does so all the time."""
 
 FULL_LOOK_S = 0.1
 """All records are read this often at most, and only while something is suspicious."""
@@ -68,13 +74,18 @@ STANDS_S: Mapping[Cause, float] = {
     "store": 0,
     "overdue": 0,
     "stopped": 0.5,
-    "skipped": LOOK_S / 2,
-    "circle": LOOK_S / 2,
+    "skipped": 0.01,
+    "circle": 0.01,
 }
 """How long a verdict must have been the same before it is told: nothing where a duration is what it says, and two looks
 where ranks are seen at different moments."""
 
-OTHERS_STAND_S = 0.2
+OTHERS_STAND_S = FULL_LOOK_S
+"""So that all records have been read twice."""
+
+OVER_S = 0.2
+"""For how long nothing must be wrong before a verdict is over."""
+
 LONGEST_LOOK_S = 0.5
 """From one look to the next. After a longer pause a verdict has to stand anew."""
 
@@ -125,13 +136,16 @@ class _Watched:
         self._asker = Asker(journal)
         self._entries: Entries | None = None
         self._moved = (0, 0)
-        self._passed = (0, 0)
         self._still: _Still | None = None
 
-    def goes_on(self) -> bool:
-        """Whether it has noted anything since this was asked last."""
-        before, self._passed = self._passed, self.reader.moved
-        return before != self._passed and not self._is_ending()
+    def passes(self, now_ns: int) -> Literal["goes on", "rests", "stands"]:
+        """What it does, without a look. goes on: it notes something all the time. rests: it has been idle since it was
+        looked at."""
+        if self._is_ending():
+            return "stands"
+        if self.reader.is_idle:
+            return "rests" if self.reader.moved == self._moved else "goes on"
+        return "goes on" if now_ns - self.reader.noted_ns < STILL_S * _NS else "stands"
 
     def _is_ending(self) -> bool:
         """A process with a GPU is long about its end, and nobody is woken before that is over."""
@@ -244,7 +258,7 @@ class Watcher:
 
         `has_ended`: a rank may have, so that looking cannot wait.
         """
-        if self._all_go_on() and not has_ended and now_ns - self._glanced_ns < LONGEST_TRUST_S * _NS:
+        if now_ns - self._glanced_ns < self._trusted_s(now_ns) * _NS and not has_ended:
             return None
         self._glanced_ns = now_ns
         if now_ns - self._learned_ns >= LEARN_S * _NS:
@@ -292,10 +306,12 @@ class Watcher:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
 
-    def _all_go_on(self) -> bool:
-        """Whether each rank has noted something since the last look, and nothing is being found out."""
-        go_on = [watched.goes_on() for watched in self._ranks]
-        return all(go_on) and self._found is None and self._others is None
+    def _trusted_s(self, now_ns: int) -> float:
+        """For how long after a look nothing can be wrong, or as good as nothing."""
+        passing = {watched.passes(now_ns) for watched in self._ranks}
+        if "stands" in passing or self._found is not None or self._others is not None:
+            return 0.0
+        return LONGEST_REST_S if "rests" in passing else LONGEST_TRUST_S
 
     def _learn(self, now_ns: int) -> None:
         self._learned_ns = now_ns
@@ -332,6 +348,8 @@ class Watcher:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
             return True
+        if any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits if rank in look.ranks):
+            return False  # it was asked whether its interpreter runs, and will have answered in a moment, or never
         return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
     def _patience_s(self, verdict: Verdict, look: Look) -> float:
@@ -349,7 +367,13 @@ class Confirmation:
         self.told = told
         """What has been told and still stands."""
         self._pending: object = None
+        self._stands_s = OVER_S
         self._since_ns = self._looked_ns = 0
+
+    @property
+    def next_look_s(self) -> float:
+        """When to look again: soon, if only that is missing for a verdict to be told."""
+        return min(LOOK_S, self._stands_s) if self._pending != _identity(self.told) else LOOK_S
 
     def take(self, verdict: Verdict | None, now_ns: int) -> Verdict | None:
         """What was found at a look, None if nothing. Returns it if it is to be told now."""
@@ -358,8 +382,8 @@ class Confirmation:
         identity = _identity(verdict)
         if identity != self._pending or was_away:
             self._pending, self._since_ns = identity, now_ns
-        stands_s = OTHERS_STAND_S if verdict is None else STANDS_S.get(verdict.cause, OTHERS_STAND_S)
-        if identity == _identity(self.told) or now_ns - self._since_ns < stands_s * _NS:
+            self._stands_s = OVER_S if verdict is None else STANDS_S.get(verdict.cause, OTHERS_STAND_S)
+        if identity == _identity(self.told) or now_ns - self._since_ns < self._stands_s * _NS:
             return None
         self.told = verdict
         return verdict
@@ -416,13 +440,13 @@ class Endings:
             if pidfd >= 0:
                 os.close(pidfd)
 
-    def wait(self, stop: int, pids: list[int]) -> bool:
-        """Whether it is time to stop; else returns after LOOK_S, or as soon as one of the processes has ended."""
+    def wait(self, stop: int, pids: list[int], at_most_s: float = LOOK_S) -> bool:
+        """Whether it is time to stop; else returns after so long, or as soon as one of the processes has ended."""
         for pid in pids:
             if pid not in self._pidfds:
                 self._add(pid)
         self._poll.register(stop, select.POLLIN)
-        ready = [descriptor for descriptor, _ in self._poll.poll(LOOK_S * 1000)]
+        ready = [descriptor for descriptor, _ in self._poll.poll(at_most_s * 1000)]
         self.has_one = bool(set(ready) - {stop})
         for pid, pidfd in self._pidfds.items():
             if pidfd in ready:
@@ -451,7 +475,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         if order.outlets is not None:
             opened = OpenOutlets(order.outlets, order.num_ranks, order.standing, order.num_restarts)
             outlets = stack.enter_context(opened)
-        while not endings.wait(stop, watcher.pids()):
+        while not endings.wait(stop, watcher.pids(), confirmation.next_look_s):
             now_ns = time.monotonic_ns()
             before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)

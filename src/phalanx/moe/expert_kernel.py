@@ -15,9 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 log = logging.getLogger("phalanx.moe")
@@ -103,10 +101,10 @@ class ExpertKernel:
         hidden_ND: Tensor,
         local_NK: Tensor,
         weights_NK: Tensor,
-        up_S: NDArray[np.int64],
-        down_S: NDArray[np.int64],
+        up_S: Tensor,
+        down_S: Tensor,
     ) -> Tensor:
-        """What these experts add to each token: [N, D]. `up_S` and `down_S` are the addresses of packed weights."""
+        """What these experts add to each token: [N, D]. `up_S` and `down_S` are packed weights' addresses, int64."""
         num_tokens, top_k = local_NK.shape
         most_tokens = max(_MOST_PAIRS, _MOST_ROWS * len(up_S)) // top_k
         if num_tokens > most_tokens:
@@ -130,13 +128,13 @@ class ExpertKernel:
             num_experts=len(up_S),
             hidden=self._hidden,
             inner=self._inner,
-            at_up=up_S.ctypes.data,
-            at_down=down_S.ctypes.data,
+            at_up=up_S.data_ptr(),
+            at_down=down_S.data_ptr(),
             at_numbers=at_numbers,
             at_floats=at_floats,
         )
         num_threads = min(torch.get_num_threads(), 1 + num_pairs * self._expert_bytes // _BYTES_OF_A_THREAD)
-        self._code.run(np.array(call, np.int64), num_threads)
+        self._code.run(call, num_threads)
         return out_ND
 
 
@@ -200,10 +198,12 @@ class _Code:
         self._sort = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("sort"))
         self._at_compute: int = engine.get_function_address("compute")
 
-    def run(self, call: NDArray[np.int64], num_threads: int) -> None:
+    def run(self, call: Call, num_threads: int) -> None:
         """Takes as long as it computes. Other threads of Python run meanwhile."""
-        self._sort(call.ctypes.data)
-        self.host.start_team(self._at_compute, call.ctypes.data, num_threads, 0)
+        fields = (ctypes.c_int64 * len(call))(*call)
+        at_call = ctypes.addressof(fields)
+        self._sort(at_call)
+        self.host.start_team(self._at_compute, at_call, num_threads, 0)
 
 
 @functools.cache

@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,7 +35,7 @@ class ExpertLinear:
         self._bias_SO = bias_SO
         self._is_transposed = is_transposed
         self._packed: list[Tensor] | None = None
-        self._addresses: NDArray[np.int64] | None = None
+        self._addresses: Tensor | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -56,8 +54,8 @@ class ExpertLinear:
         return num_experts, num_outputs, num_inputs
 
     @property
-    def addresses(self) -> NDArray[np.int64] | None:
-        """[S]: where the packed weights lie, if they are packed."""
+    def addresses(self) -> Tensor | None:
+        """[S], int64: where the packed weights lie, if they are packed."""
         return self._addresses
 
     def pack(self, keep: Callable[[int, Tensor], Tensor] | None = None) -> None:
@@ -71,7 +69,7 @@ class ExpertLinear:
     def use(self, packed: Sequence[Tensor]) -> None:
         """Compute by these, one of each expert."""
         self._packed = [*packed]
-        self._addresses = np.array([*map(torch.ops.mkldnn.data_ptr, packed)], np.int64)
+        self._addresses = torch.tensor([*map(torch.ops.mkldnn.data_ptr, packed)], device="cpu")
 
     def unpack(self) -> None:
         """Write the weights back where they were, bit for bit, and use those."""
@@ -96,11 +94,12 @@ class ExpertLinear:
         """Have these experts' weights become `rows`, in the form that `read` gives. Packed ones stay packed."""
         rows_OI = rows.transpose(1, 2) if self._is_transposed else rows
         for row_OI, slot in zip(rows_OI, slots, strict=True):
-            if self._packed is None or self._addresses is None:
+            if self._packed is None:
                 self._weight_SOI[slot].copy_(row_OI)
             else:
                 self._packed[slot] = _pack(row_OI)
-                self._addresses[slot] = torch.ops.mkldnn.data_ptr(self._packed[slot])
+        if self._packed is not None:
+            self.use(self._packed)
 
     def __call__(self, slots: Sequence[int], counts: Sequence[int], x_PI: Tensor) -> Tensor:
         """What these experts' layers make of the rows of each, so many, that stand one below the other: [P, O]."""

@@ -12,9 +12,23 @@ import msgspec
 from phalanx.errors import ConfigError
 from phalanx.testing.faults import KINDS, LATER, OF_A_PROCESS, Fault, Kind, State, World
 
-End = Literal["kill-standby", "kill-lines", "kill-switch", "kill-engine"]
-"""Of a rank that stands ready; of the process that has started all ranks, and so of all lines; of a rank, and of one of
-those that come after it, or stand ready, while these take over; of the engine's process."""
+End = Literal[
+    "kill-standby",
+    "kill-both",
+    "kill-lines",
+    "kill-switch",
+    "kill-reload",
+    "kill-resize",
+    "kill-watcher",
+    "kill-owner",
+    "kill-engine",
+    "kill-server",
+]
+"""Of a rank that stands ready; of a rank and of one that stands ready, at once; of the process that has started all
+ranks, and so of all lines; of a rank, and of one of those that come after it, or stand ready, while these take over; of
+a rank while weights are reloaded; of a rank, of this line or of the next, during a resize; of the ledger's watchers; of
+the process that holds the memory of a node's ranks (with Ray: elsewhere that is the engine's); of the engine's; of the
+server's, with which all ends (serving.py)."""
 
 BlowKind = Kind | End
 Moment = State | Literal["any"]
@@ -33,6 +47,10 @@ _LOOP_S = 2.0
 """Who computes is left alone: it goes on after that."""
 _TIES: frozenset[BlowKind] = frozenset({"skip", "extra", "swap", "shape", "dtype", "early-return", "reorder"})
 """Where two ranks differ, and nothing tells which of them is wrong."""
+
+_TWICE: frozenset[BlowKind] = frozenset({"kill-both", "kill-switch"})
+"""Two are killed, maybe before anybody has noticed the first."""
+OF_NO_RANK: frozenset[BlowKind] = frozenset({"kill-lines", "kill-watcher", "kill-engine", "kill-server"})
 
 _NAMED = re.compile(r"rank (\d+)")
 
@@ -63,12 +81,14 @@ class Blow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ends_a_line(self) -> bool | None:
         """Whether ranks are ended for it; None if that depends."""
-        if self.kind in ("loop", "kill-switch"):  # it goes on; both may be hit before anybody has noticed
+        if self.kind == "loop":  # it goes on
             return None
-        return self.kind not in ("kill-standby", "kill-engine")
+        if self.kind in _TWICE or self.kind in ("kill-reload", "kill-resize"):  # or an order fails, and no line
+            return None
+        return self.kind not in ("kill-standby", "kill-watcher", "kill-engine")
 
     def __str__(self) -> str:
-        if self.kind in ("kill-lines", "kill-engine"):
+        if self.kind in OF_NO_RANK:
             return f"{self.kind} after {self.after:.0%}"
         where = f" after {self.after:.0%}" if self.state == "any" else f" in {self.state}"
         return f"{self.kind} of rank {self.rank}{where}"
@@ -106,8 +126,10 @@ def is_named(blow: Blow, fault: str) -> bool:
     """Whether the words for what has ended a line begin with the rank that was hurt, or say why with none."""
     head = fault.partition(":")[0] if blow.kind == "link" else fault
     named = [int(rank) for rank in _NAMED.findall(_culprits(head))]
-    if blow.kind in ("kill-lines", "kill-switch"):  # more than one is gone, and any of them may be seen first
+    if blow.kind in _TWICE or blow.kind in ("kill-lines", "kill-resize"):  # any of several may be seen first
         return bool(named) or "fork server" in fault
+    if blow.kind == "kill-owner":  # its ranks end with it
+        return bool(named) or fault.startswith("node ")
     if blow.kind == "link" and "to blame is no rank" in fault:
         return True
     return named == [blow.rank] or (blow.kind in _TIES and blow.rank in named and "cannot be told" in fault)
@@ -121,7 +143,15 @@ def _culprits(fault: str) -> str:
 
 def _states(kind: BlowKind, states: Sequence[Moment], world: World, *, has_standby: bool) -> tuple[Moment, ...]:
     if kind in ENDS:
-        return () if kind == "kill-standby" and not has_standby else ("any",)
+        is_there = {
+            "kill-standby": has_standby,
+            "kill-both": has_standby,
+            "kill-lines": not world.has_agents,
+            "kill-owner": world.has_agents,
+            "kill-resize": world.can_shrink,
+            "kill-server": False,
+        }
+        return ("any",) if is_there.get(kind, True) else ()
     if world.why_not(kind) is not None:  # type: ignore[arg-type]
         return ()
     return tuple(state for state in states if _may_be(kind, state))

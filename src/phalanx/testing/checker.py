@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,12 +19,12 @@ from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
 from phalanx.errors import DeadlineError, PhalanxError, UserError
-from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import FormationStats
 from phalanx.testing.blows import Blow, is_named
-from phalanx.testing.holdings import Holdings, children_of, parent_of
-from phalanx.testing.mailbox import Mailbox
-from phalanx.testing.streams import Asked, Seen, difference, follow, requests, with_stop_strings
+from phalanx.testing.holdings import Holdings
+from phalanx.testing.reach import Place, Reach, ThisHost
+from phalanx.testing.streams import Asked, Seen, difference, follow, has_ended, requests, with_stop_strings
+from phalanx.testing.strike import Before, Strike
 from phalanx.transport.liveness import group_members
 
 WELL_S = 120.0
@@ -37,8 +35,6 @@ LEFT_S = 10.0
 """For what a line or an engine has used to be let go."""
 HAPPENS_S = 30.0
 """For a blow to happen, while there is work of all kinds."""
-SWITCH_S = 0.2
-"""Within that time after the first one, the second kill of a switch comes."""
 LOOK_S = 0.01
 
 
@@ -59,6 +55,12 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     gap_s: float = 0.0
     """The longest between two tokens of any stream."""
     num_streams: int = 0
+    num_wrong: int = 0
+    """Streams that ended once, and were not those of a run without faults."""
+    num_lost: int = 0
+    """Requests that failed, or did not end exactly once."""
+    num_left: int = 0
+    """Of what is left over, kinds."""
     took_s: float = 0.0
 
 
@@ -69,10 +71,11 @@ class _Violation(Exception):
 class Checker:
     """One engine, and the same streams again and again. Use `Checker.start`."""
 
-    def __init__(self, engine: EngineClient, config: Config, asked: Sequence[Asked]) -> None:
+    def __init__(self, engine: EngineClient, config: Config, asked: Sequence[Asked], reach: Reach) -> None:
         self._engine = engine
         self._config = config
         self._asked = asked
+        self._reach = reach
         self._expected: Sequence[Seen] = ()
         self._clean_s = 0.0
         """What all streams take without a fault."""
@@ -81,8 +84,11 @@ class Checker:
         self._num_tokens = 0
 
     @classmethod
-    async def start(cls, config: Config, *, num_streams: int, seed: int, log: Path | None = None) -> Checker:
-        """Start the engine and see what its streams are. `log`: where what it says goes; else nobody hears it.
+    async def start(
+        cls, config: Config, *, num_streams: int, seed: int, log: Path | None = None, reach: Reach | None = None
+    ) -> Checker:
+        """Start the engine and see what its streams are. `log`: where what it says goes; else nobody hears it. `reach`:
+        to ranks that are not all on this host.
 
         Raises what EngineClient.start does, and UserError if two runs without a fault are not the same.
         """
@@ -90,7 +96,7 @@ class Checker:
         engine = await EngineClient.start(config, command=(*shell, *ENGINE_COMMAND))
         try:
             asked = requests(seed, num_streams, engine.front.vocab_size, engine.info.max_model_len)
-            checker = cls(engine, config, asked)
+            checker = cls(engine, config, asked, reach or ThisHost())
             await checker._learn()
         except _Violation as violation:
             await engine.close()
@@ -112,7 +118,7 @@ class Checker:
         try:
             before = await self._well()
             with ExitStack() as stack:
-                made = await self._run(made, blow, _Strike(blow, before, stack))
+                made = await self._run(made, blow, Strike(blow, before, self._engine, self._reach, stack))
             made = await self._judged(made, before)
         except (_Violation, PhalanxError, OSError) as error:
             made = msgspec.structs.replace(made, violations=(*made.violations, str(error) or type(error).__name__))
@@ -151,7 +157,7 @@ class Checker:
         differences = map(difference, self._asked, self._expected, found)
         return [f"stream {number}: {one}" for number, one in enumerate(differences) if one is not None]
 
-    async def _run(self, made: Round, blow: Blow, strike: _Strike) -> Round:
+    async def _run(self, made: Round, blow: Blow, strike: Strike) -> Round:
         """The streams, and the blow; streams again, until it has happened."""
         waves: list[list[Seen]] = []
         if blow.state == "idle":
@@ -168,14 +174,18 @@ class Checker:
             expires_at = time.monotonic() + HAPPENS_S
             while not strike.has_happened and strike.refusal is None and time.monotonic() < expires_at:
                 waves.append(await self._wave())
-        await strike.end()
+        wrong = await strike.end()
         complaints = [complaint for wave in waves for complaint in self._complaints(wave)]
+        pairs = [pair for wave in waves for pair in zip(self._asked, wave, strict=True)]
+        num_lost = sum(not has_ended(*pair) for pair in pairs)
         return msgspec.structs.replace(
             made,
             has_happened=strike.has_happened,
-            violations=tuple(complaints),
+            violations=(*complaints, *wrong),
             gap_s=max(seen.gap_s for wave in waves for seen in wave),
-            num_streams=len(waves) * len(self._asked),
+            num_streams=len(pairs),
+            num_wrong=len(complaints) - num_lost,
+            num_lost=num_lost,
         )
 
     async def _wave(self) -> list[Seen]:
@@ -189,9 +199,9 @@ class Checker:
 
     # ------------------------------------------------------------------------------------- the engine
 
-    async def _well(self) -> _Before:
+    async def _well(self) -> Before:
         """When it serves, with all the lines that it should have."""
-        found: _Before | None = None
+        found: Before | None = None
 
         def is_well() -> bool:
             nonlocal found
@@ -204,7 +214,7 @@ class Checker:
         assert found is not None
         return found
 
-    def _look(self) -> _Before | None:
+    def _look(self) -> Before | None:
         """How it is, if it is well."""
         stats = self._formation()
         if self._engine.down is not None or stats is None or stats.is_healing:
@@ -214,15 +224,20 @@ class Checker:
         (status,) = self._engine.statuses() or (None,)
         if status is None or status.epoch != stats.epoch or status.verdict is not None:
             return None
-        pids = {rank.rank: rank.pid for rank in status.ranks if rank.phase == "idle" and rank.pid is not None}
-        if len(pids) != status.world_size:
+        places = {
+            rank.rank: Place(rank.node, rank.pid)
+            for rank in status.ranks
+            if rank.phase == "idle" and rank.pid is not None
+        }
+        if len(places) != status.world_size:
             return None
-        return _Before(status, pids, stats, self._engine.condition.num_restarts)
+        condition = self._engine.condition
+        return Before(status, places, stats, condition.num_restarts, condition.num_watcher_restarts)
 
     def _formation(self) -> FormationStats | None:
         return self._engine.condition.formation
 
-    async def _judged(self, made: Round, before: _Before) -> Round:
+    async def _judged(self, made: Round, before: Before) -> Round:
         """With what the engine says of it, and what it has more than before."""
         blow, violations = made.blow, list(made.violations)
         if made.has_happened:
@@ -233,29 +248,33 @@ class Checker:
         num_faults = after.num_faults - before.stats.num_faults if is_same_engine else after.num_faults
         if made.has_happened:
             violations += self._wrong(blow, before, after, num_faults)
-        if num_faults or not is_same_engine:
+        if num_faults or not is_same_engine or blow.ends_a_line is None:
             self._had_fault = True
         rungs = after.healed if not is_same_engine else _more(after.healed, before.stats.healed)
-        violations += await self._left_over(is_new=not is_same_engine)
+        left = await self._left_over(is_new=not is_same_engine)
+        violations += left
         return msgspec.structs.replace(
             made,
             violations=tuple(violations),
+            num_left=len(left),
             fault=after.last_fault if num_faults else "",
             rungs=tuple(rung for rung, count in sorted(rungs.items()) for _ in range(count)),
             pause_s=after.last_pause_s if num_faults else 0.0,
         )
 
-    def _has_told(self, blow: Blow, before: _Before) -> bool:
+    def _has_told(self, blow: Blow, before: Before) -> bool:
         now = self._formation()
         if blow.kind == "kill-engine":
             return self._engine.condition.num_restarts > before.num_restarts
+        if blow.kind == "kill-watcher":
+            return self._engine.condition.num_watcher_restarts > before.num_watcher_restarts
         if now is None:
             return False
         if blow.kind == "kill-standby":
             return now.num_standby_faults > before.stats.num_standby_faults
         return blow.ends_a_line is None or now.num_faults > before.stats.num_faults
 
-    def _wrong(self, blow: Blow, before: _Before, after: FormationStats, num_faults: int) -> list[str]:
+    def _wrong(self, blow: Blow, before: Before, after: FormationStats, num_faults: int) -> list[str]:
         """In what the engine says."""
         if not self._has_told(blow, before):
             return ["nothing has noticed it"]
@@ -281,98 +300,6 @@ class Checker:
         if beyond:
             self._has = has  # told once
         return [f"left over: {one}" for one in beyond]
-
-
-class _Before(msgspec.Struct, frozen=True):
-    """How the engine was before a blow."""
-
-    status: InstanceStatus
-    pids: dict[int, int]
-    """Of the ranks that compute."""
-    stats: FormationStats
-    num_restarts: int
-
-    @property
-    def server(self) -> int:
-        """The process that has started all ranks."""
-        parent = parent_of(self.pids[0])
-        if parent is None:
-            raise ProcessLookupError("rank 0 is gone")
-        return parent
-
-    def others(self) -> list[int]:
-        """Ranks that do not compute: they stand ready, or begin."""
-        return [pid for pid in children_of(self.server) if pid not in self.pids.values()]
-
-
-class _Strike:
-    """A blow, from its preparation on."""
-
-    def __init__(self, blow: Blow, before: _Before, stack: ExitStack) -> None:
-        self._blow = blow
-        self._before = before
-        self._mailbox: Mailbox | None = None
-        if blow.fault is not None:
-            self._mailbox = stack.enter_context(Mailbox(before.pids[blow.rank]))
-        self._is_done = False
-        self._second: asyncio.Task[None] | None = None
-
-    @property
-    def has_happened(self) -> bool:
-        return self._is_done or (self._mailbox is not None and bool(self._mailbox.injected()))
-
-    @property
-    def refusal(self) -> str | None:
-        """Why it cannot happen, if the rank has said so."""
-        return self._mailbox.refusal() if self._mailbox is not None else None
-
-    async def begin(self) -> None:
-        """Do it, or have the rank do it to itself when its moment comes."""
-        blow, before = self._blow, self._before
-        if self._mailbox is not None and blow.fault is not None:
-            self._mailbox.send(blow.fault)
-            return
-        strikes: dict[str, Callable[[], Awaitable[None]]] = {
-            "kill": partial(self._signal, before.pids[blow.rank], signal.SIGKILL),
-            "stop": partial(self._signal, before.pids[blow.rank], signal.SIGSTOP),
-            "kill-engine": partial(self._signal, before.status.pid, signal.SIGKILL),
-            "kill-lines": partial(self._signal, before.server, signal.SIGKILL),
-            "kill-standby": self._kill_other,
-            "kill-switch": self._kill_and_again,
-        }
-        await strikes[blow.kind]()
-
-    async def end(self) -> None:
-        """Wait for what it does by itself."""
-        if self._second is not None:
-            await self._second
-
-    async def _signal(self, pid: int, number: int) -> None:
-        os.kill(pid, number)
-        self._is_done = True
-
-    async def _kill_other(self) -> None:
-        others = self._before.others()
-        await self._signal(others[self._blow.rank % len(others)], signal.SIGKILL)
-
-    async def _kill_and_again(self) -> None:
-        known = {*self._before.pids.values()}
-        server = self._before.server
-        if not self._before.others():  # those that come are meant, and not those that stand ready
-            known |= set(children_of(server))
-        await self._signal(self._before.pids[self._blow.rank], signal.SIGKILL)
-        self._second = asyncio.create_task(self._kill_next(server, known))
-
-    async def _kill_next(self, server: int, known: set[int]) -> None:
-        """One of those that take over, at any moment of that."""
-        expires_at = time.monotonic() + TOLD_S
-        while time.monotonic() < expires_at:
-            if found := sorted({*children_of(server)} - known):
-                await asyncio.sleep(SWITCH_S * self._blow.collective / 1000)
-                with suppress(ProcessLookupError):
-                    os.kill(found[self._blow.rank % len(found)], signal.SIGKILL)
-                return
-            await asyncio.sleep(LOOK_S / 10)
 
 
 async def _until(condition: Callable[[], bool], within_s: float, complaint: str) -> None:

@@ -73,6 +73,10 @@ class World(NamedTuple):
     """Whether two ranks are together in two groups."""
     has_connections: bool = False
     """Whether ranks reach each other over TCP, and nothing else does that one could cut with it."""
+    has_agents: bool = False
+    """Whether the memory of ranks is held by processes beside the engine's: ranks are actors, on several nodes."""
+    can_shrink: bool = False
+    """Whether there is a smaller grid to go to while they serve."""
 
     @classmethod
     def of(cls, config: Config) -> World:
@@ -86,6 +90,8 @@ class World(NamedTuple):
             has_experts=parallel.enable_expert_parallel,
             shares_groups=max(together.values(), default=0) > 1,
             has_connections=config.executor.collective_backend == "gloo" and config.executor.launcher != "ray",
+            can_shrink=config.executor.launcher != "ray"
+            and max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1,
         )
 
     @classmethod

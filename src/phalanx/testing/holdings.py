@@ -18,6 +18,8 @@ MEMORY_SLACK_BYTES = 64 << 20
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SHARED = Path("/dev/shm")
+_TCP_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_LISTENS = "0A"
 
 
 class Holdings(NamedTuple):
@@ -29,18 +31,21 @@ class Holdings(NamedTuple):
     """Of those: memory without a name (memfd)."""
     num_files: int
     """In /dev/shm, of whomever."""
+    num_ports: int
+    """TCP ports that they listen on."""
     rss_bytes: int
     """Of the engine's process itself."""
 
     @classmethod
     def of(cls, pid: int) -> Holdings:
         """At this moment. Takes milliseconds."""
-        targets = _targets(pid)
+        targets, members = _targets(pid), group_members(pid)
         return cls(
-            num_processes=len(group_members(pid)),
+            num_processes=len(members),
             num_descriptors=len(targets),
             num_segments=sum(target.startswith("/memfd:") for target in targets),
-            num_files=len(os.listdir(_SHARED)) if _SHARED.is_dir() else 0,
+            num_files=len(shared_files()),
+            num_ports=_num_ports({target for member in {pid, *members} for target in _targets(member)}),
             rss_bytes=_rss_bytes(pid),
         )
 
@@ -53,11 +58,17 @@ class Holdings(NamedTuple):
             ("descriptors", self.num_descriptors, before.num_descriptors, DESCRIPTORS_OF_A_RANK * of_lines),
             ("segments of memory", self.num_segments, before.num_segments, of_lines),
             ("files in /dev/shm", self.num_files, before.num_files, 0),
+            ("ports", self.num_ports, before.num_ports, 0),
             ("bytes of memory", self.rss_bytes, before.rss_bytes, MEMORY_SLACK_BYTES),
         ):
             if one > other + slack:
                 found.append(f"{one} {name}, {other} before")
         return found
+
+
+def shared_files() -> set[str]:
+    """Names in /dev/shm, of whomever."""
+    return set(os.listdir(_SHARED)) if _SHARED.is_dir() else set()
 
 
 def children_of(pid: int) -> list[int]:
@@ -78,6 +89,13 @@ def parent_of(pid: int) -> int | None:
     return None
 
 
+def command_of(pid: int) -> bytes:
+    """Its command line; empty if the process is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def _targets(pid: int) -> list[str]:
     found = []
     with suppress(OSError):
@@ -85,6 +103,23 @@ def _targets(pid: int) -> list[str]:
             with suppress(OSError):
                 found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
+
+
+def listening_ports() -> dict[int, str]:
+    """TCP ports of this host that somebody listens on, and the inode of each one's socket."""
+    found = {}
+    for table in _TCP_TABLES:
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENS:
+                    found[int(fields[1].rpartition(":")[2], 16)] = fields[9]
+    return found
+
+
+def _num_ports(targets: set[str]) -> int:
+    """How many of these open files are sockets that listen."""
+    return sum(f"socket:[{inode}]" in targets for inode in listening_ports().values())
 
 
 def _rss_bytes(pid: int) -> int:

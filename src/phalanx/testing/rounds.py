@@ -44,6 +44,41 @@ def table(rounds: Iterable[Round], key: Callable[[Round], str], title: str) -> s
     return "\n".join([_LINE.format(*titles), *(_line(name, by_key[name]) for name in sorted(by_key))])
 
 
+def kills_table(
+    rounds: Iterable[tuple[Round, bool]], key: Callable[[Round], Sequence[str]], titles: Sequence[str]
+) -> str:
+    """Markdown, a line for each value of `key`: kills, the longest gap between two tokens of any stream of a round in
+    milliseconds, without a standby line and with one (the flag beside each round), and what did not hold.
+    """
+    by_key: dict[tuple[str, ...], list[tuple[Round, bool]]] = {}
+    for one, has_standby in rounds:
+        if one.has_happened:
+            by_key.setdefault(tuple(key(one)), []).append((one, has_standby))
+    heads = (*titles, "kills", "gap 50%", "99%", "with standby 50%", "99%", "streams", "wrong", "lost", "left", "other")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *(_kills_line(name, by_key[name]) for name in sorted(by_key))])
+
+
+def _kills_line(name: Sequence[str], found: Sequence[tuple[Round, bool]]) -> str:
+    rounds = [one for one, _ in found]
+    gaps = {
+        has: [one.gap_s for one, it_has in found if it_has == has and one.blow.state != "idle"] for has in (False, True)
+    }
+    faults = [
+        sum(counts) for counts in zip(*((one.num_wrong, one.num_lost, one.num_left) for one in rounds), strict=True)
+    ]
+    other = sum(len(one.violations) for one in rounds) - sum(faults)
+    cells = (
+        *name,
+        len(rounds),
+        *(_ms(quantile(gaps[has], share)) for has in (False, True) for share in (0.5, 0.99)),
+        sum(one.num_streams for one in rounds),
+        *faults,
+        max(other, 0),
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def rungs(rounds: Iterable[Round]) -> str:
     """How often each brought ranks that compute."""
     counts = Counter(rung for one in rounds for rung in one.rungs)

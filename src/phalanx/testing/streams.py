@@ -110,6 +110,12 @@ async def follow(engine: Engine, asked: Asked, on_tokens: Callable[[int], None] 
     return seen
 
 
+def has_ended(asked: Asked, found: Seen) -> bool:
+    """Whether it ended exactly once, and not with an error. Who cancels hears of no end, unless it comes before."""
+    least = 0 if asked.cancelled_after is not None else 1
+    return found.error is None and least <= len(found.reasons) <= 1
+
+
 def difference(asked: Asked, expected: Seen, found: Seen) -> str | None:
     """In what a stream is not that of a run without faults; None if in nothing."""
     if found.error is not None:
@@ -119,9 +125,8 @@ def difference(asked: Asked, expected: Seen, found: Seen) -> str | None:
         expected = msgspec.structs.replace(
             expected, tokens=expected.tokens[: len(found.tokens)], text=found.text, reasons=found.reasons
         )
-    num_ends = len(found.reasons)
-    if num_ends > 1 or (num_ends == 0 and asked.cancelled_after is None):
-        return f"it ended {num_ends} times"
+    if not has_ended(asked, found):
+        return f"it ended {len(found.reasons)} times"
     if found.tokens != expected.tokens:
         pairs = enumerate(zip(found.tokens, expected.tokens, strict=False))
         place = next((i for i, (one, other) in pairs if one != other), min(len(found.tokens), len(expected.tokens)))

@@ -37,6 +37,11 @@ _sleeping_syscall = _syscall_of(ctypes.CDLL(None, use_errno=True))
 _waking_syscall = _syscall_of(ctypes.PyDLL(None))
 
 
+STORES_ARE_SEEN_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+"""Whether who sees one of a thread's stores sees those before it as well, without a fence between them (Intel SDM 3A,
+8.2.2: stores are not reordered with other stores)."""
+
+
 def new_fence() -> Callable[[], None]:
     """A function that is a full memory barrier, for the use of one thread.
 

@@ -401,13 +401,14 @@ class Worker:
 
     def _call_method(self, call: CallMethod) -> ReplyBody:
         """What a user's code does is judged by its deadline alone."""
-        if self._journal is None:
+        journal = self._journal
+        if journal is None:
             return self._methods.call(call)
-        self._journal.enter("calling a method")
+        journal.enter("calling a method")
         try:
             return self._methods.call(call)
         finally:
-            self._journal.enter(self.phase)
+            journal.enter(self.phase)
 
     def _measure(self, sizes_cache: bool) -> Measured:
         assert self._model is not None

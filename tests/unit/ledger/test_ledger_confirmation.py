@@ -25,7 +25,7 @@ def test_what_lasts_is_told_at_once_and_once() -> None:
 
 def test_what_may_change_must_stand() -> None:
     late = verdict("late")
-    assert told(Confirmation(), [late] * 5 + [None] + [late] * 20) == [13]
+    assert told(Confirmation(), [late] * 4 + [None] + [late] * 20) == [9]
     assert told(Confirmation(), [verdict("late", i % 2) for i in range(20)]) == []
 
 
@@ -34,10 +34,22 @@ def test_what_ranks_do_not_get_out_of_is_seen_twice() -> None:
         assert told(Confirmation(), [verdict(cause)] * 20, look_ns=round(LOOK_S * 1e9)) == [1]
 
 
+def test_it_is_looked_at_again_soon_if_only_that_is_missing() -> None:
+    confirmation, start = Confirmation(), 10**12
+    assert confirmation.next_look_s == LOOK_S
+    assert confirmation.take(verdict("circle"), start) is None
+    soon_s = confirmation.next_look_s
+    assert soon_s < LOOK_S
+    assert confirmation.take(verdict("circle"), start + int(soon_s * 1e9)) is not None
+    assert confirmation.next_look_s == LOOK_S
+    assert confirmation.take(verdict("late"), start + LOOK_NS) is None
+    assert confirmation.next_look_s == LOOK_S, "that must stand for longer anyway"
+
+
 def test_after_a_pause_it_must_stand_anew() -> None:
     confirmation, late = Confirmation(), verdict("slow")
-    assert told(confirmation, [late] * 5) == []
-    assert told(confirmation, [late] * 20, start=2 * 10**12) == [7]
+    assert told(confirmation, [late] * 4) == []
+    assert told(confirmation, [late] * 20, start=2 * 10**12) == [4]
 
 
 def test_what_is_over_may_come_again() -> None:
@@ -51,7 +63,7 @@ def test_what_is_over_may_come_again() -> None:
 
 def test_a_moment_without_it_does_not_end_it() -> None:
     confirmation, late = Confirmation(), verdict("late")
-    assert told(confirmation, ([late] * 10 + [None]) * 5) == [7]
+    assert told(confirmation, ([late] * 10 + [None]) * 5) == [4]
     assert confirmation.told == late
 
 

@@ -52,6 +52,13 @@ def test_the_first_step() -> None:
     assert after().of_step_s(2048) == pytest.approx(AT_FIRST_S + 20.48)
 
 
+def test_what_the_first_step_set_up_does_not_count_once_there_is_another() -> None:
+    patience = Patience(LIMITS)
+    for rank in range(8):  # a step is one step, however many ranks were in it
+        patience.learn(rank, [step(1, 8, 3.0), step(2, 8, 0.1)])
+    assert patience.of_step_s(8) == pytest.approx(STEPS_OF_PATIENCE * 0.1)
+
+
 def test_never_longer_than_the_run_has() -> None:
     patience = after((2048, 3.0), limits=Limits(step_timeout_s=20.0))
     assert patience.of_step_s(2048) == 10.0

@@ -19,10 +19,18 @@ from ledger_ranks import Clock, WritingRank
 from phalanx.ledger import watcher
 from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
 from phalanx.ledger.judge import judge
-from phalanx.ledger.look import Look
+from phalanx.ledger.look import HELD_S, Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LONGEST_TRUST_S, LOOK_S, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watcher import (
+    FULL_LOOK_S,
+    LONGEST_REST_S,
+    LONGEST_TRUST_S,
+    LOOK_S,
+    WatchedRank,
+    Watcher,
+    WatchOrder,
+)
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
@@ -71,6 +79,13 @@ class Watched:
             self.starving.append(starving > 0)
             found = self._watcher.verdict(self.clock(), has_ended=has_ended)
         return found
+
+    def go_on(self, number: int, *, has_ended: bool = False) -> Verdict | None:
+        """A step between two looks, up to the second one."""
+        self.clock.pass_s(LOOK_S)
+        self.step(number)
+        self.end_step()
+        return self._watcher.verdict(self.clock(), has_ended=has_ended)
 
     def starved_ns(self, took_ns: int) -> int:
         """Of the last `took_ns`."""
@@ -237,6 +252,17 @@ def test_who_is_in_a_step_has_the_time_that_steps_take(watched: Watched) -> None
     assert watched.verdict(10.0) is None
 
 
+def test_who_may_hold_its_gil_is_not_late_yet(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_s = HELD_S / 2
+    monkeypatch.setattr(watched._watcher._ranks[1]._asker, "held_s", lambda *_: held_s)
+    watched.step(2, [0])
+    watched.ranks[1].begin(2)
+    assert watched.verdict(LEAST_S + 0.5) is None
+    held_s = 0.0  # it has answered
+    found = watched.verdict(FULL_LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("late", (1,))
+
+
 def test_a_step_that_nobody_needs_a_rank_in(watched: Watched) -> None:
     watched.ranks[0].begin(2)
     watched.ranks[0].end()
@@ -271,42 +297,49 @@ def test_a_process_that_has_not_begun_its_journal(number: signal.Signals) -> Non
 def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
     read = watched.count_reads()
     for number in range(2, 42):
-        watched.step(number)
-        watched.end_step()
-        assert watched.verdict(LOOK_S) is None
+        assert watched.go_on(number) is None
     assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
 
 
-def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+def test_ranks_that_rest_are_read_now_and_then(watched: Watched) -> None:
     read = watched.count_reads()
-    watched.step(3, [0])
+    assert watched.verdict(2.0) is None
+    assert 0 < read[0] == read[1] <= 2.0 / LONGEST_REST_S + 1
+
+
+def test_all_are_read_at_once_when_one_begins_after_a_rest_and_does_not_go_on(watched: Watched) -> None:
+    """Where it was idle when it was read is not where it rests."""
+    assert watched.verdict(1.0) is None
+    read = watched.count_reads()
+    watched.step(2, [0])
+    watched.verdict(LOOK_S)
+    assert read == [1, 1]
+
+
+def test_all_are_read_at_once_when_one_does_not_go_on(watched: Watched) -> None:
+    watched.go_on(2)
+    read = watched.count_reads()
+    watched.step(3)
     watched.verdict(LOOK_S)
     assert read == [1, 1]
 
 
 def test_all_are_read_at_once_when_one_has_ended(watched: Watched) -> None:
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+    watched.go_on(2)
     read = watched.count_reads()
-    watched.step(3)
-    watched.verdict(LOOK_S, has_ended=True)
+    watched.go_on(3)
+    assert read == [0, 0]
+    watched.go_on(4, has_ended=True)
     assert read == [1, 1]
 
 
 def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nobody is woken by its beginning."""
-    watched.step(2)
-    watched.end_step()
-    watched.verdict(LOOK_S)
+    watched.go_on(2)
     read = watched.count_reads()
     one = watched._watcher._ranks[1]
     assert one._entries is not None
     monkeypatch.setattr(one, "_entries", msgspec.structs.replace(one._entries, device=DeviceMarks(0, 0, 0)))
     monkeypatch.setattr(watcher, "_process_of", lambda entries: "running" if entries.device is None else "gone")
-    watched.step(3)
-    watched.verdict(LOOK_S)
+    watched.go_on(3)
     assert read == [1, 1]

@@ -8,7 +8,7 @@ from phalanx.errors import ConfigError
 from phalanx.testing.blows import BLOW_KINDS, ENDS, MOMENTS, Blow, BlowKind, blow_of_seed, is_named
 from phalanx.testing.faults import OF_A_PROCESS, World
 
-WORLD = World(4, has_experts=True, shares_groups=True, has_connections=True)
+WORLD = World(4, has_experts=True, shares_groups=True, has_connections=True, can_shrink=True)
 
 
 def drawn(world: World = WORLD, *, has_standby: bool = True, count: int = 400) -> list[Blow]:
@@ -21,10 +21,11 @@ def test_the_same_seed_and_number_give_the_same_blow() -> None:
 
 def test_every_kind_comes_at_every_moment_that_it_can() -> None:
     found = {(blow.kind, blow.state) for blow in drawn(count=3000)}
-    assert {kind for kind, _ in found} == set(BLOW_KINDS)
+    never = {"kill-owner", "kill-server"}
+    assert {kind for kind, _ in found} == set(BLOW_KINDS) - never
     assert {state for kind, state in found if kind == "kill"} == set(MOMENTS)
     assert {state for kind, state in found if kind == "skip"} == {"prefill", "decode"}
-    assert {kind for kind, state in found if state == "any"} == {"kill", "stop", *ENDS}
+    assert {kind for kind, state in found if state == "any"} == {"kill", "stop", *ENDS} - never
     assert {kind for kind, state in found if state == "idle"} == set(OF_A_PROCESS)
     assert {blow.rank for blow in drawn()} == {0, 1, 2, 3}
 
@@ -33,6 +34,9 @@ def test_what_cannot_be_is_left_out() -> None:
     alone = World(2)
     kinds = {blow.kind for blow in drawn(alone, has_standby=False)}
     assert not kinds & {"kill-standby", "early-return", "reorder", "link"} and "kill-switch" in kinds
+    assert not kinds & {"kill-both", "kill-resize", "kill-owner", "kill-server"}
+    of_actors = {blow.kind for blow in drawn(World(2, has_agents=True), has_standby=False)}
+    assert "kill-owner" in of_actors and "kill-lines" not in of_actors
     with pytest.raises(ConfigError, match="none of them can happen here in idle"):
         blow_of_seed(1, 0, alone, has_standby=False, kinds=("skip", "kill-standby"), states=("idle",))
 
@@ -55,6 +59,10 @@ def test_whoever_is_hurt_from_outside_does_nothing_itself() -> None:
         ("skip", "rank 0 on here or rank 1 on here issued x", False),
         ("kill", "rank 0 on here or rank 1 on here issued x; which of them is wrong cannot be told", False),
         ("kill-lines", "rank 0 (pid 7) died: its fork server ended: killed by SIGKILL", True),
+        ("kill-both", "rank 0 (pid 7) died: killed by SIGKILL", True),
+        ("kill-reload", "rank 0 (pid 7) died: killed by SIGKILL", False),
+        ("kill-owner", "node beta (rank 1) (pid 256) died: its link broke", True),
+        ("kill-owner", "waited 60 s for step 3", False),
         ("link", "ranks 0, 1 have all come to x, which does not end: to blame is no rank, but what carries it", True),
     ],
 )

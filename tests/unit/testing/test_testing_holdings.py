@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 
 from phalanx.testing.holdings import Holdings, children_of, parent_of
 
-NOTHING = Holdings(0, 0, 0, 0, 0)
+NOTHING = Holdings(0, 0, 0, 0, 0, 0)
 
 
 def test_more_is_told_and_less_is_not() -> None:
-    before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, rss_bytes=1 << 30)
+    before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, num_ports=2, rss_bytes=1 << 30)
     assert before.beyond(before, num_ranks=2) == [] and NOTHING.beyond(before, num_ranks=2) == []
-    more = Holdings(6, 40 + 9, 7 + 10, 1, (1 << 30) + (65 << 20))
+    more = Holdings(6, 40 + 9, 7 + 10, 1, 3, (1 << 30) + (65 << 20))
     assert [one.partition(",")[0] for one in more.beyond(before, num_ranks=2)] == [
-        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "1141899264 bytes of memory")
+        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "3 ports", "1141899264 bytes of memory")
     ]
     assert "17 segments of memory, 7 before" not in more.beyond(before, num_ranks=3), "of lines that have ended"
 
@@ -33,6 +34,10 @@ def test_what_a_process_has() -> None:
         memory = os.memfd_create("phalanx:test")
         assert Holdings.of(os.getpid()).num_segments == before.num_segments + 1
         os.close(memory)
+        ports = Holdings.of(os.getpid()).num_ports
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+            assert Holdings.of(os.getpid()).num_ports == ports + 1, "who has connected listens to nobody"
+        assert Holdings.of(os.getpid()).num_ports == ports
     finally:
         os.killpg(process.pid, 9)
         process.wait()
