@@ -7,7 +7,7 @@ PORT   ?= 8000
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BESIDE    := -n 3 --dist worksteal
-IN_LANES  := -n 3 --dist loadgroup
+IN_LANES  := -n 2 --dist loadgroup
 SAMPLE    := models/SmolLM2-135M-Instruct.gguf
 
 .PHONY: help setup model serve check test bench lint clean

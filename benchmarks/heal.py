@@ -2,12 +2,15 @@
 
     python benchmarks/heal.py [--model DIRECTORY] [--faults 20] [--tensor-parallel-size 2] [--device cpu]
                               [--launcher ray] [--peer-python PATH]
+    python benchmarks/heal.py --device cuda --replicas 2 --standby 1 --kind kill --faults 50
 
 `phalanx serve` streams to several clients at a time, some greedy and some with seeds; then one rank is killed, stopped,
 raises an exception or leaves a collective out, at a random moment. The gap is the longest of any stream, and is shown
 beside the longest of runs without a fault. Every stream is compared with that of such a run, token for token. With a
-standby line, the next fault comes when the next one is ready, and how long that takes is told as well. With Ray, one of
-its own on this host, there is none.
+standby line, the next fault comes when the next one is ready, and how long that takes is told as well. Ray is one
+of its own on this host.
+
+With `--replicas` it is a mixture whose replicas share its experts, in lockstep.
 
 With `--logs` the servers' logs are kept: they tell how long each pause was for the engine, without the client's part.
 
@@ -279,9 +282,9 @@ async def answered_after(server: Server, since: float) -> float | None:
     return None
 
 
-async def killed(server: Server, victim: int, num_streams: int, num_tokens: int) -> Killed:
-    """Kill one rank while streams run."""
-    files, family = shared_files(), server.processes()
+async def killed(server: Server, victim: int, num_streams: int, num_tokens: int, files: set[str]) -> Killed:
+    """Kill one rank while streams run. `files`: in /dev/shm, before the server was started."""
+    family = server.processes()
     running_streams = asyncio.create_task(streams(server.url, num_streams, num_tokens))
     await asyncio.sleep(PEER_AFTER_S)
     os.kill(victim, signal.SIGKILL)
@@ -323,7 +326,15 @@ def kills_row(name: str, num_streams: int, seen: Sequence[Killed]) -> str:
 
 
 def side_by_side(
-    ours: Server, name: str, num_streams: int, num_tokens: int, num_kills: int, dice: random.Random, *, standby: bool
+    ours: Server,
+    name: str,
+    num_streams: int,
+    num_tokens: int,
+    num_kills: int,
+    dice: random.Random,
+    files: set[str],
+    *,
+    standby: bool,
 ) -> str:
     """A row of the table."""
     seen = []
@@ -331,17 +342,18 @@ def side_by_side(
         if standby:
             await_standby(ours.url)
         victim = dice.choice(sorted(ranks(ours.url).values()))
-        seen.append(asyncio.run(killed(ours, victim, num_streams, num_tokens)))
+        seen.append(asyncio.run(killed(ours, victim, num_streams, num_tokens, files)))
     return kills_row(name, num_streams, seen)
 
 
 def peer_killed(python: Path, model: Path, tp_size: int, num_streams: int, num_tokens: int, log: Path) -> Killed:
     """One worker of vLLM, in a server of its own."""
+    files = shared_files()
     with running(vllm(python, model, tp_size, "float32", free_port(), log)) as server:
         click.echo(f"vLLM: ready to serve after {await_serving(server):.1f} s")
         asyncio.run(streams(server.url, num_streams, num_tokens))
         workers = sorted(server.processes(), key=lambda one: -one.memory_info().rss)[:tp_size]
-        return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens))
+        return asyncio.run(killed(server, workers[-1].pid, num_streams, num_tokens, files))
 
 
 @click.command()
@@ -357,6 +369,8 @@ def peer_killed(python: Path, model: Path, tp_size: int, num_streams: int, num_t
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--kv-cache-memory", default="16MiB", show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
+@click.option("--replicas", default=1, show_default=True, help="Of a mixture, with its experts over all ranks.")
+@click.option("--standby", "standbys", multiple=True, type=click.IntRange(0, 1), default=(0, 1), show_default=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="Directory for the servers' logs.")
 def main(
     model: Path | None,
@@ -371,20 +385,25 @@ def main(
     dtype: str,
     kv_cache_memory: str,
     kinds: tuple[Kind, ...],
+    replicas: int,
+    standbys: tuple[int, ...],
     logs: Path | None,
 ) -> None:
     """Measure the gaps that clients see."""
-    num_bad, rows, dice = 0, [], random.Random(seed)
+    num_bad, rows, dice, files = 0, [], random.Random(seed), shared_files()
     with tempfile.TemporaryDirectory() as folder:
+        family = "llama" if replicas == 1 else "qwen3_moe"
         shape = PEER_SHAPE if peer_python is not None else {}
-        model, logs = model or write_checkpoint(Path(folder) / "model", **shape), logs or Path(folder)
+        model, logs = model or write_checkpoint(Path(folder) / "model", family, **shape), logs or Path(folder)
         logs.mkdir(exist_ok=True)
         click.echo(f"{'longest gap of any stream (ms)':34} {'faults':>6} {'median':>9} {'p99':>9} {'longest':>9}")
-        for standby in (0, 1) if launcher == "local" else (0,):
+        for standby in standbys:
             log = logs / f"standby{standby}.log"
             options = ["--allow-chaos", "--standby", str(standby), "--device", device, "--max-model-len", "512"]
             options += ["--max-num-seqs", "8", "--kv-cache-memory", kv_cache_memory, "--launcher", launcher]
             options += ["--ray-address", "local"] if launcher == "ray" else []
+            if replicas > 1:
+                options += ["--data-parallel-size", str(replicas), "--enable-expert-parallel"]
             with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
                 click.echo(f"--standby {standby}: ready to serve after {await_serving(server):.1f} s")
                 num_bad += measure(
@@ -393,7 +412,9 @@ def main(
                 if peer_python is not None:
                     name = f"Phalanx, `--standby {standby}`"
                     rows.append(
-                        side_by_side(server, name, num_streams, num_tokens, num_faults, dice, standby=bool(standby))
+                        side_by_side(
+                            server, name, num_streams, num_tokens, num_faults, dice, files, standby=bool(standby)
+                        )
                     )
         if peer_python is not None:
             seen = [

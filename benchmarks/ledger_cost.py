@@ -216,13 +216,13 @@ class Muting:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._journal = worker._journal
+        self._journal = worker._notes._journal
         self._journals: dict[str, GroupJournal | NoJournal] = {}
 
     @remote_method
     def have_noted(self, notes: bool) -> None:
         """From the next step on."""
-        self._worker._journal = self._journal if notes else None
+        self._worker._notes._journal = self._journal if notes else None
         for name, group in self._worker.groups.items():
             if isinstance(group, JournaledGroup):
                 journal = self._journals.setdefault(name, group._journal)

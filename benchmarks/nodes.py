@@ -14,9 +14,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from phalanx.testing.holdings import command_of
 from phalanx.testing.reach import Place
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "cluster"))
@@ -25,15 +27,15 @@ from ray_cluster import RayCluster
 
 __all__ = ["Orders", "RayHosts", "why_no_hosts"]
 
-RANK, AGENT = "ray::RankActor", "ray::NodeAgent"
+AGENT = b"ray::NodeAgent"
 GONE_S = 30.0
 END_S = 60.0
 
 
 class Order(msgspec.Struct, frozen=True):
-    """Of a program on a host: tell the processes of this name, or kill one."""
+    """Of a program on a host: tell processes of all hosts, or kill one."""
 
-    name: str = ""
+    tell: Literal["ranks", "agents"] = "ranks"
     kill: Place | None = None
 
 
@@ -53,10 +55,10 @@ class Orders:
 
     def ranks_beside(self, one: Place) -> Callable[[], Sequence[Place]]:
         """All there are: no other engine is on these hosts."""
-        return lambda: self._ask(Order(name=RANK)).places
+        return lambda: self._ask(Order(tell="ranks")).places
 
     def agents(self) -> Sequence[Place]:
-        return self._ask(Order(name=AGENT)).places
+        return self._ask(Order(tell="agents")).places
 
     def kill(self, place: Place) -> None:
         if self._ask(Order(kill=place)).is_gone:
@@ -90,11 +92,14 @@ class RayHosts:
             *command, env=self._cluster.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as program:
             assert program.stdin is not None and program.stdout is not None
-            for line in program.stdout:
-                answer = self._do(msgspec.json.decode(line, type=Order))
-                program.stdin.write(msgspec.json.encode(answer) + b"\n")
-                program.stdin.flush()
-            return program.wait(END_S)
+            try:
+                for line in program.stdout:
+                    answer = self._do(msgspec.json.decode(line, type=Order))
+                    program.stdin.write(msgspec.json.encode(answer) + b"\n")
+                    program.stdin.flush()
+                return program.wait(END_S)
+            finally:
+                program.kill()  # the hosts end what it has started
 
     def leftovers(self) -> list[str]:
         """What is left on the hosts when all has had time to go."""
@@ -104,25 +109,24 @@ class RayHosts:
             return [str(error)]
         return []
 
+    def _told(self, host: Host, what: Literal["ranks", "agents"]) -> Iterator[Place]:
+        if what == "ranks":
+            found = self._cluster.ranks(host)
+        else:
+            found = [process for process in host.processes() if command_of(process.pid).startswith(AGENT)]
+        for process in found:
+            if (pid := _own_pid(process.pid)) is not None:
+                yield Place(host.name, pid)
+
     def _do(self, order: Order) -> Answer:
         hosts = self._cluster.hosts
         if order.kill is None:
-            return Answer(places=tuple(place for host in hosts.values() for place in _named(host, order.name)))
+            return Answer(places=tuple(place for host in hosts.values() for place in self._told(host, order.tell)))
         for process in hosts[order.kill.node].processes():
             if _own_pid(process.pid) == order.kill.pid:
                 process.send_signal(signal.SIGKILL)
                 return Answer()
         return Answer(is_gone=True)
-
-
-def _named(host: Host, name: str) -> Iterator[Place]:
-    for process in host.processes():
-        try:
-            command = Path(f"/proc/{process.pid}/cmdline").read_text()
-        except OSError:  # it has just ended
-            continue
-        if command.startswith(name) and (pid := _own_pid(process.pid)) is not None:
-            yield Place(host.name, pid)
 
 
 def _own_pid(pid: int) -> int | None:

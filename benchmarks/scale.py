@@ -1,6 +1,7 @@
 """Replicas that come and go while streams run: how long that takes, and the longest gap between tokens of a stream.
 
-    python benchmarks/scale.py --model DIRECTORY [--rounds 5] [--streams 4] [--threads 1] [--expert-parallel]
+    python benchmarks/scale.py [--model DIRECTORY] [--rounds 5] [--streams 4] [--threads 1] [--expert-parallel]
+                               [--device cuda --tensor-parallel-size 2]
 
 One `phalanx serve` with one replica, and streams that never pause: each asks for its next output as soon as one has
 ended. In each round it grows to two replicas, then the first replica leaves (in turns: its requests end there, or move
@@ -8,8 +9,8 @@ at once), and it grows again. Gaps are what the clients see, between two tokens 
 time of the resize; beside them those of as long a time before it, when nothing happened. All outputs of a prompt have
 to be the same, greedy: what ran alone, and what ran through resizes.
 
-With `--expert-parallel` a mixture starts with two replicas in lockstep, which become one and two again: all ranks are
-replaced at once.
+Without a model it is a tiny one with random weights. With `--expert-parallel` a mixture starts with two replicas in
+lockstep, which become one and two again: all ranks are replaced at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from typing import NamedTuple
 
 import click
 import httpx
+from heal import await_serving
 from serving import MODEL_NAME, REQUEST_TIMEOUT_S, free_port, phalanx, running
+
+from phalanx.testing.checkpoints import write_checkpoint
 
 RESIZE_TIMEOUT_S = 120.0
 POLL_S = 0.02
@@ -186,24 +190,40 @@ async def measure(
 
 
 @click.command()
-@click.option("--model", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="A tiny one is made by default.")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--streams", default=4, show_default=True)
 @click.option("--output-tokens", default=400, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Threads of each rank.")
 @click.option("--expert-parallel", is_flag=True, help="Replicas of a mixture that share its experts.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--tensor-parallel-size", "tp_size", default=1, show_default=True, help="Of each replica.")
+@click.option("--kv-cache-memory", help="Of each rank; to be given for replicas in lockstep on GPUs.")
 def main(
-    model: Path, dtype: str, rounds: int, streams: int, output_tokens: int, threads: int, expert_parallel: bool
+    model: Path | None,
+    dtype: str,
+    rounds: int,
+    streams: int,
+    output_tokens: int,
+    threads: int,
+    expert_parallel: bool,
+    device: str,
+    tp_size: int,
+    kv_cache_memory: str | None,
 ) -> None:
     """Measure resizes of `phalanx serve`."""
-    options = ["--threads-per-rank", str(threads)]
+    options = ["--threads-per-rank", str(threads), "--device", device]
     if expert_parallel:
         options += ["--data-parallel-size", "2", "--enable-expert-parallel"]
-    with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs) / "log"
-        with running(phalanx(model, 1, dtype, free_port(), log, *options)) as server:
-            server.await_ready()
+    if kv_cache_memory is not None:
+        options += ["--kv-cache-memory", kv_cache_memory]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        family = "qwen3_moe" if expert_parallel else "llama"
+        model = model or write_checkpoint(Path(folder) / "model", family, max_position_embeddings=2048)
+        with running(phalanx(model, tp_size, dtype, free_port(), log, *options)) as server:
+            await_serving(server)
             resizes, found = asyncio.run(
                 measure(server.url, rounds, streams, output_tokens, shares_experts=expert_parallel)
             )

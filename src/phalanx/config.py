@@ -214,6 +214,10 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     """The bundle of each rank in the placement group, in rank order, such as 0,1,4,5. By default ranks are given to the
     bundles node by node, the engine's own node first."""
 
+    avoid_nodes: tuple[Name, ...] = ()
+    """Names or addresses of nodes that no rank is to come to, whatever is free there, such as beta,10.0.0.7. `phalanx
+    drain` adds one to an engine that serves."""
+
     ray_per_worker_gpus: Share = 1.0
     """How much of a GPU (or, computing on the CPU, how many of Ray's CPUs) each rank reserves. A fraction lets several
     engines share a GPU; ranks of one engine never do, so at a half or less only one of them can be on a node."""
@@ -252,6 +256,10 @@ class HealingConfig(Section, frozen=True, kw_only=True):
 
     heal_timeout_s: Seconds = 120.0
     """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""
+
+    auto_grow: bool = False
+    """When replicas were lost with their places (a node is gone, or was drained, and no other had room), start them
+    again by itself as soon as there is room, such as on a node that joins Ray. Otherwise `phalanx scale` does it."""
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
@@ -355,9 +363,6 @@ class Config(Section, frozen=True, kw_only=True):
         self._refuse_local_replicas()
         if self.healing.standby and not self.healing.heal:
             raise ConfigError("standby", self.healing.standby, "only with heal")
-        if self.healing.standby and self.executor.launcher == "ray":
-            allowed = "0 with launcher ray: a second line of ranks would need bundles of its own"
-            raise ConfigError("standby", self.healing.standby, allowed)
         if self.healing.standby and self.executor.device == "cuda" and parallel.enable_eplb:
             reason = "0 with enable_eplb on GPUs: experts move, so that each line would have weights of its own"
             raise ConfigError("standby", self.healing.standby, reason)
@@ -432,6 +437,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "heal_timeout_s", "nothing is to heal"
         if self.healing.standby and self.executor.launcher == "inline":
             yield "standby", "one rank in the engine's process has no second one behind it; with launcher local it has"
+        if self.healing.auto_grow and self.parallel.enable_expert_parallel:
+            yield "auto_grow", "replicas that share experts are lost and healed all together"
 
 
 def convert(values: dict[str, Any], kind: type[AnySection]) -> AnySection:

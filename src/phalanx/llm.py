@@ -269,17 +269,19 @@ class LLM:
         self._maintain(Reload(model, "now", self.config.executor.start_timeout_s))
 
     def sleep(self, level: SleepLevel = 1) -> None:
-        """Give memory back to the system until `wake`: that of the KV cache, and at level 2 that of the weights too.
+        """Give memory back to the system, or the GPU, until `wake`: that of the KV cache, and at level 2 that of the
+        weights too.
 
-        Raises as `reload` does, and NotNowError for what
-        cannot be had again. What is generated before `wake` raises NotNowError.
+        Raises as `reload` does, and NotNowError for what cannot be had again. What is generated before `wake` raises
+        NotNowError.
         """
         self._maintain(Sleep(level))
 
     def wake(self, model: str | None = None) -> None:
         """Go on after `sleep`. At level 2 the weights are read again, or those of another checkpoint of the same model.
 
-        Raises as `reload` does: then it is still asleep.
+        Raises as `reload` does, and MaintenanceError if others have taken a GPU's memory meanwhile: then it is still
+        asleep.
         """
         self._maintain(Wake(model))
 

@@ -211,7 +211,13 @@ class CancelResize(Message, frozen=True):
     number: int
 
 
-ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder
+class AvoidNodes(Message, frozen=True):
+    """From now on place ranks on other nodes of the cluster than these. Those that are there stay."""
+
+    nodes: tuple[str, ...]
+
+
+ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder | AvoidNodes
 
 
 # -------------------------------------------------------------------------------- brain → client
@@ -272,6 +278,8 @@ class EngineFailed(Message, frozen=True):
     reason: str
     is_user_error: bool
     setting: WrongSetting | None = None
+    lacks_room: bool = False
+    """Whether it is that the nodes of a cluster cannot hold the ranks."""
 
 
 class ResizeBegun(Message, frozen=True):
@@ -369,6 +377,8 @@ class FormationStats(msgspec.Struct, frozen=True):
     """From the last fault to a line that takes steps; 0 before the first."""
     last_fault: str = ""
     """What ended a line last, in words that begin with who is to blame, if anybody is; empty before the first."""
+    lacks_room: str | None = None
+    """What is missing on the nodes of a cluster, while ranks of a lost node wait for room."""
 
 
 MaintenancePhase = Literal["reading", "waiting for requests", "switching", "falling asleep", "asleep", "waking"]
@@ -410,6 +420,8 @@ class EngineStats(Message, frozen=True):
     """None where a fault ends the engine."""
     maintenance: MaintenanceStats | None = None
     """None while nothing of it is under way."""
+    nodes: tuple[str, ...] = ()
+    """By rank, the name of the node of a cluster that it is on. Empty where all are on this host."""
 
 
 EngineMessage = (
@@ -587,13 +599,18 @@ class DropWeights(Message, frozen=True):
 
 
 class FallAsleep(Message, frozen=True):
-    """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes."""
+    """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes.
+
+    Answered with what is left (Allocated); a GPU's memory is free when nobody holds it any more.
+    """
 
     level: int
 
 
 class WakeUp(Message, frozen=True):
-    """Be ready to step. The KV cache may hold anything."""
+    """Be ready to step. The KV cache may hold anything. Answered with what there is (Allocated); who lacks memory
+    sleeps on.
+    """
 
 
 Maintaining = ReadWeights | TakeWeights | DropWeights | FallAsleep | WakeUp
@@ -638,6 +655,8 @@ class Loaded(Message, frozen=True):
     weight_bytes: int
     device: str
     dtype: str
+    gives_back: bool = True
+    """Whether it can give its memory back in a sleep."""
 
 
 class Measured(Message, frozen=True):
@@ -652,15 +671,17 @@ class Measured(Message, frozen=True):
 
 
 class Allocated(Message, frozen=True):
-    """The worker is ready to step.
+    """What the worker has by now: it is ready to step, or asleep.
 
     `held` says what a Holder can keep from now on for the worker after it: HeldMemory as msgpack (memory/held.py,
     `decode_held`). It is empty unless the WorkerSpec says `keeps_memory`, and on a GPU whose memory ends with the
     process, as the driver cannot share it. Where experts move (`enable_eplb`) it is the KV cache alone: which experts
-    these weights were is forgotten.
+    these weights were is forgotten. Of a GPU nothing is in it that was given back.
     """
 
     held: bytes = b""
+    lack: str | None = None
+    """Why there is no memory to wake up with."""
 
 
 NO_TOKEN = -1
@@ -709,12 +730,14 @@ class ExpertLoads(Message, frozen=True):
 
 
 class WeightsRead(Message, frozen=True):
-    """How far a rank is with ReadWeights: `done` of `total` bytes. `error` says why they cannot be read."""
+    """How far a rank is with ReadWeights: `done` of `total` bytes. `error` says why they cannot be read, `lack` of what
+    memory there is too little for them."""
 
     done: int
     total: int
     is_whole: bool = False
     error: str | None = None
+    lack: str | None = None
 
 
 ReplyBody = Loaded | Measured | Allocated | StepResult | Done | MethodResult | MethodError | ExpertLoads | WeightsRead

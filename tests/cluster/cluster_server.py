@@ -69,6 +69,24 @@ class ClusterServer:
         with self._host.network():
             return self._client.get("/metrics").text
 
+    def scale(self) -> dict[str, Any]:
+        """Its replicas, and what is missing."""
+        with self._host.network():
+            return dict(self._client.get("/scale").json())
+
+    def change(self, path: str, **asked: Any) -> httpx.Response:
+        """Ask for another size, or for a node to be drained; returns when it has begun."""
+        with self._host.network():
+            return self._client.post(path, json=asked)
+
+    def await_change(self) -> dict[str, Any]:
+        """Wait for the end of what was begun, and tell how it ended."""
+        expires_at = time.monotonic() + _READY_WITHIN_S
+        while (last := self.scale()["resize"])["state"] == "running":
+            assert time.monotonic() < expires_at, self.log
+            time.sleep(0.05)
+        return dict(last)
+
     def node_of(self, rank: int) -> str:
         """The name of the node that a rank runs on, by now."""
         found = re.findall(rf"rank {rank} is on (\w+)", self.log)

@@ -69,6 +69,11 @@ class RayCluster:
         own = self._own_processes.get(host.name, [])
         return next((process for process in own if process.is_running() and process.name() == "raylet"), None)
 
+    def ranks(self, host: Host) -> list[psutil.Process]:
+        """The processes that compute, of all lines: each is forked from the fork server of its actor."""
+        forked = {p.pid: p for p in host.processes() if "phalanx.executor.fork_server" in p.cmdline()}
+        return [process for process in forked.values() if process.ppid() in forked]
+
     def python(self, host: Host, *arguments: str, timeout_s: float) -> str:
         """What Python prints on a host, in the environment of a user of the cluster."""
         return host.run(sys.executable, *arguments, timeout_s=timeout_s, env=self.environment)

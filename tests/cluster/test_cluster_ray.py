@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from formation_rig import Rig
+from formation_rig import Rig, kill
 
 ray = pytest.importorskip("ray")
 
@@ -187,13 +187,13 @@ def gpu_config(**settings: Any) -> Config:
 
 
 def test_each_rank_has_a_gpu_of_its_own(cluster: None) -> None:
-    placed = survey(gpu_config(), "no checkpoint").ranks
+    placed = survey(gpu_config()).ranks
     assert [(rank.local_rank, rank.devices) for rank in placed] == [(0, ("0", "1")), (1, ("0", "1"))]
 
 
 def test_two_ranks_that_ray_puts_on_one_gpu_are_an_error(cluster: None) -> None:
     with pytest.raises(PlacementError, match=r"Ray has given GPU 0 of .* to more than one rank"):
-        survey(gpu_config(ray_per_worker_gpus=0.4), "no checkpoint")
+        survey(gpu_config(ray_per_worker_gpus=0.4))
 
 
 def test_the_ray_of_this_test_can_be_found(cluster: None) -> None:
@@ -224,7 +224,7 @@ def test_a_placement_group_that_exists(group: Any, checkpoint: Path, how: str) -
         placement_group=given,
         ray_bundle_indices=[2, 0],
     )
-    assert [rank.bundle for rank in survey(config, str(checkpoint)).ranks] == [2, 0]
+    assert [rank.bundle for rank in survey(config).ranks] == [2, 0]
 
 
 def test_tokens_within_a_placement_group_that_exists(group: Any, checkpoint: Path, expected: Tokens) -> None:
@@ -307,7 +307,7 @@ def test_a_killed_rank_is_named_with_its_log(cluster: None, checkpoint: Path) ->
         victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
-        with pytest.raises(PeerDiedError, match=rf"rank 1 \(pid {victim.pid}\) died: its process was killed") as caught:
+        with pytest.raises(PeerDiedError, match=rf"rank 1 \(pid {victim.pid}\) died: killed by SIGKILL") as caught:
             llm.generate(PROMPTS, GREEDY)
         assert time.monotonic() - killed_at < 1.0
         assert f"its log is {victim.node}:{victim.log}" in str(caught.value)
@@ -323,15 +323,26 @@ def test_a_rank_that_cannot_start_ends_the_start_with_its_error(
 
 
 def test_faults_are_healed(cluster: None, checkpoint: Path, tmp_path: Path) -> None:
-    """On the memory of the ranks before, and from the checkpoint."""
-    rig = Rig(checkpoint, tmp_path / "report", launcher="ray", tensor_parallel_size=2)
+    """By the line that stands ready; on the memory of the ranks before, with their actors and without one of them; and
+    from the checkpoint."""
+    rig = Rig(checkpoint, tmp_path / "report", launcher="ray", tensor_parallel_size=2, standby=1)
     try:
+        actors = ranks()
+        rig.await_standby()
         assert rig.run_with(Fault(kind="stop", rank=0)) == rig.expected
-        assert rig.stats().healed == {"new line": 1}
+        assert rig.stats().healed == {"standby": 1}
+        rig.formation.rest_standby()
+        assert rig.run_with(Fault(kind="error", rank=1)) == rig.expected
+        assert rig.stats().healed == {"standby": 1, "new line": 1}
+        assert ranks() == actors, "they have stayed, and are as many"
+        assert rig.run(kill(actors[1].pid, signal.SIGKILL)) == rig.expected
+        assert rig.stats().healed == {"standby": 1, "new line": 2}
+        assert actors[0] in ranks() and actors[1] not in ranks()
         rig.formation._recovery._memory.drop()  # type: ignore[union-attr]
         assert rig.run_with(Fault(kind="error", rank=1)) == rig.expected
-        assert rig.stats().healed == {"new line": 1, "checkpoint": 1} and not rig.stats().failed
-        assert rig.errors == [HungError, WorkerError]
+        assert rig.stats().healed == {"standby": 1, "new line": 2, "checkpoint": 1} and not rig.stats().failed
+        assert actors[0] not in ranks(), "whatever was wrong with it is over"
+        assert rig.errors == [HungError, WorkerError, PeerDiedError, WorkerError]
     finally:
         rig.close()
 
@@ -408,6 +419,7 @@ def lives(process: psutil.Process) -> bool:
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        return lives(process) and process.cmdline()[:1] == ["ray::RankActor.run"]
+        command = " ".join(process.cmdline())
+        return lives(process) and (command.startswith("ray::RankActor") or "phalanx.executor.fork_server" in command)
     except psutil.NoSuchProcess:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from oracle import Oracle
 
 from phalanx import LLM
 from phalanx.errors import EngineDeadError, PeerDiedError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol import FormationStats, SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 ray = pytest.importorskip("ray")
@@ -29,6 +30,9 @@ PROMPTS = [[(i * 31 + 7 * k) % 256 for k in range(5 + 9 * i)] for i in range(8)]
 NUM_TOKENS = 40
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
 NAMED_WITHIN_S = 5.0
+READY_WITHIN_S = 60.0
+KILLED_AFTER_S = 0.1
+HEALED_WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,40 @@ def test_half_precision_follows_the_oracle_for_a_while(tmp_path: Path, running_r
             expected_TV = oracle.logprobs(tuple(prompt), list(completion.token_ids))
             for row_V, token in zip(expected_TV, completion.token_ids, strict=True):
                 assert row_V.max() - row_V[token] < 0.5
+
+
+@pytest.mark.parametrize(("standby", "rung"), [(0, "new line"), (1, "standby")])
+def test_a_killed_rank_is_replaced_and_its_memory_is_taken_over(
+    tmp_path: Path, running_ray: None, standby: int, rung: str
+) -> None:
+    with on_ray(write_checkpoint(tmp_path), tensor_parallel_size=2, standby=standby) as llm:
+        expected = [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]
+        await_standby(llm, standby)
+        places = llm.collective_rpc("whereabouts")
+        threading.Timer(KILLED_AFTER_S, os.kill, (places[1]["pid"], signal.SIGKILL)).start()
+        ends_at = time.monotonic() + HEALED_WITHIN_S
+        while not formation_stats(llm).healed:
+            assert [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)] == expected
+            assert time.monotonic() < ends_at, formation_stats(llm)
+        stats = formation_stats(llm)
+        assert stats.healed == {rung: 1} and not stats.failed, stats
+        after = llm.collective_rpc("whereabouts")
+        assert [place["device"] for place in after] == [place["device"] for place in places]
+        assert not {place["pid"] for place in after} & {place["pid"] for place in places}
+        print(f"{rung}: {stats.last_pause_s:.3f} s")
+
+
+def formation_stats(llm: LLM) -> FormationStats:
+    stats = llm._formation.stats()  # type: ignore[attr-defined]
+    assert stats is not None
+    return stats
+
+
+def await_standby(llm: LLM, standby: int) -> None:
+    expires_at = time.monotonic() + READY_WITHIN_S
+    while standby and formation_stats(llm).standby != "ready":
+        assert time.monotonic() < expires_at, formation_stats(llm)
+        time.sleep(0.05)
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, running_ray: None) -> None:

@@ -5,7 +5,6 @@ Skipped where there are no GPUs.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from formation_rig import Rig, Streams, kill
+from gpu_memory_used import used_bytes
 
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, State
@@ -46,17 +46,10 @@ def rig(checkpoint: Path, report: Path, **settings: Any) -> Rig:
     return Rig(checkpoint, report, launcher="local", device="cuda", kv_cache_memory=1 << 22, **settings)
 
 
-def used_mib() -> int:
-    """Of the first GPU that is to be seen, by all processes."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", "-i", first, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.fixture(params=[1, 2], ids=["tp1", "tp2"])
 def ready(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterator[Rig]:
     """Ranks, and as many that stand ready."""
-    before_mib = used_mib()
+    before = used_bytes()
     made = rig(llama, tmp_path / "report", tensor_parallel_size=request.param, standby=1)
     try:
         made.await_standby()
@@ -64,8 +57,8 @@ def ready(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Iterat
     finally:
         made.close()
     expires_at = time.monotonic() + FREED_WITHIN_S
-    while used_mib() > before_mib + 64:
-        assert time.monotonic() < expires_at, f"{used_mib()} MiB are used, {before_mib} were before"
+    while used_bytes() > before + (64 << 20):
+        assert time.monotonic() < expires_at, f"{used_bytes()} bytes are used, {before} were before"
         time.sleep(0.2)
 
 

@@ -49,7 +49,8 @@ class SabotagedRun:
 
     def rank(self, rank: int) -> psutil.Process:
         """Its process."""
-        return self._of(rank, "ray::RankActor")
+        (found,) = self._cluster.ranks(self._cluster.hosts[self.nodes[rank]])
+        return found
 
     def watcher_beside(self, rank: int) -> psutil.Process:
         """That of its node."""
@@ -68,11 +69,6 @@ class SabotagedRun:
         self._process.stdin.close()
         self._process.wait(30)
         self._process.stdout.close()
-
-    def _of(self, rank: int, name: str) -> psutil.Process:
-        host = self._cluster.hosts[self.nodes[rank]]
-        (found,) = (p for p in host.processes() if Path(p.cmdline()[0]).name.startswith(name))
-        return found
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

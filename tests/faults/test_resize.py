@@ -15,6 +15,7 @@ from test_formation import expect_nothing_is_left, num_segments
 
 from phalanx.engine.resizing import EngineResizing
 from phalanx.errors import PeerDiedError
+from phalanx.executor.local import LocalLauncher
 from phalanx.membership.resize import Size
 from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded, WrongSetting
 from phalanx.testing.checkpoints import write_checkpoint
@@ -93,8 +94,8 @@ def pids_that_come(rig: Rig) -> dict[int, int]:
     """Of the ranks that are prepared."""
     assert rig.formation._resizer is not None
     preparation = rig.formation._resizer._preparation
-    launcher = None if preparation is None else preparation.interruption._launcher
-    return {} if launcher is None else launcher.pids()
+    ranks = None if preparation is None else preparation.interruption._ranks
+    return ranks.pids() if isinstance(ranks, LocalLauncher) else {}
 
 
 def test_down_and_up_and_a_fault_after_it(rig: Rig) -> None:

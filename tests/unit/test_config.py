@@ -35,7 +35,6 @@ def test_flat_names_reach_their_sections() -> None:
         ({"model": "m", "device": "cuda", "collective_backend": "shm"}, "collective_backend", "nccl"),
         ({"model": "m", "ray_address": "10.0.0.1:6379"}, "ray_address", "only with launcher ray"),
         ({"model": "m", "launcher": "local", "node_timeout_s": 3.0}, "node_timeout_s", "only with launcher ray"),
-        ({"model": "m", "launcher": "ray", "standby": 1}, "standby", "0 with launcher ray"),
         (
             {"model": "m", "data_parallel_size": 2, "data_parallel_size_local": 1},
             "data_parallel_size_local",

@@ -59,7 +59,7 @@ def _machine(model: str | None, settings: Mapping[str, Any]) -> Iterator[Check]:
     unread = [flag(name) for name in _READ_BY_SERVE_ALONE if name in given(settings)]
     yield from without_effect(unread)
     yield from all_checks(model, server)
-    yield from placement(config, config.model.model)
+    yield from placement(config)
 
 
 def _show(checks: Iterable[Check], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from phalanx.cli.running_server import RunningServer
 from phalanx.errors import PhalanxError, ResizeError, UserError
 
 if TYPE_CHECKING:
+    from phalanx.engine.engine import Strength
     from phalanx.server.scaling import DrainRequest, ResizeReport, ScaleReport, ScaleRequest
 
 POLL_S = 0.2
@@ -74,18 +75,31 @@ def scale(
 
 @click.command()
 @click.argument("url")
-@click.argument("replica", type=click.IntRange(min=0))
+@click.argument("what", metavar="REPLICA|NODE")
+@click.option("--undo", is_flag=True, help="Of a node: let ranks come there again.")
 @_DRAIN_TIMEOUT
 @_WAIT
-def drain(url: str, replica: int, drain_timeout: float, wait: bool) -> None:
-    """Have REPLICA of the server at URL leave: it gets no new requests, and the others take over what it has.
+def drain(url: str, what: str, undo: bool, drain_timeout: float, wait: bool) -> None:
+    """Have a replica of the server at URL leave, by its number: it gets no new requests, and the others take over what
+    it has.
+
+    With the name or address of a node of its Ray cluster: every replica with a rank there leaves, after others have
+    started on other nodes, as far as there is room. No rank comes there again, until --undo.
 
     `phalanx scale URL` lists the replicas.
     """
-    from phalanx.server.scaling import DrainRequest
+    from phalanx.server.scaling import DrainRequest, ScaleReport
 
     server = RunningServer(url)
-    asked = DrainRequest(replica=replica, drain_timeout_s=drain_timeout)
+    replica = int(what) if what.isdecimal() else UNSET
+    if undo and replica is not UNSET:
+        raise click.UsageError(f"--undo is for a node: phalanx scale {url} SIZE brings a replica back")
+    asked = DrainRequest(
+        replica=replica, node=UNSET if what.isdecimal() else what, undo=undo or UNSET, drain_timeout_s=drain_timeout
+    )
+    if undo:
+        _tell_strength(server.call("POST", "/drain", ScaleReport, asked).strength)
+        return
     _see_through(server, _begin(server, "/drain", asked), wait)
 
 
@@ -121,6 +135,7 @@ def _see_through(server: RunningServer, begun: ScaleReport, wait: bool) -> None:
         raise
     screen.show(found)
     _tell_end(_resize_of(found, begun.resize.id))
+    _tell_strength(found.strength)
 
 
 def _follow(server: RunningServer, found: ScaleReport, resize: int, screen: _Screen) -> ScaleReport:
@@ -174,3 +189,15 @@ class _Screen:
 def _print_replicas(found: ScaleReport) -> None:
     for one in found.replicas:
         click.echo(f"replica {one.replica}: {one.state}, requests: {one.num_requests}")
+    _tell_strength(found.strength)
+
+
+def _tell_strength(strength: Strength) -> None:
+    """What there is to say of replicas that are missing, and of nodes that are drained."""
+    if strength.num_missing:
+        until = "until there is room again" if strength.grows else "until they are asked for again (phalanx scale)"
+        click.echo(
+            f"missing: {strength.num_missing} of {strength.wanted} replicas, {until}: {strength.missing_because}"
+        )
+    if strength.drained_nodes:
+        click.echo(f"drained: {', '.join(strength.drained_nodes)}")

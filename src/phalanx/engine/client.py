@@ -17,7 +17,7 @@ from phalanx.engine.asked_resize import AskedResizes
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.comeback import Comeback
 from phalanx.engine.condition import Condition
-from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, ReplicaState, Strength
 from phalanx.engine.front import Front
 from phalanx.engine.history import History, with_replicas, without_engine
 from phalanx.engine.incarnation import NAME, End, Incarnation, OnProgress
@@ -30,6 +30,7 @@ from phalanx.membership.resize import Size
 from phalanx.protocol import (
     FIRST_EPOCH,
     FIRST_WEIGHTS_VERSION,
+    AvoidNodes,
     Cancel,
     EngineReady,
     EngineStats,
@@ -39,6 +40,8 @@ from phalanx.protocol import (
     Sleep,
     TokenBatch,
 )
+
+_ALL_AT_ONCE = "replicas in lockstep leave a node all together: stop the server, and start it with avoid_nodes"
 
 StartAgain = Callable[[Config, OnProgress], Awaitable[Incarnation]]
 
@@ -129,6 +132,26 @@ class EngineClient:
         return self._comeback.down
 
     @property
+    def nodes(self) -> tuple[str, ...]:
+        """By rank, the node of a cluster that it is on, as the engine has told last. Empty without a cluster."""
+        stats = self._incarnation.stats
+        return () if stats is None else stats.nodes
+
+    @property
+    def lacks_room(self) -> str | None:
+        """What is missing on the nodes of a cluster, if that is why no ranks serve; None if it is not."""
+        stats = self._incarnation.stats
+        healing = stats.formation if stats is not None and self.down is None and self.dead is None else None
+        return self._comeback.lacks_room if healing is None else healing.lacks_room
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Have ranks that are placed from now on come to other nodes of the cluster. Those that are there stay."""
+        cluster = msgspec.structs.replace(self._config.cluster, avoid_nodes=nodes)
+        self._config = msgspec.structs.replace(self._config, cluster=cluster)
+        if self.dead is None and self.down is None:
+            self._incarnation.send(AvoidNodes(nodes))
+
+    @property
     def weights_version(self) -> int:
         """Of what the next tokens are made with."""
         return self._maintenance.weights_version
@@ -163,6 +186,11 @@ class EngineClient:
 
     def conditions(self) -> Sequence[Condition]:
         return (self.condition,)
+
+    @property
+    def strength(self) -> Strength:
+        """Ranks in lockstep are all there, or none."""
+        return Strength(wanted=self.info.num_replicas, drained_nodes=self._config.cluster.avoid_nodes)
 
     def statuses(self) -> Sequence[InstanceStatus]:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
@@ -293,6 +321,14 @@ class EngineClient:
             raise ResizeRefusedError(f"{NAME} is asleep, or is just getting other weights: resize when it serves")
         return await self._resizes.begin(self.size, self.size.changed(data_parallel_size, tensor_parallel_size))
 
+    async def begin_drain(self, node: str, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> asyncio.Task[None]:
+        """Raises RequestError."""
+        raise RequestError("node", node, _ALL_AT_ONCE)
+
+    async def undo_drain(self, node: str) -> None:
+        """Raises RequestError."""
+        raise RequestError("node", node, _ALL_AT_ONCE)
+
     async def resize(
         self,
         data_parallel_size: int | None = None,
@@ -403,6 +439,8 @@ class EngineClient:
         self._attend(incarnation)
         if self.asleep:
             incarnation.send(Sleep(2 if self.asleep == 2 else 1))
+        if self._config.executor.launcher == "ray":  # it may have changed while it started
+            incarnation.send(AvoidNodes(self._config.cluster.avoid_nodes))
         self._submit_next()
 
     def _attend(self, incarnation: Incarnation) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from phalanx.engine.incarnation import NAME, Incarnation, OnProgress
 from phalanx.engine.restarts import WINDOW_S, Restarts
-from phalanx.errors import PhalanxError
+from phalanx.errors import PhalanxError, PlacementError
 from phalanx.protocol import StartProgress
 
 log = logging.getLogger("phalanx.engine")
@@ -30,6 +30,8 @@ class Comeback:
         """`most` of them within WINDOW_S. `num_waiting` are the requests that go on with the next engine."""
         self.down: str | None = None
         """Why the engine is being started again; None when it is not."""
+        self.lacks_room: str | None = None
+        """What is missing on the nodes of a cluster, if that is why the last one could not start."""
         self.phase: str | None = None
         """What the one that starts does."""
         self._restarts = Restarts(most)
@@ -71,6 +73,7 @@ class Comeback:
             return
         taken_s = time.monotonic() - began_at
         log.warning("%s serves again after %.1f s, requests that go on: %d", NAME, taken_s, self._num_waiting())
+        self.lacks_room = None
         self._succeed(incarnation)
 
     async def _next(self, ended: Incarnation, delay_s: float | None) -> Incarnation | None:
@@ -90,6 +93,7 @@ class Comeback:
                 return await self._start_again(self._note_phase)
             except (PhalanxError, OSError) as error:
                 self.down = str(error)
+                self.lacks_room = error.complaint if isinstance(error, PlacementError) else None
                 delay_s = self._restarts.next_delay_s(time.monotonic())
         return None
 

@@ -34,6 +34,25 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     total: int = 0
 
 
+class Strength(msgspec.Struct, frozen=True, kw_only=True):
+    """How many replicas there are of those that are wanted."""
+
+    wanted: int
+    """As many as an operator has asked for last, at the start or by a resize."""
+    num_missing: int = 0
+    """Of those, replicas that were lost with their places. While a resize is under way none counts as missing."""
+    missing_because: str | None = None
+    """Why the last of these was lost."""
+    num_lost: int = 0
+    """Ever."""
+    num_grown: int = 0
+    """That have come back by themselves."""
+    grows: bool = False
+    """Whether they do: `auto_grow`."""
+    drained_nodes: tuple[str, ...] = ()
+    """Nodes that no rank is to come to."""
+
+
 class Engine(Protocol):
     """For one event loop."""
 
@@ -63,6 +82,10 @@ class Engine(Protocol):
 
     def replicas(self) -> Sequence[ReplicaState]:
         """What each replica is up to: they may come and go. Takes microseconds."""
+
+    @property
+    def strength(self) -> Strength:
+        """Whether all replicas are there that are wanted. Takes microseconds."""
 
     def statuses(self) -> Sequence[InstanceStatus]:
         """How each rank is, of those on this host. Takes milliseconds; for any thread."""
@@ -105,6 +128,18 @@ class Engine(Protocol):
         and ResizeError if it fails: then, and when this is cancelled, all is as before. Once those that leave have no
         requests any more, or others have taken over, it cannot be undone.
         """
+
+    async def begin_drain(self, node: str, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> asyncio.Task[None]:
+        """Begin to take all ranks off a node of the cluster, which `node` is the name, address or id of, and have none
+        come there again. The task ends when no rank is there any more; cancelling that undoes it.
+
+        Replicas that have ranks there leave, as in `resize`, after others have started on other nodes, as far as there
+        is room; else there are fewer from then on. Raises ConfigError if none would be left, RequestError for a node
+        that is not there, and as `begin_resize`.
+        """
+
+    async def undo_drain(self, node: str) -> None:
+        """Let ranks come to this node again. Raises RequestError for one that is not there."""
 
     @property
     def asleep(self) -> int:

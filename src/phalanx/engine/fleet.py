@@ -10,20 +10,24 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.awaiting import begun
+from phalanx.engine.census import Census
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
 from phalanx.engine.condition import Condition
-from phalanx.engine.engine import DRAIN_TIMEOUT_S, Engine, ReplicaState
+from phalanx.engine.draining import Draining
+from phalanx.engine.engine import DRAIN_TIMEOUT_S, Engine, ReplicaState, Strength
 from phalanx.engine.fleet_maintenance import FleetMaintenance
+from phalanx.engine.fleet_resizing import FleetResizing
+from phalanx.engine.growth import Growth
 from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.joining import Joining, start_all
 from phalanx.engine.leaving import Leaving
 from phalanx.engine.members import Members
-from phalanx.engine.roster import Resize
+from phalanx.engine.room import Room
 from phalanx.engine.roster_work import RosterWork
 from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.engine.traffic import Traffic
-from phalanx.errors import ConfigError, EngineDeadError, ResizeError, ResizeRefusedError, ResizeUnderWayError
+from phalanx.errors import ConfigError, EngineDeadError, ResizeRefusedError, ResizeUnderWayError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, MaintenanceOrder, SamplingParams
 
@@ -55,13 +59,19 @@ class Fleet:
         self._traffic = Traffic(self._members, first.info.block_size)
         self._joining = Joining(config, first, command)
         leaving = Leaving(self._traffic, self.tokenizer, is_prefix_caching=config.cache.enable_prefix_caching)
-        self._work = RosterWork(self._members, self._joining, leaving, self._traffic, self._note_change)
+        self._room = Room(self._joining, Census(config.cluster))
+        self._work = RosterWork(self._members, self._joining, leaving, self._traffic, self._room, self._note_change)
         self._maintenance = FleetMaintenance(self._members, self._joining, self._traffic)
-        self._changed = asyncio.Event()
+        self._resizing = FleetResizing(self._members, self._work, self._room, self._check_now)
+        self._draining = Draining(self._members, self._joining, self._room, self._resizing)
+        self._growth = Growth(self._members, self._resizing, lambda: self._is_idle)
+        self._grows = config.healing.auto_grow
         self._is_closing = False
         self._is_reshaping = False
         """Whether the one replica is getting ranks of another TP size."""
-        self._deaths = asyncio.create_task(self._watch())
+        self._tending = [asyncio.create_task(self._watch())]
+        if self._grows:
+            self._tending.append(asyncio.create_task(self._growth.run()))
         self._note_change()
 
     @classmethod
@@ -100,6 +110,18 @@ class Fleet:
 
     def statuses(self) -> Sequence[InstanceStatus]:
         return self._members.statuses()
+
+    @property
+    def strength(self) -> Strength:
+        return Strength(
+            wanted=self._roster.wanted,
+            num_missing=self._roster.num_missing,
+            missing_because=self._roster.missing_because,
+            num_lost=self._roster.num_lost,
+            num_grown=self._growth.num_grown,
+            grows=self._grows,
+            drained_nodes=self._draining.drained,
+        )
 
     def replicas(self) -> Sequence[ReplicaState]:
         return [self._with_progress(one) for one in self._members.replicas()]
@@ -149,21 +171,33 @@ class Fleet:
     ) -> asyncio.Task[None]:
         size = self._roster.size if data_parallel_size is None else data_parallel_size
         now = self._joining.config.parallel.tensor_parallel_size
-        self._check_shape()
-        if self.asleep or self._maintenance.is_under_way:
-            raise ResizeRefusedError("the engine is asleep, or is just getting other weights: resize when it serves")
+        self._check_now()
+        self._draining.check_none()
+        await self._growth.give_way()
         self._roster.check(size, leaving, self._members.numbers_down())
         if tensor_parallel_size not in (None, now):
             return await self._begin_to_reshape(size, tensor_parallel_size)
-        return await self._begin_to_resize(size, leaving, drain_timeout_s)
+        return await self._resizing.begin(size, leaving, drain_timeout_s=drain_timeout_s)
+
+    async def begin_drain(self, node: str, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> asyncio.Task[None]:
+        self._check_now()
+        await self._growth.give_way()
+        return await self._draining.begin(node, drain_timeout_s)
+
+    async def undo_drain(self, node: str) -> None:
+        self._draining.check_none()
+        await self._draining.undo(node)
 
     async def close(self, grace_s: float = 0.0) -> None:
         """As EngineClient.close, of all at the same time."""
         self._is_closing = True
         self._traffic.close()
-        self._deaths.cancel()
+        self._resizing.close()
+        for task in self._tending:
+            task.cancel()
         try:
             await self._work.close()
+            await self._room.close()
         finally:
             await asyncio.gather(*(engine.close(grace_s) for engine in self._members.engines.values()))
 
@@ -196,50 +230,24 @@ class Fleet:
             size = self._joining.config.parallel.tensor_parallel_size
             raise ResizeUnderWayError(f"tensor_parallel_size {size}", "another one")
 
-    async def _begin_to_resize(
-        self, data_parallel_size: int, leaving: Sequence[int], drain_timeout_s: float
-    ) -> asyncio.Task[None]:
-        joining = self._roster.free_numbers(max(data_parallel_size - self._roster.size, 0))
-        await asyncio.to_thread(self._joining.seats.check_room, data_parallel_size, joining, self._members.pids())
+    def _check_now(self) -> None:
+        """Whether a resize may begin. Raises EngineDeadError, ResizeRefusedError."""
         if self._is_closing:
             raise EngineDeadError("the engine is shutting down")
         self._check_shape()
-        num_requests = self._members.num_requests()
-        orders = self._roster.begin(data_parallel_size, leaving, num_requests, self._members.numbers_down())
-        self._work.drain_timeout_s = drain_timeout_s
-        resize = self._roster.resize
-        if resize is not None:
-            log.info("resizing from %d to %d replicas", resize.size_before, resize.size_asked_for)
-        self._work.carry_out(orders)
-        return await begun(self._see_through(resize))
+        if self.asleep or self._maintenance.is_under_way:
+            raise ResizeRefusedError("the engine is asleep, or is just getting other weights: resize when it serves")
 
-    async def _see_through(self, resize: Resize | None) -> None:
-        """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""
-        if resize is None:  # there are as many as asked for
-            return
-        try:
-            await self._until_over(resize)
-        except asyncio.CancelledError:
-            self._work.carry_out(self._roster.cancel("it was cancelled"))
-            await self._until_over(resize)
-            if resize.outcome is not None and resize.outcome.ending == "cancelled":
-                raise
-        assert resize.outcome is not None
-        if resize.outcome.ending != "done":
-            raise ResizeError(str(resize.outcome.reason))
-
-    async def _until_over(self, resize: Resize) -> None:
-        while self._roster.resize is resize:
-            if self._is_closing:
-                raise EngineDeadError("the engine is shutting down")
-            await self._changed.wait()
+    @property
+    def _is_idle(self) -> bool:
+        is_busy = self._is_reshaping or self._draining.is_under_way or self._maintenance.is_under_way or self.asleep
+        return self._roster.resize is None and not is_busy
 
     def _note_change(self) -> None:
         """Something about the replicas has changed."""
         size, one = self._roster.size, self._joining.info
         self.info = msgspec.structs.replace(one, world_size=size * one.world_size, num_replicas=size)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._resizing.note_change()
 
     async def _watch(self) -> None:
         """See that requests of a replica that has ended go on in others, and that another engine takes its place."""
@@ -248,9 +256,15 @@ class Fleet:
                 if engine.down is not None:
                     self._traffic.forget(number)  # what it had in its cache is lost
                     self._traffic.move_from(number)
-                if engine.dead is not None and self._roster.counts_on(number):
+                if engine.lacks_room is not None and self._may_lose(number):
+                    self._work.lose(number, engine.lacks_room)
+                elif engine.dead is not None and self._roster.counts_on(number):
                     self._note_death(number, engine.dead)
             await asyncio.sleep(WATCH_POLL_S)
+
+    def _may_lose(self, number: int) -> bool:
+        """Whether others serve without this one: the last one waits for room as long as it may."""
+        return number in self._roster.members() and self._roster.serving() not in ([], [number])
 
     def _note_death(self, number: int, reason: str) -> None:
         engines = self._members.engines.values()

@@ -15,7 +15,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND, KILL_TIMEOUT_S, EngineChild
 from phalanx.engine.condition import Condition, ProcessWatch
-from phalanx.errors import FrameError, PeerDiedError, PhalanxError, StartError, UserError
+from phalanx.errors import FrameError, PeerDiedError, PhalanxError, PlacementError, StartError, UserError
 from phalanx.executor.shared_fate import was_ended_from_outside
 from phalanx.ledger.attach import SILENT_WATCHER_S, Attached, silent_s
 from phalanx.ledger.board import Notice
@@ -348,6 +348,9 @@ async def _await_ready(
 
 
 def _start_failure(message: EngineFailed, phase: str) -> PhalanxError:
+    if message.lacks_room:
+        complaint, _, table = message.reason.partition("\n")
+        return PlacementError(complaint, table)
     if message.setting is not None:
         return message.setting.error()
     return UserError(message.reason) if message.is_user_error else StartError(NAME, phase, message.reason)

@@ -73,6 +73,12 @@ class Joining:
         self.config = msgspec.structs.replace(self.config, parallel=parallel)
         self.seats = Seats(self.config)
 
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """From now on on other nodes of the cluster than these."""
+        cluster = msgspec.structs.replace(self.config.cluster, avoid_nodes=nodes)
+        self.config = msgspec.structs.replace(self.config, cluster=cluster)
+        self.seats.avoid(nodes)
+
     async def start(self, number: int, size: int, *, sleep_level: int) -> EngineClient:
         """One for a replica of a fleet that then has `size`. Raises what EngineClient.start does."""
         own, environment = self.seats.settings(number, size, self.info.max_model_len)
@@ -93,6 +99,8 @@ class Joining:
                 if own.executor.launcher == "ray":
                     await report.until_placed(starting)
             engine = await starting
+            if self.config.cluster.avoid_nodes != own.cluster.avoid_nodes:  # while it started
+                engine.avoid(self.config.cluster.avoid_nodes)
             if sleep_level:
                 await _put_to_sleep(engine, sleep_level)
             return engine

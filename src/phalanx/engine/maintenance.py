@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from phalanx.executor.start import Capacity
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model
 from phalanx.protocol import (
+    Allocated,
     CommandBody,
     DropWeights,
     FallAsleep,
@@ -64,6 +65,8 @@ class MaintainedRanks(Protocol):
     def has_weights_of_checkpoint(self) -> bool: ...
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
+
+    def hold(self, replies: Sequence[ReplyBody]) -> None: ...
 
     def rest_standby(self) -> None: ...
 
@@ -202,8 +205,8 @@ class Maintenance:
     def _check_sleep(self, order: Sleep) -> None:
         if self._level > order.level:
             raise NotNowError(f"the engine is asleep at level {self._level}, which has no weights: wake it first")
-        if self._ranks.capacity.device != "cpu":
-            raise NotNowError("a sleep gives back the memory of CPUs only: that of GPUs stays where it is")
+        if not self._ranks.capacity.gives_back:
+            raise NotNowError("these GPUs' driver cannot give memory back in pieces, so there is nothing to sleep for")
         if order.level == 2:
             if not self._ranks.has_weights_of_checkpoint:
                 raise NotNowError("a method has changed the weights, and the checkpoint does not have them: sleep at 1")
@@ -269,7 +272,7 @@ class Maintenance:
             try:
                 if self._level == 2:
                     self._ranks.begin_change(self.checkpoint)
-                yield FallAsleep(self._level)
+                self._ranks.hold((yield FallAsleep(self._level)) or ())
                 return
             except RanksReplacedError:
                 pass
@@ -283,7 +286,7 @@ class Maintenance:
                 self._ranks.begin_change(new)
                 yield from self._read(new, None, in_place=True)
                 yield TakeWeights()
-            yield WakeUp()
+            self._take_awake((yield WakeUp()) or ())
         except RanksReplacedError:
             log.warning("ranks failed while they woke: others are awake, with the weights")
         except PhalanxError as error:
@@ -296,6 +299,12 @@ class Maintenance:
         self._brain.go_on()
         self._ranks.renew_standby()
 
+    def _take_awake(self, replies: Sequence[ReplyBody]) -> None:
+        """Raises MaintenanceError if one of them lacks memory to wake up with."""
+        if lack := next((reply.lack for reply in replies if isinstance(reply, Allocated) and reply.lack), None):
+            raise MaintenanceError(lack)
+        self._ranks.hold(replies)
+
     def _read(self, new: Checkpoint, expires_at: float | None, *, in_place: bool) -> Script:
         """Have all ranks read it. Raises what keeps one of them from it."""
         self._phase = "waking" if in_place else "reading"
@@ -306,6 +315,8 @@ class Maintenance:
             self._done, self._total = sum(one.done for one in told), sum(one.total for one in told)
             if error := next((one.error for one in told if one.error is not None), None):
                 raise CheckpointError(error)
+            if lack := next((one.lack for one in told if one.lack is not None), None):
+                raise MaintenanceError(lack)
             if all(one.is_whole for one in told):
                 return
             if expires_at is not None:

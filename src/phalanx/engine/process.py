@@ -27,6 +27,7 @@ from phalanx.errors import (
     NotNowError,
     PeerDiedError,
     PhalanxError,
+    PlacementError,
     RequestError,
     UserError,
     WorkerError,
@@ -37,6 +38,7 @@ from phalanx.ledger.stacks import offer_stacks
 from phalanx.membership.formation import Formation, start_formation
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
+    AvoidNodes,
     Cancel,
     CancelResize,
     ClientMessage,
@@ -226,6 +228,8 @@ class EngineLoop:
                 self._begin_resize(message)
             elif isinstance(message, CancelResize):
                 self._resizing.cancel(message.number)
+            elif isinstance(message, AvoidNodes):
+                self._formation.avoid(message.nodes)
             else:
                 return False
         return True
@@ -272,7 +276,10 @@ class EngineLoop:
             return
         self._stats_due_at = now + STATS_INTERVAL_S
         stats = msgspec.structs.replace(
-            self._brain.stats(), formation=self._formation.stats(), maintenance=self._maintenance.stats
+            self._brain.stats(),
+            formation=self._formation.stats(),
+            maintenance=self._maintenance.stats,
+            nodes=self._formation.nodes,
         )
         if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)
@@ -306,7 +313,8 @@ def serve(link: ClientLink) -> int:
         except ClientGone:
             log.info("the server has gone")
         except UserError as error:
-            _tell(link, EngineFailed(sendable(str(error)), is_user_error=True, setting=WrongSetting.of(error)))
+            failed = EngineFailed(sendable(str(error)), is_user_error=True, setting=WrongSetting.of(error))
+            _tell(link, msgspec.structs.replace(failed, lacks_room=isinstance(error, PlacementError)))
             return EXIT_USER_ERROR
         except Exception as error:
             if isinstance(error, WorkerError):

@@ -7,6 +7,9 @@
 What happens is told to the roster, and each method gives what is to be done about it. A resize commits when all that
 join are ready, or all that leave are empty: before that every failure, death or cancellation undoes all of it, and
 after that nothing does. Requests go to those that serve, and to no others.
+
+A replica that has no place any more, as its node is gone and no other has room, is lost: then there is one less. It is
+missing until there are as many as an operator has asked for last.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Resize(msgspec.Struct, kw_only=True):
 
     size_before: int
     size_asked_for: int
+    because: str | None = None
+    """Why, if it is not that an operator wants so many from now on."""
     joining: frozenset[int] = frozenset()
     leaving: frozenset[int] = frozenset()
     prepared: set[int] = msgspec.field(default_factory=set)
@@ -91,6 +96,11 @@ class Roster:
         """Under way."""
         self.last: Outcome | None = None
         """Of the latest resize that is over."""
+        self.wanted = num_replicas
+        """As many as an operator has asked for last."""
+        self.num_lost = 0
+        """Replicas that have lost their places, ever."""
+        self._lost_because = ""
 
     @property
     def phases(self) -> Mapping[int, Phase]:
@@ -99,10 +109,24 @@ class Roster:
     @property
     def size(self) -> int:
         """Replicas that serve, or will again when another engine has been started for them."""
-        return len(self._members())
+        return len(self.members())
+
+    @property
+    def num_missing(self) -> int:
+        """Replicas that were lost and have not come back. While a resize is under way that is not known."""
+        return max(self.wanted - self.size, 0) if self.resize is None else 0
+
+    @property
+    def missing_because(self) -> str | None:
+        """Why the last one of those that are missing was lost; None if none is."""
+        return self._lost_because if self.num_missing else None
 
     def serving(self) -> list[int]:
         return self._in("serving")
+
+    def members(self) -> list[int]:
+        """Those that `size` counts."""
+        return sorted(number for number, phase in self._phases.items() if phase in ("serving", "dead"))
 
     def counts_on(self, number: int) -> bool:
         """Whether it makes a difference that its engine has ended by itself: it was to run, and nobody has told."""
@@ -118,7 +142,7 @@ class Roster:
         """Raises what `begin` would."""
         if self.resize is not None:
             raise ResizeUnderWayError(str(self.resize.size_before), f"{self.resize.size_asked_for} replicas")
-        members = self._members()
+        members = self.members()
         if size < 1:
             raise RequestError("data_parallel_size", size, "it must be at least 1")
         for number in leaving:
@@ -132,15 +156,21 @@ class Roster:
             raise RequestError("leaving", _listed(leaving), "of those that are left, at least one must serve")
 
     def begin(
-        self, size: int, leaving: Sequence[int], num_requests: Mapping[int, int], down: Collection[int] = ()
+        self,
+        size: int,
+        leaving: Sequence[int],
+        num_requests: Mapping[int, int],
+        down: Collection[int] = (),
+        *,
+        because: str | None = None,
     ) -> list[Order]:
         """Begin to have `size` replicas. When fewer, those named in `leaving` go; beyond them those that are dead, then
-        those in `down`, whose engines are being started again, then those with the fewest requests. Raises
-        ResizeUnderWayError, and RequestError for what cannot be.
+        those in `down`, whose engines are being started again, then those with the fewest requests. With
+        `because` as many are wanted as before. Raises ResizeUnderWayError, and RequestError for what cannot be.
         """
         self.check(size, leaving, down)
-        members = self._members()
-        self.resize = resize = Resize(size_before=len(members), size_asked_for=size)
+        members = self.members()
+        self.resize = resize = Resize(size_before=len(members), size_asked_for=size, because=because)
         if size > len(members):
             resize.joining = frozenset(self.free_numbers(size - len(members)))
             self._set(resize.joining, "joining")
@@ -177,7 +207,14 @@ class Roster:
         if phase == "leaving" and self.resize is not None:
             self.resize.undone[number] = "dead"
             return self._prepare(number)
-        return self._lose(number, reason) if phase == "serving" else []
+        return self._lose(number, f"died: {reason}", is_replaced=self._replaces_dead) if phase == "serving" else []
+
+    def lost(self, number: int, reason: str) -> list[Order]:
+        """It has no place any more. As died, but nothing is started in its stead."""
+        if self._phases.get(number) not in ("serving", "dead"):
+            return self.died(number, reason)
+        self._note_lost(1, reason)
+        return self._lose(number, f"was lost: {reason}", is_replaced=False)
 
     def ended(self, number: int) -> list[Order]:
         """Its engine was ended, and what it had is free."""
@@ -198,7 +235,7 @@ class Roster:
         def order(number: int) -> tuple[bool, bool, int, int]:
             return self._phases[number] != "dead", number not in down, num_requests.get(number, 0), -number
 
-        others = sorted((number for number in self._members() if number not in named), key=order)
+        others = sorted((number for number in self.members() if number not in named), key=order)
         return [*dict.fromkeys(named), *others][:count]
 
     def _prepare(self, number: int) -> list[Order]:
@@ -209,6 +246,11 @@ class Roster:
     def _commit(self) -> list[Order]:
         assert self.resize is not None
         self._settle("done", None)
+        if self.resize.because is None:
+            self.wanted = self.resize.size_asked_for
+        else:
+            missing = max(self.wanted - self.resize.size_asked_for, 0)
+            self._note_lost(min(len(self.resize.leaving), missing), self.resize.because)
         self._set(self.resize.joining, "serving")
         return self._end(self.resize.leaving)
 
@@ -224,15 +266,20 @@ class Roster:
                 orders.append(Replace(number) if phase == "dead" else Keep(number))
         return orders + self._end(self.resize.joining)
 
-    def _lose(self, number: int, reason: str) -> list[Order]:
-        """One that served is dead."""
+    def _lose(self, number: int, how: str, *, is_replaced: bool) -> list[Order]:
+        """One that served is dead, or is to be gone."""
         self._phases[number] = "dead"
-        orders: list[Order] = [Replace(number)] if self._replaces_dead else self._end((number,))
+        orders: list[Order] = [Replace(number)] if is_replaced else self._end((number,))
         is_open = self.resize is not None and self.resize.outcome is None
         # Those that leave are the only ones left, or are needed as there is no other in its place.
-        if is_open and self._in("leaving") and not (self.serving() and self._replaces_dead):
-            orders += self._undo("failed", f"replica {number}, which was to stay, died: {reason}")
+        if is_open and self._in("leaving") and not (self.serving() and is_replaced):
+            orders += self._undo("failed", f"replica {number}, which was to stay, {how}")
         return orders
+
+    def _note_lost(self, count: int, because: str) -> None:
+        if count:
+            self.num_lost += count
+            self._lost_because = because
 
     def _settle(self, ending: Ending, reason: str | None) -> None:
         assert self.resize is not None
@@ -257,9 +304,6 @@ class Roster:
             return
         if not any(self._phases.get(number) == "ending" for number in resize.joining | resize.leaving):
             self.resize, self.last = None, resize.outcome
-
-    def _members(self) -> list[int]:
-        return sorted(number for number, phase in self._phases.items() if phase in ("serving", "dead"))
 
     def _in(self, phase: Phase) -> list[int]:
         return sorted(number for number, found in self._phases.items() if found == phase)

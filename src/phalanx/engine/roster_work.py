@@ -11,6 +11,7 @@ from phalanx.engine.engine import DRAIN_TIMEOUT_S
 from phalanx.engine.joining import Joining
 from phalanx.engine.leaving import Leaving
 from phalanx.engine.members import Members
+from phalanx.engine.room import Room
 from phalanx.engine.roster import Empty, End, Keep, Order, Replace, Start
 from phalanx.engine.traffic import Traffic
 from phalanx.errors import PhalanxError
@@ -26,7 +27,13 @@ class RosterWork:
     """Decides nothing."""
 
     def __init__(
-        self, members: Members, joining: Joining, leaving: Leaving, traffic: Traffic, note_change: Callable[[], None]
+        self,
+        members: Members,
+        joining: Joining,
+        leaving: Leaving,
+        traffic: Traffic,
+        room: Room,
+        note_change: Callable[[], None],
     ) -> None:
         """`note_change` is called whenever the roster may have changed."""
         self.drain_timeout_s = DRAIN_TIMEOUT_S
@@ -36,6 +43,7 @@ class RosterWork:
         self._joining = joining
         self._leaving = leaving
         self._traffic = traffic
+        self._room = room
         self._note_change = note_change
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """By the numbers of replicas: one thing at a time."""
@@ -90,13 +98,23 @@ class RosterWork:
         engine = await self._joining.start(number, size, sleep_level=self._members.asleep)
         self._members.engines[number] = engine
 
+    def lose(self, number: int, reason: str) -> None:
+        """There is no place for a replica any more: others take over its requests at once, and its engine is ended."""
+        log.error("replica %d is lost, %d are left: %s", number, self._roster.size - 1, reason)
+        self.carry_out(self._roster.lost(number, reason))
+        self._members.engines[number].release()
+
     async def _replace(self, number: int) -> None:
-        """Start an engine in the place of one that has ended, until it is there."""
+        """Start an engine in the place of one that has ended, until it is there, or the place is gone."""
         await self._close(number)
         delay_s = REPLACE_AFTER_S
         while True:
             await asyncio.sleep(delay_s)
             try:
+                complaint = await self._room.complaint_about(number, self._roster.size)
+                if complaint is not None and self._roster.serving():
+                    self.lose(number, complaint)
+                    return
                 await self._launch(number)
             except Exception as error:
                 delay_s = min(2 * delay_s, REPLACE_AFTER_AT_MOST_S)

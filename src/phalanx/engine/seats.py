@@ -64,20 +64,25 @@ class Seats:
         config = msgspec.structs.replace(self._config, model=model, parallel=self._parallel(max(size, number + 1)))
         return settings_of_replicas(config)[number]
 
-    def check_room(self, size: int, numbers: Sequence[int], pids: Sequence[int]) -> None:
-        """Whether there is room for replicas with the new `numbers`, so that there are `size`. Takes up to a second.
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Replicas that join from now on are to come to other nodes of the cluster."""
+        cluster = msgspec.structs.replace(self._config.cluster, avoid_nodes=nodes)
+        self._config = msgspec.structs.replace(self._config, cluster=cluster)
 
-        `pids` are the engines that run: a new one will take as much memory as the largest of them. Raises ConfigError
-        that says what is missing. Of the nodes of a Ray cluster only the start itself can tell.
-        """
+    def check_size(self, size: int) -> None:
+        """Whether there may be so many, whatever there is room for. Raises ConfigError."""
         if size > MAX_REPLICAS:
             raise ConfigError("data_parallel_size", size, f"at most {MAX_REPLICAS}")
-        if not numbers:
-            return
         msgspec.structs.replace(self._config, parallel=self._parallel(size)).refuse_contradictions()
-        if self._config.executor.launcher == "ray":
-            return
-        if self._config.executor.device == "cuda":
+
+    def check_host(self, size: int, numbers: Sequence[int], pids: Sequence[int]) -> None:
+        """Whether this host has room for replicas with the new `numbers`, so that there are `size`. Takes up to a
+        second.
+
+        `pids` are the engines that run: a new one will take as much memory as the largest of them. Raises ConfigError
+        that says what is missing. For the nodes of a Ray cluster see room.py.
+        """
+        if pick_device(self._config) == "cuda":
             self._check_gpus(size, numbers)
         else:
             self._check_cores(size)
@@ -85,6 +90,13 @@ class Seats:
         if needed > free:
             allowed = f"as the replicas are now, that takes {_gib(needed)} more memory, and {_gib(free)} are free"
             raise ConfigError("data_parallel_size", size, allowed)
+
+    def complaint_about(self, number: int) -> str | None:
+        """Why this host has no devices any more for a replica that has ended; None if it has."""
+        needed, num_gpus = (number + 1) * self._config.parallel.engine_size, len(visible_gpus())
+        if self._config.executor.device == "cuda" and needed > num_gpus:
+            return f"its GPUs are gone: {needed} are needed for it and those before it, and {num_gpus} can be used"
+        return None
 
     def _parallel(self, size: int) -> ParallelConfig:
         return msgspec.structs.replace(self._config.parallel, data_parallel_size=size)

@@ -67,6 +67,8 @@ POLL_EXITS_S = 0.05
 CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchError"})
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
+ENDING_S = 10.0
+"""For the kernel to end a process that is on its way out; a GPU's memory takes the longest."""
 VERDICT_GRACE_S = 2.0
 """Ranks notice a mismatch within microseconds and digests a divergence with the step, the ledger who is to blame for it
 within a tenth of a second, or a good second if ranks wait in vain."""
@@ -96,12 +98,15 @@ class Executor:
         resources: ExitStack,
         watching: Watching | None = None,
         guarding: Guarding | None = None,
+        nodes: tuple[str, ...] = (),
     ) -> None:
         """`output_ranks` answer for a step, one for each replica. `guarding` compares what ranks have issued.
 
         `resources` holds what workers use, such as the channel and the rendezvous of their groups; closed last.
         """
         self.world_size = world_size
+        self.nodes = nodes
+        """By rank, the node of a cluster that it is on. Empty where all are on this host."""
         self._output_ranks = tuple(output_ranks)
         self._launcher = launcher
         self._channel = channel
@@ -348,6 +353,8 @@ class Executor:
         if self._watching is not None:
             will_tell = self._watching.ends_diverged and _is_divergence(error)
             verdict = self._watching.await_hopeless(VERDICT_GRACE_S if will_tell else 0.0)
+            if verdict is not None and verdict.cause == "gone":  # its peers were killed for it, and may be gone before
+                return self._explain_death(self._death_of(verdict.culprits[0]))
             if verdict is not None:  # then the ranks were killed for it
                 hung = HungError(str(verdict), verdict.cause)
                 hung.__cause__ = error
@@ -355,7 +362,7 @@ class Executor:
         standing = self._watching.standing if self._watching is not None else None
         if standing is not None and isinstance(error, DeadlineError):
             return DeadlineError(error.awaited, f"{error.party}; the ledger's verdict: {standing}", error.waited_s)
-        return self._explain_death(error) if isinstance(error, PeerDiedError) else error
+        return self._explain_death(error)
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:
         """The error to report; waits a little for a better one if this is what a healthy rank says of a sick one."""
@@ -379,8 +386,21 @@ class Executor:
             return _UserErrorOfRank(cause.message)
         return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback)
 
-    def _explain_death(self, error: PeerDiedError) -> PeerDiedError:
-        if not error.party.startswith("rank "):  # a whole node
+    def _death_of(self, rank: int) -> PhalanxError:
+        """What the channel says of this one when its process is gone, whatever becomes of the others."""
+        for other in range(self.world_size):
+            if other != rank:
+                self._channel.forget(other)
+        expires_at = time.monotonic() + ENDING_S
+        try:
+            while (remaining_s := expires_at - time.monotonic()) > 0:
+                self._channel.get(timeout_s=remaining_s)
+        except CHANNEL_ERRORS as error:
+            return error
+        return DeadlineError("the end of its process", f"rank {rank}", ENDING_S)
+
+    def _explain_death(self, error: PhalanxError) -> PhalanxError:
+        if not isinstance(error, PeerDiedError) or not error.party.startswith("rank "):  # a whole node
             return error
         how = self._exit_of(int(error.party.removeprefix("rank ")))
         return PeerDiedError(error.party, error.pid, how or error.detail)

@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
+from phalanx.executor.letter import Letter
 from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.transport.liveness import start_time_of
@@ -38,6 +39,20 @@ class Warm(msgspec.Struct, frozen=True, tag=True):
 
 class Fork(msgspec.Struct, frozen=True, tag=True):
     """Start this worker. `line` is a number that its launcher has given all workers of one line."""
+
+    line: int
+    spec: WorkerSpec
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Start a process that becomes this rank's worker when it is told how: others can get ready for it by its pid."""
+
+    line: int
+    rank: int
+
+
+class Employ(msgspec.Struct, frozen=True, tag=True):
+    """Have it become that worker."""
 
     line: int
     spec: WorkerSpec
@@ -73,7 +88,7 @@ class Answered(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
-Order = Warm | Fork | Kill | Ask
+Order = Warm | Fork | Reserve | Employ | Kill | Ask
 Event = Forked | Exited | Answered
 
 HEADER_BYTES = 4
@@ -107,6 +122,8 @@ class _Child(NamedTuple):
     line: int
     rank: int
     pid: int
+    letter: Letter | None = None
+    """To one that does not know yet what to be."""
 
 
 class ForkServer:
@@ -141,18 +158,27 @@ class ForkServer:
         if isinstance(order, Warm):
             _warm(order)
         elif isinstance(order, Fork):
-            self._fork(order)
+            self._fork(order.line, order.spec.rank, order.spec)
+        elif isinstance(order, Reserve):
+            self._fork(order.line, order.rank, None)
+        elif isinstance(order, Employ):
+            self._employ(order)
         elif isinstance(order, Kill):
             self._kill(order.line)
         else:
             send(self._events, Answered(order.number))
 
-    def _fork(self, order: Fork) -> None:
-        """Lack of processes or descriptors ends the line that is to come, and none of those that compute."""
-        line, rank = order.line, order.spec.rank
+    def _fork(self, line: int, rank: int, spec: WorkerSpec | None) -> None:
+        """Without `spec` the child waits for a letter.
+
+        Lack of processes or descriptors ends the line that is to come, and none of those that compute.
+        """
         try:
             with ExitStack() as undo:
-                pid = self._fork_worker(order.spec)
+                letter = Letter() if spec is None else None
+                if letter is not None:
+                    undo.callback(letter.close)
+                pid = self._fork_worker(spec, letter)
                 undo.callback(_end, pid)
                 start_time = start_time_of(pid)
                 pidfd = os.pidfd_open(pid)
@@ -163,26 +189,42 @@ class ForkServer:
             send(self._events, Exited(line, rank, f"could not be forked: {error.strerror}"))
             return
         assert start_time is not None, "it is there until it is reaped"
-        self._children[pidfd] = _Child(line, rank, pid)
+        self._children[pidfd] = _Child(line, rank, pid, letter)
         send(self._events, Forked(line, rank, pid, start_time))
 
-    def _fork_worker(self, spec: WorkerSpec) -> int:
+    def _employ(self, order: Employ) -> None:
+        """It may have ended meanwhile."""
+        for child in self._children.values():
+            if child.line == order.line and child.rank == order.spec.rank and child.letter is not None:
+                try:
+                    child.letter.write(msgspec.msgpack.encode(order.spec))
+                except OSError:  # no memory: it shall not wait for ever
+                    traceback.print_exc()
+                    os.kill(child.pid, signal.SIGKILL)
+
+    def _fork_worker(self, spec: WorkerSpec | None, letter: Letter | None) -> int:
         """Its pid. Raises OSError."""
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(spec, server_pid)
+            self._become_worker(spec, letter, server_pid)
         return pid
 
-    def _become_worker(self, spec: WorkerSpec, server_pid: int) -> NoReturn:
+    def _become_worker(self, spec: WorkerSpec | None, letter: Letter | None, server_pid: int) -> NoReturn:
         code = 1
         try:
             die_with_parent(server_pid)
             self._selector.close()
-            for pidfd in self._children:
+            for pidfd, child in self._children.items():
                 os.close(pidfd)
+                if child.letter is not None:
+                    child.letter.close()
             os.close(self._orders)
             os.close(self._events)
+            if letter is not None:
+                spec = msgspec.msgpack.decode(letter.read(), type=WorkerSpec)
+                letter.close()
+            assert spec is not None
             from phalanx.worker.process import run
 
             code = run(spec)
@@ -197,6 +239,8 @@ class ForkServer:
         child = self._children.pop(pidfd)
         self._selector.unregister(pidfd)
         os.close(pidfd)
+        if child.letter is not None:
+            child.letter.close()
         _, status = os.waitpid(child.pid, 0)
         how = describe_exit(os.waitstatus_to_exitcode(status), self._kills_before)
         send(self._events, Exited(child.line, child.rank, how))

@@ -20,12 +20,14 @@ from phalanx.errors import DeadlineError, FrameError, PeerDiedError, StartError
 from phalanx.executor.ending import kill
 from phalanx.executor.fork_server import (
     Ask,
+    Employ,
     Event,
     Exited,
     Fork,
     Forked,
     Kill,
     Order,
+    Reserve,
     Warm,
     frame,
     split_frames,
@@ -54,11 +56,15 @@ _events = msgspec.msgpack.Decoder(Event)
 class _Line:
     """What is known of the workers of one line."""
 
-    def __init__(self) -> None:
-        self.ranks: set[int] = set()
-        self.journals: dict[int, SegmentHandle] = {}
+    def __init__(self, ranks: set[int], journals: dict[int, SegmentHandle]) -> None:
+        self.ranks = ranks
+        self.journals = journals
         self.workers: dict[int, Party] = {}
         self.exits: dict[int, str] = {}
+
+    @property
+    def is_forked(self) -> bool:
+        return self.workers.keys() | self.exits.keys() >= self.ranks
 
     @property
     def is_over(self) -> bool:
@@ -108,16 +114,27 @@ class ForkServerProcess:
 
     def fork(self, specs: Sequence[WorkerSpec]) -> int:
         """Set the workers of a line off; gives the line's number. Returns before they have been forked."""
-        with self._changed:
-            line = next(self._numbers)
-            self._lines[line] = state = _Line()
-            state.ranks = {spec.rank for spec in specs}
-            state.journals = {spec.rank: spec.journal for spec in specs if spec.journal is not None}
-            if self._ended is not None:
-                self._end_of_server(state, self._ended)
+        journals = {spec.rank: spec.journal for spec in specs if spec.journal is not None}
+        line = self._begin_line({spec.rank for spec in specs}, journals)
         for spec in specs:
             self._send(Fork(line, spec))
         return line
+
+    def reserve(self, rank: int) -> int:
+        """Start a process that waits for `employ`, alone in a line; gives the line's number. Returns before it has been
+        forked."""
+        line = self._begin_line({rank}, {})
+        self._send(Reserve(line, rank))
+        return line
+
+    def employ(self, line: int, spec: WorkerSpec) -> None:
+        """Have the process that was reserved be this worker."""
+        self._send(Employ(line, spec))
+
+    def await_forks(self, line: int, timeout_s: float) -> bool:
+        """Wait until every rank of a line has been forked, or has ended; False if not after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._lines[line].is_forked, timeout=timeout_s)
 
     @property
     def has_ranks(self) -> bool:
@@ -142,7 +159,7 @@ class ForkServerProcess:
         """
         with self._changed:
             state = self._lines[line]
-            are_all_killed = state.workers.keys() | state.exits.keys() >= state.ranks
+            are_all_killed = state.is_forked
             for rank in state.workers.keys() - state.exits.keys():
                 try:
                     kill(state.workers[rank])
@@ -152,8 +169,8 @@ class ForkServerProcess:
             with suppress(StartError):  # the server has ended, and they with it
                 self._send(Kill(line))
 
-    def await_exits(self, line: int, timeout_s: float) -> bool:
-        """Wait until every rank of a line has ended; False if one has not after `timeout_s`."""
+    def await_exits(self, line: int, timeout_s: float | None) -> bool:
+        """Wait until every rank of a line has ended; False if one has not after `timeout_s`; None for ever."""
         with self._changed:
             return self._changed.wait_for(lambda: self._lines[line].is_over, timeout=timeout_s)
 
@@ -191,6 +208,14 @@ class ForkServerProcess:
     def kill_server(self) -> None:
         """End the server, and so all its workers, however it is. Returns before they have ended."""
         self._process.kill()
+
+    def _begin_line(self, ranks: set[int], journals: dict[int, SegmentHandle]) -> int:
+        with self._changed:
+            line = next(self._numbers)
+            self._lines[line] = state = _Line(ranks, journals)
+            if self._ended is not None:
+                self._end_of_server(state, self._ended)
+        return line
 
     def _send(self, order: Order) -> None:
         try:

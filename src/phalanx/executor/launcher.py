@@ -22,3 +22,10 @@ class Launcher(Protocol):
 
         Raises DeadlineError naming a process that the kernel does not end.
         """
+
+
+class Killable(Protocol):
+    """Ranks, as soon as there may be any. For any thread."""
+
+    def kill(self) -> None:
+        """Have every rank's process killed, also one that is still to come; returns before they have ended."""

@@ -35,6 +35,24 @@ class LocalLauncher:
         assert self._line is None, "started twice"
         self._line = self._server.fork(specs)
 
+    def reserve(self, rank: int, timeout_s: float) -> int:
+        """The pid of a process that becomes this rank when `employ` says how. In place of `start`, for one rank.
+
+        Raises StartError if it does not come, DeadlineError if that is not known in time.
+        """
+        assert self._line is None, "started twice"
+        self._line = self._server.reserve(rank)
+        if not self._server.await_forks(self._line, timeout_s):
+            raise DeadlineError("a process", f"the fork server of rank {rank}", timeout_s)
+        if (how := self.exits().get(rank)) is not None:
+            raise StartError(f"rank {rank}", "being forked", how)
+        return self.pids()[rank]
+
+    def employ(self, spec: WorkerSpec) -> None:
+        """Have the process that was reserved be this worker. Raises StartError."""
+        assert self._line is not None
+        self._server.employ(self._line, spec)
+
     def exits(self) -> dict[int, str]:
         return self._server.exits(self._line) if self._line is not None else {}
 
@@ -47,8 +65,8 @@ class LocalLauncher:
         if self._line is not None:
             self._server.kill(self._line)
 
-    def await_exits(self, timeout_s: float) -> bool:
-        """Wait until every rank that was started has ended; False if one has not after `timeout_s`."""
+    def await_exits(self, timeout_s: float | None) -> bool:
+        """Wait until every rank that was started has ended; False if one has not after `timeout_s`; None for ever."""
         return self._line is None or self._server.await_exits(self._line, timeout_s)
 
     def close(self, timeout_s: float) -> None:

@@ -18,3 +18,5 @@ class Placed(NamedTuple):
     channel: Channel
     specs: Sequence[WorkerSpec]
     watching: Watching | None = None
+    nodes: tuple[str, ...] = ()
+    """By rank, the name of the node of a cluster that it is on. Empty where all are on this host."""

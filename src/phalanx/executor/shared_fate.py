@@ -48,4 +48,4 @@ def was_ended_from_outside(how: str) -> bool:
     Nobody is told who has sent a signal. SIGKILL is the kernel's own when there is no memory, which its counters show.
     """
     by_name = how.startswith(tuple(f"killed by {number.name}" for number in _SENT_BY_OTHERS))
-    return by_name or how.endswith(NOT_FOR_MEMORY) or how.startswith(WITH_FORK_SERVER)
+    return by_name or NOT_FOR_MEMORY in how or how.startswith(WITH_FORK_SERVER)

@@ -17,6 +17,7 @@ from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
 from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.inline import InlineRank
+from phalanx.executor.launcher import Killable
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
@@ -42,6 +43,7 @@ from phalanx.protocol import (
     Measured,
     MeasureMemory,
     Progress,
+    ReplyBody,
     StartProgress,
     WorkerMessage,
 )
@@ -72,6 +74,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """Of one KV cache block on each rank."""
     device: str
     dtype: str
+    gives_back: bool = True
+    """Whether ranks can give their memory back in a sleep."""
 
 
 class LinePlan(NamedTuple):
@@ -93,6 +97,10 @@ class LinePlan(NamedTuple):
     instance until the executor is closed."""
     timeout_s: float | None = None
     """For the whole start; the configuration's if None."""
+    is_beside: bool = False
+    """Whether another line computes, which is not to notice anything."""
+    note: Callable[[Killable], None] = lambda ranks: None
+    """Told, before there are any ranks, what ends them; the start then fails. Not of one in this process."""
 
 
 ALONE = LinePlan()
@@ -206,6 +214,7 @@ def _launch(
             resources=stack.pop_all(),
             watching=placed.watching,
             guarding=guarding,
+            nodes=placed.nodes,
         )
 
 
@@ -237,6 +246,7 @@ def _place_local(
     threads = pick_threads(config)
     launcher = new_launcher(thread_environment(threads))
     resources.callback(launcher.close, 0.0)
+    line.note(launcher)
     launcher.warm(str(checkpoint.path))
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
         [f"rank {rank}" for rank in range(grid.world_size)], command_type=Call, reply_type=WorkerMessage
@@ -296,6 +306,8 @@ def _place_on_ray(
         memory=line.memory,
         keeps_memory=line.keeps_memory,
         ends_after_s=line.ends_after_s,
+        is_beside=line.is_beside,
+        note=line.note,
     )
 
 
@@ -358,6 +370,7 @@ def _measure(
         block_bytes=tuple(rank.block_bytes for rank in measured),
         device=loaded[0].device,
         dtype=loaded[0].dtype,
+        gives_back=all(rank.gives_back for rank in loaded),
     )
 
 
@@ -378,9 +391,14 @@ def _allocate(
     order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:
-        told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
-        line.tell_memory({rank: decode_held(held) for rank, held in told.items() if held})
+        line.tell_memory(told_memory(replies))
     return capacity
+
+
+def told_memory(replies: Sequence[ReplyBody]) -> dict[int, HeldMemory]:
+    """What all ranks have, in their order, as far as it can be held."""
+    told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
+    return {rank: decode_held(held) for rank, held in told.items() if held}
 
 
 def _fit_model_len(

@@ -220,6 +220,9 @@ class Watching:
         log.warning("the watcher has ended, %s: another one is started", how)
         if isinstance(order, WatchOrder):
             order = msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
+        else:  # the judge counts them
+            watch = msgspec.structs.replace(order.watch, num_restarts=self._num_restarts)
+            order = msgspec.structs.replace(order, watch=watch)
         try:
             return _spawn(order, stop)
         except OSError as error:
@@ -227,7 +230,10 @@ class Watching:
             return None
 
     def _take(self, verdict: Verdict | None) -> None:
-        how = self._ending(verdict.culprits[0], SOON_S) if verdict is not None and verdict.cause == "gone" else None
+        ends_now = verdict is not None and self._patience_with(verdict) == 0.0
+        how = None
+        if verdict is not None and verdict.cause == "gone" and not ends_now:
+            how = self._ending(verdict.culprits[0], SOON_S)
         if verdict is not None and how is not None:
             verdict = _with_ending(verdict, how)
         if self._is_silent:
@@ -241,7 +247,7 @@ class Watching:
             self._found = verdict or self._found
             self._be_patient(verdict)
             self._changed.notify_all()
-        if verdict is not None and self._patience_with(verdict) == 0.0:
+        if verdict is not None and ends_now:
             self._end_ranks(verdict)
         if verdict is not None and verdict.cause == "gone" and how is None:
             self._add_ending(verdict)

@@ -47,7 +47,8 @@ class BoardWriter:
         self._num_restarts = num_restarts
         self.since_ns = before.since_ns if before is not None and standing is not None else 0
         """Since when what stands has."""
-        self._post(standing)
+        self._standing = standing
+        self._post()
 
     def looked(self, now_ns: int) -> None:
         """All ranks were looked at."""
@@ -58,12 +59,19 @@ class BoardWriter:
         if verdict is not None:
             self._counts[verdict.cause] = self._counts.get(verdict.cause, 0) + 1
         self.since_ns = since_ns
-        self._post(verdict)
+        self._standing = verdict
+        self._post()
 
-    def _post(self, verdict: Verdict | None) -> None:
+    def restarted(self, num_restarts: int) -> None:
+        """So often another watcher has taken the place of one that had ended, on whatever node."""
+        if num_restarts != self._num_restarts:
+            self._num_restarts = num_restarts
+            self._post()
+
+    def _post(self) -> None:
         notice = Notice(
             num_ranks=self._num_ranks,
-            verdict=verdict,
+            verdict=self._standing,
             since_ns=self.since_ns,
             counts=self._counts,
             num_restarts=self._num_restarts,

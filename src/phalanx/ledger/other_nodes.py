@@ -24,6 +24,7 @@ from phalanx.ledger.sighting import (
     FromJudge,
     FromNode,
     NodeView,
+    Replaced,
     Sighting,
     TellAll,
     with_their_texts,
@@ -166,6 +167,11 @@ class OtherNodes:
             self.take(time.monotonic_ns())
         return {rank: lines for node in asked for rank, lines in node.stacks.items()}
 
+    @property
+    def num_restarts(self) -> int:
+        """How often watchers of the other nodes have been replaced, as far as these have said."""
+        return sum(node.num_restarts for node in self._nodes.values())
+
     def _heard(self) -> list[_Node]:
         return [node for node in self._nodes.values() if node.is_heard]
 
@@ -208,6 +214,8 @@ class _Node:
         self.view = NodeView()
         self.owes_stacks = False
         self.stacks: dict[int, tuple[str, ...]] = {}
+        self.num_restarts = 0
+        """Of its watcher."""
         self._name = name
         self._silent_s = silent_s
         self._outlived_s = outlived_s
@@ -259,6 +267,8 @@ class _Node:
         for message in messages:
             if isinstance(message, Sighting):
                 self._see(message, now_ns)
+            elif isinstance(message, Replaced):
+                self.num_restarts = message.num_restarts
             else:
                 self.stacks, self.owes_stacks = message.of, False
         self._silence.look(now_ns, has_come=bool(messages))

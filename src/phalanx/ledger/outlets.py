@@ -57,6 +57,10 @@ class OpenOutlets:
             self._board.post(verdict, now_ns - int(verdict.waited_s * 1e9) if verdict is not None else 0)
         self._board.looked(now_ns)
 
+    def restarted(self, num_restarts: int) -> None:
+        """So often watchers have been replaced by now, on all nodes. Called after each look."""
+        self._board.restarted(num_restarts)
+
     def show(self, nodes_seen: Callable[[], tuple[NodeSeen, ...]], now_ns: int) -> None:
         """How ranks on other nodes are. Called after each look."""
         if self._elsewhere is not None:

@@ -13,7 +13,7 @@ from phalanx.errors import DeadlineError, FrameError, PeerDiedError
 from phalanx.ledger.journal import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
 from phalanx.ledger.redialling import Redialling
-from phalanx.ledger.sighting import FromJudge, FromNode, Stacks, TellAll, Telling
+from phalanx.ledger.sighting import FromJudge, FromNode, Replaced, Stacks, TellAll, Telling
 from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
 from phalanx.transport.dialling import dial
 from phalanx.transport.handshake import VERSION
@@ -61,7 +61,7 @@ def report(order: ReportOrder, stop: int) -> None:
             if link is None:
                 continue
             if reporter is None or reporter.link is not link:
-                reporter = _Reporter(link, watcher, stop)
+                reporter = _Reporter(link, watcher, order.watch.num_restarts, stop)
             try:
                 reporter.turn()
             except (PeerDiedError, DeadlineError, FrameError) as error:
@@ -95,9 +95,10 @@ def _link(order: ReportOrder) -> MessageLink[FromNode, FromJudge]:
 class _Reporter:
     """Looks, tells and answers over one link, which it knows to have told nothing yet."""
 
-    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, stop: int) -> None:
+    def __init__(self, link: MessageLink[FromNode, FromJudge], watcher: Watcher, num_restarts: int, stop: int) -> None:
         self.link = link
         self._watcher = watcher
+        self._untold_restarts = num_restarts
         self._stop = stop
         self._telling = Telling()
         self._tell_all_until = self._beat_at = self._steps_at = float("-inf")
@@ -106,7 +107,12 @@ class _Reporter:
         """Raises what the link raises."""
         for message in self.link.receive():
             self._answer(message)
-        if self.link.can_send():  # what is not told now is told with the next sighting
+        if self._untold_restarts and self.link.can_send():
+            self._send(Replaced(self._untold_restarts))
+            self._untold_restarts = 0
+        # What is not told now is told with the next sighting. Beats that the network still takes, and nobody
+        # acknowledges, would arrive one after the other, and the silence would begin with the last of them.
+        if self.link.can_send() and self.link.has_arrived():
             self._tell()
 
     def _answer(self, message: FromJudge) -> None:

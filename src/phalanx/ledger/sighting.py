@@ -1,6 +1,6 @@
 """What the watcher of one node tells the judge of all: what it sees of its ranks, and only what is new. Pure.
 
-    node → judge    Sighting, Stacks
+    node → judge    Sighting, Stacks, Replaced
     judge → node    TellAll, AskStacks
 
 Times are of the clock of the host that they come from. Two hosts' clocks may differ by days, so a `NodeView` puts all
@@ -44,6 +44,12 @@ class Stacks(_Message, frozen=True):
     of: dict[int, tuple[str, ...]]
 
 
+class Replaced(_Message, frozen=True):
+    """Watchers of this node have ended before this one. Told once over each link."""
+
+    num_restarts: int
+
+
 class TellAll(_Message, frozen=True):
     """Something is suspicious: for a while tell whole journals."""
 
@@ -54,7 +60,7 @@ class AskStacks(_Message, frozen=True):
     ranks: tuple[int, ...]
 
 
-FromNode = Sighting | Stacks
+FromNode = Sighting | Stacks | Replaced
 FromJudge = TellAll | AskStacks
 
 

@@ -302,6 +302,11 @@ class Watcher:
         """The other nodes, as they were heard last."""
         return self._others.seen(GLANCE_RECORDS) if self._others is not None else ()
 
+    @property
+    def num_restarts_elsewhere(self) -> int:
+        """How often the watchers of other nodes have been replaced."""
+        return self._others.num_restarts if self._others is not None else 0
+
     def pids(self) -> list[int]:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
@@ -348,7 +353,7 @@ class Watcher:
         """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
         if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
             return True
-        if any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits if rank in look.ranks):
+        if verdict.cause == "late" and any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits):
             return False  # it was asked whether its interpreter runs, and will have answered in a moment, or never
         return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
 
@@ -481,6 +486,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
             verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)
+                outlets.restarted(order.num_restarts + watcher.num_restarts_elsewhere)
                 outlets.show(watcher.nodes_seen, now_ns)
             if verdict is not None:
                 verdict = watcher.with_stacks(verdict)

@@ -20,7 +20,7 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity, open_quarters, settle, start_executor
+from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
 from phalanx.membership.lines import Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
@@ -237,6 +237,15 @@ class Formation:
         if self._recovery is not None:
             self._recovery.end_change()
 
+    def hold(self, replies: Sequence[ReplyBody]) -> None:
+        """All ranks have given memory back, or have it again, while no line stands ready: hold what they say that they
+        have now (Allocated), and no more. On a CPU, whose segments stay what they are, there is nothing to do.
+
+        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out.
+        """
+        if self._recovery is not None and self._config.executor.device != "cpu":
+            self._recovery.follow(told_memory(replies))
+
     # ---------------------------------------------------------------------------- another size
 
     @property
@@ -297,6 +306,16 @@ class Formation:
             log.warning(
                 "ranks are new: what these methods have left in the old ones is lost: %s", ", ".join(sorted(lost))
             )
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """By rank, the node of a cluster that it is on. Empty where all are on this host."""
+        return self._line.executor.nodes
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes of the cluster. Those that are there stay."""
+        if self._recovery is not None:
+            self._recovery.avoid(nodes)
 
     def stats(self) -> FormationStats | None:
         """None where a fault ends the run. For any thread."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.executor import Executor, OnProgress
+from phalanx.executor.launcher import Killable
 from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
@@ -31,6 +32,10 @@ ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
 """After a verdict that stands for so long, ranks are ended. Who was stopped may go on, and who is late may come; but to
 wait for it costs more than to do without. Not for one that computes (slow), or would if it had a core: its successor
 would do the same; nor for one that takes long to start (overdue). These have deadlines."""
+
+ENDS_AFTER_WITH_GPUS_S: Mapping[Cause, float] = MappingProxyType({**ENDS_AFTER_S, "gone": 0.0})
+"""The kernel says that a process has ended when it has given back what that had of a GPU, a tenth of a second after its
+beginning. The peers of a rank that ends need as long for their ends, and need not wait for that one's."""
 
 END_DEADLINE_S = 30.0
 _END_AGAIN_S = 0.05
@@ -68,21 +73,20 @@ class Interruption:
     """Lets another thread end a start that is under way. For one start at a time."""
 
     def __init__(self) -> None:
-        self._launcher: LocalLauncher | None = None
+        self._ranks: Killable | None = None
         self.is_set = False
 
-    def note(self, launcher: LocalLauncher) -> LocalLauncher:
-        """The start's launcher. Raises StartError if it has been ended before it had one."""
-        self._launcher = launcher
+    def note(self, ranks: Killable) -> None:
+        """Those that the start makes. Raises StartError if it has been ended before it had any."""
+        self._ranks = ranks
         if self.is_set:
             raise StartError("a line", "starting", "it is not needed any more")
-        return launcher
 
     def begin(self) -> None:
         """Have the start fail, now or when it comes to its end."""
         self.is_set = True
-        if (launcher := self._launcher) is not None:
-            launcher.kill()
+        if (ranks := self._ranks) is not None:
+            ranks.kill()
 
     def end(self, starting: threading.Thread) -> None:
         """Have the start fail; returns when its thread has ended. Raises DeadlineError."""
@@ -97,7 +101,7 @@ class Interruption:
 class Lines:
     """Starts lines of ranks: local ones on one fork server, those of Ray in the same quarters, and one in this process.
 
-    For any thread, but with Ray and in this process one line is started at a time. A context manager.
+    For any thread, but in this process one line is started at a time. A context manager.
     """
 
     def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
@@ -121,28 +125,32 @@ class Lines:
         config: Config | None = None,
     ) -> tuple[Line, Capacity]:
         """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
-        of the other lines, is settled, too."""
+        of the other lines, is settled, too. With `interruption` it starts beside a line that computes."""
         told: dict[int, HeldMemory] = {}
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
+        config = config or self._config
+        has_gpus_here = config.executor.device == "cuda" and config.executor.launcher == "local"
         plan = LinePlan(
             epoch=epoch,
             capacity=capacity,
             memory=memory,
             keeps_memory=True,
             tell_memory=told.update,
-            ends_after_s=ENDS_AFTER_S,
+            ends_after_s=ENDS_AFTER_WITH_GPUS_S if has_gpus_here else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
+            is_beside=interruption is not None,
+            note=(interruption or Interruption()).note,
         )
 
         def new_launcher(environment: Mapping[str, str]) -> LocalLauncher:
             launcher = self._launchers.launcher(environment)
             launchers.append(launcher)
-            return launcher if interruption is None else interruption.note(launcher)
+            return launcher
 
         executor, capacity = start_executor(
-            config or self._config,
+            config,
             self.checkpoint,
             on_progress,
             new_launcher=new_launcher,
@@ -150,6 +158,16 @@ class Lines:
             line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
+
+    @property
+    def lacks_room(self) -> str | None:
+        """What is missing on the nodes of a cluster, while a start waits for room. For any thread."""
+        return None if self._quarters is None else self._quarters.lacks_room
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Lines that are placed from now on are to come to other nodes of the cluster."""
+        if self._quarters is not None:
+            self._quarters.avoid(nodes)
 
     def resize(self, config: Config) -> None:
         """Lines that are started from now on have this configuration. It is settled."""

@@ -38,17 +38,25 @@ class FormationMemory:
 
         Raises PeerDiedError or FrameError if one has just ended.
         """
+        if self.follow(told):
+            self._is_trusted = True
+
+    def follow(self, told: Mapping[int, HeldMemory]) -> bool:
+        """The same ranks have this by now: what they have given back is let go of. Whether they have anything.
+
+        Says nothing about whether it is trusted. Raises as `take`.
+        """
         with self._holding:
             if len(told) < self._num_ranks:
                 self._drop()
-                return
-            self._is_trusted = True
+                return False
             try:
                 for rank, memory in told.items():
                     self._holder.hold(rank, memory)
             except BaseException:
                 self._drop()  # of several lines, it is of none
                 raise
+            return True
 
     def of_ranks(self) -> dict[int, HeldMemory]:
         """What a line that is to go on gets; empty if it has to begin anew."""

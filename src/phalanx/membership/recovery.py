@@ -76,6 +76,7 @@ class Recovery:
         self._last_fault = str(error).partition("\n")[0]
         log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
         failed.executor.kill()
+        gone_s = time.monotonic() - began_at
         forget_locals(error)
         self._retire(failed)
         climb = self.ladder.begin(began_at)
@@ -91,7 +92,10 @@ class Recovery:
             self._healed[attempt.rung] += 1
             self._last_pause_s = time.monotonic() - began_at
             self._is_healing = False
-            log.warning("ranks of epoch %d go on after %.3f s (%s)", line.epoch, self._last_pause_s, attempt.rung)
+            log.warning(
+                "ranks of epoch %d go on after %.3f s (%s), %.3f s of it until the ones before were gone",
+                *(line.epoch, self._last_pause_s, attempt.rung, gone_s),
+            )
             self._renew_standby()
             return line, attempt.rung != "checkpoint"
         raise NotHealedError(f"{error}; it could not be healed: {climb.tried}") from error
@@ -132,6 +136,10 @@ class Recovery:
         """All ranks have them."""
         self._memory.end_change()
 
+    def follow(self, told: Mapping[int, HeldMemory]) -> None:
+        """The ranks that compute have this by now, beside no standby line. Raises as FormationMemory.follow."""
+        self._memory.follow(told)
+
     def resize(self, config: Config, capacity: Capacity, memory: FormationMemory, before: Line, after: Line) -> None:
         """Another line of this size serves now: lines to come are like it, and the one before is ended.
 
@@ -146,6 +154,10 @@ class Recovery:
         self._end(before)
         memory_before.close()
         self._renew_standby()
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes of the cluster. For any thread."""
+        self._lines.avoid(nodes)
 
     def has_retired(self, line: Line) -> bool:
         """Whether it has failed, and is let go of."""
@@ -162,6 +174,7 @@ class Recovery:
             num_standby_faults=0 if self._standby is None else self._standby.num_faults,
             last_pause_s=self._last_pause_s,
             last_fault=self._last_fault,
+            lacks_room=self._lines.lacks_room if self._is_healing else None,
         )
 
     def interrupt(self) -> None:

@@ -33,6 +33,8 @@ class Backing(Protocol):
 
     def release(self, regions: Iterable[Region]) -> None: ...
 
+    def restore(self, regions: Iterable[Region]) -> None: ...
+
     def describe(self, regions: Mapping[str, Region]) -> HeldMemory: ...
 
     def close(self) -> None: ...
@@ -87,21 +89,33 @@ class Arena:
             self._backing.begin_part(size_bytes)
 
     def release(self, names: Sequence[str]) -> None:
-        """Give the memory of these tensors back to the system, in whole pages; they need not be adjacent.
+        """Give the memory of these tensors back to the system; they need not be adjacent. They stay where they are.
 
-        They stay where they are, and may read as zeros from now on, for all who share them; what is written to them
-        takes memory again. On a GPU nothing is given back.
+        On a CPU that is whole pages: they may read as zeros from now on, for all who share them, and what is written to
+        them takes memory again. On a GPU it is pieces with nothing else in them: nobody may use these tensors before
+        `restore`, and the memory is the GPU's again when nobody else holds it.
         """
         if self._backing is not None:
             self._backing.release([self.regions[name] for name in names])
 
+    def restore(self, names: Sequence[str]) -> None:
+        """Have memory where tensors lie that were released: anything may be in it.
+
+        Raises torch.OutOfMemoryError when there is no room on a GPU. Then they are as after `release`.
+        """
+        if self._backing is not None:
+            self._backing.restore([self.regions[name] for name in names])
+
     @property
     def can_be_held(self) -> bool:
-        """Whether there is anything to describe."""
+        """Whether it has memory of its own, to be described, and given back."""
         return self._backing is not None
 
     def describe(self, is_kept: Callable[[str], bool] = lambda name: True) -> HeldMemory:
-        """What can be held of it: tensors whose names are to be kept, and no segment without one."""
+        """What can be held of it: tensors whose names are to be kept, and no segment without one.
+
+        On a GPU nothing that was released.
+        """
         assert self._backing is not None
         return self._backing.describe({name: region for name, region in self.regions.items() if is_kept(name)})
 

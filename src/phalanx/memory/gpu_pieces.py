@@ -1,6 +1,7 @@
 """A GPU's memory for an arena: pieces with descriptors, which others can hold without CUDA.
 
-All lie one after the other in one range of addresses, so that a tensor may begin in one piece and end in another.
+All lie one after the other in one range of addresses, so that a tensor may begin in one piece and end in another. What
+is given back leaves its addresses free, and other pieces come to the same place: CUDA graphs know tensors by these.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class GpuPieces:
         self._handles: list[PieceHandle] = []
         self._starts: list[int] = []
         """Of each piece, in the range."""
+        self._absent: set[int] = set()
+        """Pieces that were given back."""
+        self._in_use: set[Region] = set()
         self._offers: DescriptorOffers | None = None
         """Of the pieces that are made here."""
         self._free_from = 0
@@ -54,12 +58,12 @@ class GpuPieces:
             if held is not None:
                 self._take(held.pieces)
             undo.pop_all()
-        self._free_from = self._range.mapped_bytes
+        self._free_from = self._end
 
     def reserve(self, size_bytes: int) -> Region:
         """Room for a tensor. Raises torch.OutOfMemoryError when there is none."""
         start = -(-self._free_from // ALIGNMENT) * ALIGNMENT
-        while (missing_bytes := start + size_bytes - self._range.mapped_bytes) > 0:
+        while (missing_bytes := start + size_bytes - self._end) > 0:
             self._add_piece(self._rounded(min(max(missing_bytes, self._expected_bytes), LARGEST_BYTES)))
         self._free_from = start + size_bytes
         piece = max(bisect_right(self._starts, start) - 1, 0)
@@ -67,20 +71,50 @@ class GpuPieces:
 
     def tensor(self, region: Region, dtype: torch.dtype) -> torch.Tensor:
         """What lies there, in one dimension. It is not empty."""
+        self._in_use.add(region)
         address = self._range.address + self._starts[region.segment] + region.offset_bytes
         return bytes_at(address, region.size_bytes, self._device, self._range).view(dtype)
 
     def begin_part(self, size_bytes: int | None) -> None:
         """What comes now goes into other pieces; it takes about so much, if that is known."""
-        self._free_from = self._range.mapped_bytes
+        self._free_from = self._end
         self._expected_bytes = size_bytes or 0
 
     def release(self, regions: Iterable[Region]) -> None:
-        """Nothing: they are too small to be pieces."""
+        """Give the pieces back that these tensors, and none in use, lie in. Nothing may be computed on them before
+        `restore`. Whoever else has such a piece mapped, or holds it, has it still.
+        """
+        regions = list(regions)
+        self._in_use.difference_update(regions)
+        gone = self._all_pieces_of(regions) - self._all_pieces_of(self._in_use) - self._absent
+        if gone:
+            self._driver.wait()
+        for piece in sorted(gone):
+            self._range.unmap(self._starts[piece])
+            if self._offers is not None:
+                self._offers.withdraw(self._handles[piece].descriptor)
+            self._absent.add(piece)
+
+    def restore(self, regions: Iterable[Region]) -> None:
+        """Have pieces again where these tensors lie, with anything in them.
+
+        Raises torch.OutOfMemoryError when there is no room; then what these tensors took is given back.
+        """
+        regions = list(regions)
+        self._in_use.update(regions)
+        with ExitStack() as undo:
+            undo.callback(self.release, regions)
+            for piece in sorted(self._all_pieces_of(regions) & self._absent):
+                memory, handle = self._new_piece(self._handles[piece].size_bytes)
+                self._map(self._starts[piece], memory, handle.size_bytes)
+                self._handles[piece] = handle
+                self._absent.remove(piece)
+            undo.pop_all()
 
     def describe(self, regions: Mapping[str, Region]) -> HeldMemory:
-        """These tensors, and the pieces that they lie in."""
-        used = sorted({piece for region in regions.values() for piece in self._pieces_of(region)})
+        """These tensors, as far as they are there, and the pieces that they lie in."""
+        regions = {name: region for name, region in regions.items() if self._absent.isdisjoint(self._pieces_of(region))}
+        used = sorted(self._all_pieces_of(regions.values()))
         number = {piece: i for i, piece in enumerate(used)}
         return HeldMemory(
             segments=(),
@@ -93,15 +127,25 @@ class GpuPieces:
         if self._offers is not None:
             self._offers.close()
 
+    @property
+    def _end(self) -> int:
+        """Of the last piece, in the range."""
+        return self._starts[-1] + self._handles[-1].size_bytes if self._starts else 0
+
     def _take(self, handles: Sequence[PieceHandle]) -> None:
         with ExitStack() as stack:
             fds = take_descriptors([handle.descriptor for handle in handles])
             for fd in fds:
                 stack.callback(os.close, fd)
             for fd, handle in zip(fds, handles, strict=True):
-                self._map(self._driver.take(fd), handle)
+                self._append(self._driver.take(fd), handle)
 
     def _add_piece(self, size_bytes: int) -> None:
+        self._append(*self._new_piece(size_bytes))
+        self._expected_bytes = max(self._expected_bytes - size_bytes, 0)
+
+    def _new_piece(self, size_bytes: int) -> tuple[int, PieceHandle]:
+        """Memory that is offered and mapped nowhere yet. Raises torch.OutOfMemoryError."""
         try:
             memory = self._driver.create(size_bytes)
         except DriverError as error:
@@ -111,16 +155,24 @@ class GpuPieces:
         if self._offers is None:
             self._offers = DescriptorOffers()
         descriptor = self._offers.offer(self._driver.export(memory), self._label)
-        self._map(memory, PieceHandle(descriptor, size_bytes, secrets.randbits(63)))
-        self._expected_bytes = max(self._expected_bytes - size_bytes, 0)
+        return memory, PieceHandle(descriptor, size_bytes, secrets.randbits(63))
 
-    def _map(self, memory: int, handle: PieceHandle) -> None:
-        """Behind the last one. It then stays for as long as it is mapped."""
+    def _append(self, memory: int, handle: PieceHandle) -> None:
+        """Behind the last one."""
+        start = self._end
+        self._map(start, memory, handle.size_bytes)
+        self._starts.append(start)
+        self._handles.append(handle)
+
+    def _map(self, start: int, memory: int, size_bytes: int) -> None:
+        """It then stays for as long as it is mapped, or somebody has its descriptor."""
         try:
-            self._starts.append(self._range.append(memory, handle.size_bytes))
-            self._handles.append(handle)
+            self._range.map(start, size_bytes, memory)
         finally:
             self._driver.release(memory)
+
+    def _all_pieces_of(self, regions: Iterable[Region]) -> set[int]:
+        return {piece for region in regions for piece in self._pieces_of(region)}
 
     def _pieces_of(self, region: Region) -> range:
         if region.size_bytes == 0:
@@ -133,33 +185,30 @@ class GpuPieces:
 
 
 class _Range:
-    """Addresses of this process, and what is mapped there from their beginning on, for as long as a tensor has it."""
+    """Addresses of this process, and what is mapped there, for as long as a tensor has it."""
 
     def __init__(self, driver: CudaDriver, size_bytes: int) -> None:
         self.address = driver.reserve(size_bytes)
         self._driver = driver
-        self._sizes: list[int] = []
+        self._mapped: dict[int, int] = {}
+        """Sizes of pieces, by where they begin."""
         # Not when the process ends: CUDA may be gone by then, and what is mapped goes with the process.
-        weakref.finalize(self, _give_back, driver, self.address, size_bytes, self._sizes).atexit = False
+        weakref.finalize(self, _give_back, driver, self.address, size_bytes, self._mapped).atexit = False
 
-    @property
-    def mapped_bytes(self) -> int:
-        return sum(self._sizes)
-
-    def append(self, memory: int, size_bytes: int) -> int:
-        """Map a piece; returns where it begins, from the beginning of the range on."""
-        start = self.mapped_bytes
+    def map(self, start: int, size_bytes: int, memory: int) -> None:
+        """Have a piece there, from the beginning of the range on."""
         self._driver.map(self.address + start, size_bytes, memory)
-        self._sizes.append(size_bytes)
-        return start
+        self._mapped[start] = size_bytes
+
+    def unmap(self, start: int) -> None:
+        """Have nothing there any more. The GPU must have nothing to do with it."""
+        self._driver.unmap(self.address + start, self._mapped.pop(start))
 
 
-def _give_back(driver: CudaDriver, address: int, size_bytes: int, sizes: Sequence[int]) -> None:
+def _give_back(driver: CudaDriver, address: int, size_bytes: int, mapped: Mapping[int, int]) -> None:
     driver.wait()
-    start = address
-    for mapped_bytes in sizes:
-        driver.unmap(start, mapped_bytes)
-        start += mapped_bytes
+    for start, mapped_bytes in mapped.items():
+        driver.unmap(address + start, mapped_bytes)
     driver.free(address, size_bytes)
 
 

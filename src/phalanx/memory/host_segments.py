@@ -57,6 +57,9 @@ class HostSegments:
         for run in _adjacent(regions):
             self._segments[run.segment].release(run.offset_bytes, _end(run))
 
+    def restore(self, regions: Iterable[Region]) -> None:
+        """Nothing to do: they take memory again as they are written."""
+
     def describe(self, regions: Mapping[str, Region]) -> HeldMemory:
         """These tensors, and the segments that they lie in."""
         used = sorted({region.segment for region in regions.values() if region.size_bytes})

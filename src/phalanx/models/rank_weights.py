@@ -87,6 +87,11 @@ class RankWeights:
         self._packing = packing
         self._experts = tuple(experts)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all tensors that are read."""
+        return tuple(self._tensors)
+
     @cached_property
     def num_bytes(self) -> int:
         """What they take, when they are there."""

@@ -42,9 +42,9 @@ from phalanx.moe.llvm_vectors import (
 STREAMS = 4
 """Spans of a tile's inputs that are read side by side. So many, times UNROLL, divide the steps of any tile."""
 
-NEAR_BYTES, NEAR_BYTES_OF_FEW = 64 * 1024, 16 * 1024
-"""Of a tile's weights, at most, multiplied with all rows before the next; and of those that no more than MOST_ROWS are
-multiplied with, where there is nothing to do but read: to read further ahead than a page of each stream is slower."""
+NEAR_BYTES = 64 * 1024
+"""Of a tile's weights, at most, multiplied with all rows before the next. What such a part adds is summed up by itself,
+which is closer to the exact sum than one long sum."""
 
 MOST_ROWS = 6
 """Whose sums are in registers at a time."""
@@ -147,7 +147,7 @@ class _Experts:
             end = load(b, at(b, starts, b.add(slot, i64(1))), I64)
             weight = b.call(self._place, [active, weights, tiles, tile_bytes, num_tasks, task])
             out_tile = b.add(out, b.mul(b.urem(task, tiles), i64(TILE * 4)))
-            near_steps = self._near_steps(b, steps, b.sub(end, first))
+            near_steps = self._near_steps(b, steps)
             with counting(b, i64(0), steps, near_steps) as k:
                 left = b.sub(steps, k)
                 is_last = b.icmp_unsigned("<=", left, near_steps)
@@ -165,10 +165,9 @@ class _Experts:
         b.ret_void()
         return function
 
-    def _near_steps(self, b: ir.IRBuilder, steps: ir.Value, num_rows: ir.Value) -> ir.Value:
+    def _near_steps(self, b: ir.IRBuilder, steps: ir.Value) -> ir.Value:
         """Of each stream, multiplied with all rows before the next: even parts of `steps`."""
-        few, many = (i64(size // (STREAMS * STEP_BYTES)) for size in (NEAR_BYTES_OF_FEW, NEAR_BYTES))
-        most = b.select(b.icmp_unsigned("<=", num_rows, i64(MOST_ROWS)), few, many)
+        most = i64(NEAR_BYTES // (STREAMS * STEP_BYTES))
         even = divide_up(b, steps, divide_up(b, steps, most))
         return b.and_(b.add(even, i64(UNROLL - 1)), i64(-UNROLL))
 
@@ -228,15 +227,9 @@ class _Experts:
             places = [
                 [b.add(out_row, i64(column + 4 * self._vectors.lanes * v)) for v in range(width)] for out_row in outs
             ]
-            with b.if_else(is_first) as (then, otherwise):
-                with then:
-                    for row_sums in sums:
-                        for total in row_sums:
-                            b.store(ir.Constant(self._vectors.floats, None), total)
-                with otherwise:
-                    for row_sums, row_places in zip(sums, places, strict=True):
-                        for total, place in zip(row_sums, row_places, strict=True):
-                            b.store(load(b, place, self._vectors.floats), total)
+            for row_sums in sums:
+                for total in row_sums:
+                    b.store(ir.Constant(self._vectors.floats, None), total)
             with (
                 counting(b, i64(0), steps, i64(UNROLL)) as turn,
                 counting(b, turn, b.add(turn, span), stream) as step,
@@ -250,7 +243,8 @@ class _Experts:
                     self._multiply(b, [b.add(row, x_at) for row in rows], here, sums)
             for row_sums, row_places in zip(sums, places, strict=True):
                 for total, place in zip(row_sums, row_places, strict=True):
-                    store(b, b.load(total, typ=self._vectors.floats), place)
+                    before = b.select(is_first, self._vectors.floats_of(0.0), load(b, place, self._vectors.floats))
+                    store(b, b.fadd(before, b.load(total, typ=self._vectors.floats)), place)
         b.ret_void()
         return function
 

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from phalanx.engine.condition import Condition
-from phalanx.engine.engine import Engine
+from phalanx.engine.engine import Engine, Strength
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.ledger.verdict import Cause
@@ -147,6 +147,7 @@ class _EngineCollector(Collector):
                 family.add_metric([str(replica)], count)
             yield family
         yield self._states()
+        yield from _strength(self._engine.strength)
         yield from self._balance()
         yield from self._progress()
 
@@ -219,6 +220,16 @@ class _EngineCollector(Collector):
         if self._engine.stats is not None:
             return self._engine.stats.replicas
         return [ReplicaStats(0, 0, 0, self._engine.info.num_blocks, 0, 0, 0, 0, 0)] * count
+
+
+def _strength(strength: Strength) -> Iterator[Metric]:
+    """Of the replicas that are wanted."""
+    text = "Replicas that were lost with their places and are not back."
+    yield GaugeMetricFamily("phalanx_replicas_missing", text, float(strength.num_missing))
+    text = "Times that a replica has lost its place, as its node was lost or drained and no other had room."
+    yield CounterMetricFamily("phalanx_replicas_lost", text, value=strength.num_lost)
+    text = "Times that a lost replica has come back by itself."
+    yield CounterMetricFamily("phalanx_replicas_grown", text, value=strength.num_grown)
 
 
 def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:

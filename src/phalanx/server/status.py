@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from phalanx.engine.condition import Condition
+from phalanx.engine.engine import Strength
 from phalanx.engine.roster import Phase
 from phalanx.errors import DeadlineError
 from phalanx.ledger.status import InstanceStatus
@@ -42,6 +43,7 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """HTTP requests."""
     health: HealthBody
     queues: tuple[QueueStatus, ...]
+    strength: Strength
     engines: tuple[Condition, ...]
     instances: tuple[InstanceStatus, ...]
 
@@ -91,6 +93,7 @@ def status_of(service: Service, instances: tuple[InstanceStatus, ...]) -> Server
         num_in_flight=service.num_in_flight,
         health=health(conditions, service.refusal()).body,
         queues=tuple(queues),
+        strength=service.engine.strength,
         engines=conditions,
         instances=instances,
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from phalanx.engine.condition import Condition
+from phalanx.engine.engine import Strength
 from phalanx.ledger.duration import duration
 from phalanx.ledger.status import GroupStatus, InstanceStatus, RankStatus
 from phalanx.protocol import FIRST_WEIGHTS_VERSION
@@ -52,6 +53,7 @@ def page(status: ServerStatus) -> str:
         *map(_healing, status.engines),
         *map(_maintenance, status.engines),
         _queues(status.queues),
+        _strength(status.strength),
         *map(_instance, status.instances),
     ]
     if not status.instances:
@@ -62,6 +64,22 @@ def page(status: ServerStatus) -> str:
         f"<title>{escape(state)}: {escape(status.model)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _strength(strength: Strength) -> str:
+    """Nothing while all replicas are there, and all nodes may be used."""
+    said = ""
+    if strength.num_missing:
+        how = "come back when there is room" if strength.grows else "do not come back by themselves"
+        said += (
+            f"<p>Missing: {strength.num_missing} of {strength.wanted} replicas, which {how}: "
+            f"{escape(strength.missing_because or '')}</p>"
+        )
+    if strength.num_grown:
+        said += f"<p>Replicas that have come back by themselves: {strength.num_grown}.</p>"
+    if strength.drained_nodes:
+        said += f"<p>Drained nodes: {escape(', '.join(strength.drained_nodes))}.</p>"
+    return said
 
 
 def _since_step(status: ServerStatus) -> str:

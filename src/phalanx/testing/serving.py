@@ -257,4 +257,5 @@ async def _left(family: Sequence[Party], files: set[str], port: int) -> list[str
 
 def _free_port(dice: random.Random) -> int:
     """Of those that the kernel gives to nobody by itself."""
-    return dice.choice(sorted({*PORTS} - {*listening_ports()}))
+    ports: list[int] = sorted(set(PORTS).difference(listening_ports()))
+    return dice.choice(ports)

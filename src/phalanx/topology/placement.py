@@ -8,7 +8,7 @@ times in every step, so they stay on one node as long as any way of placing them
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -29,6 +29,12 @@ class Node(NamedTuple):
     total: float
     free: float
     is_driver: bool = False
+    is_avoided: bool = False
+    """Whether no rank is to come there, whatever is free."""
+
+    def is_called(self, name: str) -> bool:
+        """Whether a user means this one: by its name, its address or its id."""
+        return name in (self.name, self.address, self.node_id)
 
 
 class Demand(NamedTuple):
@@ -37,6 +43,11 @@ class Demand(NamedTuple):
     resource: str
     per_rank: float
     is_device: bool
+
+    @classmethod
+    def on(cls, device: str, per_rank: float) -> Demand:
+        """Of ranks that compute on `cuda` or `cpu`."""
+        return cls("GPU" if device == "cuda" else "CPU", per_rank, device == "cuda")
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -62,6 +73,11 @@ class _Part(NamedTuple):
     num_replicas: int
     where: str = ""
     """In words; empty for all replicas on any node."""
+
+
+def avoiding(nodes: Sequence[Node], names: Collection[str]) -> list[Node]:
+    """The same nodes, those marked that go by one of these names."""
+    return [node._replace(is_avoided=any(map(node.is_called, names))) for node in nodes]
 
 
 def place_ranks(
@@ -97,7 +113,8 @@ def place_in_bundles(
     `num_local` are as for `place_ranks`. Raises PlacementError.
     """
     fit = {bundle.index: bundle for bundle in bundles if bundle.free >= demand.per_rank - _TOLERANCE}
-    room = Counter(bundle.node_id for bundle in fit.values())
+    avoided = {node.node_id for node in nodes if node.is_avoided}
+    room = Counter(bundle.node_id for bundle in fit.values() if bundle.node_id not in avoided)
     order = _order(nodes, room)
     parts = _parts(grid, order, num_local)
     table = _table(grid, demand, parts, order, room, bundles)
@@ -129,6 +146,8 @@ def _group_of(grid: Grid, place: Place) -> str:
 
 def _room(demand: Demand, node: Node) -> int:
     """How many ranks a node has room for."""
+    if node.is_avoided:
+        return 0
     ranks = int(node.free / demand.per_rank + _TOLERANCE)
     return min(ranks, int(node.total + _TOLERANCE)) if demand.is_device else ranks
 
@@ -284,7 +303,7 @@ def _table(
         rows[0] = (*rows[0], "bundles (free)")
     for node in order:
         has_room = room.get(node.node_id, 0)
-        mark = " (driver)" if node.is_driver else ""
+        mark = (" (driver)" if node.is_driver else "") + (" (avoided)" if node.is_avoided else "")
         row: tuple[str, ...] = (f"{node.name}{mark}", node.address, _number(node.free), _number(node.total))
         row = (*row, str(has_room), str(has_room // size))
         if bundles is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
+import sys
+import termios
 import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -60,6 +63,11 @@ class MessageLink(Generic[S, R]):
     def can_send(self) -> bool:
         """Whether the network takes anything now."""
         return self._is_ready(select.POLLOUT, 0.0)
+
+    def has_arrived(self) -> bool:
+        """Whether the other end's host has all that was sent."""
+        unacknowledged = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(unacknowledged, sys.byteorder) == 0
 
     def send(self, message: S, *, deadline_s: float, stop: int | None = None) -> None:
         """Blocks only while the network does not take it, and `stop` (a descriptor) is not readable.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from phalanx.errors import CheckpointError, DeadlineError
@@ -15,6 +16,7 @@ from phalanx.memory.host import free_host_bytes, trim_heap
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.rank_weights import RankWeights
 from phalanx.protocol import (
+    Allocated,
     Done,
     DropWeights,
     FallAsleep,
@@ -22,6 +24,7 @@ from phalanx.protocol import (
     ReadWeights,
     ReplyBody,
     TakeWeights,
+    WakeUp,
     WeightsRead,
 )
 from phalanx.worker.error_text import message_of
@@ -40,27 +43,31 @@ class RankMaintenance:
         *,
         ranks_on_host: int,
         enter: Callable[[str], None],
+        tell: Callable[[], Allocated],
     ) -> None:
-        """`arena` has the weights and the KV cache, whose tensors are called `cache`. `enter` is told each phase."""
+        """`arena` has the weights and the KV cache, whose tensors are called `cache`. `enter` is told each phase;
+        `tell` says what the rank has by now.
+        """
         self._weights = weights
         self._arena = arena
         self._cache = tuple(cache)
         self._ranks_on_host = ranks_on_host
         self._enter = enter
+        self._tell = tell
         self._reading: WeightsReading | None = None
 
     def carry_out(self, body: Maintaining) -> ReplyBody:
         """Raises what a rank cannot live with: it has then weights of both kinds, or no memory."""
         if isinstance(body, ReadWeights):
             return self._read(body)
-        if isinstance(body, DropWeights):
-            self._drop()
-        elif isinstance(body, TakeWeights):
+        if isinstance(body, FallAsleep):
+            return self._fall_asleep(body.level)
+        if isinstance(body, WakeUp):
+            return self._wake_up()
+        if isinstance(body, TakeWeights):
             self._take()
-        elif isinstance(body, FallAsleep):
-            self._fall_asleep(body.level)
-        else:
-            self._enter("idle")
+        elif isinstance(body, DropWeights):
+            self._drop()
         return Done()
 
     def close(self) -> None:
@@ -70,8 +77,10 @@ class RankMaintenance:
     def _read(self, order: ReadWeights) -> WeightsRead:
         if self._reading is None or self._reading.number != order.number:
             self._drop()
-            if not order.in_place and (lack := self._lack_of_room()):
-                return WeightsRead(0, self._weights.plain_bytes, error=lack)
+            if order.in_place and (lack := self._restore(self._weights.names)):
+                return WeightsRead(0, self._weights.plain_bytes, lack=lack)
+            if not order.in_place and (error := self._lack_of_room()):
+                return WeightsRead(0, self._weights.plain_bytes, error=error)
             self._reading = WeightsReading(self._weights, order)
         return self._reading.told
 
@@ -99,14 +108,30 @@ class RankMaintenance:
             self._reading = None
             trim_heap()
 
-    def _fall_asleep(self, level: int) -> None:
+    def _fall_asleep(self, level: int) -> Allocated:
         self._enter("falling asleep")
         self._drop()
         self._arena.release(self._cache)
         if level == 2:
             self._weights.let_go(self._arena.release)
         trim_heap()
+        torch.cuda.empty_cache()  # what steps without a graph took; nothing where there is no GPU
         self._enter("asleep")
+        return self._tell()
+
+    def _wake_up(self) -> Allocated:
+        if lack := self._restore(self._cache):
+            return Allocated(lack=lack)
+        self._enter("idle")
+        return self._tell()
+
+    def _restore(self, names: Sequence[str]) -> str | None:
+        """Have memory where these tensors lie; or why there is none."""
+        try:
+            self._arena.restore(names)
+        except torch.OutOfMemoryError as error:  # others have taken it meanwhile
+            return f"on {os.uname().nodename}: {message_of(error)}"
+        return None
 
 
 class WeightsReading:

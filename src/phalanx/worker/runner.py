@@ -108,7 +108,8 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_replicas: int) -> None:
-        """Compute a token that is nobody's: a process's first step takes several times as long as others.
+        """Compute a token that is nobody's, and in each graph once: a process's first step takes several times as long
+        as others.
 
         All ranks do it together, before the first step. The cache must have a block for padding.
         """
@@ -117,6 +118,8 @@ class Runner:
             self._stage.send(hidden_TD)
         else:
             self._model.logits(hidden_TD)
+        if self._graphs is not None:
+            self._graphs.rehearse()
 
     def finish(self, flight: InFlight) -> StepResult:
         """The outcome of a step; waits for a GPU to come to its end. Only the output rank's is complete.

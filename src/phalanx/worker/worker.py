@@ -5,16 +5,11 @@ The same object serves a process of its own (process.py) and the brain's process
 
 from __future__ import annotations
 
-import logging
-import mmap
 import os
-import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,18 +19,7 @@ import torch
 from phalanx.collectives.agreement import agreement
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
-from phalanx.collectives.journaled_exchange import JournaledExchange
-from phalanx.collectives.stream_writes import StreamWrites
-from phalanx.errors import ConfigError, DriverError
-from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
-from phalanx.ledger.pulse import Pulse
-from phalanx.ledger.record import PlanSize
-from phalanx.ledger.stacks import may_offer, offer_stacks
-from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
-from phalanx.memory.arena import Arena
-from phalanx.memory.cuda_driver import CudaDriver
 from phalanx.memory.held import encode_held
-from phalanx.memory.sizing import LINE_BYTES, cache_bytes
 from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
@@ -49,7 +33,6 @@ from phalanx.protocol import (
     LayerLoad,
     Loaded,
     Maintaining,
-    Measured,
     MeasureExperts,
     MeasureMemory,
     MoveExperts,
@@ -63,16 +46,13 @@ from phalanx.protocol import (
 )
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
-from phalanx.transport.shared_memory import SharedSegment
 from phalanx.worker.checkpoint import check_same_checkpoint, find_checkpoint
-from phalanx.worker.cuda_capture import CudaCapture, WaitsForGpuError
-from phalanx.worker.decode_graphs import DecodeGraphs
-from phalanx.worker.error_text import message_of
-from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes
-from phalanx.worker.kv_cache import allocate_cache, block_bytes
+from phalanx.worker.kv_cache import allocate_cache
 from phalanx.worker.maintenance import RankMaintenance
 from phalanx.worker.methods import Methods, load_extension, remote_method
-from phalanx.worker.profile import compute_little, graph_bytes, peak_activation_bytes
+from phalanx.worker.notes import RankNotes
+from phalanx.worker.preparation import Preparation
+from phalanx.worker.rank_memory import new_arena
 from phalanx.worker.runner import InFlight, Runner
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.stage import Stage
@@ -90,8 +70,6 @@ SABOTEUR = "phalanx.testing.saboteur:Saboteur"
 
 MAX_STEPS_IN_FLIGHT = 2
 """Steps launched on a GPU before the oldest is waited for."""
-
-log = logging.getLogger("phalanx.worker")
 
 
 class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,32 +97,25 @@ class Worker:
         """`exchange` is None in a world of one."""
         self.spec = spec
         self._replica = Grid.of(spec.config.parallel).coordinates(spec.rank).replica
-        self._board = SharedSegment.attach(spec.board) if spec.board is not None else None
-        self._digests = self._step_digests()
-        self._segment = SharedSegment.attach(spec.journal) if spec.journal is not None else None
-        self._journal = Journal(self._segment.buf, spec.epoch) if self._segment is not None else None
-        self._pulse = self._offer_journal() if self._journal is not None else None
+        self._notes = RankNotes(spec)
         self.phase = "starting"
         self.call_id = 0
         self.stopped = False
         self.num_stale = 0
         """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
-        self._exchange = exchange
-        if exchange is not None and self._journal is not None:
-            self._exchange = JournaledExchange(exchange, self._journal)
+        self._exchange = self._notes.of_exchange(exchange) if exchange is not None else None
         self._reported_at = 0.0
         self._device = _device(spec)
-        if self._journal is not None and self._segment is not None and self._device.type == "cuda":
-            _follow_device(self._journal, self._segment, self._device)
+        self._notes.follow_device(self._device)
         self._checkpoint = find_checkpoint(spec, self._enter)
-        self._arena = _arena(spec, self._device)
+        self._arena = new_arena(spec, self._device)
         self._groups: dict[str, Group] = {}
         self._stage: Stage | None = None
         self._model: CausalLM | None = None
+        self._preparation: Preparation | None = None
         self._runner: Runner | None = None
         self._maintenance: RankMaintenance | None = None
-        self._has_graphs = can_have_graphs(spec.config, self._device.type)
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
@@ -179,6 +150,8 @@ class Worker:
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
         )
+        noted = [group for group in self._groups.values() if isinstance(group, JournaledGroup)]
+        self._preparation = Preparation(self.spec, self._device, self._model, noted, self._enter)
         for extension in (config.executor.worker_extension_cls, SABOTEUR if config.executor.allow_chaos else None):
             if extension is not None:
                 self._methods.extend(extension, load_extension(extension, self))
@@ -186,38 +159,17 @@ class Worker:
             weight_bytes=self._model.weight_bytes,
             device=_device_name(self._device),
             dtype=str(self._model.dtype).removeprefix("torch."),
+            gives_back=self._arena.can_be_held,
         )
 
     def _join(self, spec: GroupSpec) -> Group:
-        """Join a group. Its collectives are then noted if there is where, and agreed upon if that is asked for."""
-        index = 1 + self.spec.groups.index(spec)
         with ExitStack() as undo:
-            with self._journal.joining(index) if self._journal is not None and spec.size > 1 else nullcontext():
+            with self._notes.joining(spec):
                 group = join(spec, self.spec.rank, self._device, self._exchange)
                 undo.callback(group.close)
                 agreed = agreement(spec, self.spec.rank, self._exchange)
             undo.pop_all()
-        if spec.size == 1 or (self._journal is None and self._digests is None):
-            return group
-        journal = GroupJournal(self._journal, index) if self._journal is not None else NoJournal()
-        return JournaledGroup(group, journal, index, self._digests, agreed)
-
-    def _step_digests(self) -> StepDigests | None:
-        """None if nobody compares what this rank issues."""
-        groups = self.spec.groups
-        if self.spec.config.executor.collective_guard == "off" or all(group.size == 1 for group in groups):
-            return None
-        memory = self._board.buf if self._board is not None else memoryview(bytearray(BOARD_BYTES))
-        return StepDigests(memory, len(groups))
-
-    def _offer_journal(self) -> Pulse:
-        """Let those who read the journal ask whether this rank's interpreter runs, and where it is."""
-        assert self._journal is not None and self._segment is not None
-        if threading.current_thread() is not threading.main_thread():
-            return Pulse(self._segment.buf)
-        journal = self._journal
-        journal.offer_stacks(offer_stacks())
-        return Pulse(self._segment.buf, lambda: None if may_offer() else journal.offer_stacks(0))
+        return self._notes.of_group(group, spec, agreed)
 
     def _experts(self, grid: Grid) -> tuple[ExpertShare, Dispatcher] | None:
         """This rank's share of every layer's experts and the way to the others; None if it has a part of each."""
@@ -240,8 +192,7 @@ class Worker:
     @phase.setter
     def phase(self, phase: str) -> None:
         self._phase = phase
-        if self._journal is not None:
-            self._journal.enter(phase)
+        self._notes.enter(phase)
 
     @property
     def model(self) -> CausalLM:
@@ -292,7 +243,7 @@ class Worker:
         if isinstance(call.body, Step):
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
-            noted = self._begin_step(call.body)
+            noted = self._notes.begin_step(call.body)
             flight = self._runner.launch(call.body)
             self._flights.append((call, flight, noted, self._leave_step(call)))
             return
@@ -325,11 +276,7 @@ class Worker:
         self.phase = "leaving"
         with ExitStack() as leaving:
             leaving.callback(self._arena.close)
-            for segment in (self._segment, self._board):
-                if segment is not None:
-                    leaving.callback(segment.close)
-            if self._pulse is not None:
-                leaving.callback(self._pulse.close)
+            leaving.callback(self._notes.close)
             for group in self._groups.values():
                 leaving.callback(group.close)
             if self._runner is not None:
@@ -349,31 +296,14 @@ class Worker:
         assert self._runner is not None
         call, flight, noted, issued = self._flights.popleft()
         self._answer(call, self._runner.finish(flight), issued)
-        if self._journal is not None:
-            self._journal.done(noted)
+        self._notes.end_step(noted)
         if not self._flights:
             self.phase = "idle"
 
-    def _begin_step(self, step: Step) -> int:
-        """Note the decision that this rank follows from now on; returns the number of its record."""
-        number = step.number + 1  # 0 is no step
-        if self._digests is not None:
-            self._digests.begin(number)
-        if self._journal is None:
-            return 0
-        num_tokens = sum(plan.shape.num_tokens for plan in step.plans)
-        shape = step.plans[self._replica].shape
-        size = PlanSize(max(shape.num_tokens, 1), shape.num_rows, shape.num_samples)  # without a token it computes one
-        return self._journal.begin_step(number, zlib.crc32(msgspec.msgpack.encode(step)), num_tokens, size)
-
     def _leave_step(self, call: Call) -> bytes:
         """What was issued in it, for the answer. A rank that does not answer, nor has a board, says it at once."""
-        if self._journal is not None:
-            self._journal.leave_step()
-        if self._digests is None:
-            return b""
-        issued = self._digests.leave()
-        if self._board is None and self.spec.rank not in call.reply_ranks:
+        issued = self._notes.leave_step()
+        if self._notes.must_be_told and self.spec.rank not in call.reply_ranks:
             self._replies.append(StepIssued(issued))
         return issued
 
@@ -383,7 +313,9 @@ class Worker:
 
     def _carry_out(self, body: CommandBody) -> ReplyBody:
         if isinstance(body, MeasureMemory):
-            return self._measure(body.sizes_cache)
+            assert self._preparation is not None, "before it is loaded"
+            longest = self.spec.config.model.max_model_len or self._checkpoint.max_model_len
+            return self._preparation.measure(longest, sizes_cache=body.sizes_cache)
         if isinstance(body, AllocateCache):
             return self._allocate_cache(body.num_blocks, body.max_model_len)
         if isinstance(body, CallMethod):
@@ -401,105 +333,11 @@ class Worker:
 
     def _call_method(self, call: CallMethod) -> ReplyBody:
         """What a user's code does is judged by its deadline alone."""
-        journal = self._journal
-        if journal is None:
-            return self._methods.call(call)
-        journal.enter("calling a method")
+        self._notes.enter("calling a method")
         try:
             return self._methods.call(call)
         finally:
-            journal.enter(self.phase)
-
-    def _measure(self, sizes_cache: bool) -> Measured:
-        assert self._model is not None
-        self._enter("sizing")
-        model, config = self._model, self.spec.config
-        bytes_of_block = block_bytes(model.cache_layers, config.cache.block_size, model.dtype)
-        longest = config.model.max_model_len or self._checkpoint.max_model_len
-        if sizes_cache:
-            found_bytes = self._measure_cache(longest, bytes_of_block)
-        else:
-            found_bytes = 0
-            num_replicas = config.parallel.data_parallel_size
-            compute_little(model, config.scheduler, config.cache.block_size, num_replicas)
-            self._measure_graphs(longest, makes_some=False)
-        for experts in model.experts.values():
-            experts.load.reset()  # what it was measured with were no tokens of anybody
-        return Measured(cache_bytes=found_bytes, block_bytes=bytes_of_block, num_padding=self._num_padding_blocks)
-
-    def _measure_cache(self, max_model_len: int, bytes_of_block: int) -> int:
-        """Bytes that there are for the KV cache, beside all that steps take."""
-        assert self._model is not None
-        config = self.spec.config
-        peak_bytes = peak_activation_bytes(
-            self._model, config.scheduler, config.cache.block_size, config.parallel.data_parallel_size
-        )
-        num_behind = config.healing.standby if self.spec.keeps_memory else 0
-        peak_bytes += (1 + num_behind) * self._measure_graphs(max_model_len, makes_some=True)
-        blocks_per_request = -(-max_model_len // config.cache.block_size)
-        return cache_bytes(
-            config.cache,
-            self._device,
-            useful_bytes=config.scheduler.max_num_seqs * blocks_per_request * bytes_of_block,
-            peak_activation_bytes=peak_bytes + num_behind * LINE_BYTES,
-            ranks_on_host=self.spec.ranks_on_host,
-        )
-
-    def _measure_graphs(self, max_model_len: int, *, makes_some: bool) -> int:
-        """Bytes that graphs take; 0 unless it `makes_some`, or if, as is found out, the model cannot be captured."""
-        assert self._model is not None
-        if not self._has_graphs:
-            return 0
-        new_graphs = partial(self._new_graphs, max_model_len)
-        try:
-            return graph_bytes(self._model, new_graphs, self.spec.config.cache.block_size, makes_some=makes_some)
-        except WaitsForGpuError as error:
-            self._has_graphs = False
-            log.warning("decode steps are not captured in CUDA graphs, as this model waits for the GPU: %s", error)
-            return 0
-        except RuntimeError as error:  # torch's; what a peer does has errors of ours
-            raise _not_captured("a step", error) from error
-
-    def _new_graphs(self, max_model_len: int, null_block: int) -> DecodeGraphs:
-        assert self._model is not None
-        config = self.spec.config
-        return DecodeGraphs(
-            self._model,
-            CudaCapture(self._device),
-            [group for group in self._groups.values() if isinstance(group, JournaledGroup)],
-            sizes=graph_sizes(config.scheduler.max_num_seqs),
-            max_model_len=max_model_len,
-            block_size=config.cache.block_size,
-            null_block=null_block,
-            num_replicas=config.parallel.data_parallel_size,
-        )
-
-    @property
-    def _num_padding_blocks(self) -> int:
-        """Blocks of KV cache that no request gets: one where rows of padding can occur."""
-        return int(self._has_graphs or self.spec.config.parallel.data_parallel_size > 1 or self._warms_up)
-
-    @property
-    def _warms_up(self) -> bool:
-        """Whether the first step is to take no longer than others: it may come after a fault, when all wait for it.
-
-        Not on a CPU where an extension may write to the weights, which are packed: a line that stands ready looks at
-        them in its first step, and is to do so when no other one computes.
-        """
-        config = self.spec.config
-        looks_later = self._device.type == "cpu" and config.executor.worker_extension_cls is not None
-        return config.healing.standby > 0 and not looks_later
-
-    def _capture(self, max_model_len: int, null_block: int) -> DecodeGraphs:
-        graphs = self._new_graphs(max_model_len, null_block)
-        for i, size in enumerate(reversed(graphs.sizes)):
-            self._enter("capturing", i, len(graphs.sizes))
-            try:
-                graphs.capture(size)
-            except RuntimeError as error:  # torch's; what a peer does has errors of ours
-                raise _not_captured(f"a step of {size} rows", error) from error
-        torch.cuda.empty_cache()  # what steps without a graph took
-        return graphs
+            self._notes.enter(self.phase)
 
     def _measure_experts(self) -> ExpertLoads:
         loads = [(name, experts.num_tokens()) for name, experts in self.model.experts.items()]
@@ -519,15 +357,13 @@ class Worker:
         self.phase = "idle"
 
     def _allocate_cache(self, num_blocks: int, max_model_len: int) -> Allocated:
-        assert self._model is not None and self._stage is not None
+        assert self._preparation is not None and self._stage is not None
         self._enter("allocating")
-        config, model = self.spec.config, self._model
-        grid = Grid.of(config.parallel)
+        config, model, preparation = self.spec.config, self.model, self._preparation
         weights = frozenset(self._arena.regions)
-        block_size, num_all = config.cache.block_size, num_blocks + self._num_padding_blocks
-        self._arena.begin_part(num_all * block_bytes(model.cache_layers, block_size, model.dtype))
+        block_size, num_all = config.cache.block_size, num_blocks + preparation.num_padding_blocks
+        self._arena.begin_part(num_all * preparation.block_bytes)
         model.bind_cache(allocate_cache(model.cache_layers, num_all, block_size, model.dtype, self._arena.allocate))
-        graphs = self._capture(max_model_len, null_block=num_blocks) if self._has_graphs else None
         self._runner = Runner(
             model,
             self._stage,
@@ -537,53 +373,33 @@ class Worker:
             num_blocks=num_blocks,
             device=self._device,
             replica=self._replica,
-            graphs=graphs,
+            graphs=preparation.capture(max_model_len, null_block=num_blocks),
         )
-        self._maintenance = self._new_maintenance([name for name in self._arena.regions if name not in weights])
-        if self._warms_up:
+        self._maintenance = RankMaintenance(
+            model.weights,
+            self._arena,
+            cache=[name for name in self._arena.regions if name not in weights],
+            ranks_on_host=self.spec.ranks_on_host,
+            enter=self._note_phase,
+            tell=self._allocated,
+        )
+        if preparation.warms_up:
             self._runner.warm_up(config.parallel.data_parallel_size)
         for experts in model.experts.values():
             experts.load.reset()  # what was computed for graphs, and to warm up, were no tokens of anybody
         self._enter("idle")
+        return self._allocated()
+
+    def _allocated(self) -> Allocated:
+        """What there is to hold by now."""
         if not self.spec.keeps_memory or not self._arena.can_be_held:
             return Allocated()
-        without = weights if grid.moves_experts else frozenset()
+        moves_experts = Grid.of(self.spec.config.parallel).moves_experts
+        without = frozenset(self.model.weights.names) if moves_experts else frozenset()
         return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
 
-    def _new_maintenance(self, cache: Sequence[str]) -> RankMaintenance:
-        def enter(phase: str) -> None:
-            self.phase = phase
-
-        return RankMaintenance(
-            self.model.weights,
-            self._arena,
-            cache,
-            ranks_on_host=self.spec.ranks_on_host,
-            enter=enter,
-        )
-
-
-def _arena(spec: WorkerSpec, device: torch.device) -> Arena:
-    """For weights and KV cache, such as others can hold if somebody is going to."""
-    driver = _sharing_driver(spec, device) if spec.keeps_memory and device.type == "cuda" else None
-    return Arena(f"memory of rank {spec.rank}", device, spec.held, driver=driver)
-
-
-def _sharing_driver(spec: WorkerSpec, device: torch.device) -> CudaDriver | None:
-    """None where a GPU's memory ends with the process. Raises ConfigError if a standby line was to have it."""
-    assert device.index is not None
-    try:
-        driver = CudaDriver(device.index)
-        why_not = None if driver.can_share else "this GPU's driver has no memory with descriptors"
-    except DriverError as error:
-        why_not = str(error)
-    if why_not is None:
-        return driver
-    if spec.config.healing.standby:
-        raise ConfigError("standby", spec.config.healing.standby, f"0 here: {why_not}, which two lines could share")
-    if spec.local_rank == 0:
-        log.warning("after a fault, weights are read again and requests computed again: %s", why_not)
-    return None
+    def _note_phase(self, phase: str) -> None:
+        self.phase = phase
 
 
 def _device(spec: WorkerSpec) -> torch.device:
@@ -594,17 +410,5 @@ def _device(spec: WorkerSpec) -> torch.device:
     return device
 
 
-def _follow_device(journal: Journal, segment: SharedSegment, device: torch.device) -> None:
-    """Have the GPU write into the journal how far it is."""
-    try:
-        journal.follow_device(StreamWrites(segment.buf[: mmap.PAGESIZE], device).write)
-    except (OSError, RuntimeError) as error:
-        log.warning("the ledger cannot tell what a GPU was given from what it has done: %s", error)
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _not_captured(what: str, error: RuntimeError) -> ConfigError:
-    return ConfigError("cuda_graphs", True, f"False would do, as {what} could not be captured: {message_of(error)}")

@@ -74,7 +74,7 @@ def server() -> Iterator[Server]:
 def report(state: str, *replicas: tuple[int, str], **resize: Any) -> tuple[int, Any]:
     told = {"id": 7, "size_before": 1, "data_parallel_size": 2, "state": state, "took_s": 4.25, **resize}
     listed = [{"replica": number, "state": one, "num_requests": 2} for number, one in replicas]
-    return 200, {"data_parallel_size": 1, "replicas": listed, "resize": told}
+    return 200, {"data_parallel_size": 1, "replicas": listed, "strength": {"wanted": 1}, "resize": told}
 
 
 def error(status: int, message: str) -> tuple[int, Any]:
@@ -113,6 +113,26 @@ def test_a_replica_is_drained_and_gone(server: Server, capsys: pytest.CaptureFix
     assert run(["drain", server.url, "1"]) == 0
     assert server.asked[0] == ("POST", "/drain", {"replica": 1, "drain_timeout_s": 30.0})
     assert capsys.readouterr().err == "replica 0: serving\nreplica 1: leaving\nreplica 1: gone\n"
+
+
+def test_a_node_is_drained_and_what_is_missing_is_said(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers = [report("done", (0, "serving"), node="beta", size_before=2, data_parallel_size=1)]
+    because = "node beta is drained"
+    strength = {"wanted": 2, "num_missing": 1, "missing_because": because, "drained_nodes": ["beta"]}
+    server.answers[0][1]["strength"] = strength
+    assert run(["drain", server.url, "beta", "--drain-timeout", "0"]) == 0
+    assert server.asked[0] == ("POST", "/drain", {"node": "beta", "drain_timeout_s": 0.0})
+    assert capsys.readouterr().out == (
+        "replicas: 1, before: 2; it took 4.2 s\n"
+        "missing: 1 of 2 replicas, until they are asked for again (phalanx scale): node beta is drained\n"
+        "drained: beta\n"
+    )
+    strength |= {"grows": True, "drained_nodes": []}
+    assert run(["drain", server.url, "beta", "--undo"]) == 0
+    assert server.asked[-1] == ("POST", "/drain", {"node": "beta", "undo": True, "drain_timeout_s": 30.0})
+    assert capsys.readouterr().out == "missing: 1 of 2 replicas, until there is room again: node beta is drained\n"
+    assert run(["drain", server.url, "1", "--undo"]) == 2
+    assert "--undo is for a node" in capsys.readouterr().err
 
 
 def test_without_a_size_it_lists_the_replicas(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from phalanx.config import Config
 from phalanx.errors import PeerDiedError
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.protocol import (
+    AvoidNodes,
     Cancel,
     CancelResize,
     ClientMessage,
@@ -117,6 +118,8 @@ class FakeEngine:
                     self.resize(message)
                 elif isinstance(message, CancelResize):
                     self.send(ResizeEnded(message.number, "cancelled"))
+                elif isinstance(message, AvoidNodes):
+                    continue  # it is nowhere
                 elif self.behaviour != "ignores-shutdown":
                     return
             if self.brain.has_work() and not self.sleep_level:

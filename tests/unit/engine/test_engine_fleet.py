@@ -567,17 +567,15 @@ def test_a_replica_that_joins_gets_gpus_that_nobody_has(checkpoint: Path, monkey
     assert (own.parallel.data_parallel_size, own.parallel.tensor_parallel_size) == (1, 2)
     assert (own.executor.device, own.model.max_model_len) == ("cuda", 500)
     assert seats.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
-    seats.check_room(2, [1], [])
+    seats.check_host(2, [1], [])
     with pytest.raises(ConfigError, match="data_parallel_size: 3 is not possible: 6 GPUs are needed and 5 can be used"):
-        seats.check_room(3, [1, 2], [])
+        seats.check_host(3, [1, 2], [])
 
 
-def test_on_ray_only_the_start_tells_whether_there_is_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phalanx.engine.seats.num_cores", lambda: 1)
-    Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1)).check_room(9, range(1, 9), [os.getpid()])
+def test_a_placement_group_of_the_users_is_for_one_replica(checkpoint: Path) -> None:
     one_group = Seats(config_of(checkpoint, launcher="ray", data_parallel_size=1, placement_group="mine"))
     with pytest.raises(ConfigError, match="placement_group: 'mine' is not possible"):
-        one_group.check_room(2, [1], [])
+        one_group.check_size(2)
 
 
 def test_with_ray_each_replica_knows_whether_it_is_local(checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from phalanx.config import Config
 from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.protocol import (
+    AvoidNodes,
     Cancel,
     EngineFailed,
     EngineMessage,
@@ -76,6 +77,8 @@ class FakeHealing:
 class FakeFormation:
     """No workers; `error` is what looking after them finds."""
 
+    nodes = ("alpha", "beta")
+
     def __init__(self) -> None:
         self.capacity: Any = None
         self.heals_error: Exception | None = None
@@ -101,6 +104,9 @@ class FakeFormation:
 
     def stats(self) -> FormationStats | None:
         return self.told
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        self.nodes = nodes
 
     def submit(self, body: Message, *, deadline_s: float) -> FakePing:
         self.pinged.set()
@@ -212,6 +218,14 @@ def test_tokens_and_stats_go_to_the_client_and_shutdown_ends_it(engine: Engine) 
     assert engine.executor.is_closed
 
 
+def test_it_tells_where_ranks_are_and_passes_on_where_none_is_to_come(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    assert engine.receive(EngineStats).nodes == ("alpha", "beta")
+    engine.send(AvoidNodes(("gamma",)))
+    while engine.receive(EngineStats).nodes != ("gamma",):  # so does the fake one show it
+        pass
+
+
 def test_an_idle_engine_gives_a_sign_of_life(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "SIGN_OF_LIFE_S", 0.05)
     monkeypatch.setattr(process, "IDLE_CHECK_S", 0.05)
@@ -238,7 +252,7 @@ def test_an_engine_gives_a_sign_of_life_between_two_steps_of_one_turn(
     while engine.receive(EngineStats).replicas[0].num_running:
         pass
     engine.send(submit(3, max_tokens=1))
-    before_the_second_step = EngineStats((ReplicaStats(1, 0, 0, 10, 0, 0, 0, 0, 0),))
+    before_the_second_step = EngineStats((ReplicaStats(1, 0, 0, 10, 0, 0, 0, 0, 0),), nodes=("alpha", "beta"))
     assert engine.receive(EngineMessage) == before_the_second_step
     assert isinstance(engine.receive(EngineMessage), TokenBatch)
 

@@ -159,6 +159,53 @@ def test_where_nothing_is_replaced_one_that_dies_is_gone() -> None:
     assert found.last == done(2, 1)
 
 
+def test_one_that_is_lost_is_missing_until_it_is_back_or_not_wanted_any_more() -> None:
+    found = roster(3)
+    assert found.lost(1, "its node is gone") == [End(1)]
+    assert (found.size, found.num_missing) == (2, 1)
+    assert found.lost(1, "again") == []
+    found.ended(1)
+    assert found.missing_because == "its node is gone"
+    assert found.begin(3, (), {}, because="there is room again") == [Start(1)]
+    assert (found.num_missing, found.missing_because) == (0, None), "not known yet"
+    found.ready(1)
+    assert (found.size, found.wanted, found.num_missing) == (3, 3, 0)
+    found.begin(2, (0,), {}, because="its node is drained")
+    found.emptied(0)
+    found.ended(0)
+    assert (found.size, found.wanted, found.num_missing) == (2, 3, 1)
+    assert (found.num_lost, found.missing_because) == (2, "its node is drained")
+    found.begin(2, (), {})
+    assert (found.wanted, found.num_missing) == (2, 0), "as many as there are is what an operator wants"
+
+
+def test_a_dead_one_that_finds_no_place_is_lost() -> None:
+    found = roster(2)
+    assert found.died(1, "killed") == [Replace(1)]
+    assert found.lost(1, "its node is gone") == [End(1)]
+    found.ended(1)
+    assert (dict(found.phases), found.num_missing) == ({0: "serving"}, 1)
+
+
+def test_one_that_was_to_stay_is_lost_and_those_that_leave_are_needed() -> None:
+    found = roster(3)
+    found.begin(2, (2,), {})
+    assert found.lost(0, "its node is gone") == [End(0), Keep(2)]
+    assert found.last == undone(3, 2, "replica 0, which was to stay, was lost: its node is gone")
+    found.ended(0)
+    assert (found.serving(), found.wanted) == ([1, 2], 3)
+
+
+@pytest.mark.parametrize("phase", ["joining", "leaving"])
+def test_one_that_is_lost_in_a_resize_is_as_one_that_dies(phase: str) -> None:
+    found, other = roster(2), roster(2)
+    for one in (found, other):
+        one.begin(3 if phase == "joining" else 1, (), {})
+    number = 2 if phase == "joining" else 1
+    assert found.lost(number, "no room") == other.died(number, "no room")
+    assert found.last == other.last
+
+
 def test_what_is_refused() -> None:
     found = roster(2)
     for size, leaving, named in ((0, (), "data_parallel_size"), (1, (7,), "leaving"), (2, (1,), "leaving")):
@@ -188,6 +235,8 @@ class Fleet(RuleBasedStateMachine):
         """What is being done about each replica: one thing at a time."""
         self.before: set[int] = set(range(size))
         """Members when the resize under way began, less those that died and are not replaced."""
+        self.num_lost = 0
+        """Since then."""
 
     def carry_out(self, orders: list[Order]) -> None:
         for order in orders:
@@ -205,7 +254,7 @@ class Fleet(RuleBasedStateMachine):
         leaving = data.draw(st.lists(st.sampled_from(members), max_size=most)) if most else []
         if leaving and set(leaving) >= set(self.roster.serving()):
             return
-        self.before = set(members)
+        self.before, self.num_lost = set(members), 0
         loads = {number: data.draw(st.integers(0, 3)) for number in members}
         self.carry_out(self.roster.begin(size, leaving, loads))
 
@@ -242,6 +291,21 @@ class Fleet(RuleBasedStateMachine):
         if not self.replaces_dead and phase in ("serving", "leaving"):
             self.before.discard(number)
         self.carry_out(self.roster.died(number, "it was killed"))
+
+    @precondition(lambda self: len(self.roster.serving()) > 1 or (self.roster.serving() and self.dead()))
+    @rule(data=st.data())
+    def lose_the_place(self, data: st.DataObject) -> None:
+        """Of one that serves or is dead, as long as another one serves."""
+        number = data.draw(st.sampled_from(sorted({*self.roster.serving(), *self.dead()})))
+        if self.roster.serving() == [number]:
+            return
+        self.alive.discard(number)
+        self.before.discard(number)
+        self.num_lost += 1
+        self.carry_out(self.roster.lost(number, "its node is gone"))
+
+    def dead(self) -> set[int]:
+        return {number for number, phase in self.roster.phases.items() if phase == "dead"}
 
     @rule()
     def cancel(self) -> None:
@@ -281,7 +345,7 @@ class Fleet(RuleBasedStateMachine):
         if last.ending != "done":
             assert self.members() == self.before
         elif self.replaces_dead:
-            assert self.roster.size == last.size_asked_for
+            assert self.roster.size == last.size_asked_for - self.num_lost
 
     def teardown(self) -> None:
         """Whatever has happened, what is under way comes to an end, and all that are left serve."""

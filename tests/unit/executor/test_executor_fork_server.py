@@ -8,8 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -18,14 +21,17 @@ from phalanx.config import Config
 from phalanx.errors import StartError
 from phalanx.executor import fork_server_process
 from phalanx.executor.fork_server import (
+    HEADER_BYTES,
     Answered,
     Ask,
+    Employ,
     Event,
     Exited,
     Fork,
     Forked,
     ForkServer,
     Order,
+    Reserve,
     Warm,
     frame,
     split_frames,
@@ -90,6 +96,39 @@ def test_a_worker_that_cannot_be_forked_ends_no_other_line(monkeypatch: pytest.M
     assert answer == Answered(3), "and nothing was told of the first line"
     for pid in forked:
         assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_reserved_process_becomes_a_worker_when_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = msgspec.structs.replace(fork_order(1).spec, checkpoint="long" * 100_000)  # more than a pipe takes
+    run = SimpleNamespace(run=lambda told: 40 + (told == spec))
+    monkeypatch.setitem(sys.modules, "phalanx.worker.process", cast(ModuleType, run))
+    orders_read, orders_write = os.pipe()
+    events_read, events_write = os.pipe()
+    seen: list[Event] = []
+
+    def give_orders() -> None:
+        pending = bytearray()
+        with open(orders_write, "wb") as orders:
+            orders.write(frame(Reserve(1, 0)) + frame(Reserve(2, 0)))
+            orders.flush()
+            while len(seen) < 2:
+                pending += os.read(events_read, 1 << 16)
+                seen.extend(msgspec.msgpack.decode(one, type=Event) for one in split_frames(pending))
+            orders.write(frame(Employ(1, spec)))
+            orders.flush()
+            seen.append(msgspec.msgpack.decode(os.read(events_read, 1 << 16)[HEADER_BYTES:], type=Event))
+            assert isinstance(seen[1], Forked)
+            os.kill(seen[1].pid, signal.SIGKILL)  # it has the end of the orders, too, as its server is in this process
+
+    giver = threading.Thread(target=give_orders)
+    giver.start()
+    ForkServer(orders_read, events_write).serve()
+    giver.join()
+    for descriptor in (orders_read, events_write, events_read):
+        os.close(descriptor)
+    first, second, exited = seen
+    assert isinstance(first, Forked) and isinstance(second, Forked) and (first.line, second.line) == (1, 2)
+    assert exited == Exited(1, 0, "exit code 41"), "and the other one has waited for its own order"
 
 
 def test_code_that_cannot_be_imported_is_for_the_workers_to_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_a_private_ray_is_passed_over(tmp_path: Path) -> None:
     assert other_users_rays(tmp_path) == {"10.6.6.6:6379"}
 
 
-@pytest.mark.parametrize("started_last", [None, "10.6.6.6:6379"])
+@pytest.mark.parametrize("started_last", [None, "10.6.6.6:6379", "gone:1"])
 def test_another_users_ray_is_not_joined_unasked(monkeypatch: pytest.MonkeyPatch, started_last: str | None) -> None:
     """Nor if it is where one of ours was."""
     monkeypatch.setattr(discovery, "running_rays", set)
@@ -68,7 +68,7 @@ def test_what_another_user_says_was_started_last_is_not_believed(
     ("running", "started_last", "found"),
     [
         (set(), None, None),
-        (set(), "a:1", "a:1"),
+        (set(), "gone:1", None),
         ({"a:1"}, None, "a:1"),
         ({"a:1"}, "gone:1", "a:1"),
         ({"a:1", "b:1"}, "b:1", "b:1"),

@@ -122,7 +122,7 @@ def test_ranks_that_ray_does_not_end_are_ended() -> None:
     with subprocess.Popen(["sleep", "60"]) as rank:
         placed = SimpleNamespace(rank=0, pid=rank.pid, is_driver_node=True, node_id="a")
         launcher = RayLauncher(
-            cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, close=lambda: None, end_remote=lambda: None))
+            cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, kill=lambda: None, end_remote=lambda: None))
         )
         launcher.close(0.0)
         assert rank.poll() == -9

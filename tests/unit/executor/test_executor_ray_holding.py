@@ -41,8 +41,8 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(holding, "ray", SimpleNamespace(get=get))
     agents = {"b": FakeAgent()}
     placed = [SimpleNamespace(is_driver_node=not rank, node_id="ab"[rank]) for rank in range(2)]
-    crew = SimpleNamespace(placed=placed, agents=dict(agents), agent_name=lambda node_id: f"the agent of {node_id}")
-    return SimpleNamespace(crew=crew, agents=SimpleNamespace(living=agents.get, actors=agents), has_ray=True)
+    staff = SimpleNamespace(placed=placed, agents=dict(agents), agent_name=lambda node_id: f"the agent of {node_id}")
+    return SimpleNamespace(staff=staff, agents=SimpleNamespace(living=agents.get, actors=agents), has_ray=True)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_each_node_holds_what_is_there(quarters: Any, memory: HeldMemory) -> Non
     holder = NodesHolder(quarters)
     assert holder.hold(0, memory).regions == memory.regions
     assert holder.hold(1, memory) == holder.memory(1) == ELSEWHERE
-    agent = quarters.crew.agents["b"]
+    agent = quarters.staff.agents["b"]
     holder.close()
     assert holder.memory(0) is None and holder.memory(1) is None
     assert agent.dropped == [1]
@@ -70,10 +70,10 @@ def test_it_is_lost_with_the_agent(quarters: Any, memory: HeldMemory, other: Fak
     quarters.agents.actors["b"] = other
     assert holder.memory(0) is not None and holder.memory(1) is None
     holder.close()
-    assert not quarters.crew.agents["b"].dropped
+    assert not quarters.staff.agents["b"].dropped
 
 
 def test_an_agent_that_does_not_answer_is_named(quarters: Any, memory: HeldMemory) -> None:
-    quarters.crew.agents["b"].answers = False
+    quarters.staff.agents["b"].answers = False
     with pytest.raises(StartError, match=r"agent of b did not start: no answer \(while holding the memory of rank 1"):
         NodesHolder(quarters).hold(1, memory)

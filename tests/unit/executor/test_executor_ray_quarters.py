@@ -1,4 +1,4 @@
-"""What a line of ranks waits for before its actors are asked for. Needs no Ray that runs."""
+"""Which actors a line of ranks gets its processes from, and what is waited for before. Needs no Ray that runs."""
 
 from __future__ import annotations
 
@@ -68,21 +68,49 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(module, "is_gone", lambda _: False)
     monkeypatch.setattr(module, "split_groups", lambda *_: ())
     monkeypatch.setattr(module, "MOVE_POLL_S", 0.01)
+    monkeypatch.setattr(module, "Staff", FakeStaff)
     monkeypatch.setattr(module, "Crew", FakeCrew)
     return found
 
 
-class FakeCrew:
+class FakeStaff:
+    """Actors, of which those of `gone` are gone."""
+
     has_ray = True
 
-    def __init__(self, *arguments: Any) -> None:
-        self.nodes = [place.node_id for place in arguments[3].places]
+    def __init__(self, cluster: object, grid: object, reservation: Reservation, agents: object) -> None:
+        self.places = reservation.places
+        self.gone: list[Place] = []
+        self.is_closed = False
 
-    def introduce(self, on_progress: object) -> None:
+    def introduce(self, on_progress: object, deadline: Deadline) -> None:
         pass
+
+    def absent(self) -> list[Place]:
+        return list(self.gone)
+
+    def dismiss(self, places: list[Place]) -> None:
+        assert places == self.gone
+
+    def replace(self, places: list[Place], deadline: Deadline) -> None:
+        self.gone.clear()
 
     def close(self) -> None:
-        pass
+        self.is_closed = True
+
+
+class FakeCrew:
+    def __init__(self, config: Config, staff: FakeStaff, *_: object) -> None:
+        self.staff = staff
+        self.nodes = [place.node_id for place in staff.places]
+        self.is_killed = False
+
+    def enlist(self) -> None:
+        if self.staff.gone or self.staff.is_closed:
+            raise StartError("a rank", "starting", "its actor is gone")
+
+    def kill(self) -> None:
+        self.is_killed = True
 
 
 @pytest.fixture
@@ -92,17 +120,60 @@ def hire(cluster: Cluster) -> Callable[..., Any]:
     quarters = Quarters(config, lambda *_: None)
     quarters.hire("m", 1, lambda *_: None, Deadline(1.0))
 
-    def next_line(timeout_s: float = 5.0, *, has_memory: bool = False) -> Any:
-        return quarters.hire("m", 2, lambda *_: None, Deadline(timeout_s), has_memory=has_memory)
+    def next_line(timeout_s: float = 5.0, **how: Any) -> Any:
+        return quarters.hire("m", 2, lambda *_: None, Deadline(timeout_s), **how)
 
     next_line.quarters = quarters  # type: ignore[attr-defined]
     return next_line
 
 
-def test_bundles_are_waited_for(cluster: Cluster, hire: Callable[..., Any]) -> None:
-    cluster.free_until_then = [{}, {"a": FREE["a"]}]
-    assert hire(has_memory=True).nodes == ["a", "b"]
+@pytest.mark.parametrize("how", [{"has_memory": True}, {"is_beside": True}])
+def test_actors_that_are_there_serve_the_next_line(
+    cluster: Cluster, hire: Callable[..., Any], how: dict[str, bool]
+) -> None:
+    staff, cluster.free_until_then = hire.quarters.staff, [{}]  # type: ignore[attr-defined]
+    assert hire(**how).staff is staff
+    assert cluster.free_until_then, "there is no need to look"
+
+
+def test_an_actor_that_is_gone_is_replaced_when_its_bundle_is_free(cluster: Cluster, hire: Callable[..., Any]) -> None:
+    staff = hire.quarters.staff  # type: ignore[attr-defined]
+    staff.gone = list(staff.places[1:])
+    cluster.free_until_then = [{}, {"b": FREE["b"]}]
+    assert hire(has_memory=True).staff is staff and not staff.gone
     assert not cluster.free_until_then
+
+
+def test_a_line_beside_another_one_changes_no_actor(hire: Callable[..., Any]) -> None:
+    staff = hire.quarters.staff  # type: ignore[attr-defined]
+    staff.gone = list(staff.places[1:])
+    with pytest.raises(StartError, match="rank 1 on beta did not start: its actor is gone"):
+        hire(is_beside=True)
+    assert staff.gone and not staff.is_closed
+
+
+def test_nobody_is_hired_beside_ranks_that_get_their_places(hire: Callable[..., Any]) -> None:
+    """A thread that waits for a node must not hold up one that prepares a standby line, and would have to be ended."""
+    with hire.quarters._hiring, pytest.raises(StartError, match="ranks are just getting their places"):  # type: ignore[attr-defined]
+        hire(is_beside=True)
+
+
+def test_a_start_that_is_not_needed_any_more(hire: Callable[..., Any]) -> None:
+    noted: list[Any] = []
+
+    def note(crew: Any) -> None:
+        noted.append(crew)
+        raise StartError("a line", "starting", "it is not needed any more")
+
+    with pytest.raises(StartError, match="not needed any more"):
+        hire(is_beside=True, note=note)
+    assert noted[0].is_killed
+
+
+def test_from_the_checkpoint_all_actors_are_new(cluster: Cluster, hire: Callable[..., Any]) -> None:
+    staff, cluster.free_until_then = hire.quarters.staff, [{}, {"a": FREE["a"]}]  # type: ignore[attr-defined]
+    assert hire().staff is not staff and staff.is_closed
+    assert not cluster.free_until_then, "their bundles are waited for"
 
 
 def test_bundles_that_are_never_free(cluster: Cluster, hire: Callable[..., Any]) -> None:

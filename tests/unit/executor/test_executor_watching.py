@@ -22,6 +22,7 @@ from phalanx.executor import watching
 from phalanx.executor.executor import Executor
 from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
+from phalanx.ledger.reporting import Judge, ReportOrder
 from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.ledger.watcher import WatchOrder
 from phalanx.membership.lines import ENDS_AFTER_S
@@ -168,6 +169,16 @@ def test_one_that_ends_is_replaced(pretend: Any, tmp_path: Path, caplog: pytest.
     watcher.close()
 
 
+def test_the_judge_of_other_nodes_is_told_how_many_there_were_before(pretend: Any, tmp_path: Path) -> None:
+    first, order = tmp_path / "first", tmp_path / "order"
+    pretend(f"cat > {order}.new; mv {order}.new {order}; mkdir {first} && exit 3; read stop < /proc/self/fd/$4")
+    judge = Judge(address="127.0.0.1", port=1, key=RunKey.new())
+    watcher = Watching(ReportOrder(node="beta", watch=NOBODY, judge=judge, own_address="127.0.0.1"), None)
+    await_that(first.exists)
+    await_that(lambda: msgspec.msgpack.decode(order.read_bytes(), type=ReportOrder).watch.num_restarts == 1)
+    watcher.close()
+
+
 def test_one_that_ends_again_and_again(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
     pretend("cat > /dev/null; exit 3")
     watcher = Watching(NOBODY, lambda: None)
@@ -256,6 +267,28 @@ def test_ranks_are_ended_for_what_has_stood_for_as_long_as_asked(pretend: Any) -
     assert ended.wait(WITHIN_S) and watcher.await_hopeless(WITHIN_S) == verdict("stopped")
     error = failure(watcher, PeerDiedError("rank 1", 7))
     assert isinstance(error, HungError) and str(error).startswith("rank 1 on here does")
+
+
+def test_who_is_gone_first_is_named_though_its_peers_were_ended_for_it_and_are_gone_before(pretend: Any) -> None:
+    """A process with a GPU is long about its end; so nobody waits either to hear how it was."""
+    pretend(saying(verdict("gone")))
+    ended, asked = threading.Event(), threading.Event()
+
+    def ending_of(_: int) -> str | None:
+        assert ended.is_set(), "before its peers were ended"
+        asked.set()
+        return "killed by SIGKILL"
+
+    watcher = Watching(NOBODY, ended.set, ending_of, ends_after_s={"gone": 0.0})
+    assert ended.wait(WITHIN_S) and asked.wait(WITHIN_S)
+    channel, launcher = ScriptedChannel(), ScriptedLauncher()
+    launcher.exited[1] = "killed by SIGKILL"
+    executor = Executor(launcher, channel, 3, 30.0, output_ranks=[0], resources=ExitStack(), watching=watcher)
+    channel.script.extend(cast(Any, [PeerDiedError("rank 2", 12), PeerDiedError("rank 1", 11)]))
+    with executor, pytest.raises(PeerDiedError) as caught:
+        executor.submit(Ping(), deadline_s=30.0).result()
+    error = caught.value
+    assert (error.party, error.pid, error.detail) == ("rank 1", 11, "killed by SIGKILL")
 
 
 def test_ranks_live_that_come_back_in_time(pretend: Any) -> None:

@@ -52,6 +52,8 @@ def test_another_writer_takes_over(still_stands: bool) -> None:
     writer.post(verdict_of("late", 0), 6)
     found = read_board(memory)
     assert found is not None and (found.counts, found.since_ns, found.num_restarts) == ({"late": 2}, 6, 1)
+    writer.restarted(3)
+    assert read_board(memory) == msgspec.structs.replace(found, num_restarts=3), "and all else stands"
 
 
 def test_a_reader_in_the_middle_of_writing_sees_what_was_there() -> None:

@@ -32,6 +32,8 @@ from phalanx.transport.shared_memory import SharedSegment
 
 SILENT_S = 0.5
 NEVER_S = 3600.0
+NUM_RESTARTS = 2
+"""Of beta's watcher, before this one."""
 STEPS_AHEAD = 2
 DEADLINE_S = 60.0
 
@@ -66,7 +68,7 @@ class Cluster:
         stack.callback(os.close, self._stop)
         self._report = ReportOrder(
             node="beta",
-            watch=WatchOrder(ranks=(watched[1],), groups={}),
+            watch=WatchOrder(ranks=(watched[1],), groups={}, num_restarts=NUM_RESTARTS),
             judge=Judge(address="127.0.0.1", port=self.port, key=self.key),
             own_address="127.0.0.1",
         )
@@ -157,6 +159,7 @@ def test_ranks_of_both_nodes_are_judged_together(cluster: Cluster) -> None:
     for number in range(1, 20):
         cluster.step(number)
     cluster.await_rank(1)
+    assert cluster.judge.num_restarts_elsewhere == NUM_RESTARTS
     assert cluster.judge.verdict(time.monotonic_ns()) is None
     cluster.ranks[1].begin(20)
     cluster.ranks[1].issue("tp@0", "all_reduce")

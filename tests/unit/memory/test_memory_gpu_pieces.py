@@ -202,6 +202,71 @@ def test_tensors_keep_what_is_mapped_and_the_last_one_gives_it_back() -> None:
     assert not cuda.mapped and not cuda.reserved and cuda.num_waits == 1
 
 
+def test_what_is_given_back_is_nobodys_and_comes_back_to_its_place(holder: Holder) -> None:
+    """As of a KV cache, in a part of its own, beside weights."""
+    cuda = FakeCuda()
+    with arena("first", cuda=cuda) as first:
+        weight = first.allocate("weight", (1000,), torch.uint8).fill_(7)
+        first.begin_part(3 * PIECE)
+        keys = [first.allocate(f"key.{i}", (PIECE,), torch.uint8).fill_(i + 1) for i in range(3)]
+        whole = holder.hold(0, first.describe())
+        mapped_bytes, names = sum(cuda.mapped.values()), [f"key.{i}" for i in range(3)]
+
+        first.release(names[:1])
+        first.release(names)
+        assert sum(cuda.mapped.values()) == mapped_bytes - 3 * PIECE and cuda.num_waits == 2
+        assert num_pieces_open() == 2 + 3, "descriptors of the holder, and of who has made them"
+        assert holder.hold(0, first.describe()).pieces == whole.pieces[:1] and num_pieces_open() == 2
+        assert set(first.describe().regions) == {"weight"} and bool((weight == 7).all())
+
+        first.restore(names)
+        first.restore(names)
+        for i, key in enumerate(keys):
+            assert bool((key == 0).all()), "other memory, where the tensor lies"
+            key.fill_(i + 11)
+        held = holder.hold(0, first.describe())
+        assert held.pieces[0] == whole.pieces[0] and not set(held.pieces[1:]) & set(whole.pieces)
+        assert held.regions == whole.regions and not cuda.handles
+    with arena("second", held) as second:
+        values = [int(second.allocate(name, (PIECE,), torch.uint8)[-1]) for name in names]
+        assert values == [11, 12, 13] and bool((second.allocate("weight", (1000,), torch.uint8) == 7).all())
+        second.release(names)
+        assert num_pieces_open() == 4, "what others hold stays theirs"
+        assert bool((keys[0] == 11).all())
+
+
+def test_a_piece_is_given_back_when_nothing_in_it_is_in_use() -> None:
+    cuda = FakeCuda()
+    with arena(cuda=cuda) as memory:
+        memory.begin_part(2 * PIECE)
+        for name, size_bytes in (("small", 100), ("across", PIECE), ("last", 100)):
+            memory.allocate(name, (size_bytes,), torch.uint8).fill_(1)
+        memory.release(["across"])
+        assert len(cuda.mapped) == 2 and set(memory.describe().regions) == {"small", "across", "last"}
+        memory.release(["small"])
+        assert len(cuda.mapped) == 1 and set(memory.describe().regions) == {"last"}
+        memory.restore(["across"])
+        assert len(cuda.mapped) == 2 and set(memory.describe().regions) == {"small", "across", "last"}
+
+
+def test_without_room_nothing_comes_back() -> None:
+    cuda = FakeCuda()
+    with arena(cuda=cuda) as memory:
+        memory.begin_part(3 * PIECE)
+        tensors = [memory.allocate(name, (PIECE,), torch.uint8) for name in "abc"]
+        memory.release("abc")
+        cuda.total_bytes = cuda.created_bytes + 2 * PIECE
+        with pytest.raises(torch.OutOfMemoryError):
+            memory.restore("abc")
+        assert not cuda.mapped and not cuda.handles and not memory.describe().regions and num_pieces_open() == 0
+        cuda.total_bytes += 3 * PIECE
+        memory.restore("abc")
+        assert [int(tensor.fill_(5)[-1]) for tensor in tensors] == [5, 5, 5]
+    del memory, tensors
+    gc.collect()
+    assert not cuda.mapped and not cuda.reserved
+
+
 def test_no_room_is_an_error_of_torch() -> None:
     with arena(cuda=FakeCuda(total_bytes=PIECE)) as memory:
         memory.allocate("fits", (1000,), torch.uint8)

@@ -8,7 +8,7 @@ from typing import Any
 
 from phalanx.engine.admission import check_request
 from phalanx.engine.condition import Condition
-from phalanx.engine.engine import ReplicaState
+from phalanx.engine.engine import ReplicaState, Strength
 from phalanx.engine.stream import Origin, OutputDelta, PositionLogprobs, TokenLogprob
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.report import VerdictReport
@@ -66,6 +66,9 @@ class FakeEngine:
         self.trouble: VerdictReport | None = None
         self.instances: tuple[InstanceStatus, ...] = ()
         self.replica_states = (ReplicaState(replica=0, state="serving", num_requests=0),)
+        self.strength = Strength(wanted=1)
+        self.drains: list[tuple[str, float]] = []
+        self.undone_drains: list[str] = []
         self.resizes: list[tuple[int | None, list[int], float]] = []
         self.tensor_parallel_sizes: list[int] = []
         self.resized = asyncio.Event()
@@ -119,6 +122,15 @@ class FakeEngine:
                 raise self.resize_fails
 
         return asyncio.create_task(resize())
+
+    async def begin_drain(self, node: str, *, drain_timeout_s: float = 30.0) -> asyncio.Task[None]:
+        self.drains.append((node, drain_timeout_s))
+        resizing = await self.begin_resize(drain_timeout_s=drain_timeout_s)
+        self.resizes.pop()
+        return resizing
+
+    async def undo_drain(self, node: str) -> None:
+        self.undone_drains.append(node)
 
     async def until_settled(self) -> None:
         while self.down is not None or self.asleep:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from server_rig import Rig, in_loop
 
-from phalanx.engine.engine import ReplicaState
+from phalanx.engine.engine import ReplicaState, Strength
 from phalanx.errors import ConfigError, ResizeError, ResizeRefusedError, ResizeUnderWayError
 
 
@@ -83,6 +83,33 @@ async def test_a_replica_is_drained() -> None:
 
 
 @in_loop
+async def test_a_node_is_drained_and_what_is_missing_is_told() -> None:
+    rig = Rig()
+    two_replicas(rig)
+    answer = await rig.client.post("/drain", json={"node": "beta", "drain_timeout_s": 0})
+    assert (answer.status_code, answer.json()["resize"]["node"]) == (202, "beta")
+    assert (rig.engine.drains, rig.engine.resizes) == ([("beta", 0.0)], [])
+    rig.engine.replica_states = rig.engine.replica_states[:1]
+    because = "node beta is drained"
+    rig.engine.strength = Strength(
+        wanted=2, num_missing=1, missing_because=because, num_lost=1, num_grown=3, drained_nodes=("beta",)
+    )
+    rig.engine.resized.set()
+    ended = await until_over(rig)
+    assert (ended["state"], ended["size_before"], ended["data_parallel_size"]) == ("done", 2, 1)
+    assert (await report(rig))["strength"]["missing_because"] == because
+    status = (await rig.client.get("/status.json")).json()
+    assert status["strength"]["drained_nodes"] == ["beta"]
+    page = (await rig.client.get("/status")).text
+    assert "Missing: 1 of 2 replicas, which do not come back by themselves: node beta is drained" in page
+    metrics = (await rig.client.get("/metrics")).text
+    for line in ("phalanx_replicas_missing 1.0", "phalanx_replicas_lost_total 1.0", "phalanx_replicas_grown_total 3.0"):
+        assert line in metrics
+    undone = await rig.client.post("/drain", json={"node": "beta", "undo": True})
+    assert (undone.status_code, rig.engine.undone_drains) == (202, ["beta"])
+
+
+@in_loop
 async def test_a_failure_is_reported() -> None:
     rig = Rig()
     rig.engine.resize_fails = ResizeError("replica 1 did not start: no memory")
@@ -134,6 +161,9 @@ def test_what_the_engine_refuses(error: Exception, status: int, word: str) -> No
         ("/scale", {"data_parallel_size": 2, "drain_timeout_s": -1}, "drain_timeout_s"),
         ("/scale", {"data_parallel_size": 1, "leaving": [-1]}, "leaving[0]"),
         ("/drain", {"replica": "first"}, "replica"),
+        ("/drain", {}, "replica"),
+        ("/drain", {"replica": 1, "node": "beta"}, "replica"),
+        ("/drain", {"replica": 1, "undo": True}, "undo"),
     ],
 )
 def test_a_wrong_field_is_named(path: str, body: dict[str, Any], param: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from phalanx.membership.resize import Size
-from phalanx.testing.reach import is_rank
 from phalanx.testing.strike import smaller
 
 
@@ -11,8 +10,3 @@ def test_a_resize_takes_half_of_the_ranks_of_a_replica_or_half_of_the_replicas()
     assert smaller(Size(2, 4)) == Size(2, 2)
     assert smaller(Size(2, 2)) == Size(2, 1)
     assert smaller(Size(4, 1)) == Size(2, 1)
-
-
-def test_actors_of_others_are_no_ranks() -> None:
-    assert is_rank(b"ray::RankActor.run") and is_rank(b"python\0-m\0phalanx.executor.fork_server")
-    assert not is_rank(b"ray::IDLE") and not is_rank(b"ray::NodeAgent")

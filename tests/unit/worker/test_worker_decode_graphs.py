@@ -131,6 +131,15 @@ def test_decode_steps_are_padded_and_prompts_are_not() -> None:
     assert [count for name, count in model.collectives if name == "logits"] == [3, 4, 4, 4, 2, 1]
 
 
+def test_a_rehearsal_replays_each_graph_and_writes_to_nobodys_block_alone() -> None:
+    model = GraphModel()
+    runner = new_runner(model)
+    runner.warm_up(1)
+    assert [count for name, count in model.collectives if name == "hidden_states"] == [1, *SIZES]
+    assert bool((model.cache[:NUM_BLOCKS] == -1).all())
+    assert run(runner, plan([(0, 2)], 1, new=[new(0, [3, 1], [0])])) == continuation([3, 1], 1)
+
+
 def test_a_chunk_of_one_token_samples_nothing() -> None:
     runner = new_runner(GraphModel())
     short, long = [3, 1], list(range(11))

@@ -12,7 +12,7 @@ import torch
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DriverError
 from phalanx.protocol import FIRST_EPOCH
-from phalanx.worker import worker
+from phalanx.worker import rank_memory
 from phalanx.worker.spec import WorkerSpec
 
 GPU = torch.device("cuda", 1)
@@ -48,8 +48,8 @@ def spec_of(**settings: Any) -> WorkerSpec:
 
 
 def test_memory_is_shared_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "CudaDriver", Sharing)
-    assert isinstance(worker._sharing_driver(spec_of(standby=1), GPU), Sharing)
+    monkeypatch.setattr(rank_memory, "CudaDriver", Sharing)
+    assert isinstance(rank_memory._driver(spec_of(standby=1), GPU), Sharing)
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,28 @@ def test_memory_is_shared_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> No
 def test_where_it_cannot_be_one_rank_says_what_follows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: int, why_not: str
 ) -> None:
-    monkeypatch.setattr(worker, "CudaDriver", Driver)
+    monkeypatch.setattr(rank_memory, "CudaDriver", Driver)
     gpu = torch.device("cuda", device)
     with caplog.at_level(logging.WARNING):
         for local_rank in (0, 1):
             spec = msgspec.structs.replace(spec_of(), local_rank=local_rank)
-            assert worker._sharing_driver(spec, gpu) is None
-            arena = worker._arena(spec, gpu)
+            assert rank_memory._driver(spec, gpu) is None
+            arena = rank_memory.new_arena(spec, gpu)
             assert not arena.can_be_held
     first, second = caplog.messages  # one for each of the two calls of the first rank
     assert first == second and first.startswith("after a fault, weights are read again") and why_not in first
     with pytest.raises(ConfigError, match=r"standby: 1 is not possible: 0 here: .*, which two lines could share"):
-        worker._sharing_driver(spec_of(standby=1), gpu)
+        rank_memory._driver(spec_of(standby=1), gpu)
+
+
+def test_nobody_is_told_of_what_would_not_outlive_the_process_anyway(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rank_memory, "CudaDriver", Driver)
+    spec = msgspec.structs.replace(spec_of(standby=1), keeps_memory=False)
+    assert rank_memory._driver(spec, GPU) is None and not caplog.messages
+    monkeypatch.setattr(rank_memory, "CudaDriver", Sharing)
+    assert rank_memory._driver(spec, GPU) is not None, "it can be given back"
 
 
 def test_experts_that_move_have_no_standby_line_on_gpus() -> None:

@@ -205,7 +205,7 @@ def run_step_of_two(
         ),
         lambda _: None,
     )
-    digests = worker._digests
+    digests = worker._notes.digests
     assert digests is not None
 
     def launch(plan: Step) -> InFlight:

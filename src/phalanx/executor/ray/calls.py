@@ -19,7 +19,7 @@ END_OF_FILE = "connection error code 2"
 WITHOUT_A_WORD = "its process was killed or crashed"
 
 
-def answers_to(calls: Mapping[ObjectRef[Any], str], phase: str, deadline_s: float) -> list[bytes]:
+def answers_to(calls: Mapping[ObjectRef[Any], str], phase: str, deadline_s: float) -> list[Any]:
     """The answers, in the order of `calls`, each of which has the name of its actor.
 
     Raises StartError as soon as one fails, with its reason; DeadlineError naming those that have not answered.

@@ -7,8 +7,9 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -49,26 +50,11 @@ class Connection:
 
     def nodes(self, resource: str) -> list[Node]:
         """The nodes that live, and what they have of `resource`, as Ray knows it: a moment old."""
-        free = self.free()
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        hosts = Counter(node["NodeManagerHostname"] for node in alive)
-        return [
-            Node(
-                node_id=node["NodeID"],
-                name=_node_name(node["NodeManagerHostname"], node["NodeID"], hosts),
-                address=node["NodeManagerAddress"],
-                total=node["Resources"].get(resource, 0.0),
-                free=free.get(node["NodeID"], {}).get(resource, 0.0),
-                is_driver=node["NodeID"] == self.node_id,
-            )
-            for node in alive
-        ]
+        return nodes_with(resource, lambda node: bool(node["NodeID"] == self.node_id))
 
     def free(self) -> Mapping[str, Mapping[str, float]]:
         """What each node has free of every resource, also of those of placement groups' bundles, by node id."""
-        # Ray has no public call for what is free; this is the one that its own libraries use.
-        free: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
-        return free
+        return _free()
 
     def free_on(self, node_id: str, resource: str) -> float:
         """What a node has free of any resource, also one of a placement group's bundle."""
@@ -83,6 +69,31 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def nodes_with(resource: str, is_driver: Callable[[Mapping[str, Any]], bool]) -> list[Node]:
+    """As Connection.nodes. `is_driver` tells the driver's node from Ray's entry of it."""
+    free = _free()
+    # As ray.nodes(), which joins the cluster if this process has not: a reader has not.
+    alive = [node for node in ray._private.state.state.node_table() if node["Alive"]]
+    hosts = Counter(node["NodeManagerHostname"] for node in alive)
+    return [
+        Node(
+            node_id=node["NodeID"],
+            name=_node_name(node["NodeManagerHostname"], node["NodeID"], hosts),
+            address=node["NodeManagerAddress"],
+            total=node["Resources"].get(resource, 0.0),
+            free=free.get(node["NodeID"], {}).get(resource, 0.0),
+            is_driver=is_driver(node),
+        )
+        for node in alive
+    ]
+
+
+def _free() -> Mapping[str, Mapping[str, float]]:
+    # Ray has no public call for what is free; this is the one that its own libraries use.
+    free: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    return free
 
 
 def _node_name(host: str, node_id: str, hosts: Counter[str]) -> str:
@@ -166,7 +177,7 @@ def _join_running() -> bool:
         return False
     try:
         get_ready_for(address)
-    except NoRayError:  # it has ended, and left a file with its address
+    except NoRayError:  # it has just ended
         return False
     _join(address)
     return True

@@ -1,37 +1,28 @@
-"""The actors of one line: one for each rank, and the agents of the nodes beside the driver's."""
+"""The processes of one line: one for each rank, made by the rank's actor."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import ray
 from ray import ObjectRef
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from phalanx.config import ClusterConfig, Config
-from phalanx.errors import StartError
+from phalanx.config import Config
 from phalanx.executor.deadline import Deadline
-from phalanx.executor.executor import OnProgress
 from phalanx.executor.ray.agents import Agents, kill_ranks
-from phalanx.executor.ray.assignment import PlacedRank, address_of, assign
-from phalanx.executor.ray.calls import answers_to, explain
-from phalanx.executor.ray.environment import environment_for_workers, runtime_env
-from phalanx.executor.ray.messages import Introduction, NodeOrder, Preparation, RankOrder
+from phalanx.executor.ray.assignment import PlacedRank
+from phalanx.executor.ray.calls import answers_to
+from phalanx.executor.ray.environment import environment_for_workers
+from phalanx.executor.ray.messages import NodeOrder, Preparation
 from phalanx.executor.ray.node_agent import tail
-from phalanx.executor.ray.rank_actor import RankActor
-from phalanx.executor.ray.reservation import Reservation
-from phalanx.protocol import StartProgress
-from phalanx.topology.grid import Grid
+from phalanx.executor.ray.staff import Staff
 from phalanx.topology.placement import Node
-from phalanx.transport.address import numeric_address
-from phalanx.transport.interfaces import InterfaceAddress, interface_addresses
 from phalanx.transport.liveness import Party
+from phalanx.worker.spec import WorkerSpec
 
 log = logging.getLogger("phalanx.executor")
 
@@ -40,70 +31,37 @@ TAIL_LINES = 15
 
 
 class Crew:
-    """Actors that are made at once, all at the same time. `close` ends the ranks."""
+    """`enlist` before anything else. `close` ends the ranks, and no other line's."""
 
     def __init__(
-        self,
-        config: Config,
-        grid: Grid,
-        checkpoint: str,
-        reservation: Reservation,
-        agents: Agents,
-        epoch: int,
-        deadline: Deadline,
+        self, config: Config, staff: Staff, agents: Agents, checkpoint: str, epoch: int, deadline: Deadline
     ) -> None:
-        """Ask Ray for the actors, which are to come and to be linked by the deadline; returns before they are there."""
+        """`deadline`: for the processes to come and to be linked."""
         self.epoch = epoch
-        self._config = config
-        self._grid = grid
-        self._checkpoint = checkpoint
-        self._reservation = reservation
-        self._instance = secrets.token_hex(4)
         self.deadline = deadline
-        self._agents = agents
-        self.ranks: list[Any] = []  # Ray's handles have the methods of their actors, of which no checker knows
-        self.agents: dict[str, Any] = {}
+        self.agents: Mapping[str, Any] = dict(staff.agents)
         """By node id."""
         self.placed: tuple[PlacedRank, ...] = ()
-        self.brain_address = ""
-        """Where the other nodes reach this one, once the actors have introduced themselves."""
-        self.raylet: Party | None = None
-        """Ray's own process on this node, once actors on this node have introduced themselves."""
-        try:
-            for place in reservation.places:
-                self.ranks.append(self._make_rank(place.rank))
-            used = dict.fromkeys(place.node_id for place in reservation.places)
-            self.agents = agents.of(
-                (node_id for node_id in used if not reservation.nodes[node_id].is_driver), self._instance
-            )
-        except Exception as error:
-            self.close()
-            raise StartError("an actor", "asking Ray for it", explain(error)) from error
+        """With the pids of this line's processes, once they are there."""
+        self._config = config
+        self._staff = staff
+        self._agents = agents
+        self._checkpoint = checkpoint
+        self._is_ended = False
 
-    def introduce(self, on_progress: OnProgress) -> tuple[PlacedRank, ...]:
-        """Wait for all actors and learn where they are.
+    def enlist(self) -> tuple[PlacedRank, ...]:
+        """Have each actor make a process, which waits for its order.
 
-        Raises StartError or DeadlineError naming those that do not come; ConfigError, PlacementError.
+        Raises StartError or DeadlineError naming those that do not come.
         """
-        places, nodes = self._reservation.places, self._reservation.nodes
         calls: dict[ObjectRef[Any], str] = {}
-        for place, actor in zip(places, self.ranks, strict=True):
-            on_progress(StartProgress(place.rank, "starting", node=nodes[place.node_id].name))
-            preparation = msgspec.msgpack.encode(self._preparation(place.node_id))
-            calls[actor.introduce.remote(preparation)] = f"rank {place.rank} on {nodes[place.node_id].name}"
-        for node_id, agent in self.agents.items():
-            calls[agent.introduce.remote()] = self.agent_name(node_id)
-        answers = answers_to(calls, "starting", self.deadline.remaining_s)
-        said = [msgspec.msgpack.decode(answer, type=Introduction) for answer in answers]
-        of_node = {one.node_id: one.addresses for one in said}
-        addresses = addresses_of(
-            self._config.cluster, nodes, {place.node_id: of_node[place.node_id] for place in places}
+        for place, actor in zip(self._staff.reservation.places, self._staff.ranks, strict=True):
+            preparation = msgspec.msgpack.encode(self._preparation(self._staff.placed[place.rank]))
+            calls[actor.enlist.remote(preparation)] = self._staff.rank_name(place)
+        pids = answers_to(calls, "starting", self.deadline.remaining_s)
+        self.placed = tuple(
+            msgspec.structs.replace(placed, pid=pid) for placed, pid in zip(self._staff.placed, pids, strict=True)
         )
-        self.brain_address = addresses[self.driver_node.node_id]
-        for one in said:
-            if nodes[one.node_id].is_driver:
-                self.raylet = Party.of("raylet", one.raylet_pid)
-        self.placed = assign(self._grid, places, said[: len(places)], nodes, addresses)
         for rank in self.placed:
             log.info(
                 "rank %d is on %s (%s), pid %d; its log: %s", rank.rank, rank.node, rank.address, rank.pid, rank.log
@@ -111,20 +69,30 @@ class Crew:
         return self.placed
 
     @property
+    def brain_address(self) -> str:
+        """Where the other nodes reach this one."""
+        return self._staff.brain_address
+
+    @property
+    def raylet(self) -> Party | None:
+        """Ray's own process on this node, if ranks are on it."""
+        return self._staff.raylet
+
+    @property
     def driver_node(self) -> Node:
-        return _driver_of(self._reservation.nodes)
+        return self._staff.driver_node
 
     @property
     def has_ray(self) -> bool:
-        """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
-        return ray.is_initialized() and (self.raylet is None or self.raylet.is_alive())
+        """As of Staff."""
+        return self._staff.has_ray
 
     def ranks_of_agents(self) -> dict[str, list[int]]:
         """The ranks of each node that has an agent, by node id."""
         return {node_id: [rank.rank for rank in self.placed if rank.node_id == node_id] for node_id in self.agents}
 
     def agent_name(self, node_id: str) -> str:
-        return f"the agent of node {self._reservation.nodes[node_id].name}"
+        return self._staff.agent_name(node_id)
 
     def prepare_nodes(self, orders: Mapping[str, NodeOrder]) -> dict[ObjectRef[Any], str]:
         """Have agents, by node id, carry out their orders: calls to await, each with the name of its agent."""
@@ -137,9 +105,9 @@ class Crew:
         """Have the agents relay; calls that end with their links."""
         return {agent.run.remote(self.epoch): node_id for node_id, agent in self.agents.items()}
 
-    def run_rank(self, order: RankOrder) -> ObjectRef[Any]:
+    def run_rank(self, spec: WorkerSpec) -> ObjectRef[Any]:
         """Have a rank run; a call that ends with it."""
-        call: ObjectRef[Any] = self.ranks[order.spec.rank].run.remote(msgspec.msgpack.encode(order))
+        call: ObjectRef[Any] = self._staff.ranks[spec.rank].run.remote(msgspec.msgpack.encode(spec))
         return call
 
     def last_words(self, rank: int) -> str:
@@ -159,13 +127,15 @@ class Crew:
         if self.has_ray:
             self._agents.end_ranks(self.epoch, self.agents)
 
-    def close(self) -> None:
-        """Kill every rank; some may take a moment to end."""
-        if not self.has_ray:
+    def kill(self) -> None:
+        """Kill every rank, also one that is still to come; some may take a moment to end. For any thread, and more than
+        once."""
+        if self._is_ended or not self.has_ray:
             return
+        self._is_ended = True
         kill_ranks(self.agents, self.epoch)
-        for actor in self.ranks:
-            ray.kill(actor)
+        for actor in self._staff.ranks:
+            actor.end.remote(self.epoch)
 
     def _tail(self, placed: PlacedRank) -> str:
         if placed.is_driver_node:
@@ -175,51 +145,14 @@ class Crew:
         except Exception:  # the node is gone, or does not answer: then there is no log to be had
             return ""
 
-    def _preparation(self, node_id: str) -> Preparation:
+    def _preparation(self, placed: PlacedRank) -> Preparation:
         return Preparation(
+            epoch=self.epoch,
+            rank=placed.rank,
             environment=environment_for_workers(os.environ),
             threads=self._config.executor.threads_per_rank,
-            ranks_on_host=sum(1 for place in self._reservation.places if place.node_id == node_id),
-            device="cuda" if self._reservation.demand.is_device else "cpu",
+            ranks_on_host=placed.ranks_on_host,
+            visible_devices=",".join(placed.devices) if placed.devices else None,
             checkpoint=self._checkpoint,
+            deadline_s=self.deadline.remaining_s,
         )
-
-    def _make_rank(self, rank: int) -> Any:
-        demand, place = self._reservation.demand, self._reservation.places[rank]
-        replica, stage, tp_rank = self._grid.coordinates(rank)
-        actor: Any = ray.remote(RankActor)
-        return actor.options(
-            name=f"phalanx-{self._instance}-rank{rank}-dp{replica}-pp{stage}-tp{tp_rank}",
-            num_cpus=0 if demand.is_device else demand.per_rank,
-            num_gpus=demand.per_rank if demand.is_device else 0,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._reservation.group, place.bundle),
-            runtime_env=runtime_env(self._config.cluster),
-        ).remote()
-
-
-def addresses_of(
-    cluster: ClusterConfig, nodes: Mapping[str, Node], held: Mapping[str, Sequence[InterfaceAddress]]
-) -> dict[str, str]:
-    """Where the driver's node and each that holds addresses are reached, by id: all over the same version of IP.
-
-    `node_address` is the driver's word for its own node: whatever else that node has does not matter. Raises
-    ConfigError when a node has no address that fits.
-    """
-    driver, interface = _driver_of(nodes), cluster.network_interface
-    if cluster.node_address is None:
-        own, version = address_of(driver, interface_addresses(), interface), None
-    else:
-        own = numeric_address(cluster.node_address)
-        version = ipaddress.ip_address(own).version
-    found = {
-        node_id: address_of(nodes[node_id], those, interface, version)
-        for node_id, those in held.items()
-        if node_id != driver.node_id
-    }
-    return {**found, driver.node_id: own}
-
-
-def _driver_of(nodes: Mapping[str, Node]) -> Node:
-    return next(node for node in nodes.values() if node.is_driver)

@@ -37,16 +37,15 @@ def find_ray() -> str | None:
     A Ray that some engine has started for itself is passed over: it ends with that engine. Raises ConfigError if there
     are several and none of them was started last by `ray start`, or if all are other users'.
     """
-    running, started_last = running_rays(), _started_last()
-    if not running:
-        others = other_users_rays()
-        if others and (started_last is None or started_last in others):
+    running = running_rays()
+    if not running:  # what was started last has ended, and whoever is at its address by now is not what we were told of
+        if others := other_users_rays():
             told = ", ".join(sorted(others))
             raise ConfigError("ray_address", None, f"another user's is joined only if its address is given: {told}")
-        return started_last  # whoever it is may have ended since
+        return None
     if len(running) == 1:
         return running.pop()
-    if started_last in running:
+    if (started_last := _started_last()) in running:
         return started_last
     raise ConfigError("ray_address", None, f"which one is meant: {', '.join(sorted(running))}")
 

@@ -20,7 +20,12 @@ NOT_FOR_WORKERS = frozenset(
     }
 )
 
-_NSIGHT = {"t": "cuda,cudnn,cublas", "o": "'worker_process_%p'", "cuda-graph-trace": "node"}
+_NSIGHT = {
+    "t": "cuda,cudnn,cublas",
+    "o": "'worker_process_%p'",
+    "cuda-graph-trace": "node",
+    "trace-fork-before-exec": "true",  # ranks are forked, and execute nothing else
+}
 
 
 def environment_for_workers(environment: Mapping[str, str]) -> dict[str, str]:

@@ -37,16 +37,18 @@ class NodesHolder:
         self._elsewhere: dict[int, _Elsewhere] = {}
 
     def hold(self, rank: int, told: HeldMemory) -> HeldMemory:
-        """As Holder; `told` is of the line that was hired last. Raises StartError, too, if an agent does not do it."""
-        placed = self._quarters.crew.placed[rank]
+        """As Holder. Raises StartError, too, if an agent does not do it."""
+        staff = self._quarters.staff
+        placed = staff.placed[rank]
         if placed.is_driver_node:
             return self._here.hold(rank, told)
-        agent = self._quarters.crew.agents[placed.node_id]
+        agent = staff.agents[placed.node_id]
         try:
             answer: bytes = ray.get(agent.hold.remote(rank, encode_held(told)), timeout=ANSWER_S)
         except Exception as error:
-            name = self._quarters.crew.agent_name(placed.node_id)
-            raise StartError(name, f"holding the memory of rank {rank}", explain(error)) from error
+            raise StartError(
+                staff.agent_name(placed.node_id), f"holding the memory of rank {rank}", explain(error)
+            ) from error
         self._elsewhere[rank] = _Elsewhere(placed.node_id, agent, decode_held(answer))
         return self._elsewhere[rank].memory
 

@@ -1,4 +1,4 @@
-"""Ranks as Ray actors that are there already: sets them going, notices their end, ends them."""
+"""Ranks whose processes are there already, each of an actor: sets them going, notices their end, ends them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from phalanx.executor.ending import await_ends, kill, living
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
-from phalanx.executor.ray.messages import RankOrder
 from phalanx.executor.shared_fate import describe_exit
 from phalanx.worker.spec import WorkerSpec
 
 REAP_DEADLINE_S = 0.5
-"""For Ray to end the actors that were killed. It cannot say it of those whose node is gone."""
+"""For actors to say how ranks ended that were killed. Those whose node is gone do not."""
 END_DEADLINE_S = 10.0
 """For the kernel to end ranks after SIGKILL; freeing a GPU's memory takes a second or two."""
 POLL_S = 0.005
@@ -37,7 +36,7 @@ class RayLauncher:
         self._has_ended = False
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
-        calls = {self._crew.run_rank(self._order(spec)): str(spec.rank) for spec in specs}
+        calls = {self._crew.run_rank(spec): str(spec.rank) for spec in specs}
         self._watch = ActorWatch({**calls, **self._crew.run_nodes()}, self._note_end)
         if self._crew.raylet is not None:
             self._raylet_watch.callback(on_end_of(self._crew.raylet, self._note_end_of_raylet))
@@ -61,7 +60,7 @@ class RayLauncher:
         self._raylet_watch.close()
         for party in self._local:  # Ray may do it late, without its head never
             kill(party)
-        self._crew.close()
+        self._crew.kill()
         if not self._has_ended:  # later the agents may be others
             self._crew.end_remote()
             self._has_ended = True
@@ -74,11 +73,6 @@ class RayLauncher:
         """Be told of no more ends. Before Ray is shut down."""
         if self._watch is not None:
             self._watch.close()
-
-    def _order(self, spec: WorkerSpec) -> RankOrder:
-        devices = self._crew.placed[spec.rank].devices
-        visible = ",".join(dict.fromkeys(devices)) if devices else None
-        return RankOrder(spec=spec, visible_devices=visible)
 
     def _note_end(self, name: str, how: str) -> None:
         """`name` is a rank's number, or the id of an agent's node."""

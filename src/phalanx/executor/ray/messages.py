@@ -10,21 +10,24 @@ from phalanx.transport.interfaces import InterfaceAddress
 from phalanx.transport.keys import RunKey
 from phalanx.transport.queue import QueueHandle
 from phalanx.transport.shared_memory import SegmentHandle
-from phalanx.worker.spec import WorkerSpec
 
 
 class Preparation(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's actor is told first. There may be tokens in it: it is not for a constructor, whose arguments Ray
-    keeps."""
+    """What a rank's actor is told to make its process for a line. There may be tokens in it: it is not for a
+    constructor, whose arguments Ray keeps."""
 
+    epoch: int
+    rank: int
     environment: dict[str, str]
-    """The driver's; what the node has set itself stays."""
+    """The driver's; what the node has set itself stays. That of the first line is that of all."""
     threads: int | None
     """CPU threads of the rank; None for an even share of the node's cores."""
     ranks_on_host: int
-    device: str
+    visible_devices: str | None
+    """For CUDA_VISIBLE_DEVICES: those of all ranks of this run on the host. None on the CPU."""
     checkpoint: str
     """Where the driver has it."""
+    deadline_s: float
 
 
 class Introduction(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,14 +44,6 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     """Physical ids of the devices that Ray has given to it."""
     addresses: tuple[InterfaceAddress, ...]
     """Of its host."""
-
-
-class RankOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """Be this rank."""
-
-    spec: WorkerSpec
-    visible_devices: str | None
-    """For CUDA_VISIBLE_DEVICES: those of all ranks of this run on the host. None on the CPU."""
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from phalanx.config import Config
@@ -10,6 +10,7 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
 from phalanx.executor.groups import describe_group
 from phalanx.executor.guarding import with_boards
+from phalanx.executor.launcher import Killable
 from phalanx.executor.placed import Placed
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.head import HeadWatch, WatchedChannel
@@ -37,14 +38,24 @@ def place_on_ray(
     memory: Mapping[int, HeldMemory],
     keeps_memory: bool,
     ends_after_s: Mapping[Cause, float],
+    is_beside: bool,
+    note: Callable[[Killable], None],
 ) -> Placed:
-    """Place the ranks of a line in their quarters, an actor each. What is particular to it is as LinePlan says.
+    """Place the ranks of a line in their quarters, a process each. What is particular to it is as LinePlan says.
 
     Raises ConfigError, PlacementError; StartError or DeadlineError naming the rank or node that did not come up.
     """
     config = quarters.config
-    crew = quarters.hire(str(checkpoint.path), epoch, on_progress, deadline, has_memory=bool(memory))
-    resources.callback(crew.close)
+    crew = quarters.hire(
+        str(checkpoint.path),
+        epoch,
+        on_progress,
+        deadline,
+        has_memory=bool(memory),
+        is_beside=is_beside,
+        note=note,
+    )
+    resources.callback(crew.kill)
     groups = [
         describe_group(
             config, members, one_host=len({crew.placed[rank].node_id for rank in members.ranks}) == 1, epoch=epoch
@@ -70,14 +81,15 @@ def place_on_ray(
             epoch=epoch,
             journal=journals.get(rank.rank),
             held=memory.get(rank.rank),
-            keeps_memory=keeps_memory and config.executor.device == "cpu",
+            keeps_memory=keeps_memory,
         )
         for rank in crew.placed
     ]
     if config.executor.collective_guard != "off":
         specs = with_boards(specs, [rank.rank for rank in crew.placed if rank.is_driver_node], resources)
     watch = resources.enter_context(HeadWatch.of_connection())
-    return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching)
+    nodes = tuple(rank.node for rank in crew.placed)
+    return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching, nodes)
 
 
 def _spec(

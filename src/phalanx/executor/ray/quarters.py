@@ -1,11 +1,13 @@
-"""What the ranks of an engine have of Ray, one line of them after the other: the connection, a bundle for each rank,
-and the agents of the other nodes."""
+"""What the ranks of an engine have of Ray, whatever line they are of: the connection, a bundle for each rank with an
+actor in it, and the agents of the other nodes."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import ray
@@ -16,11 +18,13 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
 from phalanx.executor.platform import torch_has_cuda
 from phalanx.executor.ray.agents import Agents
+from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.connection import Connection, connect
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.holding import NodesHolder
 from phalanx.executor.ray.probe import is_gone
 from phalanx.executor.ray.reservation import Reservation, busy_places, reserve
+from phalanx.executor.ray.staff import Staff
 from phalanx.protocol import StartProgress
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Place, split_groups
@@ -33,13 +37,16 @@ log = logging.getLogger("phalanx.executor")
 
 
 class Quarters:
-    """For one thread at a time, but for `vacate`. A context manager."""
+    """`hire` is for any thread, `vacate` too; all else for the one that closes them. A context manager."""
 
     def __init__(self, config: Config, on_progress: OnProgress) -> None:
         """Connect to Ray and find a bundle for each rank. Raises ConfigError, PlacementError, StartError."""
         self._grid = Grid.of(config.parallel)
-        self._line: Crew | None = None
+        self._staff: Staff | None = None
+        self._hiring = threading.Lock()
         self._is_vacated = False
+        self.lacks_room: str | None = None
+        """What is missing for the ranks of a lost node, while room for them is waited for. For any thread."""
         for rank in range(self._grid.world_size):
             on_progress(StartProgress(rank, "placing"))
         with ExitStack() as stack:
@@ -52,54 +59,73 @@ class Quarters:
             self._bundles = stack.enter_context(ExitStack())
             self.reservation = self._reserve()
             self.agents = Agents(config.cluster)
-            stack.callback(self._end_agents)
+            stack.callback(self._end_actors)
             self._resources = stack.pop_all()
 
     def hire(
-        self, checkpoint: str, epoch: int, on_progress: OnProgress, deadline: Deadline, *, has_memory: bool = False
+        self,
+        checkpoint: str,
+        epoch: int,
+        on_progress: OnProgress,
+        deadline: Deadline,
+        *,
+        has_memory: bool = False,
+        is_beside: bool = False,
+        note: Callable[[Crew], None] = lambda crew: None,
     ) -> Crew:
-        """Actors for the line of this epoch, which have introduced themselves; their owner closes them.
+        """A process for each rank of the line of this epoch; their owner kills them. `note` is told before they come.
 
-        With `has_memory` they come to where the ones before them were, whose memory is there; otherwise also to other
-        nodes, if some are lost. Raises StartError or DeadlineError naming ranks and nodes; ConfigError, PlacementError.
+        With `has_memory` they come to where the ones before them were, whose memory is there; otherwise to new actors,
+        also on other nodes, if some are lost. `is_beside`: another line computes meanwhile, and nothing is changed of
+        where ranks are. Raises StartError or DeadlineError naming ranks and nodes; ConfigError, PlacementError.
         """
-        if self._line is not None:
-            self._make_ready(deadline, may_move=not has_memory)
-        if not has_memory:  # whatever was wrong with them
-            self.agents.renew()
-        self._line = crew = Crew(self.config, self._grid, checkpoint, self.reservation, self.agents, epoch, deadline)
+        with self._changing(deadline, is_beside):
+            if is_beside:
+                self._check_staff()
+            else:
+                self._settle(on_progress, deadline, has_memory)
+            crew = Crew(self.config, self.staff, self.agents, checkpoint, epoch, deadline)
         try:
+            note(crew)
             self._check_open()
-            crew.introduce(on_progress)
+            crew.enlist()
         except BaseException:
-            crew.close()
+            crew.kill()
             raise
         return crew
+
+    def survey(self, on_progress: OnProgress, deadline: Deadline) -> tuple[PlacedRank, ...]:
+        """Where ranks would be. Raises as `hire`."""
+        self._settle(on_progress, deadline, has_memory=False)
+        return self.staff.placed
 
     def holder(self) -> NodesHolder:
         """For the memory that lines leave to each other."""
         return NodesHolder(self)
 
     @property
-    def crew(self) -> Crew:
-        """The line that was hired last."""
-        assert self._line is not None
-        return self._line
+    def staff(self) -> Staff:
+        """The actors of the ranks, by now."""
+        assert self._staff is not None
+        return self._staff
 
     @property
     def has_ray(self) -> bool:
         """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
-        return self._line.has_ray if self._line is not None else ray.is_initialized()
+        return self._staff.has_ray if self._staff is not None else ray.is_initialized()
+
+    def avoid(self, nodes: tuple[str, ...]) -> None:
+        """Ranks that are placed from now on are to come to other nodes than these. For any thread."""
+        cluster = msgspec.structs.replace(self.config.cluster, avoid_nodes=nodes)
+        self.config = msgspec.structs.replace(self.config, cluster=cluster)
 
     def vacate(self) -> None:
         """Have what is under way here fail, and nobody come any more. For any thread."""
         self._is_vacated = True
-        if (crew := self._line) is not None:
-            crew.close()
-        self._end_agents()
+        self._end_actors()
 
     def close(self) -> None:
-        """End the agents and give everything back to Ray. The ranks are gone."""
+        """End the actors and give everything back to Ray. The ranks are gone."""
         self._resources.close()
 
     def __enter__(self) -> Quarters:
@@ -108,17 +134,64 @@ class Quarters:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make_ready(self, deadline: Deadline, *, may_move: bool) -> None:
-        """Wait until the ranks before have given back their bundles, or move to other nodes."""
+    @contextmanager
+    def _changing(self, deadline: Deadline, is_beside: bool) -> Iterator[None]:
+        """While ranks get other places nobody is hired beside them, who would have to wait for that."""
+        if not self._hiring.acquire(timeout=0.0 if is_beside else deadline.remaining_s):
+            raise StartError("a line", "placing", "ranks are just getting their places")
+        try:
+            yield
+        finally:
+            self._hiring.release()
+
+    def _settle(self, on_progress: OnProgress, deadline: Deadline, has_memory: bool) -> None:
+        """An actor for each rank."""
+        if self._staff is None:
+            self._open(on_progress, deadline)
+            return
         self._check_ray()
+        if has_memory:
+            self._complete(self._staff, deadline)
+            return
+        self._staff.close()  # whatever was wrong with them
+        self.agents.renew()
+        if lost := self._lost_places():
+            self._move(lost, deadline)
+        else:
+            self._await_bundles(self.reservation.places, deadline)
+        self._open(on_progress, deadline)
+
+    def _open(self, on_progress: OnProgress, deadline: Deadline) -> None:
+        self._check_open()
+        self._staff = staff = Staff(self.config.cluster, self._grid, self.reservation, self.agents)
+        try:
+            self._check_open()
+            staff.introduce(on_progress, deadline)
+        except BaseException:
+            staff.close()
+            raise
+
+    def _complete(self, staff: Staff, deadline: Deadline) -> None:
+        """Others for the actors that are gone, where they were."""
+        if lost := self._lost_places():
+            raise StartError(self._named(lost), "placing", "a lost node has taken its memory along")
+        if absent := staff.absent():
+            log.warning("actors are gone, and others are asked for: %s", self._named(absent))
+            staff.dismiss(absent)
+            self._await_bundles(absent, deadline)
+            staff.replace(absent, deadline)
+
+    def _check_staff(self) -> None:
+        self._check_open()
+        self._check_ray()
+        if absent := self.staff.absent():
+            raise StartError(self._named(absent), "placing", "its actor is gone")
+
+    def _await_bundles(self, places: Sequence[Place], deadline: Deadline) -> None:
+        """Wait until those who had these bundles have given them back."""
         while True:
             self._check_open()
-            if lost := self._lost_places():
-                if not may_move:
-                    raise StartError(self._named(lost), "placing", "a lost node has taken its memory along")
-                self._move(lost, deadline)
-                return
-            busy = busy_places(self._connection, self.reservation)
+            busy = [place for place in busy_places(self._connection, self.reservation) if place in places]
             if not busy:
                 return
             if not deadline.remaining_s:
@@ -146,8 +219,10 @@ class Quarters:
             self._check_open()
             try:
                 self.reservation = self._reserve()
+                self.lacks_room = None
                 return
             except PlacementError as error:
+                self.lacks_room = f"lost: {where}: {error.complaint}"
                 if not deadline.remaining_s:
                     complaint = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node"
                     cause = f"{complaint}: {error.complaint}"
@@ -166,15 +241,17 @@ class Quarters:
             )
         return reservation
 
-    def _end_agents(self) -> None:
+    def _end_actors(self) -> None:
         if self.has_ray:
+            if self._staff is not None:
+                self._staff.close()
             self.agents.close()
 
     def _check_open(self) -> None:
         if self._is_vacated:
             raise StartError("a line", "placing", "the engine ends")
 
-    def _named(self, places: list[Place]) -> str:
+    def _named(self, places: Sequence[Place]) -> str:
         nodes = self.reservation.nodes
         return ", ".join(f"rank {place.rank} on {nodes[place.node_id].name}" for place in places)
 

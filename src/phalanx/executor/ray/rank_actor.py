@@ -1,4 +1,7 @@
-"""The actor in which one rank runs. Light until its place is known: torch comes in beside what else there is to do."""
+"""The actor that stands for one rank: it has the rank's bundle, name and log, and its processes are forked for it.
+
+Light itself: a fork server beside it imports torch once, and then makes the rank's process of one line after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,88 @@ from contextlib import suppress
 import msgspec
 import ray
 
+from phalanx.errors import PhalanxError, StartError
+from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.platform import num_cores, thread_environment
 from phalanx.executor.ray.fate import end_with, end_with_raylet, raylet_pid
-from phalanx.executor.ray.messages import Introduction, Preparation, RankOrder
-from phalanx.executor.shared_fate import describe_exit
+from phalanx.executor.ray.messages import Introduction, Preparation
 from phalanx.transport.interfaces import interface_addresses
+from phalanx.transport.liveness import Party
 from phalanx.version import __version__
+from phalanx.worker.spec import WorkerSpec
+
+MOST_CALLS = 16
+"""At a time: the line that runs, one that stands ready, some that are let go, and what is asked of each."""
 
 
 class RankActor:
-    """One rank. `introduce` is called before `run`, each once."""
+    """One rank, in any number of lines. It is called in several threads at a time.
+
+    For each line `enlist`, then `run`; `end` at any time.
+    """
 
     def __init__(self) -> None:
         end_with_raylet()
+        self._launchers = LocalLaunchers()
+        self._lines: dict[int, LocalLauncher] = {}
+        """By epoch."""
+        self._ended: set[int] = set()
+        """Epochs of lines that are not to come any more."""
+        self._brains: set[Party] = set()
+        self._changing = threading.Lock()
 
-    def introduce(self, preparation: bytes) -> bytes:
-        """Take over the environment and begin to import; who and where this is: an encoded Introduction."""
-        told = msgspec.msgpack.decode(preparation, type=Preparation)
-        for name, value in told.environment.items():
-            os.environ.setdefault(name, value)
-        threads = told.threads or max(1, num_cores() // told.ranks_on_host)
-        os.environ.update(thread_environment(threads))  # Ray has set some of these to suit itself
-        self._warm_up = threading.Thread(target=_import_early, args=(told,), name="phalanx-imports", daemon=True)
-        self._warm_up.start()
+    def introduce(self) -> bytes:
+        """Who and where this is: an encoded Introduction."""
         return msgspec.msgpack.encode(introduction())
 
-    def run(self, order: bytes) -> str:
-        """Serve until the brain says Stop; how it ended. Ends the process when the brain, or its node's agent, dies."""
-        told = msgspec.msgpack.decode(order, type=RankOrder)
-        assert told.spec.queue is not None
-        end_with(told.spec.queue.brain)
-        if told.visible_devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = told.visible_devices  # Ray shows it its own device alone
-        self._warm_up.join()  # transformers cannot be imported by two threads at a time
-        from phalanx.worker.process import run
+    def enlist(self, preparation: bytes) -> int:
+        """Make a process for a line (Preparation), which waits for its order; its pid. Blocks, the first time while
+        torch is imported. Raises RuntimeError that says why there is none."""
+        told = msgspec.msgpack.decode(preparation, type=Preparation)
+        try:
+            launcher = self._launchers.launcher(_environment(told))
+            with self._changing:
+                if told.epoch in self._ended:
+                    raise RuntimeError("it is not needed any more")
+                self._lines[told.epoch] = launcher
+            launcher.warm(told.checkpoint)
+            pid = launcher.reserve(told.rank, told.deadline_s)
+            if told.epoch in self._ended:  # and there was nothing to kill yet
+                launcher.close(0.0)
+                raise RuntimeError("it is not needed any more")
+            return pid
+        except PhalanxError as error:
+            raise RuntimeError(str(error)) from None  # an exception of ours does not survive Ray's way of sending it
 
-        return describe_exit(run(told.spec))
+    def run(self, order: bytes) -> str:
+        """Have the process of a line be what the order says (WorkerSpec) until it ends; how it ended."""
+        spec = msgspec.msgpack.decode(order, type=WorkerSpec)
+        assert spec.queue is not None
+        self._end_with(spec.queue.brain)
+        launcher = self._lines.get(spec.epoch)
+        if launcher is None:
+            return "it was ended before it had begun"
+        with suppress(StartError):  # its fork server has ended, and it has too
+            launcher.employ(spec)
+        launcher.await_exits(None)
+        return launcher.exits()[spec.rank]
+
+    def end(self, epoch: int) -> None:
+        """Kill the process of a line, if it has one, and let it have none any more. Blocks until it is gone."""
+        with self._changing:
+            self._ended.add(epoch)
+            launcher = self._lines.pop(epoch, None)
+        if launcher is not None:
+            launcher.close(0.0)
+
+    def _end_with(self, brain: Party) -> None:
+        """Have this process, and all that come from it, end with whoever the rank works for: the engine, or the node's
+        agent, with which all lines of the node end."""
+        with self._changing:
+            if brain in self._brains:
+                return
+            self._brains.add(brain)
+        end_with(brain)
 
 
 def introduction() -> Introduction:
@@ -62,12 +111,11 @@ def introduction() -> Introduction:
     )
 
 
-def _import_early(told: Preparation) -> None:
-    """Bring in what takes seconds. Whatever is wrong shows again, and is reported, when the rank runs."""
-    with suppress(Exception):
-        import torch  # noqa: F401
-
-        if told.device == "cpu":  # what comes next may look for GPUs, which Ray has not all shown yet
-            from phalanx.models.model import import_definition
-
-            import_definition(told.checkpoint)
+def _environment(told: Preparation) -> dict[str, str]:
+    """Of the rank's processes, beside this one's: what the node has set itself stays, but for what Ray has set."""
+    threads = told.threads or max(1, num_cores() // told.ranks_on_host)
+    found = {name: value for name, value in told.environment.items() if name not in os.environ}
+    found.update(thread_environment(threads))
+    if told.visible_devices is not None:  # Ray shows an actor its own device alone
+        found["CUDA_VISIBLE_DEVICES"] = told.visible_devices
+    return found

@@ -25,7 +25,16 @@ from phalanx.errors import ConfigError, PlacementError
 from phalanx.executor.ray.connection import Connection
 from phalanx.executor.ray.probe import answers
 from phalanx.topology.grid import Grid
-from phalanx.topology.placement import Bundle, Demand, Node, Place, aligned, place_in_bundles, place_ranks
+from phalanx.topology.placement import (
+    Bundle,
+    Demand,
+    Node,
+    Place,
+    aligned,
+    avoiding,
+    place_in_bundles,
+    place_ranks,
+)
 
 SETTLE_S = 3.0
 """What a run or its user has just let go of, or made, shows after a moment only."""
@@ -55,7 +64,7 @@ def reserve(connection: Connection, config: Config, grid: Grid, device: str, own
     Raises PlacementError if the ranks do not fit, at once if they would not fit into the cluster even if it were empty;
     ConfigError.
     """
-    demand = Demand("GPU" if device == "cuda" else "CPU", config.cluster.ray_per_worker_gpus, device == "cuda")
+    demand = Demand.on(device, config.cluster.ray_per_worker_gpus)
     existing = _existing(config)
     if existing is not None:
         return _settled(lambda: _in_existing(connection, config, grid, demand, existing))
@@ -93,7 +102,7 @@ def _in_new(connection: Connection, config: Config, grid: Grid, demand: Demand, 
         may_split=config.cluster.allow_split_tensor_parallel,
         num_local=config.parallel.data_parallel_size_local,
     )
-    nodes = connection.nodes(demand.resource)
+    nodes = avoiding(connection.nodes(demand.resource), config.cluster.avoid_nodes)
     try:
         places = choose(nodes)
     except PlacementError as error:
@@ -147,7 +156,7 @@ def _succeeds(attempt: Callable[[], object]) -> bool:
 def _in_existing(
     connection: Connection, config: Config, grid: Grid, demand: Demand, group: PlacementGroup
 ) -> Reservation:
-    nodes = connection.nodes(demand.resource)
+    nodes = avoiding(connection.nodes(demand.resource), config.cluster.avoid_nodes)
     entry = placement_group_table(group)
     if entry.get("state") != CREATED:
         complaint = f"the placement group {_name_of(group, entry)} is {entry.get('state', 'unknown')}, not {CREATED}"

@@ -13,7 +13,6 @@ from phalanx.executor.groups import describe_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.connection import connect
 from phalanx.executor.ray.quarters import Quarters
-from phalanx.protocol import FIRST_EPOCH
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import aligned
 
@@ -46,7 +45,7 @@ class Placement(msgspec.Struct, frozen=True):
         return f"{aligned(rows)}\n\n{aligned(groups)}"
 
 
-def survey(config: Config, checkpoint: str) -> Placement:
+def survey(config: Config) -> Placement:
     """Place the ranks for a moment, those of replicas that run apart one replica after the other. Blocks for seconds.
 
     Raises PlacementError, ConfigError, StartError, DeadlineError as the start itself would.
@@ -57,9 +56,8 @@ def survey(config: Config, checkpoint: str) -> Placement:
         resources.enter_context(connect(config.cluster, num_ranks=config.parallel.world_size))
         for replica, own in enumerate(config.of_engines()):
             quarters = resources.enter_context(Quarters(own, lambda *_: None))
-            crew = quarters.hire(checkpoint, FIRST_EPOCH, lambda *_: None, deadline)
-            resources.callback(crew.close)
-            ranks += [_of_all(placed, replica, first=len(ranks)) for placed in crew.placed]
+            placed = quarters.survey(lambda *_: None, deadline)
+            ranks += [_of_all(rank, replica, first=len(ranks)) for rank in placed]
     config = msgspec.structs.replace(config, executor=quarters.config.executor)
     return Placement(tuple(ranks), _groups(config, ranks))
 

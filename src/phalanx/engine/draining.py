@@ -1,0 +1,145 @@
+"""Takes a fleet's ranks off a node of the cluster, for its maintenance: to other nodes, as far as they have room.
+
+Replicas with a rank there are replaced as wholes. Others that are to take their places start first, so that nothing is
+missing meanwhile; then those on the node leave as in any resize, their requests end or move. What had no room before
+is tried again when they have left, as their bundles on other nodes are free by then. What finds none is missing from
+now on, until there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+
+from phalanx.engine.awaiting import begun
+from phalanx.engine.fleet_resizing import FleetResizing
+from phalanx.engine.joining import Joining
+from phalanx.engine.members import Members
+from phalanx.engine.room import Room
+from phalanx.errors import ConfigError, PhalanxError, ResizeRefusedError, ResizeUnderWayError
+
+log = logging.getLogger("phalanx.engine")
+
+
+class Draining:
+    """Of one fleet: one node at a time, and no resize beside it."""
+
+    def __init__(self, members: Members, joining: Joining, room: Room, resizing: FleetResizing) -> None:
+        self._members = members
+        self._roster = members.roster
+        self._joining = joining
+        self._room = room
+        self._resizing = resizing
+        self._node: str | None = None
+        """That ranks are being taken off."""
+
+    @property
+    def drained(self) -> tuple[str, ...]:
+        """Nodes that no rank is to come to."""
+        return self._joining.config.cluster.avoid_nodes
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._node is not None
+
+    def check_none(self) -> None:
+        """Raises ResizeRefusedError."""
+        if self._node is not None:
+            raise ResizeRefusedError(f"node {self._node} is being drained: wait, or cancel it")
+
+    async def begin(self, node: str, drain_timeout_s: float) -> asyncio.Task[None]:
+        """As Engine.begin_drain."""
+        self.check_none()
+        if (resize := self._roster.resize) is not None:
+            raise ResizeUnderWayError(str(resize.size_before), f"{resize.size_asked_for} replicas")
+        self._check_known()
+        self._node, avoided = node, self.drained
+        try:
+            self._node = name = await self._room.name_of_node(node)
+            self._avoid((*(known for known in avoided if known != name), name))
+            await self._check_others(name)
+            return await begun(self._carry_out(name, avoided, drain_timeout_s))
+        except BaseException:
+            self._node = None
+            self._avoid(avoided)
+            raise
+
+    async def undo(self, node: str) -> None:
+        """Let ranks come to a node again. Raises what Room.name_of_node does."""
+        if node not in self.drained:
+            node = await self._room.name_of_node(node)
+        self._avoid(tuple(known for known in self.drained if known != node))
+        log.info("node %s is of use again", node)
+
+    async def _carry_out(self, node: str, avoided: tuple[str, ...], drain_timeout_s: float) -> None:
+        """If it fails, or is cancelled, all is as before."""
+        try:
+            while leaving := self._on(node):
+                await self._move(node, leaving, drain_timeout_s)
+        except BaseException:
+            self._avoid(avoided)
+            raise
+        finally:
+            self._node = None
+        log.info("node %s is drained: no rank is there any more", node)
+
+    async def _move(self, node: str, leaving: Sequence[int], drain_timeout_s: float) -> None:
+        size, because = self._roster.size, f"node {node} is drained"
+        joining = self._roster.free_numbers((await self._fit_elsewhere(len(leaving)))[0])
+        if joining:
+            await self._resize(size + len(joining), (), drain_timeout_s, because)
+        try:
+            await self._resize(self._roster.size - len(leaving), leaving, drain_timeout_s, because)
+        except BaseException:
+            if joining:
+                await self._resize(self._roster.size - len(joining), joining, 0.0, "they are not needed any more")
+            raise
+        # The node is empty: whatever comes of this, it is drained.
+        with suppress(asyncio.CancelledError):
+            await self._make_up(len(leaving) - len(joining), because)
+
+    async def _make_up(self, count: int, because: str) -> None:
+        """Have so many more, as far as there is room by now."""
+        num_fit, complaint = 0, None
+        try:
+            num_fit, complaint = await self._fit_elsewhere(count) if count else (0, None)
+            if num_fit:
+                await self._resize(self._roster.size + num_fit, (), 0.0, because)
+        except PhalanxError as error:
+            num_fit, complaint = 0, str(error)
+        if num_fit < count:
+            log.warning("%s: %d replicas have no place elsewhere: %s", because, count - num_fit, complaint)
+
+    async def _resize(self, size: int, leaving: Sequence[int], drain_timeout_s: float, because: str) -> None:
+        await (await self._resizing.begin(size, leaving, drain_timeout_s=drain_timeout_s, because=because))
+
+    async def _check_others(self, node: str) -> None:
+        """Raises ConfigError if nobody would be left to serve."""
+        leaving = self._on(node)
+        if len(leaving) < len(set(self._roster.serving()) | set(leaving)):
+            return
+        num_fit, complaint = await self._fit_elsewhere(len(leaving))
+        if leaving and not num_fit:
+            allowed = f"all replicas have ranks there, and no other node has room for one: {complaint}"
+            raise ConfigError("node", node, allowed)
+
+    def _check_known(self) -> None:
+        """Where ranks are is told a moment after an engine has begun. Raises ResizeRefusedError."""
+        for number, engine in self._members.active().items():
+            if engine.dead is None and engine.down is None and engine.stats is None:
+                raise ResizeRefusedError(f"replica {number} has just begun and has not told yet where it is")
+
+    async def _fit_elsewhere(self, count: int) -> tuple[int, str | None]:
+        return await self._room.fit(self._roster.size + count, self._roster.free_numbers(count))
+
+    def _on(self, node: str) -> list[int]:
+        """The replicas with a rank there."""
+        engines = self._members.engines
+        return [number for number in self._roster.members() if number in engines and node in engines[number].nodes]
+
+    def _avoid(self, nodes: tuple[str, ...]) -> None:
+        self._joining.avoid(nodes)
+        for engine in self._members.engines.values():
+            engine.avoid(nodes)
