@@ -17,8 +17,10 @@ from phalanx.engine.request import Request
 from phalanx.engine.scheduler import Scheduler
 from phalanx.protocol import SamplingParams
 
-FEW_TOKENS = 8
-"""After a pass with no more for each request, what has come meanwhile is computed when the ranks have taken over."""
+FEW_TOKENS = 2
+"""After a pass with no more for each request, what has come meanwhile is computed when the ranks have taken over. So it
+is after one with no fewer than the one before had: it goes no faster.
+"""
 
 MOST_PASSES = 8
 """Requests may make tokens faster than the others compute them."""
@@ -34,18 +36,19 @@ class Ahead:
         """`scheduler` is that of the ranks that are to take over, and has no requests."""
         self.scheduler = scheduler
         self._request_ids = itertools.count()
-        self._num_passes = 0
         self._num_requests = 0
         """Of the latest pass."""
-        self._num_computed: int | None = None
-        """Tokens in it."""
+        self._computed: list[int] = []
+        """Tokens in each pass."""
 
     @property
     def is_enough(self) -> bool:
         """Whether another pass would make the pause no shorter."""
-        if self._num_computed is None:
+        if not self._computed:
             return False
-        return self._num_computed <= FEW_TOKENS * self._num_requests or self._num_passes == MOST_PASSES
+        *before, latest = self._computed
+        is_no_shorter = bool(before) and latest >= before[-1]
+        return latest <= FEW_TOKENS * self._num_requests or is_no_shorter or len(self._computed) == MOST_PASSES
 
     def add(self, sequences: Sequence[NDArray[np.int32]]) -> None:
         """The tokens of requests, for the next pass."""
@@ -68,9 +71,9 @@ class Ahead:
 
     def run(self, executor: StepExecutor) -> None:
         """Compute what is not computed yet. Blocks for as long as that takes; raises what the executor raises."""
-        self._num_computed = 0
+        num_computed = 0
         while (planned := self.scheduler.plan()) is not None:
-            self._num_computed += int(planned.num_tokens_R.sum())
+            num_computed += int(planned.num_tokens_R.sum())
             self.scheduler.commit(planned, executor.step(planned.step).result())
         assert not len(self.scheduler), "tokens are left that can never be computed"
-        self._num_passes += 1
+        self._computed.append(num_computed)

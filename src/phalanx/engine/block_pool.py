@@ -54,14 +54,11 @@ class BlockPool:
             del self._idle[block]
         self._num_holders_B[blocks] += 1
 
-    def take_tail(self, block: int) -> bool:
-        """Take this one, which the prefix cache has found, to write to it; False if somebody has it."""
-        if block not in self._idle:
-            return False
+    def take_tail(self, block: int) -> None:
+        """Take this one, which the prefix cache has found, to write to it. Nobody else has a tail."""
         del self._idle[block]
         self._cache.forget(block)
         self._num_holders_B[block] = 1
-        return True
 
     def release(self, blocks: Blocks) -> None:
         """One holder less for the blocks of one request."""

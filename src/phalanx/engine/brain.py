@@ -302,16 +302,13 @@ class Brain:
     def _plan(self) -> PlannedStep | None:
         planned = self._scheduler.plan(self._pace.limits)
         if planned is not None:
-            self._expects_for = EXPECTS_FOR_STEPS if planned.num_ahead else max(self._expects_for - 1, 0)
+            self._expects_for = EXPECTS_FOR_STEPS if planned.tokens.ahead else max(self._expects_for - 1, 0)
         return planned
 
     def _note_pace(self, step: _InFlight) -> None:
         now = time.monotonic()
         took_s, self._committed_at = now - max(step.sent_at, self._committed_at), now
-        planned = step.planned
-        if planned.num_ahead and planned.num_of_prompts:
-            return  # nobody knows which of the two took how long
-        self._pace.note(took_s, planned.num_ahead, planned.num_decoding)
+        self._pace.note(took_s, step.planned.tokens)
 
     def _commit(self, planned: PlannedStep, results: tuple[StepResult, ...]) -> TokenBatch:
         if not self._suspects:

@@ -74,7 +74,7 @@ class Leaving:
             if engine.dead is not None or engine.down is not None or request not in self._traffic.requests:
                 return  # it waits already, or does so no more
             async with aclosing(self._traffic.deltas(self._rehearsal(token_ids))) as ahead:
-                async for _ in ahead:
+                async for _delta in ahead:
                     pass
             if request.stream.token_ids.size - token_ids.size <= FEW_TOKENS:
                 return

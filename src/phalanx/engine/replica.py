@@ -40,18 +40,19 @@ class Replica:
 
         Never all, as with `find_cached`.
         """
-        if self._is_prefix_caching:
-            first = num_full * self._block_size
-            rest = request.token_ids[first : first + self._block_size - 1]
-            found = self.cache.find_tail(request.digests[num_full - 1] if num_full else ROOT, rest)
-            if found is not None and self.pool.take_tail(found[0]):
-                return np.array(found[:1], dtype=np.int32), min(found[1], len(request.token_ids) - 1 - first)
-        return np.empty(0, dtype=np.int32), 0
+        first = num_full * self._block_size
+        rest = request.token_ids[first : first + self._block_size - 1]
+        found = self.cache.find_tail(request.digests[num_full - 1] if num_full else ROOT, rest)
+        if found is None:
+            return np.empty(0, dtype=np.int32), 0
+        block, num_tokens = found
+        self.pool.take_tail(block)
+        return np.array([block], dtype=np.int32), min(num_tokens, len(request.token_ids) - 1 - first)
 
     def keep_tail(self, request: Request, token_ids: NDArray[np.int32], blocks: Blocks) -> None:
         """Let who goes on after a request that ends find its last block, if that is not full."""
-        num_full = len(token_ids) // self._block_size
-        if self._is_prefix_caching and len(request.digests) >= num_full and len(token_ids) % self._block_size:
+        num_full, num_rest = divmod(len(token_ids), self._block_size)
+        if self._is_prefix_caching and num_rest:
             parent = request.digests[num_full - 1] if num_full else ROOT
             self.cache.insert_tail(parent, token_ids[num_full * self._block_size :], int(blocks[num_full]))
 

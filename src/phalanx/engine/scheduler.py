@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import Blocks
 from phalanx.engine.logprobs import keep, merge
-from phalanx.engine.pace import AheadLimits
+from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.prefix_cache import ROOT, block_digest
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Request, Running, Slots
@@ -53,14 +53,7 @@ class PlannedStep:
     ends_R: Counts
     """Tokens of each sequence that are in the KV cache after the step."""
     samples_R: NDArray[np.bool_]
-    num_decoding: int
-    num_ahead: int
-    """Tokens of requests that are to move here."""
-
-    @property
-    def num_of_prompts(self) -> int:
-        """Tokens of prompts that somebody waits for."""
-        return int(self.num_tokens_R.sum()) - self.num_decoding - self.num_ahead
+    tokens: StepTokens
 
 
 class Totals:
@@ -277,8 +270,8 @@ class Scheduler:
         slots_R, num_tokens_R = self._rows(decoding_R, chunks)
         if not len(slots_R):
             return None
-        num_ahead = sum(num_tokens for slot, num_tokens in chunks if self.running.request(slot).is_rehearsal)
-        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R, (len(decoding_R), num_ahead))
+        tokens = self._tokens(len(decoding_R), chunks)
+        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R, tokens)
 
     def commit(self, step: PlannedStep, results: Sequence[StepResult]) -> TokenBatch:
         """Take in what a step made; gives the tokens that may leave now and the requests that they end."""
@@ -445,10 +438,14 @@ class Scheduler:
         order = np.lexsort((num_tokens_R > 1, self.running.replica_S[slots_R]))
         return slots_R[order], num_tokens_R[order]
 
+    def _tokens(self, num_decoding: int, chunks: list[tuple[int, int]]) -> StepTokens:
+        num_ahead = sum(num_tokens for slot, num_tokens in chunks if self.running.request(slot).is_rehearsal)
+        num_of_prompts = sum(num_tokens for _, num_tokens in chunks) - num_ahead
+        return StepTokens(num_decoding, num_of_prompts, num_ahead)
+
     def _planned(
-        self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, blocks_R: Blocks, kinds: tuple[int, int]
+        self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, blocks_R: Blocks, tokens: StepTokens
     ) -> PlannedStep:
-        """`kinds`: tokens of who decodes, and of rehearsals."""
         running = self.running
         # A pipeline's first stage is told the tokens that were sampled.
         told_R, tokens_R = running.next_sampled(slots_R) if self._is_pipelined else (slots_R[:0], blocks_R[:0])
@@ -479,7 +476,7 @@ class Scheduler:
             )
         )
         self._next_step += 1
-        planned = PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R, *kinds)
+        planned = PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R, tokens)
         self._under_way.append(planned)
         return planned
 
@@ -532,7 +529,7 @@ class Scheduler:
         """Of a rehearsal, so that who comes after it has nothing of it to compute."""
         running, request = self.running, self.running.request(slot)
         if request.is_rehearsal and running.ticket_S[slot] >= self._first_cached_ticket:
-            computed = running.token_ids_SL[slot, : request.num_prompt].copy()
+            computed = running.token_ids_SL[slot, : request.num_prompt]
             self.replicas[request.replica].keep_tail(request, computed, running.block_ids_SB[slot])
 
     def _finish(

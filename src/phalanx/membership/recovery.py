@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 
 from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
@@ -24,6 +23,10 @@ from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FormationStats, StartProgress
 
 END_DEADLINE_S = 30.0
+HANDED_OVER_S = 0.5
+"""Ranks that others of another size have followed are ended after so long: to free their memory takes processor time,
+which those others want for their first steps.
+"""
 HEALTH_S = 2.0
 """For the answer of a line that has just been made ready."""
 
@@ -45,7 +48,7 @@ class Recovery:
         self._presence = presence
         self._may_reload = True
         self._rests_standby = False
-        self._is_closing = False
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._retired_epoch = 0
         self._retiring: list[threading.Thread] = []
@@ -150,8 +153,8 @@ class Recovery:
         self._presence.resize(config)
         self._presence.show(after.executor.watched, after.epoch)
         if self._standby is not None:
-            self._standby.discard(self._end)
-        self._end(before)
+            self._standby.discard(self._end_later)
+        self._end_later(before)
         memory_before.close()
         self._renew_standby()
 
@@ -179,7 +182,7 @@ class Recovery:
 
     def interrupt(self) -> None:
         """Nothing is to come any more: what is being healed is not."""
-        self._is_closing = True
+        self._closing.set()
         if self._standby is not None:
             self._standby.close()
         if self._thread is not None and self._thread.is_alive():
@@ -194,7 +197,7 @@ class Recovery:
         self._memory.close()
 
     def _next(self, climb: Climb) -> Attempt | None:
-        if self._is_closing:
+        if self._closing.is_set():
             raise EngineDeadError("the ranks can run no more: their formation was closed")
         weights_are_there = self._may_reload or self._memory.holds_weights
         holds_memory = self._memory.is_whole and weights_are_there
@@ -265,9 +268,14 @@ class Recovery:
         self._retired_epoch = line.epoch
         self._do_in_background(line.executor.close)
 
-    def _end(self, line: Line) -> None:
+    def _end_later(self, line: Line) -> None:
         """Kill its processes and let go of what it used, in the background: nobody waits for them."""
-        self._do_in_background(partial(end, line))
+
+        def work() -> None:
+            self._closing.wait(HANDED_OVER_S)
+            end(line)
+
+        self._do_in_background(work)
 
     def _do_in_background(self, work: Callable[[], None]) -> None:
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]

@@ -287,7 +287,7 @@ def _parameters(definition: Any) -> dict[str, Tensor]:
 def _install(
     definition: Any,
     weights: dict[str, Tensor],
-    in_four_bits: dict[str, Form],
+    in_four_bits: Mapping[str, Form],
     sharding: Sharding,
     group: Group,
     device: torch.device,
@@ -332,7 +332,7 @@ def _install(
     return shared
 
 
-def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits: dict[str, Form]) -> set[str]:
+def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits: Mapping[str, Form]) -> set[str]:
     """Returns the modules that have such weights."""
     kinds: dict[Form, FourBitWeight] = {}
     for name, form in in_four_bits.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from engine_brain_rig import Rig
@@ -74,19 +76,22 @@ def test_a_cache_that_is_too_small_for_all() -> None:
 
 
 def test_it_ends() -> None:
-    """When little has come meanwhile; and also if requests make tokens faster than they can be computed."""
+    """When little has come meanwhile, or no less than before; and also if there is always a little less."""
     rig = running(1, num_tokens=10)
     sizes = {"num_blocks": rig.num_blocks, "max_model_len": rig.max_model_len}
 
-    def num_passes(growth: int) -> int:
+    def num_passes(growth: Callable[[int], int]) -> int:
+        """When each pass finds so many tokens more, of two requests."""
         executor = SimulatedExecutor(*rig._make_workers())
         ahead = Ahead(rig.brain.scheduler_for(rig.config, rig.epoch, **sizes))
-        count = 0
+        count, num_tokens = 0, 40
         while not ahead.is_enough:
-            ahead.add([np.arange(30 + growth * count, dtype=np.int32)] * 2)
+            ahead.add([100 * request + np.arange(num_tokens, dtype=np.int32) for request in range(2)])
             ahead.run(executor)
             count += 1
+            num_tokens += growth(count)
         return count
 
-    assert num_passes(growth=20) == MOST_PASSES
-    assert num_passes(growth=FEW_TOKENS - 1) == 2
+    assert num_passes(lambda count: FEW_TOKENS) == 2
+    assert num_passes(lambda count: 12) == 3, "the third had as many as the second"
+    assert num_passes(lambda count: 12 - count) == MOST_PASSES

@@ -86,7 +86,9 @@ async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(chec
 
 @in_loop
 async def test_of_a_fleet_all_get_new_weights_or_none(checkpoint: Path, tmp_path: Path) -> None:
-    new = tiny.save(tiny.byte_level(), tmp_path / "new")
+    new = tmp_path / "new"
+    new.mkdir()
+    tiny.save(tiny.byte_level(), new)
     (new / "config.json").write_text("{}")
     async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
         await fleet.maintain(Sleep(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phalanx.engine.pace import AheadLimits
+from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.protocol import (
@@ -120,7 +120,7 @@ def test_of_a_rehearsal_there_is_only_as_much_as_others_wait_for() -> None:
     brain.add(request(2, 9))
     first = brain.plan(limits)
     assert first is not None and rows(first) == [(0, 1), (1, 3), (2, 9)], "a prompt takes what it is not to have"
-    assert (first.num_decoding, first.num_ahead, first.num_of_prompts) == (1, 3, 9)
+    assert first.tokens == StepTokens(decoding=1, prompts=9, ahead=3)
     commit(brain, first)
     none = brain.plan(AheadLimits(0, 8))
     assert none is not None and rows(none) == [(0, 1), (2, 1)]
