@@ -54,6 +54,8 @@ class Joining:
         self.weights_version = first.weights_version
         self.told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
+        self.starting: set[int] = set()
+        """Where these will be is not known yet."""
         self._front = first.front
         self._command = command
         self._placing = asyncio.Lock()
@@ -93,6 +95,7 @@ class Joining:
             weights_version=self.weights_version,
         )
         starting: asyncio.Task[EngineClient] | None = None
+        self.starting.add(number)
         try:
             async with self._placing:
                 starting = asyncio.create_task(start())
@@ -110,6 +113,7 @@ class Joining:
             raise
         finally:
             self.told.pop(number, None)
+            self.starting.discard(number)
 
 
 async def _put_to_sleep(engine: EngineClient, level: int) -> None:

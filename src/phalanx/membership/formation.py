@@ -15,12 +15,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from phalanx.config import Config
-from phalanx.errors import ConfigError, DeadlineError, PhalanxError, ResizeRefusedError, UserError
+from phalanx.errors import (
+    ConfigError,
+    DeadlineError,
+    MaintenanceError,
+    PhalanxError,
+    ResizeRefusedError,
+    UserError,
+)
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
+from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
@@ -241,10 +249,17 @@ class Formation:
         """All ranks have given memory back, or have it again, while no line stands ready: hold what they say that they
         have now (Allocated), and no more. On a CPU, whose segments stay what they are, there is nothing to do.
 
-        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out.
+        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out, and
+        MaintenanceError if this process lacks descriptors. Then nothing is held: after a fault the checkpoint is read.
         """
-        if self._recovery is not None and self._config.executor.device != "cpu":
+        if self._recovery is None or self._config.executor.device == "cpu":
+            return
+        try:
             self._recovery.follow(told_memory(replies))
+        except PhalanxError:
+            raise
+        except OSError as error:
+            raise MaintenanceError(f"what ranks have cannot be held for those after them: {error}") from error
 
     # ---------------------------------------------------------------------------- another size
 
@@ -361,7 +376,7 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
         memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
         lines = stack.enter_context(Lines(config, checkpoint, quarters))
-        line, capacity = lines.start(on_progress, show=presence.show)
+        line, capacity = start_first_line(lines, on_progress, presence.show, config.executor.start_timeout_s)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
             memory.take(line.told)
