@@ -128,7 +128,7 @@ class LLM:
                 names = formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
                 self._weight_changing = frozenset(names)
             self._brain = Brain(
-                self.config,
+                formation.config,
                 formation,
                 num_blocks=capacity.num_blocks,
                 max_model_len=capacity.max_model_len,

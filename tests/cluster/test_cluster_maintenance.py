@@ -20,6 +20,7 @@ from phalanx.testing.checkpoints import write_checkpoint
 
 PROMPT = [(7 * i) % 250 for i in range(40)]
 NUM_TOKENS = 12
+MOVING = {"enable_eplb": True, "eplb_interval_steps": 2, "num_redundant_experts": 2}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -77,17 +78,25 @@ def test_memory_of_this_process_is_given_back(tmp_path: Path) -> None:
     [
         ("llama", {"pipeline_parallel_size": 2}),
         ("qwen3_moe", {"data_parallel_size": 2, "enable_expert_parallel": True}),
+        ("qwen3_moe", {"data_parallel_size": 2, "enable_expert_parallel": True, **MOVING}),
     ],
 )
 def test_layouts(tmp_path: Path, family: str, layout: dict[str, Any]) -> None:
     first, second = (write_checkpoint(tmp_path / str(seed), family, seed=seed) for seed in (0, 1))
     with warm_llm(str(first), device="cpu", kv_cache_memory=1 << 22, **layout) as llm:
         assert made(llm) == expected(first)
+        assert ("enable_eplb" in layout) == bool(num_moves(llm))
         llm.reload(str(second))
         assert made(llm) == expected(second)
         llm.sleep(2)
         llm.wake()
         assert made(llm) == expected(second)
+
+
+def num_moves(llm: LLM) -> int:
+    """Of layers whose experts have changed their places."""
+    balance = llm._brain.stats().balance
+    return 0 if balance is None else balance.num_moves
 
 
 def test_what_cannot_be_read_changes_nothing(old: Path, new: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ cache of a replica there, and has but the rest to compute.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +17,10 @@ from phalanx.engine.request import Request
 from phalanx.engine.scheduler import Scheduler
 from phalanx.protocol import SamplingParams
 
-ENOUGH_S = 0.5
-"""After a pass that took no longer, what has come meanwhile is computed when the ranks have taken over."""
+FEW_TOKENS = 2
+"""After a pass with no more for each request, what has come meanwhile is computed when the ranks have taken over. So it
+is after one with no fewer than the one before had: it goes no faster.
+"""
 
 MOST_PASSES = 8
 """Requests may make tokens faster than the others compute them."""
@@ -35,16 +36,23 @@ class Ahead:
         """`scheduler` is that of the ranks that are to take over, and has no requests."""
         self.scheduler = scheduler
         self._request_ids = itertools.count()
-        self._num_passes = 0
-        self._took_s = float("inf")
+        self._num_requests = 0
+        """Of the latest pass."""
+        self._computed: list[int] = []
+        """Tokens in each pass."""
 
     @property
     def is_enough(self) -> bool:
         """Whether another pass would make the pause no shorter."""
-        return self._took_s <= ENOUGH_S or self._num_passes == MOST_PASSES
+        if not self._computed:
+            return False
+        *before, latest = self._computed
+        is_no_shorter = bool(before) and latest >= before[-1]
+        return latest <= FEW_TOKENS * self._num_requests or is_no_shorter or len(self._computed) == MOST_PASSES
 
     def add(self, sequences: Sequence[NDArray[np.int32]]) -> None:
         """The tokens of requests, for the next pass."""
+        self._num_requests = len(sequences)
         for token_ids in sequences:
             request_id = next(self._request_ids)
             self.scheduler.add(
@@ -57,14 +65,15 @@ class Ahead:
                     sampling=_ONE_TOKEN,
                     seed=0,
                     end_token_ids=(),
+                    is_rehearsal=True,
                 )
             )
 
     def run(self, executor: StepExecutor) -> None:
         """Compute what is not computed yet. Blocks for as long as that takes; raises what the executor raises."""
-        began_at = time.monotonic()
+        num_computed = 0
         while (planned := self.scheduler.plan()) is not None:
+            num_computed += int(planned.num_tokens_R.sum())
             self.scheduler.commit(planned, executor.step(planned.step).result())
         assert not len(self.scheduler), "tokens are left that can never be computed"
-        self._num_passes += 1
-        self._took_s = time.monotonic() - began_at
+        self._computed.append(num_computed)

@@ -88,6 +88,10 @@ class Balancing:
     def begin(self, epoch: int) -> None:
         """There are new ranks: they have the experts where these are at first, and have counted nothing."""
         self._epoch = epoch
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The same ranks have other weights, in the same way."""
         self._layers: dict[str, _Layer] = {}
         self._steps_left = self._interval_steps
         self._measuring: Pending[list[ReplyBody]] | None = None

@@ -54,6 +54,12 @@ class BlockPool:
             del self._idle[block]
         self._num_holders_B[blocks] += 1
 
+    def take_tail(self, block: int) -> None:
+        """Take this one, which the prefix cache has found, to write to it. Nobody else has a tail."""
+        del self._idle[block]
+        self._cache.forget(block)
+        self._num_holders_B[block] = 1
+
     def release(self, blocks: Blocks) -> None:
         """One holder less for the blocks of one request."""
         self._num_holders_B[blocks] -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
+from phalanx.engine.pace import Pace
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Request, new_seed
 from phalanx.engine.scheduler import PlannedStep, Scheduler
@@ -29,6 +31,9 @@ from phalanx.protocol import (
     TokenBatch,
     as_ints,
 )
+
+EXPECTS_FOR_STEPS = 8
+"""After tokens of a request that is to move here were computed: it comes soon, and goes into the very next step."""
 
 T = TypeVar("T", covariant=True)
 
@@ -53,6 +58,7 @@ class _InFlight(NamedTuple):
     moving: Pending[object] | None
     """An exchange of experts before it, whose answers come first."""
     pending: Pending[tuple[StepResult, ...]]
+    sent_at: float
 
 
 class Brain:
@@ -79,6 +85,10 @@ class Brain:
         self._build(config, scheduler, num_blocks=num_blocks, max_model_len=max_model_len, balancing=balancing)
         self._in_flight: deque[_InFlight] = deque()
         self._suspects = Suspects()
+        self._pace = Pace()
+        self._committed_at = 0.0
+        self._expects_for = 0
+        """So many steps more."""
         self._ended: list[tuple[int, FinishReason]] = []
         """Not by a step, which would tell."""
         self._errors: list[tuple[int, str]] = []
@@ -96,6 +106,7 @@ class Brain:
         self._block_size = config.cache.block_size
         self._num_blocks = num_blocks
         self._depth = _depth(config)
+        self._is_pipelined = config.parallel.pipeline_parallel_size > 1
         self._scheduler = scheduler
 
     def scheduler_for(self, config: Config, epoch: int, *, num_blocks: int, max_model_len: int) -> Scheduler:
@@ -186,6 +197,12 @@ class Brain:
         assert self.is_between_steps
         self._scheduler.recompute()
 
+    def have_other_weights(self) -> None:
+        """Between steps: ranks have those of a checkpoint now, with experts that move where they are at first."""
+        assert self.is_between_steps
+        if self._balancing is not None:
+            self._balancing.begin_again()
+
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
         may_plan = not self._is_held and self._scheduler.has_admitted()
@@ -199,15 +216,17 @@ class Brain:
         on as if the steps under way had never been planned.
         """
         may_plan = not self._is_held
-        while may_plan and len(self._in_flight) < self._depth and (planned := self._scheduler.plan()) is not None:
+        while may_plan and len(self._in_flight) < self._depth_now and (planned := self._plan()) is not None:
             moving = None if self._balancing is None else self._balancing.before_step()
-            self._in_flight.append(_InFlight(planned, moving, self._executor.step(planned.step)))
+            sent_at = time.monotonic()
+            self._in_flight.append(_InFlight(planned, moving, self._executor.step(planned.step), sent_at))
         batch = TokenBatch(b"", b"")
         if self._in_flight:
             oldest = self._in_flight[0]
             if oldest.moving is not None:
                 oldest.moving.result()
             batch = self._commit(oldest.planned, oldest.pending.result())
+            self._note_pace(oldest)
             self._in_flight.popleft()
         else:
             assert self._is_held or not self._scheduler.has_admitted(), "requests are left that can never run"
@@ -274,6 +293,22 @@ class Brain:
         """What there is now, and counts since the start."""
         balance = None if self._balancing is None else self._balancing.stats
         return EngineStats(tuple(map(self._stats_of, self._scheduler.replicas)), balance)
+
+    @property
+    def _depth_now(self) -> int:
+        """Who is to move here pauses until a step has room for it, and so finds no other one planned before it."""
+        return 1 if self._expects_for and not self._is_pipelined else self._depth
+
+    def _plan(self) -> PlannedStep | None:
+        planned = self._scheduler.plan(self._pace.limits)
+        if planned is not None:
+            self._expects_for = EXPECTS_FOR_STEPS if planned.tokens.ahead else max(self._expects_for - 1, 0)
+        return planned
+
+    def _note_pace(self, step: _InFlight) -> None:
+        now = time.monotonic()
+        took_s, self._committed_at = now - max(step.sent_at, self._committed_at), now
+        self._pace.note(took_s, step.planned.tokens)
 
     def _commit(self, planned: PlannedStep, results: tuple[StepResult, ...]) -> TokenBatch:
         if not self._suspects:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from phalanx.engine.client import EngineClient
 from phalanx.engine.joining import Joining
 from phalanx.engine.members import Members
 from phalanx.engine.traffic import Traffic
-from phalanx.errors import NotNowError
-from phalanx.protocol import MaintenanceOrder, Reload
+from phalanx.errors import MaintenanceError, NotNowError, PhalanxError
+from phalanx.models.checkpoint import resolve
+from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload
 
 log = logging.getLogger("phalanx.engine")
+
+
+class _Before(NamedTuple):
+    """What an engine had before its weights were replaced."""
+
+    engine: EngineClient
+    model: str
+    version: int
 
 
 class FleetMaintenance:
@@ -24,6 +35,7 @@ class FleetMaintenance:
         self._joining = joining
         self._traffic = traffic
         self._task: asyncio.Task[None] | None = None
+        self._latest_version = FIRST_WEIGHTS_VERSION
 
     @property
     def is_under_way(self) -> bool:
@@ -32,8 +44,7 @@ class FleetMaintenance:
     async def carry_out(self, order: MaintenanceOrder) -> None:
         """As EngineClient.maintain. All sleep and wake at the same time; weights are replaced in one after the other.
 
-        If that fails in one of them, those before it have the new weights: `conditions` tells, and asking again brings
-        them into all.
+        If that fails in one of them, those before it get their old ones back.
         """
         self._members.living()
         if self._members.roster.resize is not None:
@@ -48,16 +59,50 @@ class FleetMaintenance:
         await asyncio.shield(self._task)
 
     async def _reload(self, order: Reload, engines: Mapping[int, EngineClient]) -> None:
-        version = 1 + max(engine.weights_version for engine in engines.values())
+        self._latest_version = version = self._next_version(engines)
+        replaced: dict[int, _Before] = {}
         for number, engine in engines.items():
             log.info("replica %d gets weights of version %d", number, version)
-            await engine.maintain(order, weights_version=version)
+            before = _Before(engine, engine.model, engine.weights_version)
+            try:
+                await engine.maintain(order, weights_version=version)
+            except PhalanxError as error:
+                await self._roll_back(order, replaced, error)
+                raise
+            replaced[number] = before
             self._traffic.forget(number)  # its cache is empty
         self._joining.use_weights(version, engine.model)
 
+    async def _roll_back(self, order: Reload, replaced: Mapping[int, _Before], error: PhalanxError) -> None:
+        """Bring their old weights back into those that have new ones. Raises MaintenanceError if that cannot be."""
+        left: list[str] = []
+        for number, before in replaced.items():
+            try:
+                path = await asyncio.to_thread(self._path_of, before.model)
+                if path == await asyncio.to_thread(self._path_of, before.engine.model):
+                    raise MaintenanceError("the new ones lie where the old ones were")
+                back = Reload(str(path), "now", order.timeout_s)
+                await before.engine.maintain(back, weights_version=before.version)
+            except PhalanxError as failure:
+                left.append(f"replica {number} ({failure})")
+            self._traffic.forget(number)
+        if left:
+            raise MaintenanceError(
+                f"{error}; the new weights stay in {', '.join(left)}: ask again, to have them in all"
+            ) from error
+
+    def _path_of(self, model: str) -> Path:
+        """Where an engine has read it. Raises CheckpointError."""
+        path = Path(model).expanduser()
+        return path if path.is_dir() else resolve(model, revision=self._joining.config.model.revision).path
+
+    def _next_version(self, engines: Mapping[int, EngineClient]) -> int:
+        """One that no weights have had, not even those that were taken back."""
+        return 1 + max(self._latest_version, *(engine.weights_version for engine in engines.values()))
+
     async def _all(self, order: MaintenanceOrder, engines: Mapping[int, EngineClient]) -> None:
         """Raises what the first one raises that fails, when all are done."""
-        version = 1 + max(engine.weights_version for engine in engines.values())
+        version = self._next_version(engines)
         work = [engine.maintain(order, weights_version=version) for engine in engines.values()]
         outcomes = await asyncio.gather(*work, return_exceptions=True)
         for number in engines:

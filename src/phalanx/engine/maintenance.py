@@ -18,7 +18,6 @@ from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.errors import (
     CheckpointError,
-    ConfigError,
     MaintenanceError,
     NotNowError,
     PhalanxError,
@@ -125,8 +124,8 @@ class Maintenance:
     def begin(self, order: MaintenanceOrder) -> None:
         """From now on `turn` carries it out. Changes nothing yet.
 
-        Raises NotNowError beside another one, or in the wrong state; ConfigError where it cannot be done, and
-        CheckpointError that names what differs, or is wrong.
+        Raises NotNowError beside another one, or in the wrong state, and CheckpointError that names what differs, or is
+        wrong.
         """
         if self._script is not None:
             raise NotNowError(f"the engine is {self._phase}: ask again when that is over")
@@ -196,7 +195,6 @@ class Maintenance:
     def _checkpoint_for(self, order: Reload) -> Checkpoint:
         if self._level:
             raise NotNowError(f"the engine is asleep (level {self._level}): wake it first")
-        self._check_experts_stay("reload")
         return self._find(order.model)
 
     def _checkpoint_after(self, order: Wake) -> Checkpoint:
@@ -210,14 +208,9 @@ class Maintenance:
         if not self._ranks.capacity.gives_back:
             raise NotNowError("these GPUs' driver cannot give memory back in pieces, so there is nothing to sleep for")
         if order.level == 2:
-            self._check_experts_stay("a sleep of level 2")
             if not self._ranks.has_weights_of_checkpoint:
                 raise NotNowError("a method has changed the weights, and the checkpoint does not have them: sleep at 1")
             self.checkpoint.fingerprint  # noqa: B018  (now, as long as its files are what the ranks have read)
-
-    def _check_experts_stay(self, what: str) -> None:
-        if self._config.parallel.enable_eplb:
-            raise ConfigError("enable_eplb", True, f"without it, {what} knows which experts a rank has")
 
     def _find(self, model: str | None) -> Checkpoint:
         """Raises CheckpointError if it cannot take the place of the one in use."""
@@ -354,6 +347,7 @@ class Maintenance:
         is_other = new.path != self.checkpoint.path
         has_new_weights = is_other or new.fingerprint != self.checkpoint.fingerprint or self._phase == "switching"
         self.checkpoint = new
+        self._brain.have_other_weights()
         self._outcome = Maintained(has_new_weights=has_new_weights, model=str(new.path) if is_other else None)
 
 

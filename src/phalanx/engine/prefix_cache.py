@@ -3,6 +3,9 @@
 As in vLLM's automatic prefix caching. A digest names a block's tokens and all tokens before them, so equal digests mean
 equal keys and values. Only full blocks have one. It is a cryptographic hash: nobody can make a prompt that is answered
 from the blocks of somebody else's.
+
+A block that is not full, a *tail*, has a digest only where it is the end of a rehearsal (protocol.Submit): whoever goes
+on after these tokens has it for himself and writes on in it.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class PrefixCache:
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self.is_cached_B: NDArray[np.bool_] = np.zeros(num_blocks, dtype=np.bool_)
         """By block: whether it has a digest."""
+        self._tails: set[int] = set()
 
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning of a sequence that is here."""
@@ -61,6 +65,21 @@ class PrefixCache:
         self._digest_of[block] = digest
         self.is_cached_B[block] = True
 
+    def insert_tail(self, parent: bytes, token_ids: NDArray[np.int32], block: int) -> None:
+        """Note that a block which is not full begins with these tokens, after those that `parent` is the digest of."""
+        digest = block_digest(parent, token_ids.tobytes())
+        if digest not in self._block_of:
+            self.insert(digest, block)
+            self._tails.add(block)
+
+    def find_tail(self, parent: bytes, token_ids: NDArray[np.int32]) -> tuple[int, int] | None:
+        """The tail that has the most of these tokens, fewer than a block has, from the first on; and how many."""
+        for num_tokens in range(len(token_ids) if self._tails else 0, 0, -1):
+            block = self._block_of.get(block_digest(parent, token_ids[:num_tokens].tobytes()))
+            if block is not None:
+                return block, num_tokens
+        return None
+
     def forget(self, block: int) -> None:
         """The block is about to be written anew."""
         digest = self._digest_of[block]
@@ -68,10 +87,12 @@ class PrefixCache:
         del self._block_of[digest]
         self._digest_of[block] = None
         self.is_cached_B[block] = False
+        self._tails.discard(block)
 
     def clear(self) -> None:
         """Forget what every block holds."""
         self._block_of.clear()
+        self._tails.clear()
         self._digest_of = [None] * len(self._digest_of)
         self.is_cached_B[:] = False
 

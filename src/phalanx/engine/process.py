@@ -353,7 +353,7 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
     capacity = formation.capacity
     make_brain = partial(
         Brain,
-        config,
+        formation.config,
         num_blocks=capacity.num_blocks,
         max_model_len=capacity.max_model_len,
         eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),

@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import BlockPool, Blocks
-from phalanx.engine.prefix_cache import PrefixCache, extend_digests
+from phalanx.engine.prefix_cache import ROOT, PrefixCache, extend_digests
 from phalanx.engine.request import Request
 from phalanx.protocol import Ints, NewRequest, ints
 
@@ -33,6 +34,27 @@ class Replica:
         num_full = (len(request.token_ids) - 1) // self._block_size
         extend_digests(request.digests, request.token_ids, self._block_size, num_full)
         return np.array(self.cache.find(request.digests[:num_full]), dtype=np.int32)
+
+    def take_tail(self, request: Request, num_full: int) -> tuple[Blocks, int]:
+        """The block after so many full ones that were found, if it holds the tokens after these; and how many.
+
+        Never all, as with `find_cached`.
+        """
+        first = num_full * self._block_size
+        rest = request.token_ids[first : first + self._block_size - 1]
+        found = self.cache.find_tail(request.digests[num_full - 1] if num_full else ROOT, rest)
+        if found is None:
+            return np.empty(0, dtype=np.int32), 0
+        block, num_tokens = found
+        self.pool.take_tail(block)
+        return np.array([block], dtype=np.int32), min(num_tokens, len(request.token_ids) - 1 - first)
+
+    def keep_tail(self, request: Request, token_ids: NDArray[np.int32], blocks: Blocks) -> None:
+        """Let who goes on after a request that ends find its last block, if that is not full."""
+        num_full, num_rest = divmod(len(token_ids), self._block_size)
+        if self._is_prefix_caching and num_rest:
+            parent = request.digests[num_full - 1] if num_full else ROOT
+            self.cache.insert_tail(parent, token_ids[num_full * self._block_size :], int(blocks[num_full]))
 
     def requeue(self, requests: Iterable[Request]) -> None:
         """Let requests wait again, among those that wait, in order of arrival."""

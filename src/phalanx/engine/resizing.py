@@ -107,9 +107,10 @@ class EngineResizing:
         if resize.state in ("preparing", "ready"):
             self._tell_progress()
         if resize.state == "ready":
-            resized = switch(self._formation, self._brain, self._ahead.scheduler if self._ahead is not None else None)
-            self._end(ResizeEnded(self._number, "done", ready=engine_ready(resized.config, resized.capacity)))
-        elif resize.state == "failed":
+            self._switch()
+            return
+        self._brain.go_on()  # it may have been undone while the last step was awaited
+        if resize.state == "failed":
             assert resize.error is not None
             reason = sendable(str(resize.error) or type(resize.error).__name__)
             ended = ResizeEnded(self._number, "failed" if self._has_begun else "refused", reason)
@@ -135,6 +136,15 @@ class EngineResizing:
             return None
         self._ahead.add(sequences)
         return partial(self._ahead.run, taken.line.executor)
+
+    def _switch(self) -> None:
+        """As soon as no step is under way: one that is dropped would be computed beside the new ranks' first one."""
+        self._brain.hold()
+        if not self._brain.is_between_steps:
+            return
+        resized = switch(self._formation, self._brain, self._ahead.scheduler if self._ahead is not None else None)
+        self._brain.go_on()
+        self._end(ResizeEnded(self._number, "done", ready=engine_ready(resized.config, resized.capacity)))
 
     def _tell_progress(self) -> None:
         if not self._has_begun:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import Blocks
 from phalanx.engine.logprobs import keep, merge
+from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.prefix_cache import ROOT, block_digest
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Request, Running, Slots
@@ -52,6 +53,7 @@ class PlannedStep:
     ends_R: Counts
     """Tokens of each sequence that are in the KV cache after the step."""
     samples_R: NDArray[np.bool_]
+    tokens: StepTokens
 
 
 class Totals:
@@ -246,28 +248,30 @@ class Scheduler:
     def _may_run(self, request_id: int) -> bool:
         return request_id == self._alone if self._alone is not None else request_id != self._aside
 
-    def plan(self) -> PlannedStep | None:
+    def plan(self, limits: AheadLimits | None = None) -> PlannedStep | None:
         """The next step, or None if there is nothing to compute before an earlier step is committed.
 
         In each replica first one token of every sequence that decodes, then the prompts that are under way, then
         requests that wait, in order of arrival, each with as much of its prompt as fits. When blocks run out, the last
-        to arrive gives way.
+        to arrive gives way. Rehearsals, which nobody waits for, have no more tokens than `limits` says.
         """
         decoding_R, growing_R, new_blocks_R = self._find_room_for_decoding()
 
         chunks: list[tuple[int, int]] = []
+        most_ahead = self._most_ahead(limits, is_beside=bool(len(decoding_R) or self._under_way))
         prefilling_R = self.running.prefilling()
         for replica, decoding, prefilling in zip(
             self.replicas, self.running.segments(decoding_R), self.running.segments(prefilling_R), strict=True
         ):
             if replica.waiting or prefilling.start < prefilling.stop:
                 budget = self._max_num_batched_tokens - (decoding.stop - decoding.start)
-                chunks += self._plan_prompts(replica, prefilling_R[prefilling].tolist(), budget)
+                chunks += self._plan_prompts(replica, prefilling_R[prefilling].tolist(), budget, most_ahead)
 
         slots_R, num_tokens_R = self._rows(decoding_R, chunks)
         if not len(slots_R):
             return None
-        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R)
+        tokens = self._tokens(len(decoding_R), chunks)
+        return self._planned(slots_R, num_tokens_R, growing_R, new_blocks_R, tokens)
 
     def commit(self, step: PlannedStep, results: Sequence[StepResult]) -> TokenBatch:
         """Take in what a step made; gives the tokens that may leave now and the requests that they end."""
@@ -327,20 +331,34 @@ class Scheduler:
             return decoding_R
         return self.running.longest_idle(decoding_R, self._num_micro_batches)
 
-    def _plan_prompts(self, replica: Replica, prefilling: list[int], budget: int) -> list[tuple[int, int]]:
-        """Slots and numbers of tokens, `budget` in all: of prompts that are under way, then of requests that wait."""
+    def _plan_prompts(
+        self, replica: Replica, prefilling: list[int], budget: int, most_ahead: int
+    ) -> list[tuple[int, int]]:
+        """Slots and numbers of tokens, `budget` in all and `most_ahead` of rehearsals: of prompts that are under way,
+        then of requests that wait.
+        """
         chunks: list[tuple[int, int]] = []
+        under_way = iter(prefilling)
         while budget:
-            if len(chunks) < len(prefilling):
-                slot = prefilling[len(chunks)]
-            elif replica.waiting and (admitted := self._admit_next(replica)) is not None:
-                slot = admitted
-            else:
+            slot = next(under_way, None)
+            if slot is None and replica.waiting:
+                slot = self._admit_next(replica)
+            if slot is None:
                 break
             num_tokens = min(self.running.num_missing(slot), budget)
-            chunks.append((slot, num_tokens))
-            budget -= num_tokens
+            if self.running.request(slot).is_rehearsal:
+                num_tokens = min(num_tokens, most_ahead)
+                most_ahead -= num_tokens
+            if num_tokens:
+                chunks.append((slot, num_tokens))
+                budget -= num_tokens
         return chunks
+
+    def _most_ahead(self, limits: AheadLimits | None, *, is_beside: bool) -> int:
+        """Tokens of rehearsals in the next step. Alone there are some, or none would ever be."""
+        if limits is None:
+            return self._max_num_batched_tokens
+        return limits.beside if is_beside else limits.alone
 
     def _admit_next(self, replica: Replica) -> int | None:
         """Give the request that has waited longest a slot and blocks for all its tokens; None if there is no room.
@@ -361,8 +379,9 @@ class Scheduler:
         if num_missing + pool.num_idle(found_B) + num_spare > pool.num_free:
             return None
         pool.share(found_B)
-        blocks_B = np.concatenate([found_B, pool.take(num_missing)])
-        num_computed = len(found_B) * self._block_size
+        tail_B, num_more = replica.take_tail(request, len(found_B))
+        blocks_B = np.concatenate([found_B, tail_B, pool.take(num_missing - len(tail_B))])
+        num_computed = len(found_B) * self._block_size + num_more
         if request.num_cached is None:
             request.num_cached = num_computed
         del replica.waiting[request.request_id]
@@ -419,7 +438,14 @@ class Scheduler:
         order = np.lexsort((num_tokens_R > 1, self.running.replica_S[slots_R]))
         return slots_R[order], num_tokens_R[order]
 
-    def _planned(self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, blocks_R: Blocks) -> PlannedStep:
+    def _tokens(self, num_decoding: int, chunks: list[tuple[int, int]]) -> StepTokens:
+        num_ahead = sum(num_tokens for slot, num_tokens in chunks if self.running.request(slot).is_rehearsal)
+        num_of_prompts = sum(num_tokens for _, num_tokens in chunks) - num_ahead
+        return StepTokens(num_decoding, num_of_prompts, num_ahead)
+
+    def _planned(
+        self, slots_R: Slots, num_tokens_R: Counts, growing_R: Slots, blocks_R: Blocks, tokens: StepTokens
+    ) -> PlannedStep:
         running = self.running
         # A pipeline's first stage is told the tokens that were sampled.
         told_R, tokens_R = running.next_sampled(slots_R) if self._is_pipelined else (slots_R[:0], blocks_R[:0])
@@ -450,7 +476,7 @@ class Scheduler:
             )
         )
         self._next_step += 1
-        planned = PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R)
+        planned = PlannedStep(Step(plans), slots_R, running.ticket_S[slots_R], num_tokens_R, ends_R, samples_R, tokens)
         self._under_way.append(planned)
         return planned
 
@@ -499,6 +525,13 @@ class Scheduler:
             self.totals.num_cached_tokens_P[request.replica] += request.num_cached or 0
         return tuple((request.request_id, request.num_cached or 0) for request in requests)
 
+    def _keep_tail(self, slot: int) -> None:
+        """Of a rehearsal, so that who comes after it has nothing of it to compute."""
+        running, request = self.running, self.running.request(slot)
+        if request.is_rehearsal and running.ticket_S[slot] >= self._first_cached_ticket:
+            computed = running.token_ids_SL[slot, : request.num_prompt]
+            self.replicas[request.replica].keep_tail(request, computed, running.block_ids_SB[slot])
+
     def _finish(
         self, slots_S: Slots, tokens_S: NDArray[np.int32], lengths_S: Counts
     ) -> tuple[tuple[int, FinishReason], ...]:
@@ -509,6 +542,7 @@ class Scheduler:
         is_full_S = lengths_S >= running.max_len_S[slots_S]
         finished = []
         for sample in (is_stop_S | is_full_S).nonzero()[0].tolist():
+            self._keep_tail(int(slots_S[sample]))
             request = self._vacate(int(slots_S[sample]))
             del self._requests[request.request_id]
             finished.append((request.request_id, FinishReason.STOP if is_stop_S[sample] else FinishReason.LENGTH))

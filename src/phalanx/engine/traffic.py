@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from phalanx.engine.members import Members
 from phalanx.engine.router import Router
@@ -23,6 +24,18 @@ class RoutedRequest:
         """The one that has it; none yet."""
         self.num_deaths = 0
         """Of replicas that had it."""
+        self._news = asyncio.Event()
+
+    def note_token(self) -> None:
+        """Its client gets some, or its end."""
+        self._news.set()
+
+    async def until_token(self, timeout_s: float) -> None:
+        """Wait for its next one, for so long at most."""
+        self._news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
 
 
 class Traffic:
@@ -62,6 +75,7 @@ class Traffic:
                             return
         finally:
             self.requests.remove(request)
+            request.note_token()
 
     def move_from(self, number: int) -> None:
         """Let others have the requests of one that is being started again, as long as there are any that serve.
@@ -83,6 +97,7 @@ class Traffic:
         try:
             async with aclosing(self._members.engines[request.replica].follow(request.stream)) as deltas:
                 async for delta in deltas:
+                    request.note_token()
                     yield delta
         except EngineDeadError:
             request.num_deaths += 1

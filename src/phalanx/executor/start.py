@@ -149,10 +149,14 @@ def settle(config: Config, checkpoint: Checkpoint) -> Config:
     if launcher == "auto":
         launcher = "inline" if config.parallel.world_size == 1 else "local"
     device = config.executor.device if launcher == "ray" else pick_device(config)  # Ray knows the nodes' devices
+    # One that computes a step while it is given to it has nobody to plan the next one for meanwhile.
+    is_alone = launcher == "inline" and device == "cpu"
+    runs_ahead = config.scheduler.async_scheduling and not is_alone
     settled = msgspec.structs.replace(
         config,
         model=msgspec.structs.replace(config.model, dtype=dtype),
         executor=msgspec.structs.replace(config.executor, device=device, launcher=launcher),
+        scheduler=msgspec.structs.replace(config.scheduler, async_scheduling=runs_ahead),
     )
     settled.check()
     if config.model.dequantise_weights and device != "cpu" and not checkpoint.has_experts_in_four_bits:

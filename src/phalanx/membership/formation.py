@@ -118,6 +118,11 @@ class Formation:
         self._called: set[str] = set()
         """Methods of ranks, which may have left something in them."""
 
+    @property
+    def config(self) -> Config:
+        """Settled: of the line that computes."""
+        return self._config
+
     # ---------------------------------------------------------------------------- as an executor
 
     @property

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from phalanx.config import Config, HealingConfig
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
     from phalanx.executor.ray.quarters import Quarters
 
 END_DEADLINE_S = 30.0
+HANDED_OVER_S = 0.5
+"""Ranks that others of another size have followed are ended after so long: to free their memory takes processor time,
+which those others want for their first steps.
+"""
 HEALTH_S = 2.0
 """For the answer of a line that has just been made ready."""
 
@@ -49,7 +52,7 @@ class Recovery:
         self._presence = presence
         self._may_reload = True
         self._rests_standby = False
-        self._is_closing = False
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._retired_epoch = 0
         self._retiring: list[threading.Thread] = []
@@ -163,9 +166,9 @@ class Recovery:
         self._presence.resize(config)
         self._presence.show(after.executor.watched, after.epoch)
         if self._standby is not None:
-            self._standby.discard(self._end)
+            self._standby.discard(self._end_later)
+        self._end_later(before, quarters_before)
         memory_before.close()
-        self._end(before, quarters_before)
         self._renew_standby()
 
     def avoid(self, nodes: tuple[str, ...]) -> None:
@@ -192,7 +195,7 @@ class Recovery:
 
     def interrupt(self) -> None:
         """Nothing is to come any more: what is being healed is not."""
-        self._is_closing = True
+        self._closing.set()
         if self._standby is not None:
             self._standby.close()
         if self._thread is not None and self._thread.is_alive():
@@ -207,7 +210,7 @@ class Recovery:
         self._memory.close()
 
     def _next(self, climb: Climb) -> Attempt | None:
-        if self._is_closing:
+        if self._closing.is_set():
             raise EngineDeadError("the ranks can run no more: their formation was closed")
         weights_are_there = self._may_reload or self._memory.holds_weights
         holds_memory = self._memory.is_whole and weights_are_there
@@ -278,22 +281,23 @@ class Recovery:
         self._retired_epoch = line.epoch
         self._do_in_background(line.executor.close)
 
-    def _end(self, line: Line, quarters: Quarters | None = None) -> None:
+    def _end_later(self, line: Line, quarters: Quarters | None = None) -> None:
         """Kill its processes and let go of what it used, and of `quarters`, in the background: nobody waits for it."""
-        self._do_in_background(partial(_end_all, line, quarters))
+
+        def work() -> None:
+            self._closing.wait(HANDED_OVER_S)
+            with ExitStack() as stack:
+                if quarters is not None:
+                    stack.callback(quarters.close)
+                end(line)
+
+        self._do_in_background(work)
 
     def _do_in_background(self, work: Callable[[], None]) -> None:
         self._retiring = [thread for thread in self._retiring if thread.is_alive()]
         thread = threading.Thread(target=work, name="phalanx-retiring", daemon=True)
         self._retiring.append(thread)
         thread.start()
-
-
-def _end_all(line: Line, quarters: Quarters | None) -> None:
-    with ExitStack() as stack:
-        if quarters is not None:
-            stack.callback(quarters.close)
-        end(line)
 
 
 def _say_nothing(progress: StartProgress) -> None:

@@ -21,7 +21,6 @@ import msgspec
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DeadlineError, PhalanxError, PlacementError
 from phalanx.executor.executor import Executor
-from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity, settle
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
@@ -30,7 +29,7 @@ from phalanx.membership.resize import Resize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory, no_places, shares_devices
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import Ping, ReplyBody, StartProgress
+from phalanx.protocol import StartProgress
 
 if TYPE_CHECKING:
     from phalanx.executor.ray.quarters import Quarters
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
 END_DEADLINE_S = 30.0
 ANSWER_S = 2.0
 """For a sign of life of a line that has just been made ready."""
+LAST_LOOK_S = 0.02
+"""A line that has nothing more to do than that is waited for so long: whatever those that serve make meanwhile, it has
+to compute when it takes over."""
 
 RESIZE_HOOK = "reinitialize_distributed"
 """What a worker extension may declare, to be called on the ranks of a line of another size."""
@@ -85,6 +87,7 @@ class Preparation:
         self._started: NextLine | None = None
         self._awaits_work = threading.Event()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._has_all_work = False
         self._prepared: Future[NextLine] = Future()
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="phalanx-resizing", daemon=True)
         self._ending: threading.Thread | None = None
@@ -94,12 +97,14 @@ class Preparation:
         """Ask for the next work, if the line could do some."""
         if self._awaits_work.is_set() and self._started is not None:
             self._awaits_work.clear()
-            self._work.put(next_work(self._started))
+            work = next_work(self._started)
+            self._has_all_work = work is None
+            self._work.put(work)
 
     def is_over(self, timeout_s: float) -> bool:
         """Whether it has come to its end, by then: the line may take over, or there is none."""
         with suppress(TimeoutError):
-            self._prepared.exception(timeout_s)
+            self._prepared.exception(max(timeout_s, LAST_LOOK_S) if self._has_all_work else timeout_s)
             return True
         return False
 
@@ -132,6 +137,7 @@ class Preparation:
                 undo.callback(self._started.close)
                 while (work := self._next_work()) is not None:
                     work()
+                self._started.line.executor.check_health(ANSWER_S)
                 undo.pop_all()
             self._prepared.set_result(self._started)
         except BaseException as error:  # whatever it is, who waits has to be told
@@ -165,7 +171,6 @@ class Resizer:
         self._resizing = Resizing(Size(parallel.data_parallel_size, parallel.tensor_parallel_size))
         self._preparation: Preparation | None = None
         self._next_work: NextWork = nothing_to_do
-        self._answer: Pending[list[ReplyBody]] | None = None
 
     @property
     def progress(self) -> StartProgress | None:
@@ -184,7 +189,7 @@ class Resizer:
             check_devices(config, self._resizing.size)
         resize = self._resizing.begin(asked)
         log.info("resize %s: ranks are prepared beside those that serve", resize)
-        self._answer, self._next_work = None, next_work
+        self._next_work = next_work
         self._preparation = Preparation(partial(self._prepare, config, resize, tuple(pids)))
         return resize
 
@@ -201,7 +206,7 @@ class Resizer:
             self._resizing.has_room()
         preparation.go_on(self._next_work)
         if preparation.is_over(timeout_s):
-            self._ask_for_a_sign_of_life(preparation)
+            self._take_note_of(preparation)
 
     def cancel(self) -> bool:
         """Undo it. False if it is too late, or none is under way."""
@@ -287,20 +292,18 @@ class Resizer:
         except PlacementError as error:
             raise no_places(config, before, error) from error
 
-    def _ask_for_a_sign_of_life(self, preparation: Preparation) -> None:
-        """Ranks of a line that is ready may die like any others. Waits for nobody."""
+    def _take_note_of(self, preparation: Preparation) -> None:
+        """Of what has come of it."""
         try:
-            executor = preparation.result().line.executor
-            self._answer = self._answer or executor.submit(Ping(), deadline_s=ANSWER_S)
-            if self._answer.done():
-                self._resizing.prepared()
+            preparation.result()
+            self._resizing.prepared()
         except Exception as error:  # whatever it is, the line that serves goes on, and who waits has to be told
             self._resizing.failed(error)
             self._discard()
 
     def _forget(self) -> None:
         """The line that was prepared is somebody else's, or ended: its memory goes with it."""
-        self._preparation = self._answer = None
+        self._preparation = None
 
     def _discard(self) -> None:
         assert self._preparation is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from phalanx.models.precision import kept_dtype
 from phalanx.models.rank_weights import RankPart, RankWeights, tie
 from phalanx.models.shards import EXPERTS, ROWS, Sharding
 from phalanx.models.short_paths import install_short_paths
-from phalanx.models.weights import WeightReader, find_sources
+from phalanx.models.weights import Source, WeightReader, find_sources
 from phalanx.moe import four_bits
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.moe.expert_groups import install_groups
@@ -165,32 +166,38 @@ def import_definition(checkpoint: str) -> None:
     found.hf_config  # noqa: B018  (its class is in a module too)
 
 
+class WeightMemory(NamedTuple):
+    """Where a rank's weights lie."""
+
+    allocate: Allocate
+    """Gives memory for a tensor: `allocate(name, shape, dtype)`."""
+    release: Release | None = None
+    """Gives back that of some. With it, weights are packed where that is possible, and not kept plain as well."""
+    filled: Mapping[str, int] = MappingProxyType({})
+    """The sizes in bytes of what `allocate` gives with its weights in it: that is not read."""
+    shares_packed: bool = False
+    """Whether packed weights come from `allocate` too, so that they can be found there like this."""
+    expect: Callable[[int], None] = lambda num_bytes: None
+    """Told before, once, about how much will be allocated."""
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
     device: torch.device,
     group: Group,
-    allocate: Allocate,
+    memory: WeightMemory,
     on_progress: OnProgress,
     layers: Span | None = None,
-    release: Release | None = None,
     experts: tuple[ExpertShare, Dispatcher] | None = None,
     dequantise: bool = True,
-    filled: Mapping[str, int] | None = None,
-    shares_packed: bool = False,
-    expect: Callable[[int], None] = lambda num_bytes: None,
 ) -> CausalLM:
-    """Build this rank's shard and read its weights into memory from `allocate(name, shape, dtype)`.
+    """Build this rank's shard and read its weights.
 
-    What `allocate` gives for names in `filled`, which has their sizes in bytes, has its weights already, and they are
-    not read. With `shares_packed` packed weights come from `allocate` too, so that they can be found there like this.
-    `expect` is told before, once, about how much will be allocated.
-
-    `layers` are those of this rank's stage (all by default), which `group` shares. With `release`, weights are packed
-    where that is possible, and the memory of those that are then not needed is given back through it. With
-    `experts` this rank has whole ones, and tokens get to those of other ranks through the dispatcher. Without
-    `dequantise` experts that the checkpoint has in 4 bits stay so where they can: on a GPU, with Triton.
+    `layers` are those of this rank's stage (all by default), which `group` shares. With `experts` this rank has whole
+    ones, and tokens get to those of other ranks through the dispatcher. Without `dequantise` experts that the
+    checkpoint has in 4 bits stay so where they can: on a GPU, with Triton.
 
     Blocks for as long as reading takes; `on_progress(bytes_done, bytes_total)` counts this rank's bytes. Issues no
     collective.
@@ -198,33 +205,20 @@ def load_model(
     Raises CheckpointError if tensors are missing or of the wrong shape, ConfigError naming `tensor_parallel_size` if
     the model cannot be shared out over that many ranks, UnsupportedModelError for a layout that is not known.
     """
-    filled = filled or {}
     definition = build(checkpoint, dtype)
     share, dispatcher = experts or (None, None)
     sharding = Sharding(definition, group.rank, group.size, share)
     sources = find_sources(definition, checkpoint.tensors, _parameters(definition))
     layers = layers or Span(0, checkpoint.num_layers)
     keep_stage(definition, layers)
-    shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
     with WeightReader(checkpoint.tensors) as reader:
-        tied: Sequence[str] = ()
-        if definition.config.tie_word_embeddings:
-            tied = tie(sharding, shards, sources, reader, filled)
-        if missing := [name for name in shards if name not in sources]:
-            some = ", ".join(missing[:4])
-            raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
-        dtypes = {
-            name: kept_dtype(definition, name, checkpoint.tensors[sources[name][0].key].dtype, dtype) for name in shards
-        }
-        in_four_bits = {} if dequantise else plan_four_bits(shards, sources, checkpoint.tensors)
-        if in_four_bits and not four_bits.can_multiply(device):
-            log_dequantised("there is no Triton here, which computes them")
-            in_four_bits = {}
-        part = RankPart(shards, sources, dtypes, in_four_bits, tied)
-        expect(part.num_bytes)
-        weights = part.read(reader, allocate, on_progress, filled)
-    shared_experts = _install(definition, weights, in_four_bits, sharding, group, device, dispatcher)
-    full_shapes = {name: shard.full_shape for name, shard in shards.items()}
+        part = _plan_part(definition, checkpoint, sharding, sources, reader, memory.filled)
+        if not dequantise:
+            part = part._replace(in_four_bits=_plan_four_bits(part, checkpoint, device))
+        memory.expect(part.num_bytes)
+        weights = part.read(reader, memory.allocate, on_progress, memory.filled)
+    shared_experts = _install(definition, weights, part.in_four_bits, sharding, group, device, dispatcher)
+    full_shapes = {name: shard.full_shape for name, shard in part.shards.items()}
     install_norms_of_all_heads(definition, full_shapes, sharding, group)
     if device.type == "cpu":
         install_short_paths(definition)
@@ -233,20 +227,51 @@ def load_model(
         head_name = sharding.head_name if sharding.head_name in weights else sharding.embedding_name
         head = VocabParallelHead(head_name.removesuffix(".weight"), weights[head_name], checkpoint.vocab_size, group)
     packing = None
-    if release is not None and can_pack(dtype, device):
-        memory = PackedMemory(allocate, filled) if shares_packed else None
-        packing = _pack(definition, head, release, memory, kept=sharding.embedding_name)
+    if memory.release is not None and can_pack(dtype, device):
+        packing = _pack(definition, head, memory, kept=sharding.embedding_name)
     return CausalLM(
         definition,
         head,
         is_first=layers.start == 0,
-        weights=RankWeights(part, weights, packing),
+        weights=RankWeights(part, weights, packing, shared_experts.values()),
         device=device,
         packing=packing,
         dispatcher=dispatcher,
         experts=shared_experts,
-        in_four_bits=in_four_bits,
+        in_four_bits=part.in_four_bits,
     )
+
+
+def _plan_part(
+    definition: Any,
+    checkpoint: Checkpoint,
+    sharding: Sharding,
+    sources: dict[str, list[Source]],
+    reader: WeightReader,
+    filled: Mapping[str, int],
+) -> RankPart:
+    """What this rank takes of the checkpoint, nothing of it in 4 bits. Raises CheckpointError."""
+    shards = {name: sharding.shard(name, parameter) for name, parameter in _parameters(definition).items()}
+    tied: Sequence[str] = ()
+    if definition.config.tie_word_embeddings:
+        tied = tie(sharding, shards, sources, reader, filled)
+    if missing := [name for name in shards if name not in sources]:
+        some = ", ".join(missing[:4])
+        raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} of the model's tensors: {some}")
+    dtypes = {
+        name: kept_dtype(definition, name, checkpoint.tensors[sources[name][0].key].dtype, definition.dtype)
+        for name in shards
+    }
+    return RankPart(shards, sources, dtypes, {}, tied)
+
+
+def _plan_four_bits(part: RankPart, checkpoint: Checkpoint, device: torch.device) -> dict[str, Form]:
+    """Which of its weights stay in 4 bits, and how."""
+    in_four_bits = plan_four_bits(part.shards, part.sources, checkpoint.tensors)
+    if in_four_bits and not four_bits.can_multiply(device):
+        log_dequantised("there is no Triton here, which computes them")
+        return {}
+    return in_four_bits
 
 
 def _parameters(definition: Any) -> dict[str, Tensor]:
@@ -262,7 +287,7 @@ def _parameters(definition: Any) -> dict[str, Tensor]:
 def _install(
     definition: Any,
     weights: dict[str, Tensor],
-    in_four_bits: dict[str, Form],
+    in_four_bits: Mapping[str, Form],
     sharding: Sharding,
     group: Group,
     device: torch.device,
@@ -307,7 +332,7 @@ def _install(
     return shared
 
 
-def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits: dict[str, Form]) -> set[str]:
+def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits: Mapping[str, Form]) -> set[str]:
     """Returns the modules that have such weights."""
     kinds: dict[Form, FourBitWeight] = {}
     for name, form in in_four_bits.items():
@@ -318,9 +343,7 @@ def _install_four_bits(definition: Any, weights: dict[str, Tensor], in_four_bits
     return {name.rpartition(".")[0] for name in in_four_bits}
 
 
-def _pack(
-    definition: Any, head: VocabParallelHead | None, release: Release, memory: PackedMemory | None, *, kept: str
-) -> Packing:
+def _pack(definition: Any, head: VocabParallelHead | None, memory: WeightMemory, *, kept: str) -> Packing:
     products: list[Packable] = []
     for module in definition.modules():
         if isinstance(product := getattr(module, "product", None), Product):
@@ -330,8 +353,10 @@ def _pack(
             experts.compile()
     if head is not None:
         products.append(head.product)
-    packing = Packing(products, release, kept=kept, memory=memory)
-    if memory is not None and memory.is_filled:
+    assert memory.release is not None
+    shared = PackedMemory(memory.allocate, memory.filled) if memory.shares_packed else None
+    packing = Packing(products, memory.release, kept=kept, memory=shared)
+    if shared is not None and shared.is_filled:
         packing.prepare()
     else:
         packing.pack()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from phalanx.models.packed import Packing, Release
 from phalanx.models.shards import Shard, Sharding
 from phalanx.models.weights import Source, WeightReader
 from phalanx.moe.four_bits import FourBitWeight
+from phalanx.moe.shared_experts import SharedExperts
 
 OnProgress = Callable[[int, int], None]
 
@@ -73,11 +74,18 @@ class RankPart(NamedTuple):
 class RankWeights:
     """The weights that a rank's model computes with. For the use of one thread, but for `read`."""
 
-    def __init__(self, part: RankPart, tensors: Mapping[str, Tensor], packing: Packing | None) -> None:
-        """`tensors` are the model's own."""
+    def __init__(
+        self,
+        part: RankPart,
+        tensors: Mapping[str, Tensor],
+        packing: Packing | None,
+        experts: Iterable[SharedExperts] = (),
+    ) -> None:
+        """`tensors` are the model's own; `experts` those of them that may have moved since they were read."""
         self._part = part
         self._tensors = tensors
         self._packing = packing
+        self._experts = tuple(experts)
 
     @property
     def names(self) -> Sequence[str]:
@@ -122,6 +130,8 @@ class RankWeights:
             tensor = fresh.pop(name)
             if tensor is not self._tensors[name]:
                 self._tensors[name].copy_(tensor)
+        for experts in self._experts:
+            experts.begin()
         if self._packing is not None:
             self._packing.pack()
 

@@ -33,17 +33,24 @@ class SharedExperts:
         `products` are what it computes by, on a CPU.
         """
         self.module = module
-        num_experts: int = module.num_experts
-        device = next(module.parameters()).device
+        self._num_experts: int = module.num_experts
+        self._num_redundant = num_redundant
+        self._device = next(module.parameters()).device
         linears = products.linears if products is not None else {}
         self._weights: list[ExpertWeights] = [  # in the same order on every rank
             linears.get(name) or PlainWeights(parameter.data) for name, parameter in module.named_parameters()
         ]
         self._mine = mine
-        self._copies = Copies(first_placement(num_experts, num_redundant), num_experts, device)
-        self._before_move = [0] * num_experts
         self._dispatcher = dispatcher
         self.load = share_out(module, mine, dispatcher, self._choose)
+        self.begin()
+
+    def begin(self) -> None:
+        """The weights are those of a checkpoint, with every expert where it is at first; nothing was counted."""
+        placement = first_placement(self._num_experts, self._num_redundant)
+        self._copies = Copies(placement, self._num_experts, self._device)
+        self._before_move = [0] * self._num_experts
+        self.load.reset()
         self.num_moves = 0
 
     @property

@@ -110,7 +110,6 @@ class SimulatedWorker:
         slot, token_ids = request.slot, as_ints(request.token_ids).tolist()
         assert slot not in self._requests, f"slot {slot} is given twice"
         assert request.num_computed < len(token_ids), "the last token's logits are wanted"
-        assert is_first or request.num_computed % self.block_size == 0, "a shared block would be written"
         assert 0 < request.num_prompt <= len(token_ids)
         self._requests[slot] = request
         self._hashes_SL[slot, : len(token_ids)] = token_hashes(token_ids)
@@ -120,6 +119,10 @@ class SimulatedWorker:
         self._num_blocks_S[slot] = 0
         for block in as_ints(request.blocks).tolist():
             self._append_block(slot, block)
+        place, num_in_block = divmod(request.num_computed, self.block_size)
+        if num_in_block and not is_first:
+            block = self._block_ids_SB[slot, place]
+            assert self._num_holders_B[block] == 1, "a shared block would be written"
 
     def _append_block(self, slot: int, block: int) -> None:
         assert slot in self._requests, f"a block for slot {slot}, which is free"

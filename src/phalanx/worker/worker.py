@@ -21,7 +21,7 @@ from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.errors import DeviceRefusedError
 from phalanx.memory.held import encode_held
-from phalanx.models.model import CausalLM, load_model
+from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
     AllocateCache,
@@ -139,15 +139,17 @@ class Worker:
             dtype=getattr(torch, config.model.dtype),
             device=self._device,
             group=self._stage.shared,
-            allocate=self._arena.allocate,
+            memory=WeightMemory(
+                self._arena.allocate,
+                release=self._arena.release if config.model.pack_weights else None,
+                filled={name: region.size_bytes for name, region in self._arena.held.items()},
+                shares_packed=self.spec.keeps_memory and not grid.moves_experts,
+                expect=self._arena.begin_part,
+            ),
             on_progress=lambda done, total: self._enter("loading", done, total),
             layers=grid.stage_layers(self._checkpoint.num_layers, grid.coordinates(self.spec.rank).stage),
-            release=self._arena.release if config.model.pack_weights else None,
             experts=self._experts(grid),
             dequantise=config.model.dequantise_weights or self._device.type == "cpu",
-            filled={name: region.size_bytes for name, region in self._arena.held.items()},
-            shares_packed=self.spec.keeps_memory and not grid.moves_experts,
-            expect=self._arena.begin_part,
         )
         noted = [group for group in self._groups.values() if isinstance(group, JournaledGroup)]
         self._preparation = Preparation(self.spec, self._device, self._model, noted, self._enter)

@@ -12,7 +12,7 @@ from engine_mortal_executor import MortalExecutor
 from phalanx.config import Config
 from phalanx.engine.ahead import Ahead
 from phalanx.engine.brain import Brain
-from phalanx.engine.prefix_cache import extend_digests
+from phalanx.engine.prefix_cache import ROOT, block_digest, extend_digests
 from phalanx.errors import PeerDiedError
 from phalanx.protocol import (
     FIRST_EPOCH,
@@ -209,17 +209,26 @@ class Rig:
 
     def check_cache(self) -> None:
         """Every block that can be found holds what its digest claims."""
-        claims: dict[bytes, int] = {}
+        has_tails = any(replica.cache._tails for replica in self.brain._scheduler.replicas)
+        claims: dict[bytes, tuple[int, int]] = {}
+        """By digest: the last token's place in the block, and what is to be there."""
         for client in self.clients.values():
             tokens = client.prompt + client.output
             digests: list[bytes] = []
             num_full = len(tokens) // self.block_size
             extend_digests(digests, np.array(tokens, dtype=np.int32), self.block_size, num_full)
-            hashes = token_hashes(tokens)[self.block_size - 1 :: self.block_size]
-            claims.update(zip(digests, hashes, strict=True))
+            hashes = token_hashes(tokens)
+            full = zip(digests, hashes[self.block_size - 1 :: self.block_size], strict=True)
+            claims.update((digest, (-1, value)) for digest, value in full)
+            for end in range(1, len(tokens) + 1) if has_tails else ():
+                num_before, place = divmod(end - 1, self.block_size)
+                content = np.array(tokens[end - 1 - place : end], dtype=np.int32).tobytes()
+                parent = digests[num_before - 1] if num_before else ROOT
+                claims[block_digest(parent, content)] = place, hashes[end - 1]
         for replica, worker in enumerate(self.workers):
             for digest, block in self.brain._scheduler.replicas[replica].cache.entries().items():
-                assert worker.cells_BO[block, -1] == claims[digest], f"block {block} holds something else"
+                place, value = claims[digest]
+                assert worker.cells_BO[block, place] == value, f"block {block} holds something else"
                 is_clean = (replica, block) in self._clean_blocks
                 assert is_clean, f"block {block} of replica {replica} holds what is from before the reset"
 
@@ -237,7 +246,7 @@ class Rig:
             if self._carried.pop((replica, new.slot), None) == as_ints(new.token_ids).tolist():
                 self._clean_blocks.difference_update(blocks)
                 continue
-            found = set(blocks[: new.num_computed // self.block_size])
+            found = set(blocks[: -(-new.num_computed // self.block_size)])
             assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
             self._unclean_slots.discard((replica, new.slot))
             self._clean_blocks.update(blocks)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 from engine_brain_rig import Rig
 
-from phalanx.engine.ahead import MOST_PASSES, Ahead
+from phalanx.engine.ahead import FEW_TOKENS, MOST_PASSES, Ahead
 from phalanx.protocol import NewRequest, as_ints
+from phalanx.testing.simulated_worker import SimulatedExecutor
 
 BLOCK_SIZE = 4
 
@@ -34,14 +38,18 @@ def test_only_the_rest_is_computed_after_the_switch(num_replicas: int) -> None:
     news = brought(rig)
     assert len(news) == 4
     for new in news:
-        assert len(as_ints(new.token_ids)) - new.num_computed <= BLOCK_SIZE
+        num_tokens = len(as_ints(new.token_ids))
+        is_full = num_tokens % BLOCK_SIZE == 0  # then the block is others' as well
+        assert num_tokens - new.num_computed == (BLOCK_SIZE if is_full else 1), "also of a block that is not full"
     rig.finish()
 
 
 def test_what_has_come_meanwhile_takes_another_pass() -> None:
     rig = running(4, num_tokens=30)
     rig.resize(data_parallel_size=2, num_passes=2, meanwhile=rig.step)
-    assert all(len(as_ints(new.token_ids)) - new.num_computed <= BLOCK_SIZE + 1 for new in brought(rig))
+    for new in brought(rig):
+        num_tokens = len(as_ints(new.token_ids))
+        assert num_tokens - new.num_computed <= 2 or num_tokens % BLOCK_SIZE == 0
     rig.finish()
 
 
@@ -67,18 +75,23 @@ def test_a_cache_that_is_too_small_for_all() -> None:
     rig.finish()
 
 
-def test_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if requests make tokens faster than they can be computed."""
-    monkeypatch.setattr("phalanx.engine.ahead.ENOUGH_S", -1.0)
+def test_it_ends() -> None:
+    """When little has come meanwhile, or no less than before; and also if there is always a little less."""
     rig = running(1, num_tokens=10)
     sizes = {"num_blocks": rig.num_blocks, "max_model_len": rig.max_model_len}
-    ahead = Ahead(rig.brain.scheduler_for(rig.config, 2, **sizes))
-    num_passes = 0
-    while not ahead.is_enough:
-        ahead.run(rig.executor)
-        num_passes += 1
-    assert num_passes == MOST_PASSES
-    monkeypatch.setattr("phalanx.engine.ahead.ENOUGH_S", 1000.0)
-    once = Ahead(rig.brain.scheduler_for(rig.config, 2, **sizes))
-    once.run(rig.executor)
-    assert once.is_enough
+
+    def num_passes(growth: Callable[[int], int]) -> int:
+        """When each pass finds so many tokens more, of two requests."""
+        executor = SimulatedExecutor(*rig._make_workers())
+        ahead = Ahead(rig.brain.scheduler_for(rig.config, rig.epoch, **sizes))
+        count, num_tokens = 0, 40
+        while not ahead.is_enough:
+            ahead.add([100 * request + np.arange(num_tokens, dtype=np.int32) for request in range(2)])
+            ahead.run(executor)
+            count += 1
+            num_tokens += growth(count)
+        return count
+
+    assert num_passes(lambda count: FEW_TOKENS) == 2
+    assert num_passes(lambda count: 12) == 3, "the third had as many as the second"
+    assert num_passes(lambda count: 12 - count) == MOST_PASSES

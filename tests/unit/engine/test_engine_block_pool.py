@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from phalanx.engine.block_pool import BlockPool, Blocks
-from phalanx.engine.prefix_cache import PrefixCache
+from phalanx.engine.prefix_cache import ROOT, PrefixCache
 
 NUM_BLOCKS = 6
 
@@ -26,6 +26,20 @@ def test_empty_blocks_are_taken_before_idle_ones() -> None:
     assert cache.find([b"a"]) == [0]
     assert pool.take(1).tolist() == [0]
     assert cache.find([b"a"]) == [], "it is about to be overwritten"
+
+
+def test_who_takes_a_tail_has_it_for_himself() -> None:
+    cache = PrefixCache(3)
+    pool = BlockPool(3, cache)
+    (tail,) = pool.take(1)
+    cache.insert_tail(ROOT, np.array([4], dtype=np.int32), int(tail))
+    pool.release(blocks(tail))
+    assert pool.num_free == 3
+    pool.take_tail(int(tail))
+    assert pool.num_free == 2
+    assert cache.find_tail(ROOT, np.array([4], dtype=np.int32)) is None
+    pool.release(blocks(tail))
+    assert pool.take(3).tolist() == [0, 1, 2]
 
 
 def test_the_end_of_the_sequence_that_was_idle_longest_is_evicted_first() -> None:

@@ -7,7 +7,7 @@ import pytest
 from engine_brain_rig import EOS, Rig
 
 from phalanx.config import Config
-from phalanx.engine.brain import Brain
+from phalanx.engine.brain import EXPECTS_FOR_STEPS, Brain
 from phalanx.errors import RequestError, WorkerError
 from phalanx.protocol import NO_TOKEN, FinishReason, SamplingParams, Step, StepPlan, StepResult, Submit, as_ints, ints
 
@@ -53,6 +53,27 @@ def test_the_next_plan_is_sent_before_the_outcome_is_awaited(async_scheduling: b
     assert batches[-1] is not None
     assert batches[0].cached == ((5, 0),)
     assert batches[-1].finished == ((5, FinishReason.LENGTH),)
+
+
+def test_who_is_to_move_here_finds_no_other_step_planned() -> None:
+    executor = Unanswered()
+    brain = brain_over(executor, async_scheduling=True)
+    brain.submit(Submit(5, ints([1, 2, 3]), SamplingParams(max_tokens=28)))
+    brain.step()
+    assert len(executor.under_way) == 1
+    brain.submit(Submit(6, ints([4] * 9), SamplingParams(max_tokens=1), is_rehearsal=True))
+    under_way: list[int] = []
+    is_over = False
+    while not is_over:
+        batch = brain.step()
+        is_over = batch is not None and any(request_id == 6 for request_id, _ in batch.finished)
+        under_way.append(len(executor.under_way))
+    assert under_way[-1] == 0
+    brain.step()
+    assert len(executor.under_way) == 0, "it is expected for some steps more"
+    for _ in range(EXPECTS_FOR_STEPS):
+        brain.step()
+    assert len(executor.under_way) == 1
 
 
 def test_a_failed_step_is_the_callers_to_hear_of() -> None:

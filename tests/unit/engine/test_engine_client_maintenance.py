@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -86,13 +85,36 @@ async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(chec
 
 
 @in_loop
-async def test_a_fleet_of_which_one_cannot(checkpoint: Path, tmp_path: Path) -> None:
-    behaviours: Sequence[str] = ("healthy", "refuses-maintenance")
-    async with fleet_of(checkpoint, f"{tmp_path / 'starts'}:{','.join(behaviours)}", data_parallel_size=2) as fleet:
+async def test_of_a_fleet_all_get_new_weights_or_none(checkpoint: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    tiny.save(tiny.byte_level(), new)
+    (new / "config.json").write_text("{}")
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        await fleet.maintain(Sleep(1))
+        await fleet.maintain(Wake(None))
+        last = fleet._members.engines[1]
+        asked: list[list[int]] = []
+        maintain = last.maintain
+
+        async def refuse(order: Reload, **settings: int | None) -> None:
+            asked.append([one.weights_version for one in fleet.conditions()])
+            raise UserError("another model")
+
+        last.maintain = refuse  # type: ignore[method-assign, assignment]
         with pytest.raises(UserError, match="another model"):
-            await fleet.maintain(RELOAD)
-        assert sorted(one.weights_version for one in fleet.conditions()) in ([1, 1], [1, 2])
-        assert fleet._joining.weights_version == 1
+            await fleet.maintain(Reload(str(new), "now", 60.0))
+        assert asked == [[2, 1]]
+        assert [one.weights_version for one in fleet.conditions()] == [1, 1]
+        assert {engine.model for engine in fleet._members.engines.values()} == {str(checkpoint)}
+        assert (fleet._joining.weights_version, fleet._joining.seats.model) == (1, str(checkpoint))
+        with pytest.raises(
+            MaintenanceError, match=r"another model; the new weights stay in replica 0 \(.*old ones were"
+        ):
+            await fleet.maintain(Reload(str(checkpoint), "now", 60.0))
+        last.maintain = maintain  # type: ignore[method-assign]
+        await fleet.maintain(Reload(str(new), "now", 60.0))
+        assert [one.weights_version for one in fleet.conditions()] == [4, 4], "2 and 3 were others"
 
 
 async def _num_tokens(deltas: object) -> int:

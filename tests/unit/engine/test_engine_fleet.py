@@ -20,7 +20,7 @@ from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 from phalanx.config import Config
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import WATCH_POLL_S, Fleet, start_engine
-from phalanx.engine.leaving import piece_that_takes
+from phalanx.engine.leaving import MOST_PASSES
 from phalanx.engine.roster import Order
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.stream import RequestStream
@@ -278,14 +278,6 @@ async def test_up_and_down_while_requests_stream(checkpoint: Path) -> None:
         assert states(fleet) == {0: "serving", 1: "serving"}
 
 
-def test_what_is_computed_ahead_takes_as_long_as_wanted() -> None:
-    assert piece_that_takes(0.2, 64, took_s=0.1) == 128
-    assert piece_that_takes(0.2, 64, took_s=0.0) == 128, "it grows slowly: the next piece has more before it"
-    assert piece_that_takes(0.2, 64, took_s=0.4) == 32
-    assert piece_that_takes(0.2, 64, took_s=60.0) == 16
-    assert piece_that_takes(0.2, 2000, took_s=0.001) == 2048
-
-
 @pytest.mark.usefixtures("many_cores")
 @in_loop
 async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +296,8 @@ async def test_a_moved_request_is_computed_before_it_moves(checkpoint: Path, mon
 
         monkeypatch.setattr(fleet._work._leaving, "_rehearsal", note)
         await fleet.resize(data_parallel_size=1, leaving=[0], drain_timeout_s=0.0)
-        assert len(asked[-1]) > len(asked[0]) >= 16
+        assert len(asked[0]) > 100
+        assert len(asked) < MOST_PASSES or len(asked[-1]) > len(asked[0])
         assert asked[-1] == ([10, 11, 12] * len(asked[-1]))[: len(asked[-1])]
         await reader.end()
 

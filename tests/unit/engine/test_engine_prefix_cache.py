@@ -81,3 +81,17 @@ def test_a_forgotten_block_is_not_found_and_can_be_filled_again() -> None:
     assert not cache.is_cached_B.any()
     cache.insert(b, 5)
     assert cache.entries() == {b: 5}
+
+
+def test_of_tails_the_one_with_the_most_tokens_is_found() -> None:
+    cache, tokens = PrefixCache(8), np.arange(10, dtype=np.int32)
+    assert cache.find_tail(ROOT, tokens[:3]) is None
+    cache.insert_tail(ROOT, tokens[:1], 3)
+    cache.insert_tail(ROOT, tokens[:2], 5)
+    assert cache.find_tail(ROOT, tokens[:3]) == (5, 2)
+    assert cache.find_tail(b"another" + ROOT, tokens[:3]) is None
+    assert cache.find_tail(ROOT, tokens[1:3]) is None
+    cache.forget(5)
+    assert cache.find_tail(ROOT, tokens[:3]) == (3, 1)
+    cache.clear()
+    assert cache.find_tail(ROOT, tokens[:3]) is None

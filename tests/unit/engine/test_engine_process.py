@@ -80,6 +80,7 @@ class FakeFormation:
     nodes = ("alpha", "beta")
 
     def __init__(self) -> None:
+        self.config: Config | None = None
         self.capacity: Any = None
         self.heals_error: Exception | None = None
         self.healing = FakeHealing()
@@ -157,6 +158,7 @@ class Engine:
             raise WorkerError(0, "here", type(error).__name__, str(error), "traceback") from error
         if self.start_error is not None:
             raise self.start_error
+        self.executor.config = config
         self.executor.capacity = SimpleNamespace(
             max_model_len=64, num_blocks=8, block_size=config.cache.block_size, world_size=2, device="cpu", dtype="f"
         )

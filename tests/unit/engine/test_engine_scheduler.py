@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.protocol import (
@@ -35,7 +36,14 @@ def scheduler(**limits: object) -> Scheduler:
     return Scheduler(**{**defaults, **limits})  # type: ignore[arg-type]
 
 
-def request(request_id: int, prompt: int | list[int], *, max_tokens: int = 40, **sampling: object) -> Request:
+def request(
+    request_id: int,
+    prompt: int | list[int],
+    *,
+    max_tokens: int = 40,
+    is_rehearsal: bool = False,
+    **sampling: object,
+) -> Request:
     """A number stands for a prompt of that length that shares nothing with others."""
     tokens = [1000 * (request_id + 1) + i for i in range(prompt)] if isinstance(prompt, int) else prompt
     params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
@@ -48,6 +56,7 @@ def request(request_id: int, prompt: int | list[int], *, max_tokens: int = 40, *
         sampling=params,
         seed=request_id,
         end_token_ids=(*params.stop_token_ids, EOS),
+        is_rehearsal=is_rehearsal,
     )
 
 
@@ -100,6 +109,28 @@ def test_rows_with_one_token_come_first_also_when_a_chunk_has_one() -> None:
     brain.add(request(0, 15))
     brain.add(request(1, 5))
     assert rows(plan(brain)) == [(1, 1), (0, 15)]
+
+
+def test_of_a_rehearsal_there_is_only_as_much_as_others_wait_for() -> None:
+    limits = AheadLimits(beside=3, alone=8)
+    brain = scheduler()
+    brain.add(request(0, 5))
+    commit(brain, plan(brain))
+    brain.add(request(1, 30, max_tokens=1, is_rehearsal=True))
+    brain.add(request(2, 9))
+    first = brain.plan(limits)
+    assert first is not None and rows(first) == [(0, 1), (1, 3), (2, 9)], "a prompt takes what it is not to have"
+    assert first.tokens == StepTokens(decoding=1, prompts=9, ahead=3)
+    commit(brain, first)
+    none = brain.plan(AheadLimits(0, 8))
+    assert none is not None and rows(none) == [(0, 1), (2, 1)]
+    commit(brain, none)
+    brain.cancel([0, 2])
+    alone = brain.plan(AheadLimits(0, 8))
+    assert alone is not None and rows(alone) == [(1, 8)]
+    assert brain.plan(AheadLimits(0, 8)) is None, "who is under way may be one of others"
+    commit(brain, alone)
+    assert rows(plan(brain)) == [(1, 16)], "without limits as much as fits"
 
 
 def test_admission_keeps_the_order_of_arrival() -> None:

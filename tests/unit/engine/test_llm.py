@@ -34,6 +34,9 @@ class FakeFormation:
 
     capacity = SimpleNamespace(num_blocks=10, max_model_len=MAX_MODEL_LEN)
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
     def collective_rpc(self, method: str, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(result=lambda: ["push"] if method == "methods_that_change_weights" else [method])
 
@@ -77,7 +80,7 @@ def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_formation", lambda *_: FakeFormation())
+    monkeypatch.setattr("phalanx.llm.start_formation", lambda config, *_: FakeFormation(config))
     monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
 
 
@@ -270,12 +273,12 @@ def test_after_a_fault_the_model_is_loaded_again_and_outputs_go_on(
     def fail_after_a_while() -> TokenBatch | None:
         return failing_step() if first.num_steps == 4 else EchoBrain.step(first)
 
-    def load_at_the_second_attempt(*_: Any) -> Any:
+    def load_at_the_second_attempt(config: Config, *_: Any) -> Any:
         nonlocal num_loads
         num_loads += 1
         if num_loads == 1:
             raise StartError("rank 0", "loading", "no memory")
-        return FakeFormation()
+        return FakeFormation(config)
 
     monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
     monkeypatch.setattr("phalanx.llm.start_formation", load_at_the_second_attempt)

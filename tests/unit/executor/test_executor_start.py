@@ -199,3 +199,10 @@ def test_an_inline_start_that_takes_too_long_ends_where_it_tells_of_itself(monke
     with pytest.raises(DeadlineError, match=r"waited 2\.5 s for the end of its start from rank 0"):
         _report_inline(told.append, deadline, Progress("loading", 2, 2))
     assert [progress.done for progress in told] == [1, 2]
+
+
+@pytest.mark.parametrize(("num_ranks", "is_ahead"), [(1, False), (2, True)])
+def test_no_step_is_planned_ahead_where_nobody_computes_meanwhile(num_ranks: int, is_ahead: bool) -> None:
+    """One rank in this process, on a CPU, computes a step while it is given to it."""
+    settled = settle(Config.build(model="m", tensor_parallel_size=num_ranks, device="cpu"), CHECKPOINT)
+    assert settled.scheduler.async_scheduling == is_ahead

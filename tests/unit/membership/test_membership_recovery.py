@@ -126,3 +126,15 @@ def test_one_that_is_about_to_be_ready_is_waited_for(lines: FakeLines, recovery:
     recovery._standby._took_s = WITHIN_S
     threading.Timer(0.05, lines.hangs.clear).start()
     assert heal(recovery, now).epoch == lines.num_lines == 3, "and no other one was started"
+
+
+def test_ranks_that_have_handed_over_are_ended_later_and_with_the_formation_at_once(
+    recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phalanx.membership.recovery.HANDED_OVER_S", 3600.0)
+    before, is_killed = line(7), threading.Event()
+    monkeypatch.setattr(before.executor, "kill", is_killed.set)
+    recovery._end_later(before)
+    assert not is_killed.is_set()
+    recovery.close()
+    assert is_killed.is_set()

@@ -14,7 +14,7 @@ from torch import Tensor
 from phalanx.collectives.group import Group
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.models.checkpoint import resolve
-from phalanx.models.model import CausalLM, load_model
+from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.topology.sharding import ExpertShare, Span
 
@@ -66,10 +66,9 @@ def load(
         dtype=dtype,
         device=CPU,
         group=group,
-        allocate=allocate,
+        memory=WeightMemory(allocate, release=release if pack else None),
         on_progress=lambda done, total: None,
         layers=layers,
-        release=release if pack else None,
         experts=experts,
         dequantise=dequantise,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from phalanx.collectives.group import Group
 from phalanx.errors import UserError
 from phalanx.models.checkpoint import resolve
-from phalanx.models.model import CausalLM, load_model
+from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.models.packed import Linear, Packing, Product, can_pack
 from phalanx.moe.dispatcher import AllGatherReduceScatter
 from phalanx.testing.checkpoints import FAMILIES, MIXTURES
@@ -161,9 +161,8 @@ def test_packed_experts_are_released(written: Any) -> None:
         dtype=torch.float32,
         device=paged.CPU,
         group=group,
-        allocate=paged.nan_like,
+        memory=WeightMemory(paged.nan_like, release=names.extend),
         on_progress=lambda done, total: None,
-        release=names.extend,
     )
     for leaf in ("gate_up_proj", "down_proj"):
         assert f"model.layers.0.mlp.experts.{leaf}" in names

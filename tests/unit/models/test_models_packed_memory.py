@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phalanx.memory.arena import Arena
 from phalanx.models.checkpoint import resolve
-from phalanx.models.model import CausalLM, load_model
+from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.models.packed import can_pack
 from phalanx.models.packed_memory import PackedPlace
 from phalanx.testing.thread_group import ThreadGroup
@@ -47,11 +47,13 @@ class Arenas(ExitStack):
             dtype=dtype,
             device=paged.CPU,
             group=group,
-            allocate=self.last.allocate,
+            memory=WeightMemory(
+                self.last.allocate,
+                release=self.last.release,
+                filled={name: region.size_bytes for name, region in self.last.held.items()},
+                shares_packed=True,
+            ),
             on_progress=lambda done, total: None,
-            release=self.last.release,
-            filled={name: region.size_bytes for name, region in self.last.held.items()},
-            shares_packed=True,
         )
 
 

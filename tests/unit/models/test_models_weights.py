@@ -17,7 +17,7 @@ from torch import Tensor
 from phalanx.collectives.group import Group
 from phalanx.errors import CheckpointError
 from phalanx.models.checkpoint import resolve
-from phalanx.models.model import import_definition, load_model
+from phalanx.models.model import WeightMemory, import_definition, load_model
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 
@@ -114,7 +114,7 @@ def load_recorded(path: Path, num_ranks: int) -> list[Any]:
             dtype=torch.float32,
             device=paged.CPU,
             group=group,
-            allocate=allocate,
+            memory=WeightMemory(allocate),
             on_progress=lambda done, total: seen.append((done, total)),
         )
         assert sum(tensor.nbytes for tensor in given.values()) == model.weight_bytes

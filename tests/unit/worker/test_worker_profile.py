@@ -10,7 +10,7 @@ import torch
 from phalanx.collectives.group import Group
 from phalanx.config import SchedulerConfig
 from phalanx.models.checkpoint import resolve
-from phalanx.models.model import load_model
+from phalanx.models.model import WeightMemory, load_model
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_group import run_ranks
 from phalanx.worker.profile import peak_activation_bytes
@@ -26,7 +26,7 @@ def measure(path: Path, device: torch.device) -> int:
             dtype=torch.float32,
             device=device,
             group=group,
-            allocate=lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device),
+            memory=WeightMemory(lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device)),
             on_progress=lambda done, total: None,
         )
         scheduler = SchedulerConfig(max_num_seqs=NUM_SEQS, max_num_batched_tokens=NUM_SEQS)
