@@ -14,6 +14,7 @@ from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
 from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.seats import Seats, settings_of_replicas
+from phalanx.engine.weights_source import WeightsSource
 from phalanx.errors import PhalanxError
 from phalanx.protocol import Sleep, StartProgress
 
@@ -45,7 +46,7 @@ async def start_all(
 class Joining:
     """Starts an engine for a replica of a fleet that serves. It is to be as those are that are there."""
 
-    def __init__(self, config: Config, first: EngineClient, command: Sequence[str]) -> None:
+    def __init__(self, config: Config, first: EngineClient, source: WeightsSource, command: Sequence[str]) -> None:
         """`config` as the fleet was started with, `first` one of its engines."""
         self.config = config
         self.seats = Seats(config)
@@ -55,6 +56,7 @@ class Joining:
         self.told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
         self._front = first.front
+        self._source = source
         self._command = command
         self._placing = asyncio.Lock()
         """On a Ray cluster one starts after the other has its place."""
@@ -79,6 +81,10 @@ class Joining:
         self.config = msgspec.structs.replace(self.config, cluster=cluster)
         self.seats.avoid(nodes)
 
+    async def find_weights(self, number: int | None = None) -> bytes:
+        """Those that this replica, or any that joins, can have from one that serves, as in protocol.Begin."""
+        return await self._source.find(number, self.weights_version, self.seats.model)
+
     async def start(self, number: int, size: int, *, sleep_level: int) -> EngineClient:
         """One for a replica of a fleet that then has `size`. Raises what EngineClient.start does."""
         own, environment = self.seats.settings(number, size, self.info.max_model_len)
@@ -91,6 +97,7 @@ class Joining:
             environment=environment,
             front=self._front,
             weights_version=self.weights_version,
+            weights=await self.find_weights(number),
         )
         starting: asyncio.Task[EngineClient] | None = None
         try:
@@ -103,6 +110,7 @@ class Joining:
                 engine.avoid(self.config.cluster.avoid_nodes)
             if sleep_level:
                 await _put_to_sleep(engine, sleep_level)
+            self._source.attach(number, engine)
             return engine
         except asyncio.CancelledError:
             if starting is not None:

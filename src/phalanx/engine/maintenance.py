@@ -19,8 +19,10 @@ from phalanx.engine.brain import Brain
 from phalanx.errors import (
     CheckpointError,
     ConfigError,
+    FrameError,
     MaintenanceError,
     NotNowError,
+    PeerDiedError,
     PhalanxError,
     UserError,
 )
@@ -64,6 +66,9 @@ class MaintainedRanks(Protocol):
 
     @property
     def has_weights_of_checkpoint(self) -> bool: ...
+
+    @property
+    def shares_weights(self) -> bool: ...
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
 
@@ -113,6 +118,11 @@ class Maintenance:
     def is_asleep(self) -> bool:
         """Whether no step can be made before a Wake."""
         return self._level > 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether ranks have their weights, and nothing is about to be done to them."""
+        return self._script is None and not self._level
 
     @property
     def stats(self) -> MaintenanceStats | None:
@@ -246,7 +256,10 @@ class Maintenance:
         self._phase = "switching"
         self._ranks.begin_change(new)
         try:
-            yield TakeWeights()
+            if is_shared := self._ranks.shares_weights:
+                self._hold_own((yield TakeWeights(is_shared)) or ())
+            else:
+                yield TakeWeights()
         except RanksReplacedError:
             log.warning("ranks failed while they took new weights: others have read these")
         self._ranks.end_change()
@@ -254,6 +267,13 @@ class Maintenance:
         self._brain.recompute()
         self._brain.go_on()
         self._ranks.renew_standby()
+
+    def _hold_own(self, replies: Sequence[ReplyBody]) -> None:
+        """All ranks have weights in memory of their own from now on."""
+        try:
+            self._ranks.hold(replies)
+        except (PeerDiedError, FrameError) as error:  # one has just ended: there is nothing for those after it
+            log.warning("ranks that come next read the checkpoint: %s", error)
 
     def _sleep(self, order: Sleep) -> Script:
         if self._level == order.level:
@@ -279,7 +299,7 @@ class Maintenance:
             try:
                 if self._level == 2:
                     self._ranks.begin_change(self.checkpoint)
-                self._ranks.hold((yield FallAsleep(self._level)) or ())
+                self._ranks.hold((yield FallAsleep(self._level, self._ranks.shares_weights)) or ())
                 return
             except RanksReplacedError:
                 pass

@@ -34,7 +34,8 @@ from phalanx.errors import (
     StartError,
 )
 from phalanx.executor import platform
-from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.memory.shared_weights import decode_shared
+from phalanx.protocol import SamplingParams, Sleep, StartProgress, Wake
 from phalanx.server.generation import Generation
 from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running
@@ -661,3 +662,42 @@ async def test_ranks_of_one_replica_share_every_layer_among_more_of_them(
         for size in (None, 1):
             with pytest.raises(ConfigError, match="only one replica can change it, and there are 2"):
                 await fleet.resize(size, tensor_parallel_size=2)
+
+
+@in_loop
+async def test_a_replica_that_joins_gets_the_weights_of_one_that_serves(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        (first,) = pids(fleet)
+        await fleet.resize(2)
+        shared = decode_shared(await fleet._members.engines[1].share_weights())
+        assert shared.kind.versions == (str(pids(fleet)[1]), str(first)), "its own, which it had from the first"
+
+
+@in_loop
+async def test_an_engine_that_is_started_again_gets_the_weights_of_another(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=1) as fleet:
+        first, second = pids(fleet)
+        os.kill(second, signal.SIGKILL)
+        await until(lambda: fleet.conditions()[1].num_restarts == 1)
+        shared = decode_shared(await fleet._members.engines[1].share_weights())
+        assert shared.kind.versions == (str(pids(fleet)[1]), str(first)), "its own, which it had from the first"
+
+
+@in_loop
+async def test_other_weights_are_nobodys(checkpoint: Path) -> None:
+    """Those of another version, or of an engine that has not answered, sleeps, or has ended."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        joining, engine = fleet._joining, fleet._members.engines[0]
+        assert await joining.find_weights() and not await joining.find_weights(0)
+        joining.weights_version += 1
+        assert not await joining.find_weights()
+        joining.weights_version -= 1
+        await fleet.maintain(Sleep(1))
+        assert not await joining.find_weights()
+        await fleet.maintain(Wake(None))
+        os.kill(engine.condition.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(engine.share_weights())
+        await asyncio.sleep(0)
+        os.kill(engine.condition.pid, signal.SIGKILL)
+        assert not await asked
+        assert engine.dead is not None and not await engine.share_weights()
