@@ -9,6 +9,7 @@ from functools import partial
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.asked_weights import NONE
 from phalanx.engine.awaiting import end_of
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
@@ -81,8 +82,17 @@ class Joining:
         self.config = msgspec.structs.replace(self.config, cluster=cluster)
         self.seats.avoid(nodes)
 
+    @property
+    def may_share_weights(self) -> bool:
+        """Whether replicas may have them in common, as far as is known here."""
+        config = self.config
+        is_here = self.info.device == "cpu" and config.executor.launcher != "ray"
+        return is_here and config.model.share_weights != "never" and config.healing.heal
+
     async def find_weights(self, number: int | None = None) -> bytes:
         """Those that this replica, or any that joins, can have from one that serves, as in protocol.Begin."""
+        if not self.may_share_weights:
+            return NONE
         return await self._source.find(number, self.weights_version, self.seats.model)
 
     async def start(self, number: int, size: int, *, sleep_level: int) -> EngineClient:

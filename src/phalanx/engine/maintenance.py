@@ -28,6 +28,7 @@ from phalanx.errors import (
 )
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity
+from phalanx.memory.shared_weights import SharedWeights, decode_shared, encode_shared
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model
 from phalanx.protocol import (
@@ -69,6 +70,10 @@ class MaintainedRanks(Protocol):
 
     @property
     def shares_weights(self) -> bool: ...
+
+    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool: ...
+
+    def adopt_weights(self, weights: SharedWeights) -> None: ...
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
 
@@ -147,7 +152,7 @@ class Maintenance:
             self._check_sleep(order)
             self._start(self._sleep(order))
         else:
-            self._start(self._wake(self._checkpoint_after(order)))
+            self._start(self._wake(self._checkpoint_after(order), order.weights))
 
     def turn(self) -> Maintained | None:
         """Go on as far as that does not mean to wait. Gives the outcome when it is over, once.
@@ -243,7 +248,9 @@ class Maintenance:
     def _reload(self, new: Checkpoint, order: Reload) -> Script:
         expires_at = time.monotonic() + order.timeout_s
         try:
-            yield from self._read(new, expires_at, in_place=False)
+            shared = self._adoptable(order.weights, new)
+            if shared is None:
+                yield from self._read(new, expires_at, in_place=False)
             if order.when == "idle":
                 yield from self._drain(expires_at)
             yield from self._to_boundary()
@@ -256,10 +263,7 @@ class Maintenance:
         self._phase = "switching"
         self._ranks.begin_change(new)
         try:
-            if is_shared := self._ranks.shares_weights:
-                self._hold_own((yield TakeWeights(is_shared)) or ())
-            else:
-                yield TakeWeights()
+            yield from self._take(shared)
         except RanksReplacedError:
             log.warning("ranks failed while they took new weights: others have read these")
         self._ranks.end_change()
@@ -268,12 +272,24 @@ class Maintenance:
         self._brain.go_on()
         self._ranks.renew_standby()
 
-    def _hold_own(self, replies: Sequence[ReplyBody]) -> None:
-        """All ranks have weights in memory of their own from now on."""
-        try:
-            self._ranks.hold(replies)
-        except (PeerDiedError, FrameError) as error:  # one has just ended: there is nothing for those after it
-            log.warning("ranks that come next read the checkpoint: %s", error)
+    def _adoptable(self, weights: bytes, new: Checkpoint) -> SharedWeights | None:
+        """Those of another engine on this host, if these are what ranks would read. Raises CheckpointError."""
+        shared = decode_shared(weights) if weights else None
+        return shared if shared is not None and self._ranks.can_adopt(shared, new) else None
+
+    def _take(self, shared: SharedWeights | None) -> Script:
+        """Have all ranks take what they have read, or these."""
+        is_shared = self._ranks.shares_weights
+        if shared is not None:
+            self._ranks.adopt_weights(shared)
+            replies = yield TakeWeights(is_shared, encode_shared(shared))
+        else:
+            replies = yield TakeWeights(is_shared)
+        if is_shared or shared is not None:
+            try:
+                self._ranks.hold(replies or ())
+            except (PeerDiedError, FrameError) as error:  # there is nothing for ranks after these
+                log.warning("ranks that come next read the checkpoint: %s", error)
 
     def _sleep(self, order: Sleep) -> Script:
         if self._level == order.level:
@@ -304,15 +320,17 @@ class Maintenance:
             except RanksReplacedError:
                 pass
 
-    def _wake(self, new: Checkpoint) -> Script:
+    def _wake(self, new: Checkpoint, weights: bytes) -> Script:
         if not self._level:
             return
         self._phase = "waking"
         try:
             if self._level == 2:
                 self._ranks.begin_change(new)
-                yield from self._read(new, None, in_place=True)
-                yield TakeWeights()
+                shared = self._adoptable(weights, new)
+                if shared is None:
+                    yield from self._read(new, None, in_place=True)
+                yield from self._take(shared)
             self._take_awake((yield WakeUp()) or ())
         except RanksReplacedError:
             log.warning("ranks failed while they woke: others are awake, with the weights")

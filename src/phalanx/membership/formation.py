@@ -266,6 +266,19 @@ class Formation:
             return None
         return self._recovery.share_weights(self._config)
 
+    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool:
+        """Whether ranks may compute with these of another engine on this host, as they may with this checkpoint's.
+
+        Raises CheckpointError.
+        """
+        may = self._recovery is not None and may_share(self._config)
+        return may and weights.kind == kind_of(self._config, checkpoint)
+
+    def adopt_weights(self, weights: SharedWeights) -> None:
+        """All ranks are about to take them, after `begin_change`. Then `hold` what they say that they have."""
+        assert self._recovery is not None
+        self._recovery.adopt_weights(weights)
+
     # ---------------------------------------------------------------------------- another size
 
     @property

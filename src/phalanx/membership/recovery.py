@@ -153,6 +153,10 @@ class Recovery:
         kind, ranks = kind_of(config, self._lines.checkpoint), self._memory.share()
         return None if ranks is None else SharedWeights(kind, ranks)
 
+    def adopt_weights(self, weights: SharedWeights) -> None:
+        """The ranks that compute are about to take these of another engine, between `begin_change` and `end_change`."""
+        self._memory.adopt(weights.ranks)
+
     def follow(self, told: Mapping[int, HeldMemory]) -> None:
         """The ranks that compute have this by now, beside no standby line. Raises as FormationMemory.follow."""
         self._memory.follow(told)

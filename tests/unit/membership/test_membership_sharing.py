@@ -34,7 +34,7 @@ class Served:
     """What an engine's loop does, without its process."""
 
     def __init__(self, checkpoint: Path, offered: SharedWeights | None, **settings: Any) -> None:
-        config = Config.build(model=str(checkpoint), device="cpu", launcher="inline", block_size=4, **settings)
+        config = Config.build(model=str(checkpoint), device="cpu", launcher="inline", block_size=4, threads_per_rank=1, **settings)
         found = resolve(str(checkpoint))
         self.formation = start_formation(config, found, lambda _: None, offered)
         capacity = self.formation.capacity
@@ -79,6 +79,16 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("new"), seed=1)
 
 
+@pytest.fixture(scope="module")
+def of_old(old: Path) -> list[int]:
+    return made_alone(old)
+
+
+@pytest.fixture(scope="module")
+def of_new(new: Path) -> list[int]:
+    return made_alone(new)
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
@@ -89,6 +99,11 @@ def engine(checkpoint: Path, stack: ExitStack, offered: SharedWeights | None = N
     served = Served(checkpoint, offered, max_num_seqs=2, **{"share_weights": "always", **settings})
     stack.callback(served.formation.close)
     return served
+
+
+def made_alone(checkpoint: Path) -> list[int]:
+    with ExitStack() as stack:
+        return engine(checkpoint, stack).made()
 
 
 def offer_of(served: Served) -> SharedWeights:
@@ -111,82 +126,81 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WeightReader, "fill", fill)
 
 
-@pytest.mark.parametrize("pack_weights", [True, False])
-def test_nothing_is_read_and_the_memory_is_the_same(
-    old: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, pack_weights: bool
+def test_nothing_is_read_and_the_memory_outlives_who_has_read_it(
+    old: Path, of_old: list[int], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = engine(old, stack, pack_weights=pack_weights)
-    expected = first.made()
+    first = engine(old, stack)
     assert not first.formation.shares_weights
     offered = offer_of(first)
-    forbid_reading(monkeypatch)
-    second = engine(old, stack, offered, pack_weights=pack_weights)
-    third = engine(old, stack, offer_of(second), pack_weights=pack_weights)
-    assert segments_of(first) == segments_of(second) == segments_of(third)
-    assert all(one.formation.shares_weights and one.formation.stats().shares_weights for one in (first, second, third))  # type: ignore[union-attr]
-    assert first.made() == second.made() == third.made() == expected
     assert resident_bytes(encode_shared(offered)) > sum(first.formation.capacity.weight_bytes) // 2
-
-
-def test_who_has_shared_may_end_first(old: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = engine(old, stack)
-    expected, offered = first.made(), offer_of(first)
     forbid_reading(monkeypatch)
     second = engine(old, stack, offered)
+    assert segments_of(first) == segments_of(second)
+    assert first.made() == second.made() == of_old
+    for one in (first, second):
+        assert one.formation.stats().shares_weights, "is told"  # type: ignore[union-attr]
     first.formation.close()
-    assert second.made() == expected
-    assert resident_bytes(encode_shared(offered)) == 0, "it is held by the other one alone"
+    assert resident_bytes(encode_shared(offered)) == 0, "nobody has it from that one any more"
     third = engine(old, stack, offer_of(second))
     second.formation.close()
-    assert third.made() == expected
+    assert third.made() == of_old
 
 
-def test_what_is_offered_may_be_gone_or_of_others(old: Path, new: Path, stack: ExitStack) -> None:
+def test_what_is_offered_may_be_gone_or_of_others(
+    old: Path, new: Path, of_old: list[int], of_new: list[int], stack: ExitStack
+) -> None:
     first = engine(old, stack)
-    expected, offered = first.made(), offer_of(first)
-    for checkpoint, settings in ((new, {}), (old, {"pack_weights": False}), (old, {"share_weights": "never"})):
-        other = engine(checkpoint, stack, offered, **settings)
-        assert not other.formation.shares_weights and segments_of(other).isdisjoint(segments_of(first))
-        assert (other.made() == expected) == (checkpoint == old)
+    offered = offer_of(first)
+    other = engine(new, stack, offered)
+    assert not other.formation.shares_weights and other.made() == of_new
     first.formation.close()
     late = engine(old, stack, offered)
-    assert not late.formation.shares_weights and late.made() == expected
+    assert not late.formation.shares_weights and late.made() == of_old
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("pack_weights", [True, False])
-def test_other_weights_of_one_are_not_the_others(
-    old: Path, new: Path, stack: ExitStack, who: int, pack_weights: bool
+@pytest.mark.parametrize(("who", "pack_weights"), [(0, True), (1, True), (1, False)])
+def test_other_weights_of_one_are_not_the_others_before_they_are_taken(
+    old: Path,
+    new: Path,
+    of_old: list[int],
+    of_new: list[int],
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    who: int,
+    pack_weights: bool,
 ) -> None:
-    """Whether it is the one that has read them, or the one that came later; and then those of the other one, too."""
+    """Whether it is the one that has read them, or the one that came later; and they are read only once."""
     first = engine(old, stack, pack_weights=pack_weights)
     both = [first, engine(old, stack, offer_of(first), pack_weights=pack_weights)]
-    of_old, of_new = first.made(), engine(new, stack).made()
     writer, other = both[who], both[1 - who]
     assert writer.maintain(Reload(str(new), "now", 60.0)).error is None
-    assert writer.made() == of_new != of_old and other.made() == of_old
+    assert writer.made() == of_new and other.made() == of_old
     assert not writer.formation.shares_weights and other.formation.shares_weights
-    third = engine(new, stack, offer_of(writer), pack_weights=pack_weights)
-    assert third.formation.shares_weights and third.made() == of_new
-    assert other.maintain(Reload(str(new), "now", 60.0)).error is None
-    assert other.made() == of_new and not other.formation.shares_weights
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)
+        assert other.maintain(Reload(str(new), "now", 60.0, encode_shared(offer_of(writer)))).error is None
+    assert other.made() == writer.made() == of_new
+    assert segments_of(writer) == segments_of(other)
+    assert writer.maintain(Reload(str(old), "now", 60.0, encode_shared(offer_of(other)))).error is None
+    assert writer.made() == of_old and other.made() == of_new, "these were no weights of that checkpoint, which is read"
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_one_sleeps_and_the_others_compute(old: Path, new: Path, stack: ExitStack, who: int) -> None:
-    first = engine(old, stack)
-    both = [first, engine(old, stack, offer_of(first))]
-    sleeper, other = both[who], both[1 - who]
-    expected, shared = first.made(), segments_of(first)
+def test_one_sleeps_and_the_other_computes(
+    old: Path, new: Path, of_old: list[int], of_new: list[int], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = engine(old, stack)
+    sleeper = engine(old, stack, offer_of(other))
+    shared = segments_of(other)
     assert sleeper.maintain(Sleep(1)).error is None
     assert segments_of(sleeper) == shared and sleeper.formation.shares_weights
     assert sleeper.maintain(Sleep(2)).error is None
-    assert not sleeper.formation.shares_weights
-    assert other.made() == expected
+    assert not sleeper.formation.shares_weights and other.made() == of_old
     assert sleeper.maintain(Wake(str(new))).error is None
-    assert sleeper.made() != expected and other.made() == expected
-    assert sleeper.maintain(Reload(str(old), "now", 60.0)).error is None
-    assert sleeper.made() == expected
+    assert sleeper.made() == of_new and other.made() == of_old
+    assert sleeper.maintain(Sleep(2)).error is None
+    forbid_reading(monkeypatch)
+    assert sleeper.maintain(Wake(str(old), encode_shared(offer_of(other)))).error is None
+    assert sleeper.made() == other.made() == of_old and segments_of(sleeper) == shared
 
 
 @pytest.mark.parametrize(

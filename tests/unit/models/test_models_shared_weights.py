@@ -47,6 +47,10 @@ def test_steps_write_to_no_weights(written: Any, arenas: Arenas, family: str, dt
     assert arenas.last is not None
     pid = os.fork()
     if pid == 0:
-        forbid_writing(arenas.last)
-        os._exit(0 if torch.equal(last_logits(taken_over), expected) else 1)
+        code = 1
+        try:
+            forbid_writing(arenas.last)
+            code = int(not torch.equal(last_logits(taken_over), expected))
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
