@@ -149,6 +149,8 @@ class FakeEngine:
         if self.behaviour == "refuses-maintenance":
             self.send(Maintained("it is another model", is_user_error=True))
             return
+        if not isinstance(order, Sleep):
+            self.weights = order.weights
         if not isinstance(order, Reload):
             self.sleep_level = order.level if isinstance(order, Sleep) else 0
         self.send_stats()

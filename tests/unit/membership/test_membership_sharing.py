@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,6 +16,7 @@ import pytest
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.maintenance import Maintenance
+from phalanx.errors import PhalanxError
 from phalanx.executor.start import settle
 from phalanx.membership import sharing
 from phalanx.membership.formation import start_formation
@@ -34,7 +37,8 @@ class Served:
     """What an engine's loop does, without its process."""
 
     def __init__(self, checkpoint: Path, offered: SharedWeights | None, **settings: Any) -> None:
-        config = Config.build(model=str(checkpoint), device="cpu", launcher="inline", block_size=4, threads_per_rank=1, **settings)
+        here = {"launcher": "inline", "block_size": 4, "threads_per_rank": 1}
+        config = Config.build(model=str(checkpoint), device="cpu", **{**here, **settings})
         found = resolve(str(checkpoint))
         self.formation = start_formation(config, found, lambda _: None, offered)
         capacity = self.formation.capacity
@@ -201,6 +205,22 @@ def test_one_sleeps_and_the_other_computes(
     forbid_reading(monkeypatch)
     assert sleeper.maintain(Wake(str(old), encode_shared(offer_of(other)))).error is None
     assert sleeper.made() == other.made() == of_old and segments_of(sleeper) == shared
+
+
+@pytest.mark.slow
+def test_a_rank_with_a_process_of_its_own_is_killed(old: Path, of_old: list[int], stack: ExitStack) -> None:
+    first = engine(old, stack)
+    second = engine(old, stack, offer_of(first), launcher="local")
+    assert second.made() == first.made() == of_old and second.formation.shares_weights
+    os.kill(second.formation._line.pids()[0], signal.SIGKILL)
+    with pytest.raises(PhalanxError) as caught:
+        second.formation.check_health()
+    epoch, keeps_cache = second.formation.heal(caught.value)
+    second.brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(caught.value))
+    assert second.formation.stats().healed == {"new line": 1}  # type: ignore[union-attr]
+    assert second.formation.shares_weights and segments_of(second) == segments_of(first)
+    first.formation.close()
+    assert second.made() == of_old
 
 
 @pytest.mark.parametrize(
