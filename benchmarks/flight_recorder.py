@@ -46,7 +46,9 @@ from torch._C import _distributed_c10d
 from phalanx.collectives.descriptor import Descriptor, Operation, dtype_name
 from phalanx.executor.watching import Watching
 from phalanx.ledger.flight_recorder import PREFIX, ProcessGroup, read
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
@@ -243,14 +245,14 @@ def _run(case: Case, rank: int, store: str, journal: SharedSegment, faulty_ns: A
         "gloo", store=c10d.FileStore(store, case.size), rank=rank, world_size=case.size, timeout=timeout
     )
     notes = Journal(journal.buf, epoch=0)
-    group = GroupJournal(notes, 1)
-    sequence = 0
+    group = group_notes(1, notes, None)
     for step in range(1, _STEPS + 1):
         notes.enter("stepping")
         begun = notes.begin_step(step, digest=1, num_tokens=8)
         for call in _calls(case, rank, step, faulty_ns):
-            sequence += 1
-            group.issue(sequence, *_described(call))
+            descriptor = Descriptor(call.operation, dtype_name(call.dtype), call.shape)
+            group.explain(descriptor)
+            group.issue(descriptor)
             try:
                 _issue(call, case.size)
             except RuntimeError:  # Gloo has noticed that a peer is gone, or sends another size
@@ -260,11 +262,6 @@ def _run(case: Case, rank: int, store: str, journal: SharedSegment, faulty_ns: A
         notes.done(begun)
         notes.enter("idle")
         time.sleep(0.01)
-
-
-def _described(call: Call) -> tuple[int, Callable[[], str]]:
-    descriptor = Descriptor(call.operation, dtype_name(call.dtype), call.shape)
-    return descriptor.digest, descriptor.__str__
 
 
 def _calls(case: Case, rank: int, step: int, faulty_ns: Any) -> Iterator[Call]:

@@ -40,7 +40,9 @@ from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.start import start_executor
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, NoJournal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import FIRST_EPOCH, SamplingParams, Submit, ints
@@ -85,9 +87,9 @@ class Calls:
         self._x = torch.zeros(1, 256)
         self._groups: dict[str, Group] = {
             "nothing": alone,
-            "digest": JournaledGroup(alone, NoJournal(), 1, self._digests),
-            "ledger": JournaledGroup(alone, GroupJournal(written, 1)),
-            "ledger and digest": JournaledGroup(alone, GroupJournal(written, 1), 1, self._digests),
+            "digest": JournaledGroup(alone, group_notes(1, None, self._digests)),
+            "ledger": JournaledGroup(alone, group_notes(1, written, None)),
+            "ledger and digest": JournaledGroup(alone, group_notes(1, written, self._digests)),
         }
 
     def round(self, num_calls: int) -> dict[str, float]:
@@ -180,7 +182,7 @@ def be_rank(spec: GroupSpec, rank: int, rounds: int, num_calls: int, results: Co
     """One of two that sum up, in turn without and with an agreement. The first sends pairs of microseconds a call."""
     torch.set_num_threads(1)
     plain = join(spec, rank, torch.device("cpu"), None)
-    agreed = JournaledGroup(plain, NoJournal(), agreement=agreement(spec, rank, None))
+    agreed = JournaledGroup(plain, group_notes(1, None, None), agreement(spec, rank, None))
     x = torch.zeros(1, 256)
     groups: list[Group] = [plain, agreed]
     pairs = [best_us(*(partial(group.all_reduce, x) for group in groups), num_calls=num_calls) for _ in range(rounds)]

@@ -5,9 +5,9 @@
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
 - *Tokens*: an engine (with a small random model without --model) decodes for eight streams, and of two steps in a row
-  its ranks note one and not the other; the ratio of tokens per second as the median over the pairs of steps, with the
-  interval that it is in with 95 %. The watcher takes from both alike: its share comes on top, which is its cores of
-  those that the ranks leave no room on.
+  its ranks note one, for the ledger and for the guard's digests, and not the other; the ratio of tokens per second as
+  the median over the pairs of steps, with the interval that it is in with 95 %. The watcher takes from both alike: its
+  share comes on top, which is its cores of those that the ranks leave no room on.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
@@ -29,13 +29,16 @@ from typing import Any, NamedTuple
 
 import click
 
+from phalanx.collectives.descriptor import Descriptor
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.executor.watching import Watching
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, NoJournal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.models.checkpoint import resolve
@@ -45,6 +48,7 @@ from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.methods import remote_method
 from phalanx.worker.worker import Worker
 
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
 COLLECTIVES_PER_STEP = 64
 STEP_S = 0.02
 TEXTS = 40
@@ -84,10 +88,10 @@ def cost_of(action: Callable[[], None], number: int = 20_000, rounds: int = 9) -
 
 def report_records() -> None:
     journal = Journal(memoryview(bytearray(JOURNAL_BYTES)), epoch=1)
-    group = GroupJournal(journal, 1)
+    group, reduce = group_notes(1, journal, None), Descriptor("all_reduce", "float32", (8, 4096))
 
     def collective() -> None:
-        group.issue(1, 7, str)
+        group.issue(reduce)
         group.done()
 
     def step() -> None:
@@ -102,9 +106,10 @@ def note(handle: SegmentHandle, works: bool, ends: Connection) -> None:
     with SharedSegment.attach(handle) as segment:
         journal = Journal(segment.buf, epoch=1)
         pulse = Pulse(segment.buf)
-        group, sequence = GroupJournal(journal, 1), 0
-        for text in range(TEXTS):
-            journal.explain(text + 1, lambda: "all_reduce float32 [8, 4096]")
+        group = group_notes(1, journal, None)
+        collectives = [Descriptor("all_reduce", "float32", (8, 1 + size)) for size in range(TEXTS)]
+        for collective in collectives:
+            group.explain(collective)
         journal.enter("idle")
         step = 0
         while not ends.poll(STEP_S):
@@ -113,9 +118,8 @@ def note(handle: SegmentHandle, works: bool, ends: Connection) -> None:
             step += 1
             journal.enter("stepping")
             number = journal.begin_step(step, 7, 8)
-            for _ in range(COLLECTIVES_PER_STEP):
-                sequence += 1
-                group.issue(sequence, 1 + sequence % TEXTS, str)
+            for place in range(COLLECTIVES_PER_STEP):
+                group.issue(collectives[place % TEXTS])
                 group.done()
             journal.done(number)
             journal.enter("idle")
@@ -212,21 +216,23 @@ def engine(model: Path, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
 
 
 class Muting:
-    """A worker extension that has its rank note nothing for a while, as without a ledger."""
+    """A worker extension that has its rank note nothing for a while, as without a ledger and a guard: its groups are
+    then the bare ones."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._journal = worker._notes._journal
-        self._journals: dict[str, GroupJournal | NoJournal] = {}
+        self._kept = worker._notes._journal, worker._notes.digests
 
     @remote_method
     def have_noted(self, notes: bool) -> None:
         """From the next step on."""
-        self._worker._notes._journal = self._journal if notes else None
-        for name, group in self._worker.groups.items():
+        self._worker._notes._journal, self._worker._notes.digests = self._kept if notes else (None, None)
+        for group in self._worker.groups.values():
             if isinstance(group, JournaledGroup):
-                journal = self._journals.setdefault(name, group._journal)
-                group._journal = journal if notes else NoJournal()
+                bare = {} if notes else {name: getattr(group._group, name) for name in OPERATIONS}
+                for name in OPERATIONS:
+                    group.__dict__.pop(name, None)
+                group.__dict__.update(bare)
 
 
 def report_tokens(model: Path | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
@@ -243,7 +249,7 @@ def report_tokens(model: Path | None, num_ranks: int, num_engines: int, num_text
     low, median, high = statistics.quantiles(ratios, n=4)
     least, most = interval_of_median(ratios)
     click.echo(
-        f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without the ledger (95 % "
+        f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without ledger and guard (95 % "
         f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs "
         f"of steps of {num_engines} engines; {statistics.median(rates):.0f} tokens/s without)"
     )
@@ -281,18 +287,17 @@ def loop(rank: int, store: str, recorder: Recorder, turns: Connection) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     x = torch.ones(SIZE)
-    journal = GroupJournal(Journal(memoryview(bytearray(JOURNAL_BYTES)), epoch=1), 1)
-    sequence = 0
+    notes = group_notes(1, Journal(memoryview(bytearray(JOURNAL_BYTES)), epoch=1), None)
+    reduce = Descriptor("all_reduce", "float32", (SIZE,))
     while turns.recv():
         distributed.barrier()
         began_at = time.perf_counter()
         for _ in range(CALLS):
             if recorder.is_ours:
-                sequence += 1
-                journal.issue(sequence, 7, str)
+                notes.issue(reduce)
             distributed.all_reduce(x)
             if recorder.is_ours:
-                journal.done()
+                notes.done()
             x.fill_(1.0)
         turns.send((time.perf_counter() - began_at) / CALLS * 1e6)
     distributed.destroy_process_group()

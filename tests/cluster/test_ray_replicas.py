@@ -73,13 +73,13 @@ def test_replicas_that_run_apart(ray_cluster: RayCluster, tmp_path: Path) -> Non
     expected = tokens_of_one_process(checkpoint, PROMPTS, NUM_TOKENS)
     with ClusterServer(ray_cluster, checkpoint, tmp_path / "log", *TWO_OF_TWO, "--no-heal") as server:
         server.await_ready()
-        assert re.findall(r"rank (\d) is on (\w+)", server.log) == [
-            (rank, node) for node in ("alpha", "beta") for rank in "01"
-        ]
+        placed = set(re.findall(r"rank (\d) is on (\w+)", server.log))  # each engine places its own, at the same time
+        assert placed == {(rank, node) for node in ("alpha", "beta") for rank in "01"}
+        assert "is on several nodes" not in server.log
         expect_tokens(server, expected)
         expect_work_of_both(server)
         _kill_a_rank(ray_cluster, "beta")
-        server.await_log("replica 1 has ended, 1 of 2 go on: rank ")
+        server.await_log(" has ended, 1 of 2 go on: rank ")
         expect_tokens(server, expected)
         assert server.stop() == 0, server.log
     ray_cluster.expect_clean(CLEAN_WITHIN_S)

@@ -18,8 +18,7 @@ from phalanx.collectives.agreement import Agreement
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.group import Group
 from phalanx.collectives.row_counts import RowCounts
-from phalanx.ledger.journal import GroupJournal, NoJournal
-from phalanx.ledger.step_digests import StepDigests
+from phalanx.ledger.group_notes import GroupNotes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,27 +30,18 @@ _MAX_KNOWN = 4096
 class JournaledGroup:
     """A `Group` around another one. Arguments are checked before anything is noted: what is, counts for the peers."""
 
-    def __init__(
-        self,
-        group: Group,
-        journal: GroupJournal | NoJournal,
-        index: int = 0,
-        digests: StepDigests | None = None,
-        agreement: Agreement | None = None,
-    ) -> None:
-        """`index`: of the group, in the rank's digests."""
+    def __init__(self, group: Group, notes: GroupNotes, agreement: Agreement | None = None) -> None:
         self.name = group.name
         self.rank = group.rank
         self.size = group.size
         self._group = group
-        self._journal = journal
-        self._index = index
-        self._digests = digests
+        self._notes = notes
         self._agreement = agreement
-        self._sequence = 0
+        self._issue: Callable[[Descriptor], None] = notes.issue if agreement is None else self._agree
+        self._done = notes.done
         self._known: dict[tuple[Operation, torch.dtype, torch.Size, int], Descriptor] = {}
         self._barrier = Descriptor("barrier")
-        self._captured: list[Descriptor] | None = None
+        notes.explain(self._barrier)
 
     @property
     def last(self) -> CollectiveRecord | None:
@@ -60,10 +50,18 @@ class JournaledGroup:
     @property
     def num_noted(self) -> int:
         """The sequence number of the newest collective in the journal. What a graph has captured is not counted."""
-        return self._sequence
+        return self._notes.sequence
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._carry_out(self._described("all_reduce", x.dtype, x.shape, 0), self._group.all_reduce, x)
+        """As `_carry_out` would do it, with fewer calls: layers wait for nothing as often."""
+        self._issue(self._described("all_reduce", x.dtype, x.shape, 0))
+        try:
+            self._group.all_reduce(x)
+        except BaseException:
+            self._notes.failed()
+            raise
+        self._done()
+        return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         assert -x.dim() <= dim < x.dim(), dim
@@ -95,61 +93,67 @@ class JournaledGroup:
     @contextmanager
     def capturing(self) -> Iterator[list[Descriptor]]:
         """What is issued meanwhile goes into a graph; gives the list that it is noted in."""
-        captured = self._captured = []
+        captured: list[Descriptor] = []
+
+        def note(descriptor: Descriptor) -> None:
+            captured.append(descriptor)
+            self._notes.note_captured(len(captured), descriptor)
+
+        issue, done = self._issue, self._done
+        self._issue, self._done = note, _nothing
         try:
             yield captured
         finally:
-            self._captured = None
+            self._issue, self._done = issue, done
 
     @contextmanager
     def replaying(self, graph: Descriptor) -> Iterator[None]:
         """Meanwhile a graph is given to the device, with collectives of this group."""
-        self._note(graph)
+        self._notes.explain(graph)
+        self._issue(graph)
         try:
             yield
         except BaseException:
-            self._journal.failed()
+            self._notes.failed()
             raise
-        self._journal.done()
+        self._done()
 
     def _described(self, operation: Operation, dtype: torch.dtype, shape: torch.Size, argument: int) -> Descriptor:
         key = (operation, dtype, shape, argument)
-        descriptor = self._known.get(key)
-        if descriptor is None:
-            if len(self._known) == _MAX_KNOWN:
-                self._known.clear()
-            descriptor = self._known[key] = Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
+        return self._known.get(key) or self._describe(key)
+
+    def _describe(self, key: tuple[Operation, torch.dtype, torch.Size, int]) -> Descriptor:
+        if len(self._known) == _MAX_KNOWN:
+            self._known.clear()
+        operation, dtype, shape, argument = key
+        descriptor = self._known[key] = Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
+        self._notes.explain(descriptor)
         return descriptor
 
     def _carry_out(self, descriptor: Descriptor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Note it, take part in it, and note that it is over."""
-        self._note(descriptor)
+        self._issue(descriptor)
         try:
             result = call(*args, **kwargs)
         except BaseException:
-            self._journal.failed()
+            self._notes.failed()
             raise
-        self._journal.done()
+        self._done()
         return result
 
-    def _note(self, descriptor: Descriptor) -> None:
-        if self._captured is not None:
-            self._captured.append(descriptor)
-            self._journal.note_captured(len(self._captured), descriptor.digest, descriptor.__str__)
-            return
-        self._sequence += 1
-        self._journal.issue(self._sequence, descriptor.digest, descriptor.__str__)
-        if self._digests is not None:
-            self._digests.fold(self._index, descriptor.digest)
-        if self._agreement is not None:
-            self._agree(self._agreement, descriptor)
-
-    def _agree(self, agreement: Agreement, descriptor: Descriptor) -> None:
+    def _agree(self, descriptor: Descriptor) -> None:
+        """Note it, and take part in it if the peers are about to do the same."""
+        assert self._agreement is not None
+        self._notes.issue(descriptor)
         try:
-            agreement.agree(descriptor)
+            self._agreement.agree(descriptor)
         except BaseException:  # whatever ends it, as an interrupt does: it goes on
-            self._journal.failed()
+            self._notes.failed()
             raise
+
+
+def _nothing() -> None:
+    pass
 
 
 class CapturedCollectives:

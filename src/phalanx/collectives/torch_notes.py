@@ -20,7 +20,8 @@ import torch.distributed as dist
 from phalanx.collectives.torch_calls import Call
 from phalanx.collectives.torch_rank import RankPlace, ranks_here, told_by_launcher
 from phalanx.errors import PhalanxError
-from phalanx.ledger.journal import JOURNAL_BYTES, Journal
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.program import (
     ENDED_STEP,
     ENDING,

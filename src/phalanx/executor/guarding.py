@@ -15,7 +15,7 @@ import msgspec
 
 from phalanx.errors import DivergedError
 from phalanx.ledger.disagreement import Member, disagreement, explain
-from phalanx.ledger.journal import read
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.look import RankLook
 from phalanx.ledger.step_digests import BOARD_BYTES, Issued, StepDigestReader, told
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment

@@ -21,7 +21,8 @@ from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
-from phalanx.ledger.journal import JOURNAL_BYTES, note_process, prepare_journal
+from phalanx.ledger.journal import note_process, prepare_journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict

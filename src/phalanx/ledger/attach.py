@@ -13,7 +13,8 @@ import msgspec
 from phalanx.ledger.board import Notice, read_board
 from phalanx.ledger.elsewhere import NodeSeen, read_elsewhere
 from phalanx.ledger.instance import Instance, server_of
-from phalanx.ledger.journal import NUM_RECORDS, read
+from phalanx.ledger.journal_layout import NUM_RECORDS
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.report import VerdictReport, report, utc_now
 from phalanx.ledger.stacks import STACKS, stack_of

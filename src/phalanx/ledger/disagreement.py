@@ -14,7 +14,7 @@ import msgspec
 
 from phalanx.errors import DivergedError
 from phalanx.ledger.habit import odd_at
-from phalanx.ledger.journal import Entries
+from phalanx.ledger.journal_reader import Entries
 from phalanx.ledger.look import RankLook
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.step_digests import Issued, count_of

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.journal import Entries
+from phalanx.ledger.journal_reader import Entries
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.record import Kind, Record
 

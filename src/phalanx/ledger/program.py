@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from phalanx.ledger.journal import MAX_GROUPS
+from phalanx.ledger.journal_layout import MAX_GROUPS
 
 ALL_MEET = 1
 """The bit of a collective's digest that says whether nobody gets through before all members have come."""

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from phalanx.ledger.journal import Entries
+from phalanx.ledger.journal_reader import Entries
 from phalanx.ledger.minority import minority
 from phalanx.ledger.program import ALL_MEET, ENDED_STEP, ENDING, JOINING, number_of
 from phalanx.ledger.record import Kind, Record
@@ -138,7 +138,7 @@ def judge_program(look: ProgramLook, patience_s: float) -> Verdict | None:
     return (
         _needed_but_ended(look, waits)
         or _gone(look)
-        or _diverged(look)
+        or _diverged(look, patience_s)
         or _stopped(look, waits)
         or _missing(look, waits, patience_s)
         or _awaited(look, waits, patience_s)
@@ -213,12 +213,16 @@ def _last_sign(one: ProgramRank) -> int:
     return one.entries.records[-1].issued_ns if one.entries.records else 0
 
 
-def _diverged(look: ProgramLook) -> Verdict | None:
+def _diverged(look: ProgramLook, patience_s: float) -> Verdict | None:
+    """Where votes are equal, who is still to come has the casting one, for as long as there is patience."""
     found = [(lane, records) for lane in look.lanes if (records := _first_difference(look, lane))]
     if not found:
         return None
     lane, records = min(found, key=lambda one: min(record.issued_ns for record in one[1].values()))
-    odd = minority({rank: record.digest for rank, record in records.items()}) or sorted(records)
+    odd = minority({rank: record.digest for rank, record in records.items()})
+    if not odd and _is_undecided(look, lane, records, patience_s):
+        return None
+    odd = odd or sorted(records)
     others = sorted(rank for rank in records if rank not in odd)
     waiting = [rank for rank in others if not records[rank].is_done]
     culprit, peer = odd[0], (others or odd[1:])[0]
@@ -239,6 +243,12 @@ def _first_difference(look: ProgramLook, lane: str) -> dict[int, Record] | None:
         if len({record.digest for record in records.values()}) > 1:
             return records
     return None
+
+
+def _is_undecided(look: ProgramLook, lane: str, records: Mapping[int, Record], patience_s: float) -> bool:
+    """Whether a member that has not come so far may come yet."""
+    to_come = [rank for rank in look.behind(lane, records[min(records)].sequence) if not look.ranks[rank].has_ended]
+    return bool(to_come) and min(look.since_s(record) for record in records.values()) < patience_s
 
 
 def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.errors import FrameError, PeerDiedError
-from phalanx.ledger.journal import NUM_RECORDS, Reader
+from phalanx.ledger.journal_layout import NUM_RECORDS
+from phalanx.ledger.journal_reader import Reader
 from phalanx.ledger.program_verdict import Newcomer, ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.roster import LaneNotice, NewcomerNotice, RankNotice, Roster
 from phalanx.ledger.stacks import stack_of

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from phalanx.ledger.journal import ANSWERED_AT, ANSWERER_AT, ASKED_AT, JOURNAL_BYTES, Entries, Reader
+from phalanx.ledger.journal_layout import ANSWERED_AT, ANSWERER_AT, ASKED_AT, JOURNAL_BYTES
+from phalanx.ledger.journal_reader import Entries, Reader
 from phalanx.transport.futex import Doorbell
 
 ASK_EVERY_S = 0.2

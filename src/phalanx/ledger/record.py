@@ -17,6 +17,9 @@ ISSUED_AT = 48
 KIND_AT = 14
 """Where the kind of what is noted stands, a byte."""
 
+EPOCH_SHIFT, GROUP_SHIFT, KIND_SHIFT = 0, 32, 48
+"""Where the three begin in the second word, of 64 bits."""
+
 assert LAYOUT.size == RECORD_BYTES and DONE_AT + 8 == RECORD_BYTES
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from phalanx.ledger.after import Trace, verdict_of
 from phalanx.ledger.flight_recorder import Entry, Recording, Recordings
-from phalanx.ledger.journal import Entries
+from phalanx.ledger.journal_reader import Entries
 from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.record import Kind, Record
 from phalanx.ledger.verdict import Verdict

@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
-from phalanx.ledger.journal import NUM_RECORDS
+from phalanx.ledger.journal_layout import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
 from phalanx.ledger.redialling import Redialling
 from phalanx.ledger.sighting import FromJudge, FromNode, Replaced, Stacks, TellAll, Telling

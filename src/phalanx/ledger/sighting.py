@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from phalanx.ledger.journal import NUM_RECORDS, Entries
+from phalanx.ledger.journal_layout import NUM_RECORDS
+from phalanx.ledger.journal_reader import Entries
 from phalanx.ledger.look import RankLook
 from phalanx.ledger.record import Kind, Record
 

@@ -1,9 +1,10 @@
 """What a rank has issued in each of its groups in a step, in one word a group: members of a group must agree.
 
-So ranks that have diverged are found though nobody waits. A word is 48 bits of a rolling digest above a count of 16
-bits, so that it is read and written as a whole, and tells of two that differ which is further on.
+So ranks that have diverged are found though nobody waits. A word is 48 bits of a digest, of all that the group has
+issued in steps so far, above a count of 16 bits, of this step's alone: so it is read and written as a whole, and tells
+of two that differ which is further on.
 
-A rank's memory is a ring of NUM_SLOTS slots, of SLOT_WORDS words each, and one more for what it does outside of steps:
+A rank's memory is a ring of NUM_SLOTS slots, of SLOT_WORDS words each:
 
     0     the step; 0 while the slot is being prepared
     1     the step again, once all that is of it has been issued
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from phalanx.ledger.journal import MAX_GROUPS
+from phalanx.ledger.journal_layout import MAX_GROUPS
 from phalanx.transport.futex import new_fence
 
 NUM_SLOTS = 128
@@ -25,13 +26,18 @@ NUM_SLOTS = 128
 _WORDS = 2
 SLOT_WORDS = _WORDS + MAX_GROUPS
 _WORD_BYTES = 8
-BOARD_BYTES = (NUM_SLOTS + 1) * SLOT_WORDS * _WORD_BYTES
+BOARD_BYTES = NUM_SLOTS * SLOT_WORDS * _WORD_BYTES
 """Of one rank."""
 
-_COUNT = 0xFFFF
-_ROLLING = 0xFFFFFFFFFFFF0000
-_PRIME = 0x100000001B3
+COUNT, ROLLING = 0xFFFF, 0xFFFFFFFFFFFF0000
+"""The bits of a group's word that count its collectives in the step, and those of their digest."""
+
 _NOTHING = bytes(SLOT_WORDS * _WORD_BYTES)
+
+
+def place_of(group: int) -> int:
+    """Where the word of a group is, by its index, in a slot."""
+    return _WORDS + group
 
 
 class Issued(NamedTuple):
@@ -50,34 +56,33 @@ class StepDigests:
     def __init__(self, memory: memoryview, num_groups: int) -> None:
         """`memory`: BOARD_BYTES, zeroed. `num_groups`: of the rank, which number from 1 on."""
         assert num_groups < MAX_GROUPS, num_groups
-        self._words = memory[:BOARD_BYTES].cast("Q")
+        self.words = memory[:BOARD_BYTES].cast("Q")
+        self.step = 0
+        """That what is issued now is of; 0 if it is of none."""
         self._bytes = memory[:BOARD_BYTES]
         self._num_words = 1 + num_groups
         self._fence = new_fence()
-        self._at = self._outside = NUM_SLOTS * SLOT_WORDS
 
     def begin(self, step: int) -> None:
         """What is issued from now on, until `leave`, is of this step, which is no other's number, and not 0."""
         at = step % NUM_SLOTS * SLOT_WORDS
-        words, fence = self._words, self._fence
+        words, fence = self.words, self._fence
         words[at] = 0
         fence()
         num_bytes = (_WORDS + self._num_words) * _WORD_BYTES
         self._bytes[at * _WORD_BYTES :][:num_bytes] = _NOTHING[:num_bytes]
         fence()
-        words[at] = step
-        self._at = at
+        words[at] = self.step = step
 
-    def fold(self, group: int, digest: int) -> None:
-        """The next collective of a group. Of what is outside of steps nobody hears."""
-        at, words = self._at + _WORDS + group, self._words
-        word = words[at]
-        words[at] = ((word ^ digest) * _PRIME & _ROLLING) | (word + 1 & _COUNT)
+    def fold(self, group: int, rolling: int) -> None:
+        """The next collective of a group in the step. `rolling`: the digest of all that were in steps, this one too."""
+        at, words = self.step % NUM_SLOTS * SLOT_WORDS + place_of(group), self.words
+        words[at] = rolling & ROLLING | words[at] + 1 & COUNT
 
     def leave(self) -> bytes:
         """All of the step has been issued. Returns it for `told`."""
-        at, words = self._at, self._words
-        self._at = self._outside
+        at, words = self.step % NUM_SLOTS * SLOT_WORDS, self.words
+        self.step = 0
         self._fence()
         words[at + 1] = words[at]
         return self._bytes[(at + 1) * _WORD_BYTES :][: (1 + self._num_words) * _WORD_BYTES].tobytes()
@@ -109,4 +114,4 @@ class StepDigestReader:
 
 def count_of(word: int) -> int:
     """How many collectives a word stands for."""
-    return word & _COUNT
+    return word & COUNT

@@ -20,7 +20,8 @@ import msgspec
 
 from phalanx.ledger.dump import Dumper, DumpOrder
 from phalanx.ledger.elsewhere import NodeSeen
-from phalanx.ledger.journal import NUM_RECORDS, Entries, Reader
+from phalanx.ledger.journal_layout import NUM_RECORDS
+from phalanx.ledger.journal_reader import Entries, Reader
 from phalanx.ledger.judge import judge
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import HELD_S, Look, RankLook, standings

@@ -14,7 +14,8 @@ import msgspec
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.journaled_exchange import JournaledExchange
 from phalanx.collectives.stream_writes import StreamWrites
-from phalanx.ledger.journal import GroupJournal, Journal, NoJournal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.record import PlanSize
 from phalanx.ledger.stacks import may_offer, offer_stacks
@@ -77,9 +78,7 @@ class RankNotes:
         """The same, with each collective noted, and agreed upon if that is asked for."""
         if spec.size == 1 or (self._journal is None and self.digests is None):
             return group
-        index = self._index(spec)
-        journal = GroupJournal(self._journal, index) if self._journal is not None else NoJournal()
-        return JournaledGroup(group, journal, index, self.digests, agreed)
+        return JournaledGroup(group, group_notes(self._index(spec), self._journal, self.digests), agreed)
 
     def begin_step(self, step: Step) -> int:
         """The decision that the rank follows from now on; gives the number of its record."""

@@ -19,7 +19,8 @@ from phalanx.cli.instances import check_of
 from phalanx.ledger.attach import Attached
 from phalanx.ledger.board import BOARD_BYTES, BoardWriter
 from phalanx.ledger.instance import Instance, show
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.outlets import Outlets
 from phalanx.ledger.status import with_stacks
 from phalanx.ledger.verdict import Verdict
@@ -84,7 +85,8 @@ class Shown:
             journal.enter("stepping")
             journal.begin_step(1, 1, num_tokens=1)
             if what:
-                GroupJournal(journal, 1).issue(1, len(what), lambda what=what: what)
+                journal.explain(len(what), what.__str__)
+                journal.issue(1, 1, len(what), 0)
         me = Party.me("it")
         order = WatchOrder(
             ranks=tuple(

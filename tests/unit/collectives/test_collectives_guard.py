@@ -17,7 +17,7 @@ from phalanx.collectives.rendezvous import Rendezvous, open_rendezvous
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import CollectiveMismatchError, DeadlineError
 from phalanx.ledger.disagreement import Member, disagreement
-from phalanx.ledger.journal import NoJournal
+from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.step_digests import BOARD_BYTES, Issued, StepDigests, told
 from phalanx.testing.thread_exchange import ThreadExchange
 from phalanx.testing.thread_group import ThreadGroup, run_ranks
@@ -31,7 +31,7 @@ def disagree(program: Callable[[Group], None]) -> bool:
     def run(group: Group) -> Issued:
         digests = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
         digests.begin(1)
-        program(JournaledGroup(group, NoJournal(), 1, digests))
+        program(JournaledGroup(group, group_notes(1, None, digests)))
         return told(digests.leave())
 
     return disagreement(1, "tp", MEMBERS, dict(enumerate(run_ranks(2, run)))) is not None
@@ -67,7 +67,7 @@ def test_a_gather_along_another_dimension_hangs_nobody_and_is_found() -> None:
 def test_a_collective_that_one_rank_issues_a_step_later_is_found() -> None:
     def run(group: Group) -> list[Issued]:
         digests = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
-        journaled, issued = JournaledGroup(group, NoJournal(), 1, digests), []
+        journaled, issued = JournaledGroup(group, group_notes(1, None, digests)), []
         for step in (1, 2):
             digests.begin(step)
             for _ in range(1 if step == 1 + group.rank else 0):
@@ -99,7 +99,7 @@ def run_agreeing(
             agreed = agreement(spec, rank, exchange)
             assert agreed is not None
             try:
-                return program(JournaledGroup(group, NoJournal(), agreement=agreed))
+                return program(JournaledGroup(group, group_notes(1, None, None), agreed))
             finally:
                 agreed.close()
 

@@ -11,7 +11,10 @@ import torch
 from phalanx.collectives.journaled import JournaledGroup
 from phalanx.collectives.single import SingleGroup
 from phalanx.collectives.spec import GroupSpec
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
+from phalanx.ledger.journal_reader import read
 
 SIZE = 2
 
@@ -36,7 +39,7 @@ def partner() -> SingleGroup:
 def test_a_call_that_is_refused_is_not_noted(wrong: Callable[[Any], object]) -> None:
     """Its caller may catch the error, and go on; the peers have not been there."""
     memory = memoryview(bytearray(JOURNAL_BYTES))
-    group = JournaledGroup(partner(), GroupJournal(Journal(memory, epoch=1), 1))
+    group = JournaledGroup(partner(), group_notes(1, Journal(memory, epoch=1), None))
     with pytest.raises(AssertionError):
         wrong(group)
     group.barrier()
@@ -60,7 +63,7 @@ def test_an_error_is_not_hidden_by_what_is_told_to_the_device() -> None:
 
     journal.follow_device(write)
     inner.all_reduce = all_reduce  # type: ignore[method-assign]
-    group = JournaledGroup(inner, GroupJournal(journal, 1))
+    group = JournaledGroup(inner, group_notes(1, journal, None))
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
         group.all_reduce(torch.zeros(3))
     assert caught.value.__context__ is None

@@ -9,7 +9,7 @@ import pytest
 
 from phalanx.collectives.torch_notes import CLAIMED, TorchNotes
 from phalanx.collectives.torch_rank import RankPlace, ranks_here, told_by_launcher, told_to_init
-from phalanx.ledger.journal import read
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.program import JOINING, JOINING_INDEX
 from phalanx.ledger.roster import VARIABLE, LaneNotice, NewcomerNotice, RankNotice, Roster
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import all_reduce as imported_before
 
 from phalanx.collectives import torch_hook
-from phalanx.ledger.journal import read
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.record import Kind
 
 SIZE = 2

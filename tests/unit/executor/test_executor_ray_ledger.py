@@ -12,11 +12,13 @@ import pytest
 
 pytest.importorskip("ray")
 
+from phalanx.collectives.descriptor import Descriptor
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.ledger import Ledger, keep_ledger, outlast_stalls
-from phalanx.ledger.journal import GroupJournal, Journal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
 from phalanx.transport.shared_memory import SharedSegment
 
 WITHIN_S = 60.0
@@ -70,7 +72,7 @@ def judged(guard: str, launcher: Launcher, resources: ExitStack) -> Ledger:
         journal = Journal(resources.enter_context(SharedSegment.attach(handle)).buf, epoch=1)
         journal.enter("stepping")
         journal.begin_step(1, 7, num_tokens=1)
-        GroupJournal(journal, 1).issue(1, 10 + rank, lambda: "a collective")
+        group_notes(1, journal, None).issue(Descriptor("all_reduce", "float32", (10 + rank,)))
     assert ledger.watching is not None
     verdict = ledger.watching.await_verdict(WITHIN_S)
     assert verdict is not None and verdict.cause == "diverged", verdict

@@ -5,11 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal, WriteOnDevice
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.record import PlanSize
+
+
+class Named(NamedTuple):
+    """A collective that is no more than its name."""
+
+    digest: int
+    name: str = "a collective"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class WritingRank:
@@ -21,14 +34,16 @@ class WritingRank:
         groups: Sequence[str],
         memory: memoryview | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        device: WriteOnDevice | None = None,
     ) -> None:
         self.rank = rank
         self.memory = memoryview(bytearray(JOURNAL_BYTES)) if memory is None else memory
         self.journal = Journal(self.memory, epoch=1, now_ns=now_ns)
         self.process: Literal["running", "stopped", "gone", "ended"] = "running"
         self._groups = ("", *groups)
-        self._journals = {name: GroupJournal(self.journal, i) for i, name in enumerate(groups, start=1)}
-        self._sequences = dict.fromkeys(groups, 0)
+        if device is not None:
+            self.journal.follow_device(device)
+        self._notes = {name: group_notes(i, self.journal, None) for i, name in enumerate(groups, start=1)}
         self._step = 0
 
     def begin(self, step: int, plan: str = "plan", num_tokens: int = 1, size: PlanSize | None = None) -> None:
@@ -40,14 +55,15 @@ class WritingRank:
         self.journal.enter("idle")
 
     def issue(self, group: str, what: str) -> None:
-        self._sequences[group] += 1
-        self._journals[group].issue(self._sequences[group], hash_of(what), lambda: what)
+        collective = Named(hash_of(what), what)
+        self._notes[group].explain(collective)
+        self._notes[group].issue(collective)
 
     def done(self, group: str) -> None:
-        self._journals[group].done()
+        self._notes[group].done()
 
     def fail(self, group: str) -> None:
-        self._journals[group].failed()
+        self._notes[group].failed()
 
     def collective(self, group: str, what: str) -> None:
         self.issue(group, what)
@@ -55,7 +71,7 @@ class WritingRank:
 
     def sequence(self, group: str) -> int:
         """Of its newest collective there."""
-        return self._sequences[group]
+        return self._notes[group].sequence
 
     def look(self, **seen: float) -> RankLook:
         """`seen`: what /proc says of it."""

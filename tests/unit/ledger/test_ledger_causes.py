@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ledger_ranks import Clock, WritingRank, look_at
 
 from phalanx.ledger.awaited import HUNG_S
-from phalanx.ledger.journal import PHASES, read
+from phalanx.ledger.journal_layout import PHASES
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.judge import STORE_S, judge
 from phalanx.ledger.limits import BUDGETS_S, Limits
 from phalanx.ledger.look import Look, Unheard, standings

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from ledger_ranks import WritingRank, look_at
+from ledger_ranks import Named, WritingRank, look_at
 
-from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS, GroupJournal, Journal, read
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.judge import judge
 from phalanx.ledger.sighting import NodeView, Telling
 from phalanx.ledger.verdict import Verdict
@@ -33,10 +36,9 @@ class Stream:
 
 
 def rank_on_device(rank: int) -> tuple[WritingRank, Stream]:
-    one = WritingRank(rank, list(GROUPS))
-    stream = Stream(one.memory)
-    one.journal.follow_device(stream.write)
-    return one, stream
+    memory = memoryview(bytearray(JOURNAL_BYTES))
+    stream = Stream(memory)
+    return WritingRank(rank, list(GROUPS), memory, device=stream.write), stream
 
 
 def world() -> tuple[list[WritingRank], list[Stream]]:
@@ -58,14 +60,14 @@ def test_states_of_a_collective() -> None:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     journal, stream = Journal(memory, epoch=1), Stream(memory)
     journal.follow_device(stream.write)
-    group = GroupJournal(journal, 1)
+    group = group_notes(1, journal, None)
     seen = []
 
     def look() -> None:
         entries = read(memory)
         seen.append((entries.state(entries.records[0]), entries.records[0].is_done))
 
-    group.issue(1, 5, lambda: REDUCE)
+    group.issue(Named(5, REDUCE))
     look()
     group.done()
     look()

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from ledger_ranks import WritingRank, look_at
+from ledger_ranks import Named, WritingRank, look_at
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DumpError
 from phalanx.executor.watching import Watching, dump_order
 from phalanx.ledger import dump
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
 from phalanx.ledger.watcher import WatchedRank, WatchOrder
@@ -184,7 +186,7 @@ def test_a_watcher_dumps_what_it_finds(tmp_path: Path) -> None:
         for rank, segment in enumerate(segments):
             journal = Journal(segment.buf, epoch=1)
             journal.begin_step(1, 7, num_tokens=1)
-            GroupJournal(journal, 1).issue(1, 7 if rank else 9, lambda: "barrier")
+            group_notes(1, journal, None).issue(Named(7 if rank else 9))
         watched = [
             WatchedRank(rank=rank, node="here", groups=names, journal=segment.handle)
             for rank, segment in enumerate(segments)

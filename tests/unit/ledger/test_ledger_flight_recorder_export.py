@@ -13,7 +13,7 @@ from recorder import write as write_recorded
 from phalanx.ledger import flight_recorder
 from phalanx.ledger.after import Trace
 from phalanx.ledger.flight_recorder_export import recordings_of
-from phalanx.ledger.journal import NUM_RECORDS
+from phalanx.ledger.journal_layout import NUM_RECORDS
 from phalanx.ledger.judge import judge
 
 GROUPS = {"tp@0": (0, 1, 2), "pp@0": (0, 1)}

@@ -9,7 +9,7 @@ import pytest
 from ledger_ranks import WritingRank
 
 from phalanx.ledger.habit import form
-from phalanx.ledger.journal import NUM_TEXTS
+from phalanx.ledger.journal_layout import NUM_TEXTS
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
 from phalanx.ledger.record import PlanSize

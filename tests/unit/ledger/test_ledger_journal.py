@@ -7,16 +7,12 @@ import signal
 import threading
 import time
 
-from phalanx.ledger.journal import (
-    JOURNAL_BYTES,
-    NUM_RECORDS,
-    NUM_TEXTS,
-    GroupJournal,
-    Journal,
-    note_process,
-    prepare_journal,
-    read,
-)
+from ledger_ranks import Named
+
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal, note_process, prepare_journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS, NUM_TEXTS
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.record import Kind, rolled
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SharedSegment
@@ -31,10 +27,13 @@ def test_what_was_noted_is_read() -> None:
     memory, journal = fresh()
     journal.enter("stepping")
     step = journal.begin_step(41, 0xABC, num_tokens=9)
-    group = GroupJournal(journal, 2)
-    group.issue(1, 0x11, lambda: "all_reduce float32 [3, 72]")
+    group = group_notes(2, journal, None)
+    reduce, gather = Named(0x11, "all_reduce float32 [3, 72]"), Named(0x22, "all_gather float32 [3, 130]")
+    for collective in (reduce, gather):
+        group.explain(collective)
+    group.issue(reduce)
     group.done()
-    group.issue(2, 0x22, lambda: "all_gather float32 [3, 130]")
+    group.issue(gather)
     entries = read(memory)
     assert (entries.pid, entries.phase, entries.step) == (os.getpid(), "stepping", 41)
     assert state_of(entries.pid, entries.start_time) in ("R", "S")
@@ -68,9 +67,11 @@ def test_a_phase_that_has_no_name_here_is_another() -> None:
 
 def test_a_long_life_leaves_the_newest() -> None:
     memory, journal = fresh()
-    group = GroupJournal(journal, 1)
+    group = group_notes(1, journal, None)
     for sequence in range(1, 3 * NUM_RECORDS):
-        group.issue(sequence, sequence % (2 * NUM_TEXTS), lambda: "x" * 300)
+        collective = Named(sequence % (2 * NUM_TEXTS), "x" * 300)
+        group.explain(collective)
+        group.issue(collective)
         group.done()
     entries = read(memory)
     assert [record.sequence for record in entries.records] == list(range(2 * NUM_RECORDS, 3 * NUM_RECORDS))
@@ -80,13 +81,13 @@ def test_a_long_life_leaves_the_newest() -> None:
 
 def test_a_reader_never_sees_half_a_record() -> None:
     memory, journal = fresh()
-    group, is_over = GroupJournal(journal, 1), threading.Event()
+    group, is_over = group_notes(1, journal, None), threading.Event()
 
     def write() -> None:
         sequence = 0
         while not is_over.is_set():
             sequence += 1
-            group.issue(sequence, sequence * 3, lambda: "")
+            group.issue(Named(sequence * 3))
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -107,7 +108,7 @@ def test_a_journal_outlives_a_rank_that_is_killed() -> None:
         if pid == 0:
             journal = Journal(segment.buf, epoch=1)
             journal.enter("loading")
-            GroupJournal(journal, 1).issue(5, 9, lambda: "barrier")
+            group_notes(5, journal, None).issue(Named(9))
             os.write(told, b"!")
             time.sleep(60)
         os.read(ready, 1)
@@ -116,5 +117,5 @@ def test_a_journal_outlives_a_rank_that_is_killed() -> None:
         os.close(ready)
         os.close(told)
         entries = read(segment.buf)
-    assert (entries.pid, entries.phase, entries.records[0].sequence) == (pid, "loading", 5)
+    assert (entries.pid, entries.phase, entries.records[0].group) == (pid, "loading", 5)
     assert state_of(entries.pid, entries.start_time) is None

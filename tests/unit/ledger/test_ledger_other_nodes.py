@@ -16,7 +16,7 @@ from ledger_ranks import WritingRank
 from phalanx.errors import StartError
 from phalanx.ledger import other_nodes, reporting
 from phalanx.ledger.elsewhere import ElsewhereWriter, elsewhere_bytes, read_elsewhere
-from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS
+from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
 from phalanx.ledger.other_nodes import OUTLIVED, SHARE_OF_TIMEOUT, OtherNodesOrder, Silence, _Node
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.reporting import Judge, ReportOrder, report

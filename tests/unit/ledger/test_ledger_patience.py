@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledger_ranks import WritingRank
 
-from phalanx.ledger.journal import Reader
+from phalanx.ledger.journal_reader import Reader
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.look import Look
 from phalanx.ledger.patience import AT_FIRST_S, LEAST_S, STEPS_OF_PATIENCE, Patience

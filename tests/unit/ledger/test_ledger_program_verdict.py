@@ -9,7 +9,9 @@ from typing import Any, Literal
 import pytest
 
 from phalanx.collectives.torch_calls import Call
-from phalanx.ledger.journal import JOURNAL_BYTES, Journal, read
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.program import ENDED_STEP, ENDING, JOINING, WHOLE_PROGRAM, joining_digest, joining_text, step_of
 from phalanx.ledger.program_verdict import CERTAIN_S, JOINING_S, Newcomer, ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.verdict import Verdict
@@ -126,6 +128,24 @@ def test_a_true_tie_is_said_to_be_one() -> None:
     ranks[0].issue(GATHER)
     ranks[1].issue(REDUCE)
     assert found(verdict_on(ranks)) == ("diverged", (0, 1))
+
+
+def test_who_is_still_to_come_decides_between_two() -> None:
+    ranks = ranks_of(3)
+    ranks[1].issue(GATHER)
+    ranks[2].issue(REDUCE)
+    assert verdict_on(ranks) is None
+    assert found(verdict_on(ranks, later_s=PATIENCE_S + 1)) == ("diverged", (1, 2))
+    ranks[0].issue(REDUCE)
+    assert found(verdict_on(ranks)) == ("diverged", (1,))
+
+
+def test_who_is_stopped_is_told_of_while_its_voice_is_missing() -> None:
+    ranks = ranks_of(3)
+    ranks[0].process = "stopped"
+    ranks[1].issue(GATHER)
+    ranks[2].issue(REDUCE)
+    assert found(verdict_on(ranks, later_s=CERTAIN_S + 1)) == ("stopped", (0,))
 
 
 @pytest.mark.parametrize("culprit", range(3))

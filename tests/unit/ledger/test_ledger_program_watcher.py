@@ -19,7 +19,8 @@ from phalanx.ledger.watcher import LOOK_S
 WITHIN_S = 60.0
 RANK = """
 import os, sys
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.program import ALL_MEET
 from phalanx.ledger.roster import LaneNotice, RankNotice, RosterEntry
 from phalanx.transport.shared_memory import SharedSegment
@@ -34,7 +35,8 @@ entry.announce(RankNotice(world=world, rank=rank, node="here", journal=segment.h
 entry.announce(LaneNotice(pid=os.getpid(), index=1, name="world", ranks=tuple(range(size))))
 print(flush=True)
 sys.stdin.readline()
-GroupJournal(journal, 1).issue(1, 2 | ALL_MEET, lambda: "all_reduce of 8 float32")
+journal.explain(2 | ALL_MEET, lambda: "all_reduce of 8 float32")
+journal.issue(1, 1, 2 | ALL_MEET, 0)
 print(flush=True)
 sys.stdin.readline()
 """

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from phalanx.ledger import pulse
-from phalanx.ledger.journal import ANSWERED_AT, ASKED_AT, JOURNAL_BYTES, Journal, Reader
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import ANSWERED_AT, ASKED_AT, JOURNAL_BYTES
+from phalanx.ledger.journal_reader import Reader
 from phalanx.ledger.look import HELD_S
 from phalanx.ledger.pulse import Asker, Pulse, ThreadTimes
 from phalanx.transport.shared_memory import SharedSegment

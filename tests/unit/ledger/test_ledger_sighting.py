@@ -9,7 +9,8 @@ import msgspec
 import pytest
 from ledger_ranks import WritingRank, look_at
 
-from phalanx.ledger.journal import NUM_RECORDS, read
+from phalanx.ledger.journal_layout import NUM_RECORDS
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look, RankLook, Unheard
 from phalanx.ledger.record import Kind

@@ -8,12 +8,16 @@ from contextlib import ExitStack
 
 import msgspec
 import pytest
+from ledger_ranks import Named
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.errors import DivergedError
 from phalanx.executor.guarding import Guarding, with_boards
-from phalanx.ledger.journal import JOURNAL_BYTES, NUM_RECORDS, GroupJournal, Journal
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
+from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, NUM_SLOTS, StepDigestReader, StepDigests, count_of, told
 from phalanx.protocol import FIRST_EPOCH
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
@@ -29,8 +33,10 @@ class Rank:
         journal = _mapped(spec.journal)
         self.digests = StepDigests(board, len(spec.groups))
         self._journal = Journal(journal, spec.epoch) if journal is not None else None
-        self._indices = {group.name: index for index, group in enumerate(spec.groups, start=1)}
-        self._issued = dict.fromkeys(self._indices, 0)
+        self._groups = {
+            group.name: group_notes(index, self._journal, self.digests)
+            for index, group in enumerate(spec.groups, start=1)
+        }
 
     def begin(self, step: int) -> None:
         self.digests.begin(step)
@@ -39,11 +45,9 @@ class Rank:
 
     def issue(self, *collectives: str, group: str = "tp") -> None:
         for text in collectives:
-            self._issued[group] += 1
-            digest = int.from_bytes(text.encode()[-8:], "little")
-            if self._journal is not None:
-                GroupJournal(self._journal, self._indices[group]).issue(self._issued[group], digest, text.__str__)
-            self.digests.fold(self._indices[group], digest)
+            collective = Named(int.from_bytes(text.encode()[-8:], "little"), text)
+            self._groups[group].explain(collective)
+            self._groups[group].issue(collective)
 
     def leave(self) -> bytes:
         if self._journal is not None:
@@ -120,7 +124,6 @@ def test_what_was_written_is_read() -> None:
     assert issued is not None and not issued.has_left and [count_of(word) for word in issued.words] == [0, 0, 1]
     digests.fold(2, 0x22)
     said = digests.leave()
-    digests.fold(2, 0x33)  # a method's own
     assert reader.read(9) == told(said)
     assert [count_of(word) for word in told(said).words] == [0, 0, 2]
     digests.begin(9 + NUM_SLOTS)
@@ -131,8 +134,10 @@ def test_the_order_counts_and_so_does_every_bit() -> None:
     def word(*collectives: int) -> int:
         digests = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
         digests.begin(1)
+        rolling = 0
         for digest in collectives:
-            digests.fold(1, digest)
+            rolling = rolled(rolling, digest)
+            digests.fold(1, rolling)
         return told(digests.leave()).words[1]
 
     words = {word(1, 2), word(2, 1), word(1), word(1, 1), word(), *(word(1 << bit, 2) for bit in range(64))}
@@ -272,7 +277,7 @@ def test_stages_are_compared_each_by_itself_and_the_earliest_is_named(resources:
         rank.begin(5)
     for group, odd in (("tp@0", 1), ("tp@1", 2)):
         for rank in crew.ranks:
-            if group in rank._indices:
+            if group in rank._groups:
                 rank.issue(SUM if rank.rank != odd else GATHER, group=group)
     said = [rank.leave() for rank in crew.ranks]
     with pytest.raises(DivergedError, match="group tp@0") as caught:

@@ -17,7 +17,9 @@ import pytest
 from ledger_ranks import Clock, WritingRank
 
 from phalanx.ledger import watcher
-from phalanx.ledger.journal import JOURNAL_BYTES, DeviceMarks, note_process, prepare_journal
+from phalanx.ledger.journal import note_process, prepare_journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
+from phalanx.ledger.journal_reader import DeviceMarks
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import HELD_S, Look
 from phalanx.ledger.patience import LEAST_S

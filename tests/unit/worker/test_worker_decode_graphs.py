@@ -24,7 +24,10 @@ from torch import Tensor
 from phalanx.collectives.descriptor import Descriptor
 from phalanx.collectives.journaled import CapturedCollectives, JournaledGroup
 from phalanx.config import Config
-from phalanx.ledger.journal import JOURNAL_BYTES, GroupJournal, Journal, read
+from phalanx.ledger.group_notes import group_notes
+from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import JOURNAL_BYTES
+from phalanx.ledger.journal_reader import read
 from phalanx.ledger.record import Kind
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import Step, StepShape
@@ -244,7 +247,7 @@ def test_what_is_captured_is_noted_as_such_and_a_replay_is_one_collective() -> N
                 pass
         group.barrier()
 
-    run_ranks(1, lambda group: live(JournaledGroup(group, GroupJournal(journal, 1))))
+    run_ranks(1, lambda group: live(JournaledGroup(group, group_notes(1, journal, None))))
     entries = read(memory)
     kinds = [(record.kind, record.sequence) for record in entries.records]
     one, cap = Kind.COLLECTIVE, Kind.CAPTURED
@@ -271,5 +274,5 @@ def test_a_group_without_a_part_in_a_graph_notes_no_replay() -> None:
         with captured.replaying():
             pass
 
-    run_ranks(1, lambda group: live(JournaledGroup(group, GroupJournal(journal, 1))))
+    run_ranks(1, lambda group: live(JournaledGroup(group, group_notes(1, journal, None))))
     assert read(memory).records == ()
