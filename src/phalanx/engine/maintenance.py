@@ -19,10 +19,8 @@ from phalanx.engine.brain import Brain
 from phalanx.errors import (
     CheckpointError,
     ConfigError,
-    FrameError,
     MaintenanceError,
     NotNowError,
-    PeerDiedError,
     PhalanxError,
     UserError,
 )
@@ -247,6 +245,7 @@ class Maintenance:
 
     def _reload(self, new: Checkpoint, order: Reload) -> Script:
         expires_at = time.monotonic() + order.timeout_s
+        self._phase = "reading"
         try:
             shared = self._adoptable(order.weights, new)
             if shared is None:
@@ -288,8 +287,8 @@ class Maintenance:
         if is_shared or shared is not None:
             try:
                 self._ranks.hold(replies or ())
-            except (PeerDiedError, FrameError) as error:  # there is nothing for ranks after these
-                log.warning("ranks that come next read the checkpoint: %s", error)
+            except PhalanxError as error:  # they have them all the same
+                log.warning("ranks that come after these read the checkpoint: %s", error)
 
     def _sleep(self, order: Sleep) -> Script:
         if self._level == order.level:

@@ -422,8 +422,8 @@ def _borrow(
         return NO_MEMORY
     try:
         memory.borrow(offered.ranks)
-    except (PeerDiedError, FrameError) as error:
-        log.warning("another replica's weights are gone, and the checkpoint is read: %s", error)
+    except (PeerDiedError, FrameError, OSError) as error:  # OSError: no descriptors
+        log.warning("another replica's weights cannot be had, and the checkpoint is read: %s", error)
         return NO_MEMORY
     log.info("the ranks compute with the weights of another replica")
     return memory.of_ranks()

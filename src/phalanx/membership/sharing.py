@@ -8,6 +8,7 @@ from phalanx.config import Config
 from phalanx.memory.host import num_memory_nodes
 from phalanx.memory.shared_weights import WeightsKind
 from phalanx.models.checkpoint import Checkpoint
+from phalanx.version import __version__
 
 
 def may_share(config: Config) -> bool:
@@ -33,5 +34,5 @@ def kind_of(config: Config, checkpoint: Checkpoint) -> WeightsKind:
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         pipeline_parallel_size=config.parallel.pipeline_parallel_size,
         pack_weights=config.model.pack_weights,
-        versions=tuple(version(program) for program in ("phalanx", "torch", "transformers")),
+        versions=(__version__, version("torch"), version("transformers")),
     )
