@@ -23,6 +23,7 @@
     ├── MaintenanceError                weights could not be replaced, or the engine be put to sleep or woken: says why
     ├── FrameError                      bytes that are not a message of ours
     ├── DriverError                     CUDA's driver refused something: its call, name and words for it
+    ├── DeviceRefusedError              CUDA's driver refused a whole process: no rank can be in it
     └── EngineDeadError                 the engine has stopped: says why
 
 `assert` is for our own mistakes and never for a user's.
@@ -182,6 +183,10 @@ class DriverError(PhalanxError):
         super().__init__(f"{call}: {name}: {explanation}")
         self.call = call
         self.name = name
+
+
+class DeviceRefusedError(PhalanxError):
+    """CUDA's driver does not let this process use a GPU, and will not do so any more. It may let another one."""
 
 
 class NotHealedError(PhalanxError):

@@ -454,6 +454,9 @@ class EngineStats(Message, frozen=True):
     """None while nothing of it is under way."""
     nodes: tuple[str, ...] = ()
     """By rank, the name of the node of a cluster that it is on. Empty where all are on this host."""
+    avoided: tuple[str, ...] = ()
+    """Nodes that no rank comes to any more (AvoidNodes): where none is now, none will be. Empty while ranks are being
+    replaced, as these may have got their places before."""
 
 
 EngineMessage = (

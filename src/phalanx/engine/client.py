@@ -151,6 +151,14 @@ class EngineClient:
         stats = self._incarnation.stats
         return () if stats is None else stats.nodes
 
+    def has_left(self, node: str) -> bool:
+        """Whether no rank is on this node of a cluster, nor will be, as the engine says since it avoids it."""
+        if self.dead is not None:
+            return True
+        stats = self._incarnation.stats
+        is_told = self.down is None and stats is not None and node in stats.avoided
+        return is_told and node not in self.nodes
+
     @property
     def lacks_room(self) -> str | None:
         """What is missing on the nodes of a cluster, if that is why no ranks serve; None if it is not."""
@@ -463,12 +471,12 @@ class EngineClient:
         self._attend(incarnation)
         if self.asleep:
             incarnation.send(Sleep(2 if self.asleep == 2 else 1))
-        if self._config.executor.launcher == "ray":  # it may have changed while it started
-            incarnation.send(AvoidNodes(self._config.cluster.avoid_nodes))
         self._submit_next()
 
     def _attend(self, incarnation: Incarnation) -> None:
         incarnation.attend(self._take, self._on_maintained, self._on_end, self._resizes.note, self._weights.note)
+        if self._config.executor.launcher == "ray":  # it may have changed while it started
+            incarnation.send(AvoidNodes(self._config.cluster.avoid_nodes))
 
     def _die(self, reason: str) -> None:
         if self.dead is None:

@@ -12,6 +12,10 @@ from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.errors import PhalanxError, PlacementError
 from phalanx.protocol import StartProgress
 
+LACKS_ROOM_AFTER = 2
+"""Starts in a row that find no room before that is told: Ray takes a moment to give back what the last engine had, and
+a node may be just about to come back."""
+
 log = logging.getLogger("phalanx.engine")
 
 
@@ -31,7 +35,7 @@ class Comeback:
         self.down: str | None = None
         """Why the engine is being started again; None when it is not."""
         self.lacks_room: str | None = None
-        """What is missing on the nodes of a cluster, if that is why the last one could not start."""
+        """What is missing on the nodes of a cluster, if that is why the last ones could not start."""
         self.phase: str | None = None
         """What the one that starts does."""
         self._restarts = Restarts(most)
@@ -39,6 +43,8 @@ class Comeback:
         self._succeed = succeed
         self._give_up = give_up
         self._num_waiting = num_waiting
+        self._num_without_room = 0
+        """Starts in a row."""
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, ended: Incarnation, reason: str) -> None:
@@ -73,7 +79,7 @@ class Comeback:
             return
         taken_s = time.monotonic() - began_at
         log.warning("%s serves again after %.1f s, requests that go on: %d", NAME, taken_s, self._num_waiting())
-        self.lacks_room = None
+        self._note_room(None)
         self._succeed(incarnation)
 
     async def _next(self, ended: Incarnation, delay_s: float | None) -> Incarnation | None:
@@ -93,9 +99,14 @@ class Comeback:
                 return await self._start_again(self._note_phase)
             except (PhalanxError, OSError) as error:
                 self.down = str(error)
-                self.lacks_room = error.complaint if isinstance(error, PlacementError) else None
+                self._note_room(error.complaint if isinstance(error, PlacementError) else None)
                 delay_s = self._restarts.next_delay_s(time.monotonic())
         return None
+
+    def _note_room(self, complaint: str | None) -> None:
+        """How the last start has ended, as far as that goes."""
+        self._num_without_room = 0 if complaint is None else self._num_without_room + 1
+        self.lacks_room = complaint if self._num_without_room >= LACKS_ROOM_AFTER else None
 
     def _note_phase(self, progress: StartProgress) -> None:
         self.phase = progress.phase

@@ -18,7 +18,11 @@ from phalanx.engine.fleet_resizing import FleetResizing
 from phalanx.engine.joining import Joining
 from phalanx.engine.members import Members
 from phalanx.engine.room import Room
-from phalanx.errors import ConfigError, PhalanxError, ResizeRefusedError, ResizeUnderWayError
+from phalanx.errors import ConfigError, PhalanxError, RequestError, ResizeRefusedError, ResizeUnderWayError
+from phalanx.topology.placement import Node
+
+LOOK_S = 0.05
+"""How often it is looked whether ranks that are just coming have their places."""
 
 log = logging.getLogger("phalanx.engine")
 
@@ -57,8 +61,9 @@ class Draining:
         self._check_known()
         self._node, avoided = node, self.drained
         try:
-            self._node = name = await self._room.name_of_node(node)
-            self._avoid((*(known for known in avoided if known != name), name))
+            found = await self._room.node_called(node)
+            self._node = name = found.name
+            self._avoid((*_others(avoided, found), name))
             await self._check_others(name)
             return await begun(self._carry_out(name, avoided, drain_timeout_s))
         except BaseException:
@@ -67,17 +72,28 @@ class Draining:
             raise
 
     async def undo(self, node: str) -> None:
-        """Let ranks come to a node again. Raises what Room.name_of_node does."""
-        if node not in self.drained:
-            node = await self._room.name_of_node(node)
-        self._avoid(tuple(known for known in self.drained if known != node))
+        """Let ranks come to a node again, whatever it was called when it was drained, or at the start.
+
+        Raises what Room.node_called does. One that is not in the cluster just now has only the name that is given.
+        """
+        try:
+            found = await self._room.node_called(node)
+            left = _others(self.drained, found)
+        except RequestError:
+            if node not in self.drained:
+                raise
+            left = tuple(known for known in self.drained if known != node)
+        self._avoid(left)
         log.info("node %s is of use again", node)
 
     async def _carry_out(self, node: str, avoided: tuple[str, ...], drain_timeout_s: float) -> None:
         """If it fails, or is cancelled, all is as before."""
         try:
-            while leaving := self._on(node):
-                await self._move(node, leaving, drain_timeout_s)
+            while not self._is_left(node):
+                if leaving := self._on(node):
+                    await self._move(node, leaving, drain_timeout_s)
+                else:
+                    await asyncio.sleep(LOOK_S)
         except BaseException:
             self._avoid(avoided)
             raise
@@ -139,7 +155,22 @@ class Draining:
         engines = self._members.engines
         return [number for number in self._roster.members() if number in engines and node in engines[number].nodes]
 
+    def _is_left(self, node: str) -> bool:
+        """Whether no rank is there, nor comes any more. A replica whose ranks are being started or replaced may have
+        got its places before it was told to avoid the node: what comes of that is awaited, for as long as it may take.
+        """
+        engines, starting = self._members.engines, self._joining.starting
+        return all(
+            phase != "ending" and number not in starting and number in engines and engines[number].has_left(node)
+            for number, phase in self._roster.phases.items()
+        )
+
     def _avoid(self, nodes: tuple[str, ...]) -> None:
         self._joining.avoid(nodes)
         for engine in self._members.engines.values():
             engine.avoid(nodes)
+
+
+def _others(names: Sequence[str], node: Node) -> tuple[str, ...]:
+    """Those of these names that do not mean the node."""
+    return tuple(name for name in names if not node.is_called(name))

@@ -56,6 +56,8 @@ class Joining:
         self.weights_version = first.weights_version
         self.told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
+        self.starting: set[int] = set()
+        """Where these will be is not known yet."""
         self._front = first.front
         self._source = source
         self._command = command
@@ -110,6 +112,7 @@ class Joining:
             weights=await self.find_weights(number),
         )
         starting: asyncio.Task[EngineClient] | None = None
+        self.starting.add(number)
         try:
             async with self._placing:
                 starting = asyncio.create_task(start())
@@ -128,6 +131,7 @@ class Joining:
             raise
         finally:
             self.told.pop(number, None)
+            self.starting.discard(number)
 
 
 async def _put_to_sleep(engine: EngineClient, level: int) -> None:

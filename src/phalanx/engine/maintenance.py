@@ -314,10 +314,14 @@ class Maintenance:
             try:
                 if self._level == 2:
                     self._ranks.begin_change(self.checkpoint)
-                self._ranks.hold((yield FallAsleep(self._level, self._ranks.shares_weights)) or ())
-                return
+                replies = (yield FallAsleep(self._level, self._ranks.shares_weights)) or ()
+                break
             except RanksReplacedError:
                 pass
+        try:
+            self._ranks.hold(replies)
+        except PhalanxError as error:  # they sleep all the same
+            log.warning("the ranks sleep, and what they still have will be lost with them: %s", error)
 
     def _wake(self, new: Checkpoint, weights: bytes) -> Script:
         if not self._level:

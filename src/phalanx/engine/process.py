@@ -161,6 +161,7 @@ class EngineLoop:
         self._maintenance = make_maintenance(self._brain, formation)
         self._resizing = EngineResizing(formation, self._brain, self._tell)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
+        self._avoided: tuple[str, ...] = ()
         self._is_healing = False
         """Whether another thread does."""
         self._sent_stats: EngineStats | None = None
@@ -208,16 +209,16 @@ class EngineLoop:
     def _heal(self, error: PhalanxError) -> bool:
         """Have other ranks go on from what is committed. False after Shutdown. Raises what keeps them from it."""
         healing = self._formation.begin_healing(error)
+        self._is_healing = True
         self._heartbeat = None
         self._stats_due_at = 0.0
-        self._is_healing = True
         while not healing.wait(HEALING_LOOK_S):
             self._send_stats()
             self._resizing.follow()  # one that was under way is undone
             if not self._take_messages(0.0):
                 return False
-        self._is_healing = False
         epoch, keeps_cache = healing.result()
+        self._is_healing = False
         self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
         self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
@@ -238,6 +239,7 @@ class EngineLoop:
                 self._resizing.cancel(message.number)
             elif isinstance(message, AvoidNodes):
                 self._formation.avoid(message.nodes)
+                self._avoided = message.nodes
             elif isinstance(message, ShareWeights):
                 self._share_weights(message.number)
             else:
@@ -300,6 +302,7 @@ class EngineLoop:
             formation=self._formation.stats(),
             maintenance=self._maintenance.stats,
             nodes=self._formation.nodes,
+            avoided=() if self._is_healing else self._avoided,
         )
         if stats != self._sent_stats or now >= self._sign_due_at:
             self._link.send(stats)

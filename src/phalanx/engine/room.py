@@ -52,12 +52,12 @@ class Room:
             return self._joining.seats.complaint_about(number)
         return self._fit(max(size, number + 1), (number,), nodes).complaint
 
-    async def name_of_node(self, name: str) -> str:
-        """What ranks call the node that a user means. Raises RequestError if there is none; else as `check`."""
+    async def node_called(self, name: str) -> Node:
+        """The one that a user means. Raises RequestError if there is none; else as `check`."""
         nodes = await self._nodes()
         if nodes is None:
             raise RequestError("node", name, "all ranks are on this host: it takes launcher ray, and a cluster")
-        meant = [node.name for node in nodes if node.is_called(name)]
+        meant = [node for node in nodes if node.is_called(name)]
         if not meant:
             known = ", ".join(sorted(f"{node.name} ({node.address})" for node in nodes))
             raise RequestError("node", name, f"the cluster has {known}")

@@ -116,7 +116,7 @@ class Executor:
         self._unheard = set(range(world_size))
         self._published: list[Publish] = []
         self._error: PhalanxError | None = None
-        self._on_progress: OnProgress = lambda progress: None
+        self._on_progress: OnProgress = _tell_nobody
         self._on_failure: list[OnFailure] = []
         self._resources = resources
         self._watching = watching
@@ -240,7 +240,10 @@ class Executor:
                 self._stop_workers()
             patience_s = STOP_TIMEOUT_S if self._error is None else 0.0
             self._error = self._error or EngineDeadError("the ranks can run no more: their executor was closed")
-            self._calls.clear()  # calls refer to this object: its memory is to go with the last one who has use for it
+            # Calls refer to this object, and so may who was told of its start: its memory is to go with the last one
+            # who has use for it.
+            self._calls.clear()
+            self._on_progress = _tell_nobody
             self._launcher.close(patience_s)
 
     def __enter__(self) -> Executor:
@@ -422,6 +425,10 @@ class Executor:
         # That they have stopped shows in their exits: one that leaves before another answered would pass for dead.
         with suppress(PhalanxError):  # the launcher kills workers that the order does not reach
             self.submit(Stop(), ranks=(), deadline_s=STOP_TIMEOUT_S)
+
+
+def _tell_nobody(_: StartProgress) -> None:
+    """Nobody waits for a start."""
 
 
 def _is_divergence(error: PhalanxError) -> bool:

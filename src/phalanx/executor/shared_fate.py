@@ -11,7 +11,11 @@ from phalanx.executor.out_of_memory import NOT_FOR_MEMORY, OutOfMemoryKills
 PR_SET_PDEATHSIG = 1
 
 WITH_FORK_SERVER = "its fork server ended"
-"""So begins what is said of a rank that ends with the process that has started it."""
+WITH_ACTOR = "its actor ended"
+WITH_AGENT = "its node's agent ended"
+WITH_RAYLET = "its node's raylet ended"
+_WITH_OTHERS = (WITH_FORK_SERVER, WITH_ACTOR, WITH_AGENT, WITH_RAYLET)
+"""So begins what is said of a rank that ends with a process that takes no steps, but has started it or serves it."""
 
 _SENT_BY_OTHERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Nothing that a process computes ends it by one of these."""
@@ -48,4 +52,4 @@ def was_ended_from_outside(how: str) -> bool:
     Nobody is told who has sent a signal. SIGKILL is the kernel's own when there is no memory, which its counters show.
     """
     by_name = how.startswith(tuple(f"killed by {number.name}" for number in _SENT_BY_OTHERS))
-    return by_name or NOT_FOR_MEMORY in how or how.startswith(WITH_FORK_SERVER)
+    return by_name or NOT_FOR_MEMORY in how or how.startswith(_WITH_OTHERS)

@@ -226,6 +226,10 @@ class Watcher:
         self._patience = Patience(order.limits)
         self._glanced_ns = self._looked_ns = self._learned_ns = 0
         self._found: Verdict | None = None
+        self._seen: object = None
+        """What the last look at all records has found, beyond doubt or not..."""
+        self._seen_ns = 0
+        """... and when it was seen first."""
         self._harmless: dict[str, tuple[int, ...]] = {}
         """Groups that are uneven, and why is no concern of anybody."""
         self._stack = ExitStack()
@@ -267,13 +271,15 @@ class Watcher:
         at_a_glance = self.look(now_ns, GLANCE_RECORDS)
         glance = judge(at_a_glance)
         if self._is_harmless(glance, at_a_glance):
-            self._found = None
+            self._found = self._seen = None
         elif self._cannot_change(glance, at_a_glance) or now_ns - self._looked_ns >= FULL_LOOK_S * _NS:
             self._looked_ns = now_ns
             if self._others is not None and not self._others.have_told_all():
                 return self._found  # neither over nor another, as far as is known
             look = self.look(now_ns)
             found = _with_starvation(judge(look), look)
+            if _finding(found) != self._seen:
+                self._seen, self._seen_ns = _finding(found), look.now_ns
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
             if found is None:
                 self._harmless = uneven_groups(look)
@@ -351,9 +357,15 @@ class Watcher:
         return verdict.cause in LASTING or is_lasting
 
     def _is_beyond_doubt(self, verdict: Verdict, look: Look) -> bool:
-        """A rank that had no core for a while has that much longer; a collective, if any of those in it had none."""
+        """A rank that had no core for a while has that much longer; a collective, if any of those in it had none.
+
+        What ranks are ended for at once is seen twice: records that are read while ranks write them, or that came over
+        a network at different moments, may fit together by chance once.
+        """
         if not verdict.is_of_a_wait or self._cannot_change(verdict, look):
             return True
+        if verdict.is_hopeless and look.now_ns <= self._seen_ns:
+            return False
         if verdict.cause == "late" and any(0.0 < look.ranks[rank].held_s < HELD_S for rank in verdict.culprits):
             return False  # it was asked whether its interpreter runs, and will have answered in a moment, or never
         return verdict.waited_s - verdict.starved_s >= self._patience_s(verdict, look)
@@ -395,11 +407,14 @@ class Confirmation:
         return verdict
 
 
+def _finding(verdict: Verdict | None) -> object:
+    """What it says of whom."""
+    return verdict and (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
+
+
 def _identity(verdict: Verdict | None) -> object:
-    return verdict and (
-        *(verdict.cause, verdict.culprits, verdict.group, verdict.sequence),
-        verdict.is_of_a_busy_host,  # who waits for a core comes when it has one, and who does not may never come
-    )
+    # Who waits for a core comes when it has one, and who does not may never come.
+    return verdict and (_finding(verdict), verdict.is_of_a_busy_host)
 
 
 def _with_starvation(verdict: Verdict | None, look: Look) -> Verdict | None:

@@ -19,6 +19,7 @@ from phalanx.errors import (
     ConfigError,
     DeadlineError,
     FrameError,
+    MaintenanceError,
     PeerDiedError,
     PhalanxError,
     ResizeRefusedError,
@@ -29,6 +30,7 @@ from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
+from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import NO_MEMORY, Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
@@ -248,10 +250,17 @@ class Formation:
         have now (Allocated), and no more. On a CPU, whose segments stay what they are unless other engines have them,
         there is nothing to do.
 
-        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out.
+        Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out, and
+        MaintenanceError if this process lacks descriptors. Then nothing is held: after a fault the checkpoint is read.
         """
-        if self._recovery is not None and (self._config.executor.device != "cpu" or self.shares_weights):
+        if self._recovery is None or (self._config.executor.device == "cpu" and not self.shares_weights):
+            return
+        try:
             self._recovery.follow(told_memory(replies))
+        except PhalanxError:
+            raise
+        except OSError as error:
+            raise MaintenanceError(f"what ranks have cannot be held for those after them: {error}") from error
 
     @property
     def shares_weights(self) -> bool:
@@ -400,7 +409,8 @@ def start_formation(
         if may_share(config):
             checkpoint.fingerprint  # noqa: B018  (now, as long as its files are what the ranks read)
         found = NO_MEMORY if offered is None else _borrow(memory, offered, config, checkpoint)
-        line, capacity = lines.start(on_progress, memory=found, show=presence.show)
+        timeout_s = config.executor.start_timeout_s
+        line, capacity = start_first_line(lines, on_progress, presence.show, timeout_s, found)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
             memory.take(line.told)

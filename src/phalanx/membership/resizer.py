@@ -205,8 +205,9 @@ class Resizer:
         """The line that is ready serves from now on."""
         assert self._preparation is not None
         self._resizing.commit()
-        taken, self._preparation = self._preparation.result(), None
+        taken = self._preparation.result()
         self._config = taken.config
+        self._forget()
         return taken
 
     def fault(self, error: Exception) -> None:
@@ -268,12 +269,17 @@ class Resizer:
             self._resizing.failed(error)
             self._discard()
 
+    def _forget(self) -> None:
+        """The line that was prepared is somebody else's, or ended: its memory goes with it."""
+        self._preparation = self._answer = None
+
     def _discard(self) -> None:
         assert self._preparation is not None
         self._preparation.discard()
 
     def _undone(self) -> None:
-        resize, self._preparation = self._resizing.current, None
+        resize = self._resizing.current
+        self._forget()
         self._resizing.undone()
         assert resize is not None
         log.warning("resize from %s to %s: %s%s", resize.before, resize.asked, resize.state, _because(resize.error))

@@ -47,8 +47,8 @@ def upcycle(
     Blocks until it is written. One matrix is in memory at a time.
 
     Raises CheckpointError if `target` holds something (and `overwrite` is not given, or it is not only a checkpoint),
-    cannot be written or has too little room, or if the checkpoint lacks tensors; UnsupportedModelError naming what of
-    the model the architecture cannot express.
+    is just being written by another process, cannot be written or has too little room, or if the checkpoint lacks
+    tensors; UnsupportedModelError naming what of the model the architecture cannot express.
     """
     target = target.expanduser().resolve()
     prepare_target(target, overwrite=overwrite)
@@ -59,7 +59,7 @@ def upcycle(
         tensors = _Plan(checkpoint, mixture, architecture, reader).tensors()
         _check_room(target, sum(tensor.num_bytes for tensor in tensors))
         try:
-            with whole_directory(target) as directory:
+            with whole_directory(target, overwrite=overwrite) as directory:
                 write_files(directory, tensors, progress, max_file_bytes)
                 _carry(checkpoint.path, directory)
                 config.save_pretrained(directory)  # last: without it, it is no checkpoint

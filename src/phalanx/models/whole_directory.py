@@ -12,21 +12,57 @@ from pathlib import Path
 
 from phalanx.errors import CheckpointError
 from phalanx.models.checkpoint_files import BESIDE_THE_MODEL, MODEL
+from phalanx.models.sole_writer import sole_writer
 
 _CONFIG = "config.json"
 _NUM_SHOWN = 3
 
 
 def prepare_target(target: Path, *, overwrite: bool) -> None:
-    """Raises CheckpointError if a checkpoint may not be written to `target`.
+    """Raises CheckpointError if a checkpoint may not be written to `target`, or somebody else just writes one.
 
     With `overwrite` it may be a directory that holds a checkpoint and nothing else. What a killed run has left of an
     earlier checkpoint is put back, if there is no other one, or removed.
     """
+    if not target.parent.is_dir():
+        return
+    try:
+        with sole_writer(target):
+            _prepare(target, overwrite=overwrite)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def whole_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives a new directory beside `target`, which takes its place at the end; after an error it is gone.
+
+    What was in `target` until then goes, as far as `prepare_target` allows. A process that is killed leaves a directory
+    `.NAME.partial-...` behind; killed between the two renames it leaves the old one as `.NAME.old-...`, which
+    `prepare_target` puts back. Raises as that does, at the beginning and at the end: others may have written meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with sole_writer(target):
+        _prepare(target, overwrite=overwrite)
+        partial = _beside(target, "partial")
+        partial.mkdir()
+        try:
+            yield partial
+            _check(target, overwrite=overwrite)
+            _replace(target, partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(target: Path, *, overwrite: bool) -> None:
     try:
         _clear_up(target)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be cleared away: {error.strerror}") from error
+    _check(target, overwrite=overwrite)
+
+
+def _check(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir():
         if target.exists() or target.is_symlink():
             raise CheckpointError(f"{target} is not a directory")
@@ -41,23 +77,6 @@ def prepare_target(target: Path, *, overwrite: bool) -> None:
         reasons.append(f"it holds {', '.join(unrelated[:_NUM_SHOWN])}{more}")
     if reasons:
         raise CheckpointError(f"{target} is not replaced, as it is not only a checkpoint: {', and '.join(reasons)}")
-
-
-@contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """Gives a new directory beside `target`, which takes its place at the end; after an error it is gone.
-
-    What was in `target` until then goes. A process that is killed leaves a directory `.NAME.partial-...` behind; killed
-    between the two renames it leaves the old one as `.NAME.old-...`, which `prepare_target` puts back.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(target, "partial")
-    partial.mkdir()
-    try:
-        yield partial
-        _replace(target, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _beside(target: Path, kind: str) -> Path:

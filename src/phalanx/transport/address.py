@@ -14,6 +14,11 @@ from phalanx.errors import ConfigError, DeadlineError, StartError
 _BACKLOG = 128
 _TCP_RTO_MAX_MS = 44  # linux/tcp.h; Python has no name for it
 _RTO_MAX_MS = 1000
+_LACKS_HERE = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
+    *(socket.EAI_SYSTEM, socket.EAI_MEMORY),
+)
+"""That no connection was tried, and nothing is known of the other end."""
 
 
 def listen_on(address: str) -> socket.socket:
@@ -78,6 +83,18 @@ def connect_to(address: str, port: int, *, deadline_s: float, source_address: st
         if any(isinstance(cause, TimeoutError) for cause in causes):
             raise DeadlineError("a connection", f"{address} port {port}", time.monotonic() - started) from error
         raise StartError(f"the link to {address} port {port}", "connecting", "; ".join(map(str, causes))) from error
+
+
+def is_nobody_at(address: str, port: int, *, within_s: float) -> bool:
+    """Whether nobody takes connections there, or the host cannot be reached.
+
+    Not so if it cannot be asked, as this process has no descriptors left, or this host no ports.
+    """
+    try:
+        socket.create_connection((address, port), timeout=within_s).close()
+    except OSError as error:
+        return error.errno not in _LACKS_HERE
+    return False
 
 
 def is_unreachable(error: OSError) -> bool:

@@ -19,6 +19,7 @@ import torch
 from phalanx.collectives.agreement import agreement
 from phalanx.collectives.join import join
 from phalanx.collectives.journaled import JournaledGroup
+from phalanx.errors import DeviceRefusedError
 from phalanx.memory.held import encode_held
 from phalanx.models.model import CausalLM, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
@@ -406,9 +407,14 @@ class Worker:
 
 
 def _device(spec: WorkerSpec) -> torch.device:
+    """Raises DeviceRefusedError."""
     if spec.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", spec.local_rank)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise DeviceRefusedError(f"{error} (GPU {spec.local_rank} of those that it sees)") from error
     torch.cuda.set_device(device)
     return device
 

@@ -69,6 +69,7 @@ class FakeEngine:
         self.sleep_level = 0
         self.weights = b""
         """Shared by others."""
+        self.avoided: tuple[str, ...] = ()
 
     def send(self, message: Message) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
@@ -125,7 +126,8 @@ class FakeEngine:
                 elif isinstance(message, CancelResize):
                     self.send(ResizeEnded(message.number, "cancelled"))
                 elif isinstance(message, AvoidNodes):
-                    continue  # it is nowhere
+                    self.avoided = message.nodes
+                    self.send_stats()
                 elif isinstance(message, ShareWeights):
                     self.share_weights(message.number)
                 elif self.behaviour != "ignores-shutdown":
@@ -141,7 +143,7 @@ class FakeEngine:
 
     def send_stats(self) -> None:
         maintenance = MaintenanceStats("asleep", self.sleep_level) if self.sleep_level else None
-        self.send(msgspec.structs.replace(self.brain.stats(), maintenance=maintenance))
+        self.send(msgspec.structs.replace(self.brain.stats(), maintenance=maintenance, avoided=self.avoided))
 
     def maintain(self, order: MaintenanceOrder) -> None:
         if self.behaviour == "dies-in-maintenance":
@@ -195,7 +197,7 @@ class FakeEngine:
         assert batch is not None
         self.send(batch)
         if batch.finished:
-            self.send(self.brain.stats())
+            self.send_stats()
 
 
 def is_poison(request: Submit) -> bool:

@@ -9,17 +9,19 @@ import signal
 import time
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_fake_process
 import engine_tiny_tokenizers as tiny
 import httpx
 import pytest
-from test_engine_client import ENDLESS, client_of, in_loop, short_grace, text_of, until
+from test_engine_client import ENDLESS, TIMEOUT_S, client_of, in_loop, short_grace, text_of, until
 from test_engine_fleet import consume, fleet_of, pids
 
 from phalanx.engine.client import EngineClient
-from phalanx.errors import EngineDeadError
+from phalanx.engine.comeback import Comeback
+from phalanx.errors import EngineDeadError, PhalanxError, PlacementError, StartError
 from phalanx.protocol import SamplingParams
 from phalanx.server.api_keys import ApiKeys
 from phalanx.server.app import create_app
@@ -133,6 +135,20 @@ async def test_counts_go_on(checkpoint: Path) -> None:
 
 
 @in_loop
+async def test_a_node_is_not_left_before_each_new_engine_has_said_so(checkpoint: Path) -> None:
+    async with client_of(checkpoint, engine_restarts=1, launcher="ray") as client:
+        await until(lambda: client._incarnation.stats is not None)
+        assert not client.has_left("beta")
+        client.avoid(("beta",))
+        await until(lambda: client.has_left("beta"))
+        kill(client)
+        await until(lambda: client.down is not None)
+        assert not client.has_left("beta"), "the next one may just be on its way there"
+        await until(lambda: client.has_left("beta"))
+        assert client.condition.num_restarts == 1
+
+
+@in_loop
 async def test_what_is_no_longer_wanted_is_not_asked_for_again(checkpoint: Path) -> None:
     async with client_of(checkpoint, engine_restarts=1) as client:
         async with aclosing(client.generate(client.tokenizer.encode("fox"), ENDLESS)) as deltas:
@@ -213,6 +229,50 @@ async def test_kills_from_outside_are_nobodys_doing(checkpoint: Path, tmp_path: 
         (tmp_path / "file").touch()
         _, last = await reading
         assert last.finish_reason == "length"
+
+
+NO_ROOM = PlacementError("there is room for 1", "a table")
+
+
+@pytest.mark.parametrize(
+    ("failures", "lack"),
+    [
+        ([NO_ROOM], None),
+        ([NO_ROOM, NO_ROOM], "there is room for 1"),
+        ([NO_ROOM, NO_ROOM, StartError("rank 1", "loading", "it ended")], None),
+        ([NO_ROOM, StartError("rank 1", "loading", "it ended"), NO_ROOM], None),
+    ],
+)
+@in_loop
+async def test_room_is_looked_for_twice_before_it_is_said_to_be_missing(
+    failures: list[PhalanxError], lack: str | None
+) -> None:
+    """Whoever hears of it gives the replica up, and what it had may just not be free again."""
+    told: list[str | None] = []
+    succeeded: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    incarnation: Any = SimpleNamespace(end=nothing, until_ranks_are_gone=nothing)
+
+    async def start_again(_: object) -> Any:
+        told.append(comeback.lacks_room)
+        if len(told) > len(failures):
+            return incarnation
+        raise failures[len(told) - 1]
+
+    comeback = Comeback(
+        len(failures) + 1,
+        start_again,
+        succeed=succeeded.set_result,
+        give_up=succeeded.set_result,
+        num_waiting=lambda: 0,
+    )
+    comeback.begin(incarnation, "it was killed")
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await succeeded is incarnation
+    assert (told[-1], comeback.lacks_room) == (lack, None)
+
+
+async def nothing() -> None:
+    """It has ended already."""
 
 
 # ------------------------------------------------------------------------------------- behind a server

@@ -261,6 +261,21 @@ def test_no_weights_are_shared_while_ranks_are_replaced(engine: Engine) -> None:
     assert engine.receive(WeightsShared) == WeightsShared(4, b"")
 
 
+def test_it_tells_that_nodes_are_avoided_but_while_ranks_get_their_places(engine: Engine) -> None:
+    engine.start_and_be_ready()
+    engine.send(AvoidNodes(("gamma",)))
+    while engine.receive(EngineStats).avoided != ("gamma",):
+        pass
+    break_a_step(engine)
+    engine.send(submit(3, max_tokens=1))
+    while engine.receive(EngineStats).avoided:
+        pass
+    engine.send(AvoidNodes(("gamma", "delta")))
+    engine.executor.healing.is_over.set()
+    while engine.receive(EngineStats).avoided != ("gamma", "delta"):
+        pass
+
+
 def test_an_idle_engine_gives_a_sign_of_life(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "SIGN_OF_LIFE_S", 0.05)
     monkeypatch.setattr(process, "IDLE_CHECK_S", 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from phalanx.errors import (
 )
 from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.executor.guarding import Guarding
+from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.protocol import (
     Call,
@@ -139,6 +141,27 @@ def plan(step: int) -> Step:
 
 def failure(kind: str, message: str = "it broke", *, is_user_error: bool = False) -> Failure:
     return Failure(1, "host", "stepping", kind, message, "Traceback ...", is_user_error)
+
+
+class Waiting:
+    """Whoever has a line started, and then has its executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def note(self, progress: StartProgress) -> None: ...
+
+
+def test_once_closed_it_holds_on_to_nobody_who_was_told_of_its_start() -> None:
+    """Otherwise the two would be a circle, and its memory there until Python's collector comes."""
+    bench = Bench(world_size=1)
+    bench.say((0, Reply(LOAD_CALL, Loaded(1, "cpu", "float32"))))
+    waiting = Waiting(bench.executor)
+    bench.executor.await_loaded(waiting.note, 1.0)
+    told = weakref.ref(waiting)
+    bench.executor.close()
+    del waiting
+    assert told() is None
 
 
 def test_the_output_rank_need_not_be_the_first() -> None:
@@ -406,7 +429,7 @@ def issued(step: int, *digests: int) -> bytes:
     writing = StepDigests(memoryview(bytearray(BOARD_BYTES)), 1)
     writing.begin(step)
     for digest in digests:
-        writing.fold(1, digest)
+        writing.fold(1, rolled(0, digest))
     return writing.leave()
 
 

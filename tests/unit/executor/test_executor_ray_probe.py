@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +100,26 @@ def test_a_head_that_is_slow_is_not_gone(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(probe, "LOOK_S", 0.05)
     with head(delay_s=0.3) as address:
         assert not is_gone(address)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (socket.gaierror(socket.EAI_SYSTEM, "System error"), False),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), True),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), True),
+        (TimeoutError("timed out"), True),
+    ],
+)
+def test_what_this_process_lacks_is_not_the_heads_end(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, found: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", fail)
+    assert is_gone("10.0.0.1:6379") is found
 
 
 def test_a_head_with_tls(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,24 @@ def test_another_node_comes(cluster: Cluster, hire: Callable[..., Any], monkeypa
     assert hire().nodes == ["a", "c"]
 
 
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_a_lack_of_room_is_told_when_it_lasts(
+    cluster: Cluster, hire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    told: list[str | None] = []
+
+    def look_again(_: float) -> None:
+        told.append(hire.quarters.lacks_room)  # type: ignore[attr-defined]
+        cluster.alive.append(GAMMA)
+
+    monkeypatch.setattr(module, "LACKS_ROOM_AFTER_S", patience_s)
+    monkeypatch.setattr(module.time, "sleep", look_again)
+    cluster.alive = [ALPHA]
+    assert hire().nodes == ["a", "c"]
+    assert told == [None if patience_s else "lost: rank 1 on beta: there is room for 1"]
+    assert hire.quarters.lacks_room is None  # type: ignore[attr-defined]
+
+
 def test_no_other_node(cluster: Cluster, hire: Callable[..., Any]) -> None:
     cluster.alive = [ALPHA]
     complaint = r"rank 1 on beta did not start: no other place in 0\.0\d+ s .*: there is room for 1 \(while placing\)$"

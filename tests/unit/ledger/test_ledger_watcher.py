@@ -125,6 +125,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with ExitStack() as stack:
         ranks = Watched(stack, monkeypatch, 3)
         monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
+        monkeypatch.setattr(watcher, "starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
         for number in range(1, 4):
             for one in ranks.ranks:
                 one.begin(number)
@@ -176,6 +177,49 @@ def test_ranks_that_wait_for_each_other_are_named_when_all_have_come_to_a_stands
     three.ranks[2].issue("ep@0", GATHER)
     found = three.verdict(2 * LOOK_S)
     assert found is not None and (found.cause, found.culprits) == ("circle", (2,))
+
+
+class FakeOtherNodes:
+    """They have no ranks, and what they tell is so old."""
+
+    def __init__(self) -> None:
+        self.tell_all = False
+        self.age_ns = 0
+        self.take = lambda *_: None
+        self.looks = self.steps = self.unheard = self.unwatched = lambda *_: {}
+
+    def have_told_all(self) -> bool:
+        return self.tell_all
+
+    def seen_ns(self, now_ns: int) -> int:
+        return now_ns - self.age_ns
+
+
+def test_over_nodes_it_takes_two_looks_at_all_records_that_are_of_different_moments(
+    three: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = FakeOtherNodes()
+    monkeypatch.setattr(three._watcher, "_others", others)
+    skip_the_last(three.ranks)
+    assert three.verdict(2 * LEAST_S) is None, "the newest records are no proof"
+    others.tell_all = True
+    assert three.verdict(FULL_LOOK_S) is None
+    others.age_ns = round(FULL_LOOK_S * 1e9)
+    assert three.verdict(FULL_LOOK_S) is None, "nothing new has come"
+    others.age_ns = 0
+    found = three.verdict(FULL_LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("skipped", (2,))
+
+
+def test_over_nodes_patience_and_the_second_look_are_over_at_the_same_time(
+    three: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = FakeOtherNodes()
+    others.tell_all = True
+    monkeypatch.setattr(three._watcher, "_others", others)
+    skip_the_last(three.ranks)
+    found = three.verdict(LEAST_S + FULL_LOOK_S + LOOK_S)
+    assert found is not None and (found.cause, found.culprits) == ("skipped", (2,))
 
 
 def test_what_was_found_stands_until_all_nodes_have_told_what_is_needed_to_judge_anew(

@@ -311,10 +311,12 @@ upcycle(resolve(sys.argv[1]), Path(sys.argv[2]), Mixture(num_experts=4, num_expe
     done = subprocess.run([sys.executable, "-c", code, str(dense), str(target)], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
-    (left,) = (path for path in tmp_path.iterdir() if path != dense)
+    lock = tmp_path / ".mixture.lock"
+    (left,) = (path for path in tmp_path.iterdir() if path not in (dense, lock))
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         resolve(str(left))
     make(dense, target)
+    assert not lock.exists()
 
 
 def test_the_configuration_needs_no_defaults_of_the_architecture(tmp_path: Path, dense: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from phalanx.errors import CheckpointError
+from phalanx.models.sole_writer import sole_writer
 from phalanx.models.whole_directory import prepare_target, whole_directory
 
 KILLED = """
@@ -24,7 +26,7 @@ def kill(call, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return call(*arguments, **options)
 os.rename, os.unlink = (lambda *a, call=call, **o: kill(call, *a, **o) for call in (os.rename, os.unlink))
-with whole_directory(Path(sys.argv[1])) as new:
+with whole_directory(Path(sys.argv[1]), overwrite=True) as new:
     (new / "config.json").write_text("new")
     (new / "model.safetensors").write_text("new")
 """
@@ -39,7 +41,7 @@ def put_checkpoint(target: Path, word: str = "old") -> None:
 
 def replace(target: Path, word: str) -> None:
     prepare_target(target, overwrite=True)
-    with whole_directory(target) as new:
+    with whole_directory(target, overwrite=True) as new:
         (new / "config.json").write_text(word)
 
 
@@ -116,6 +118,52 @@ def test_after_a_kill_the_next_run_finds_a_whole_checkpoint(tmp_path: Path, step
     assert not list(tmp_path.glob(".target.old-*"))
     replace(target, "newest")
     assert (target / "config.json").read_text() == "newest"
+
+
+def test_one_writes_at_a_time(tmp_path: Path) -> None:
+    """A second one would take what the first has just put aside for what a killed run has left."""
+    target = tmp_path / "target"
+    put_checkpoint(target)
+    complaint = "target is just being written by another process$"
+    with whole_directory(target, overwrite=True) as new:
+        (new / "config.json").write_text("new")
+        with pytest.raises(CheckpointError, match=complaint):
+            prepare_target(target, overwrite=True)
+        with pytest.raises(CheckpointError, match=complaint), whole_directory(target, overwrite=True):
+            raise AssertionError("it has begun")
+        replace(tmp_path / "another", "new")
+    assert (target / "config.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "target"]
+    replace(target, "newest")
+    assert (target / "config.json").read_text() == "newest"
+
+
+def test_who_waited_for_a_lock_that_is_gone_locks_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flock = tmp_path / "target", fcntl.flock
+
+    def removed_meanwhile(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".target.lock").unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with sole_writer(target), pytest.raises(CheckpointError, match="another process"), sole_writer(target):
+        raise AssertionError("there are two")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_comes_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with (
+        pytest.raises(CheckpointError, match="target is not empty"),
+        whole_directory(target, overwrite=False) as new,
+    ):
+        (new / "config.json").write_text("new")
+        put_checkpoint(target)
+    assert (target / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_what_others_have_is_left_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -17,6 +17,11 @@ MAX_CAUSE_CHARS = 2000
 END_OF_FILE = "connection error code 2"
 """How Ray calls it that a process is gone which had not taken its leave."""
 WITHOUT_A_WORD = "its process was killed or crashed"
+_ENDS_OF_ACTORS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+)
 
 
 def answers_to(calls: Mapping[ObjectRef[Any], str], phase: str, deadline_s: float) -> list[Any]:
@@ -42,12 +47,21 @@ def _check(call: ObjectRef[Any], name: str, phase: str) -> None:
         raise StartError(name, phase, explain(error)) from error
 
 
-def outcome(ref: ObjectRef[Any]) -> str:
-    """What a finished call of an actor returned, or why there is nothing. Returns at once."""
+class Outcome(NamedTuple):
+    """Of a call that is over."""
+
+    how: str
+    """What it returned, or why there is nothing."""
+    has_actor_ended: bool
+    """Whether it is over because its actor is. Not so if that was for lack of memory: a call may be why."""
+
+
+def outcome(ref: ObjectRef[Any]) -> Outcome:
+    """Of a finished call of an actor. Returns at once."""
     try:
-        return str(ray.get(ref, timeout=0))
+        return Outcome(str(ray.get(ref, timeout=0)), has_actor_ended=False)
     except Exception as error:  # whatever it is, it is the answer
-        return explain(error)
+        return Outcome(explain(error), isinstance(error, _ENDS_OF_ACTORS))
 
 
 def explain(error: BaseException) -> str:

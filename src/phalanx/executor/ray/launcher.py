@@ -9,10 +9,11 @@ from contextlib import ExitStack
 
 from phalanx.errors import DeadlineError
 from phalanx.executor.ending import await_ends, kill, living
+from phalanx.executor.ray.calls import Outcome
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.fate import on_end_of
 from phalanx.executor.ray.liveness import ActorWatch
-from phalanx.executor.shared_fate import describe_exit
+from phalanx.executor.shared_fate import WITH_ACTOR, WITH_AGENT, WITH_RAYLET, describe_exit
 from phalanx.worker.spec import WorkerSpec
 
 REAP_DEADLINE_S = 0.5
@@ -74,26 +75,27 @@ class RayLauncher:
         if self._watch is not None:
             self._watch.close()
 
-    def _note_end(self, name: str, how: str) -> None:
+    def _note_end(self, name: str, end: Outcome) -> None:
         """`name` is a rank's number, or the id of an agent's node."""
         if self._is_closing:
             return
         if name.isdigit():
-            rank = int(name)
-            good = how == describe_exit(0)
-            self._note(
-                rank, how if good else f"{how} (on {self._crew.placed[rank].node}); {self._crew.last_words(rank)}"
-            )
+            self._note_end_of_rank(int(name), end)
             return
         for placed in self._crew.placed:
             if placed.node_id == name:
-                self._note(placed.rank, f"{self._crew.agent_name(name)} ended: {how}")
+                self._note(placed.rank, f"{WITH_AGENT}: {end.how} (on {placed.node})")
+
+    def _note_end_of_rank(self, rank: int, end: Outcome) -> None:
+        how = f"{WITH_ACTOR}: {end.how}" if end.has_actor_ended else end.how
+        good = how == describe_exit(0)
+        self._note(rank, how if good else f"{how} (on {self._crew.placed[rank].node}); {self._crew.last_words(rank)}")
 
     def _note_end_of_raylet(self) -> None:
         """Ray itself can say nothing any more then."""
         for placed in self._crew.placed:
             if placed.is_driver_node:
-                self._note(placed.rank, f"the raylet of its node {placed.node} ended")
+                self._note(placed.rank, f"{WITH_RAYLET} (on {placed.node})")
 
     def _note(self, rank: int, how: str) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from phalanx.executor.ray.calls import outcome
+from phalanx.executor.ray.calls import Outcome, outcome
 
 POLL_S = 0.2
 """How long a wait within Ray lasts: it must be over before Ray may be shut down."""
@@ -22,7 +22,7 @@ log = logging.getLogger("phalanx.executor")
 class ActorWatch:
     """Knows of each call whether it has ended and how. `close` it before Ray is shut down."""
 
-    def __init__(self, calls: Mapping[ObjectRef[Any], str], on_end: Callable[[str, str], None]) -> None:
+    def __init__(self, calls: Mapping[ObjectRef[Any], str], on_end: Callable[[str, Outcome], None]) -> None:
         """`calls`: each with the name of its actor. `on_end` is told name and outcome, in the watch's thread."""
         self._calls = dict(calls)
         self._on_end = on_end
@@ -43,22 +43,22 @@ class ActorWatch:
     def _run(self) -> None:
         while self._calls and not self._is_closing:
             if not ray.is_initialized():
-                self._end_all("Ray was shut down")
+                self._end_all(Outcome("Ray was shut down", has_actor_ended=True))
                 return
             try:
                 ended, _ = ray.wait(list(self._calls), num_returns=1, timeout=POLL_S)
             except Exception as error:
                 log.exception("Ray does not say any more how the workers are")
-                self._end_all(f"Ray does not say any more how it is: {error}")
+                self._end_all(Outcome(f"Ray does not say any more how it is: {error}", has_actor_ended=False))
                 return
             for call in ended:
                 self._end(call, outcome(call))
 
-    def _end_all(self, how: str) -> None:
+    def _end_all(self, end: Outcome) -> None:
         for call in list(self._calls):
-            self._end(call, how)
+            self._end(call, end)
 
-    def _end(self, call: ObjectRef[Any], how: str) -> None:
+    def _end(self, call: ObjectRef[Any], end: Outcome) -> None:
         with self._changed:
-            self._on_end(self._calls.pop(call), how)
+            self._on_end(self._calls.pop(call), end)
             self._changed.notify_all()

@@ -10,8 +10,8 @@ from ray._private.authentication.http_token_authentication import get_auth_heade
 from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
-from phalanx.errors import ConfigError, DeadlineError, StartError
-from phalanx.transport.address import connect_to
+from phalanx.errors import ConfigError
+from phalanx.transport.address import is_nobody_at
 
 DEADLINE_S = 5.0
 LOOK_S = 1.0
@@ -61,11 +61,7 @@ def is_gone(address: str) -> bool:
     One that is only slow, or stopped, is there: its kernel still takes connections.
     """
     host, _, port = address.rpartition(":")
-    try:
-        connect_to(host.strip("[]"), int(port), deadline_s=LOOK_S).close()
-    except (StartError, DeadlineError):
-        return True
-    return False
+    return is_nobody_at(host.strip("[]"), int(port), within_s=LOOK_S)
 
 
 def _ask(address: str, headers: dict[str, str]) -> grpc.StatusCode:

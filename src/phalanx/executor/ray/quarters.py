@@ -33,6 +33,9 @@ POLL_S = 0.02
 MOVE_POLL_S = 0.25
 """Between two looks for room: each asks Ray for all nodes."""
 
+LACKS_ROOM_AFTER_S = 1.0
+"""Of looks in vain: Ray takes a moment to give back bundles, those that were just let go of as well."""
+
 log = logging.getLogger("phalanx.executor")
 
 
@@ -215,6 +218,7 @@ class Quarters:
         where = self._named(lost)
         log.warning("lost: %s; the ranks are placed anew", where)
         self._bundles.close()
+        told_at = time.monotonic() + LACKS_ROOM_AFTER_S
         while True:
             self._check_open()
             try:
@@ -222,7 +226,8 @@ class Quarters:
                 self.lacks_room = None
                 return
             except PlacementError as error:
-                self.lacks_room = f"lost: {where}: {error.complaint}"
+                if time.monotonic() >= told_at:
+                    self.lacks_room = f"lost: {where}: {error.complaint}"
                 if not deadline.remaining_s:
                     complaint = f"no other place in {deadline.waited_s:.3g} s for what was on a lost node"
                     cause = f"{complaint}: {error.complaint}"
