@@ -111,7 +111,7 @@ class RayCluster:
 
     def _leftovers_of(self, host: Host) -> list[str]:
         rays = self._own_processes[host.name]
-        commands = {process.pid: _command(process) for process in host.processes() if process not in rays}
+        commands = {process.pid: command_of(process) for process in host.processes() if process not in rays}
         others = [
             f"process {pid}: {line}" for pid, line in commands.items() if line and not line.startswith(_IDLE_WORKER)
         ]
@@ -120,7 +120,7 @@ class RayCluster:
         return [f"{host.name}: {thing}" for thing in others]
 
 
-def _command(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
     """Empty if it has ended."""
     try:
         return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())

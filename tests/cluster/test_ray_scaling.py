@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster_server import ClusterServer
 from one_process import Tokens, tokens_of_one_process
-from ray_cluster import RayCluster
+from ray_cluster import RayCluster, command_of
 
 from phalanx.testing.checkpoints import write_checkpoint
 
@@ -48,7 +48,7 @@ def ranks_on(cluster: RayCluster) -> list[str]:
         name
         for name, host in cluster.hosts.items()
         for process in host.processes()
-        if Path((process.cmdline() or [""])[0]).name.startswith("ray::RankActor")
+        if command_of(process).startswith("ray::RankActor")
     ]
 
 
