@@ -65,6 +65,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """On a CPU, hold the weights of linear layers as its matrix kernels read them. Faster, and no larger, but that an
     embedding which is also the model's head is then held twice."""
 
+    share_weights: Literal["auto", "always", "never"] = "auto"
+    """On a CPU, have a replica that joins others on this host (`phalanx scale`, auto-grow, an engine that is started
+    again) compute with the very weights of one that serves, instead of reading a copy of its own. `auto`: unless this
+    host's processors have each their own memory (NUMA), where one would read weights from another one's."""
+
     dequantise_weights: bool = False
     """On a GPU, dequantise the experts of a mixture that are stored in 4 bits (AWQ, compressed-tensors) while they are
     read, as all other weights are. They take four times the memory, and worker extensions can read and write them."""
@@ -420,6 +425,8 @@ class Config(Section, frozen=True, kw_only=True):
             yield "pack_weights", "weights are packed on a CPU only"
         elif not self.model.pack_weights and self.model.dtype == "float16":
             yield "pack_weights", "float16 weights are never packed"
+        if self.model.share_weights == "always" and (reason := self._why_weights_are_not_shared()):
+            yield "share_weights", reason
         if self.model.dequantise_weights and device == "cpu":
             yield "dequantise_weights", "on a CPU all weights are dequantised"
         has_other_way = self.parallel.all2all_backend != ParallelConfig().all2all_backend
@@ -431,6 +438,17 @@ class Config(Section, frozen=True, kw_only=True):
             yield "enable_eplb", "one rank has all experts of its layers"
         if self.cluster.allow_split_tensor_parallel and self.parallel.tensor_parallel_size == 1:
             yield "allow_split_tensor_parallel", "there is one rank in each tensor-parallel group"
+
+    def _why_weights_are_not_shared(self) -> str | None:
+        if self.executor.device == "cuda":
+            return "weights are shared on a CPU only"
+        if self.parallel.enable_expert_parallel:
+            return "replicas that share experts are one engine"
+        if not self.healing.heal:
+            return "with heal off, nobody holds weights for others"
+        if self.executor.launcher == "ray":
+            return "replicas with launcher ray read their own"
+        return "worker_extension_cls may write to weights" if self.executor.worker_extension_cls else None
 
     def _healing_without_effect(self) -> Iterator[tuple[str, str]]:
         if self.healing.heal_timeout_s != HealingConfig().heal_timeout_s and not self.healing.heal:

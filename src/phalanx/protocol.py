@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phalanx.config import Config
 from phalanx.errors import ConfigError, RequestError
 
 Ints = bytes
@@ -175,6 +176,8 @@ class Reload(Message, frozen=True):
     """A directory; None for the one in use."""
     when: When
     timeout_s: float
+    weights: bytes = b""
+    """Of another engine on this host that has them by now, as in Begin: then they need not be read."""
 
 
 class Sleep(Message, frozen=True):
@@ -187,6 +190,8 @@ class Wake(Message, frozen=True):
     """Go on after Sleep. At level 2 the weights are read, those of another checkpoint if `model` names one."""
 
     model: str | None
+    weights: bytes = b""
+    """As in Reload."""
 
 
 class Shutdown(Message, frozen=True):
@@ -217,7 +222,23 @@ class AvoidNodes(Message, frozen=True):
     nodes: tuple[str, ...]
 
 
-ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder | AvoidNodes
+class ShareWeights(Message, frozen=True):
+    """Have the ranks' weights be for those of another engine on this host, too. Answered by WeightsShared."""
+
+    number: int
+    """The client's, of this question."""
+
+
+class Begin(Message, frozen=True):
+    """The first message: what engine to be."""
+
+    config: Config
+    weights: bytes = b""
+    """Of another engine on this host, for its ranks to compute with if they are those of the checkpoint: SharedWeights
+    as msgpack (memory/shared_weights.py)."""
+
+
+ClientMessage = Submit | Cancel | Shutdown | Resize | CancelResize | MaintenanceOrder | AvoidNodes | ShareWeights
 
 
 # -------------------------------------------------------------------------------- brain → client
@@ -379,6 +400,9 @@ class FormationStats(msgspec.Struct, frozen=True):
     """What ended a line last, in words that begin with who is to blame, if anybody is; empty before the first."""
     lacks_room: str | None = None
     """What is missing on the nodes of a cluster, while ranks of a lost node wait for room."""
+    shares_weights: bool = False
+    """Whether the ranks' weights are memory that those of another engine on this host have had from them, or they from
+    it."""
 
 
 MaintenancePhase = Literal["reading", "waiting for requests", "switching", "falling asleep", "asleep", "waking"]
@@ -410,6 +434,14 @@ class Maintained(Message, frozen=True):
     model: str | None = None
 
 
+class WeightsShared(Message, frozen=True):
+    """The answer to ShareWeights."""
+
+    number: int
+    weights: bytes
+    """As in Begin; empty if there are none to share."""
+
+
 class EngineStats(Message, frozen=True):
     """The engine's state, sent a few times a second: also a sign of life."""
 
@@ -428,7 +460,15 @@ class EngineStats(Message, frozen=True):
 
 
 EngineMessage = (
-    StartProgress | EngineReady | EngineFailed | TokenBatch | EngineStats | ResizeBegun | ResizeEnded | Maintained
+    StartProgress
+    | EngineReady
+    | EngineFailed
+    | TokenBatch
+    | EngineStats
+    | ResizeBegun
+    | ResizeEnded
+    | Maintained
+    | WeightsShared
 )
 
 
@@ -594,7 +634,16 @@ class ReadWeights(Message, frozen=True):
 
 
 class TakeWeights(Message, frozen=True):
-    """Compute with the weights that were read from the next step on. Who fails in it has weights of both kinds."""
+    """Compute with the weights that were read from the next step on. Who fails in it has weights of both kinds.
+
+    With `is_shared` ranks of other engines compute with the memory of those before: it stays theirs, and this is
+    answered with what there is instead (Allocated). So it is with `weights`, those of another engine on this host,
+    which are taken as they lie there, and nothing was read for them.
+    """
+
+    is_shared: bool = False
+    weights: bytes = b""
+    """SharedWeights as msgpack (memory/shared_weights.py)."""
 
 
 class DropWeights(Message, frozen=True):
@@ -604,10 +653,12 @@ class DropWeights(Message, frozen=True):
 class FallAsleep(Message, frozen=True):
     """Give the KV cache's memory back, and at level 2 that of the weights. No step is under way, and none comes.
 
-    Answered with what is left (Allocated); a GPU's memory is free when nobody holds it any more.
+    Answered with what is left (Allocated); a GPU's memory is free when nobody holds it any more, and so are weights
+    that are shared (TakeWeights).
     """
 
     level: int
+    is_shared: bool = False
 
 
 class WakeUp(Message, frozen=True):

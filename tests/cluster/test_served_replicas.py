@@ -214,12 +214,15 @@ def test_a_dense_models_replicas_run_apart(tmp_path: Path) -> None:
 
 
 def test_replicas_come_and_go_while_streams_run(tmp_path: Path) -> None:
-    with serving(tmp_path, "llama", "-dp", "1", "--threads-per-rank", "1") as served:
+    """The new one has its weights from the first, which then leaves."""
+    flags = ("-dp", "1", "--threads-per-rank", "1", "--heal", "--share-weights", "always")
+    with serving(tmp_path, "llama", *flags) as served:
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
             undisturbed = list(clients.map(lambda client: served.stream(client, MANY), range(2)))
             running = [clients.submit(served.stream, client, MANY) for client in range(2)]
             await_condition(lambda: served.requests_running().get("0") == 2, 20.0)
             phalanx("scale", f"http://127.0.0.1:{served.port}", "2")
+            assert "compute with the weights of another replica" in served.log
             running += [clients.submit(served.stream, client, MANY) for client in range(2, 5)]
             await_condition(lambda: are_busy(served.requests_running()), 20.0)
             first, second = served.engines()

@@ -117,6 +117,11 @@ def test_a_wrong_key_at_the_top_is_the_fault_of_the_whole() -> None:
         ({"device": "cuda", "pack_weights": False}, ["pack_weights = False has no effect: .* on a CPU only"]),
         ({"device": "cpu", "dtype": "float16", "pack_weights": False}, ["pack_weights = False .* float16"]),
         ({"device": "cuda", "dequantise_weights": True}, []),
+        (
+            {"device": "cpu", "share_weights": "always", "heal": False},
+            ["share_weights = 'always' has no effect: .* heal"],
+        ),
+        ({"device": "cuda", "share_weights": "always"}, ["share_weights = 'always' has no effect: .* on a CPU only"]),
         ({"device": "cpu", "dequantise_weights": True}, ["dequantise_weights = True has no effect: on a CPU all"]),
         (
             {"device": "cpu", "launcher": "ray", "pipeline_parallel_size": 2, "allow_split_tensor_parallel": True},

@@ -14,6 +14,7 @@ from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
 from phalanx.engine.asked_maintenance import AskedMaintenance, error_of
 from phalanx.engine.asked_resize import AskedResizes
+from phalanx.engine.asked_weights import NONE, AskedWeights
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.comeback import Comeback
 from phalanx.engine.condition import Condition
@@ -43,7 +44,15 @@ from phalanx.protocol import (
 
 _ALL_AT_ONCE = "replicas in lockstep leave a node all together: stop the server, and start it with avoid_nodes"
 
-StartAgain = Callable[[Config, OnProgress], Awaitable[Incarnation]]
+StartAgain = Callable[[Config, OnProgress, bytes], Awaitable[Incarnation]]
+"""With weights that another engine shares, as in protocol.Begin."""
+
+FindWeights = Callable[[], Awaitable[bytes]]
+
+
+async def find_none() -> bytes:
+    """There is no other engine."""
+    return NONE
 
 
 class EngineClient:
@@ -75,10 +84,14 @@ class EngineClient:
         self._vocab_size = front.vocab_size
         self._incarnation = incarnation
         self._maintenance = AskedMaintenance(weights_version)
+        self.find_weights: FindWeights = find_none
+        """Where an engine that is started again may find them."""
         self._resizes = AskedResizes(lambda message: self._incarnation.send(message), self._on_resized)
+        self._weights = AskedWeights(lambda message: self._incarnation.send(message))
+        self._start_again = start_again
         self._comeback = Comeback(
             config.executor.engine_restarts,
-            lambda on_progress: start_again(self._config, on_progress),
+            self._begin_again,
             succeed=self._succeed,
             give_up=self._die,
             num_waiting=lambda: self.num_running,
@@ -103,16 +116,17 @@ class EngineClient:
         environment: Mapping[str, str] | None = None,
         front: Front | None = None,
         weights_version: int = FIRST_WEIGHTS_VERSION,
+        weights: bytes = NONE,
     ) -> EngineClient:
         """Start the engine's process and wait until it serves.
 
         `environment` is for the engine, besides this process's own; `front` and `weights_version` are those of another
-        client of the same model. `on_progress` is called in the event loop. Raises
-        UserError for the user's mistakes and StartError for the rest, also when nothing is heard for `start_timeout_s`.
-        If it raises or is cancelled, no process is left.
+        client of the same model, and `weights` what its engine shares. `on_progress` is called in the event loop.
+        Raises UserError for the user's mistakes and StartError for the rest, also when nothing is heard for
+        `start_timeout_s`. If it raises or is cancelled, no process is left.
         """
         begin = partial(Incarnation.start, command=command, environment=environment)
-        beginning = asyncio.create_task(begin(config, on_progress))
+        beginning = asyncio.create_task(begin(config, on_progress, weights))
         reading = asyncio.create_task(_front(config, beginning, front))
         try:
             incarnation, found = await asyncio.gather(beginning, reading)
@@ -163,6 +177,12 @@ class EngineClient:
     def weights_version(self) -> int:
         """Of what the next tokens are made with."""
         return self._maintenance.weights_version
+
+    async def share_weights(self) -> bytes:
+        """Its ranks' weights for those of another engine on this host, as in protocol.Begin; NONE if it has none."""
+        if self.dead is not None or self.down is not None or self._maintenance.is_under_way or self.asleep:
+            return NONE
+        return await self._weights.ask()
 
     @property
     def num_running(self) -> int:
@@ -430,12 +450,16 @@ class EngineClient:
             MaintenanceError(f"the engine has ended, and begins with the weights of before: {end.reason}")
         )
         self._resizes.give_up(end.reason)
+        self._weights.give_up()
         if self._is_closing or end.is_user_error:
             self._die(end.reason)
             return
         self._wake(self._work.engine_ended(end.reason, is_from_outside=end.is_from_outside))
         self._comeback.begin(self._incarnation, end.reason)
         self._note_settled()
+
+    async def _begin_again(self, on_progress: OnProgress) -> Incarnation:
+        return await self._start_again(self._config, on_progress, await self.find_weights())
 
     def _succeed(self, incarnation: Incarnation) -> None:
         before, self._incarnation = self._incarnation, incarnation
@@ -450,7 +474,7 @@ class EngineClient:
         self._submit_next()
 
     def _attend(self, incarnation: Incarnation) -> None:
-        incarnation.attend(self._take, self._on_maintained, self._on_end, self._resizes.note)
+        incarnation.attend(self._take, self._on_maintained, self._on_end, self._resizes.note, self._weights.note)
         if self._config.executor.launcher == "ray":  # it may have changed while it started
             incarnation.send(AvoidNodes(self._config.cluster.avoid_nodes))
 

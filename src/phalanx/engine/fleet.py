@@ -27,6 +27,7 @@ from phalanx.engine.room import Room
 from phalanx.engine.roster_work import RosterWork
 from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.engine.traffic import Traffic
+from phalanx.engine.weights_source import WeightsSource
 from phalanx.errors import ConfigError, EngineDeadError, ResizeRefusedError, ResizeUnderWayError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import EngineStats, MaintenanceOrder, SamplingParams
@@ -57,7 +58,7 @@ class Fleet:
         self._members = Members(engines)
         self._roster = self._members.roster
         self._traffic = Traffic(self._members, first.info.block_size)
-        self._joining = Joining(config, first, command)
+        self._joining = Joining(config, first, WeightsSource(self._members), command)
         leaving = Leaving(self._traffic, self.tokenizer, is_prefix_caching=config.cache.enable_prefix_caching)
         self._room = Room(self._joining, Census(config.cluster))
         self._work = RosterWork(self._members, self._joining, leaving, self._traffic, self._room, self._note_change)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+from phalanx.engine.asked_weights import NONE
 from phalanx.engine.client import EngineClient
 from phalanx.engine.joining import Joining
 from phalanx.engine.members import Members
 from phalanx.engine.traffic import Traffic
 from phalanx.errors import MaintenanceError, NotNowError, PhalanxError
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload
+from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Wake
 
 log = logging.getLogger("phalanx.engine")
 
@@ -61,15 +64,18 @@ class FleetMaintenance:
     async def _reload(self, order: Reload, engines: Mapping[int, EngineClient]) -> None:
         self._latest_version = version = self._next_version(engines)
         replaced: dict[int, _Before] = {}
+        weights = NONE
         for number, engine in engines.items():
             log.info("replica %d gets weights of version %d", number, version)
             before = _Before(engine, engine.model, engine.weights_version)
             try:
-                await engine.maintain(order, weights_version=version)
+                await engine.maintain(msgspec.structs.replace(order, weights=weights), weights_version=version)
             except PhalanxError as error:
                 await self._roll_back(order, replaced, error)
                 raise
             replaced[number] = before
+            if not weights and self._joining.may_share_weights:
+                weights = await engine.share_weights()
             self._traffic.forget(number)  # its cache is empty
         self._joining.use_weights(version, engine.model)
 
@@ -101,13 +107,30 @@ class FleetMaintenance:
         return 1 + max(self._latest_version, *(engine.weights_version for engine in engines.values()))
 
     async def _all(self, order: MaintenanceOrder, engines: Mapping[int, EngineClient]) -> None:
-        """Raises what the first one raises that fails, when all are done."""
+        """Weights are read by one that wakes, where the others can have them from it.
+
+        Raises what the first one raises that fails, when all are done.
+        """
         version = self._next_version(engines)
-        work = [engine.maintain(order, weights_version=version) for engine in engines.values()]
-        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        first, *others = engines.values()
+        outcomes: list[BaseException | None] = []
+        if isinstance(order, Wake) and first.asleep == 2 and others and self._joining.may_share_weights:
+            outcomes += await _each(order, [first], version)
+            order = msgspec.structs.replace(order, weights=await first.share_weights())
+        else:
+            others = [first, *others]
+        outcomes += await _each(order, others, version)
         for number in engines:
             self._traffic.forget(number)
-        if errors := [outcome for outcome in outcomes if isinstance(outcome, BaseException)]:
+        if errors := [outcome for outcome in outcomes if outcome is not None]:
             raise errors[0]
         first = next(iter(engines.values()))
         self._joining.use_weights(first.weights_version, first.model)
+
+
+async def _each(
+    order: MaintenanceOrder, engines: Sequence[EngineClient], version: int
+) -> Sequence[BaseException | None]:
+    """Of all at the same time, what each has failed with, if it has."""
+    work = [engine.maintain(order, weights_version=version) for engine in engines]
+    return await asyncio.gather(*work, return_exceptions=True)

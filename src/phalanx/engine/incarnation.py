@@ -23,6 +23,7 @@ from phalanx.ledger.instance import shown_by
 from phalanx.ledger.report import VerdictReport
 from phalanx.ledger.status import InstanceStatus
 from phalanx.protocol import (
+    Begin,
     ClientMessage,
     EngineFailed,
     EngineMessage,
@@ -34,6 +35,7 @@ from phalanx.protocol import (
     Shutdown,
     StartProgress,
     TokenBatch,
+    WeightsShared,
 )
 from phalanx.transport.liveness import Party, group_members
 from phalanx.transport.stream import AsyncStream
@@ -108,17 +110,21 @@ class Incarnation:
         self._on_maintained: Callable[[Maintained], None] = lambda _: None
         self._on_end: Callable[[End], None] = lambda _: None
         self._on_resize: OnResize = lambda _: None
+        self._on_shared: Callable[[WeightsShared], None] = lambda _: None
 
     @classmethod
     async def start(
         cls,
         config: Config,
         on_progress: OnProgress | None = None,
+        weights: bytes = b"",
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
     ) -> Incarnation:
         """Start the process and wait until it serves. Nothing that it then says is read before `attend`.
+
+        `weights` are what another one on this host shares (protocol.Begin), if one does.
 
         Raises UserError for the user's mistakes and StartError for the rest, also when nothing is heard for
         `start_timeout_s`. If it raises or is cancelled, no process is left.
@@ -130,7 +136,7 @@ class Incarnation:
             on_failure.push_async_callback(stream.close)
             frames = aiter(stream)
             with contextlib.suppress(PeerDiedError):  # it ended at once: the end of `frames` will tell
-                await stream.send(_encode(config))
+                await stream.send(_encode(Begin(config, weights)))
             try:
                 info = await _await_ready(frames, child, on_progress, config.executor.start_timeout_s + START_GRACE_S)
             except PhalanxError:
@@ -150,10 +156,11 @@ class Incarnation:
         on_maintained: Callable[[Maintained], None],
         on_end: Callable[[End], None],
         on_resize: OnResize,
+        on_shared: Callable[[WeightsShared], None],
     ) -> None:
         """Begin to read. `on_end` is called once, after everything else; none may raise."""
         self._on_batch, self._on_maintained = on_batch, on_maintained
-        self._on_end, self._on_resize = on_end, on_resize
+        self._on_end, self._on_resize, self._on_shared = on_end, on_resize, on_shared
         self._tasks = [asyncio.create_task(work) for work in (self._read(), self._write(), self._listen())]
 
     def send(self, message: ClientMessage) -> None:
@@ -284,6 +291,8 @@ class Incarnation:
                 self._follow(message.formation.epoch)
         elif isinstance(message, ResizeBegun | StartProgress | ResizeEnded):
             self._on_resize(message)
+        elif isinstance(message, WeightsShared):
+            self._on_shared(message)
         elif isinstance(message, EngineFailed):
             self._end(message.reason, is_user_error=message.is_user_error)
 

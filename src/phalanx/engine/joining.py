@@ -9,11 +9,13 @@ from functools import partial
 import msgspec
 
 from phalanx.config import Config
+from phalanx.engine.asked_weights import NONE
 from phalanx.engine.awaiting import end_of
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
 from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.seats import Seats, settings_of_replicas
+from phalanx.engine.weights_source import WeightsSource
 from phalanx.errors import PhalanxError
 from phalanx.protocol import Sleep, StartProgress
 
@@ -45,7 +47,7 @@ async def start_all(
 class Joining:
     """Starts an engine for a replica of a fleet that serves. It is to be as those are that are there."""
 
-    def __init__(self, config: Config, first: EngineClient, command: Sequence[str]) -> None:
+    def __init__(self, config: Config, first: EngineClient, source: WeightsSource, command: Sequence[str]) -> None:
         """`config` as the fleet was started with, `first` one of its engines."""
         self.config = config
         self.seats = Seats(config)
@@ -57,6 +59,7 @@ class Joining:
         self.starting: set[int] = set()
         """Where these will be is not known yet."""
         self._front = first.front
+        self._source = source
         self._command = command
         self._placing = asyncio.Lock()
         """On a Ray cluster one starts after the other has its place."""
@@ -81,6 +84,19 @@ class Joining:
         self.config = msgspec.structs.replace(self.config, cluster=cluster)
         self.seats.avoid(nodes)
 
+    @property
+    def may_share_weights(self) -> bool:
+        """Whether replicas may have them in common, as far as is known here."""
+        config = self.config
+        is_here = self.info.device == "cpu" and config.executor.launcher != "ray"
+        return is_here and config.model.share_weights != "never" and config.healing.heal
+
+    async def find_weights(self, number: int | None = None) -> bytes:
+        """Those that this replica, or any that joins, can have from one that serves, as in protocol.Begin."""
+        if not self.may_share_weights:
+            return NONE
+        return await self._source.find(number, self.weights_version, self.seats.model)
+
     async def start(self, number: int, size: int, *, sleep_level: int) -> EngineClient:
         """One for a replica of a fleet that then has `size`. Raises what EngineClient.start does."""
         own, environment = self.seats.settings(number, size, self.info.max_model_len)
@@ -93,6 +109,7 @@ class Joining:
             environment=environment,
             front=self._front,
             weights_version=self.weights_version,
+            weights=await self.find_weights(number),
         )
         starting: asyncio.Task[EngineClient] | None = None
         self.starting.add(number)
@@ -106,6 +123,7 @@ class Joining:
                 engine.avoid(self.config.cluster.avoid_nodes)
             if sleep_level:
                 await _put_to_sleep(engine, sleep_level)
+            self._source.attach(number, engine)
             return engine
         except asyncio.CancelledError:
             if starting is not None:

@@ -25,6 +25,7 @@ from phalanx.errors import (
 )
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity
+from phalanx.memory.shared_weights import SharedWeights, decode_shared, encode_shared
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model
 from phalanx.protocol import (
@@ -63,6 +64,13 @@ class MaintainedRanks(Protocol):
 
     @property
     def has_weights_of_checkpoint(self) -> bool: ...
+
+    @property
+    def shares_weights(self) -> bool: ...
+
+    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool: ...
+
+    def adopt_weights(self, weights: SharedWeights) -> None: ...
 
     def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
 
@@ -114,6 +122,11 @@ class Maintenance:
         return self._level > 0
 
     @property
+    def is_idle(self) -> bool:
+        """Whether ranks have their weights, and nothing is about to be done to them."""
+        return self._script is None and not self._level
+
+    @property
     def stats(self) -> MaintenanceStats | None:
         """What is under way, or the state that ranks are in; None while they just serve."""
         if self._script is None and not self._level:
@@ -136,7 +149,7 @@ class Maintenance:
             self._check_sleep(order)
             self._start(self._sleep(order))
         else:
-            self._start(self._wake(self._checkpoint_after(order)))
+            self._start(self._wake(self._checkpoint_after(order), order.weights))
 
     def turn(self) -> Maintained | None:
         """Go on as far as that does not mean to wait. Gives the outcome when it is over, once.
@@ -225,8 +238,11 @@ class Maintenance:
 
     def _reload(self, new: Checkpoint, order: Reload) -> Script:
         expires_at = time.monotonic() + order.timeout_s
+        self._phase = "reading"
         try:
-            yield from self._read(new, expires_at, in_place=False)
+            shared = self._adoptable(order.weights, new)
+            if shared is None:
+                yield from self._read(new, expires_at, in_place=False)
             if order.when == "idle":
                 yield from self._drain(expires_at)
             yield from self._to_boundary()
@@ -239,7 +255,7 @@ class Maintenance:
         self._phase = "switching"
         self._ranks.begin_change(new)
         try:
-            yield TakeWeights()
+            yield from self._take(shared)
         except RanksReplacedError:
             log.warning("ranks failed while they took new weights: others have read these")
         self._ranks.end_change()
@@ -247,6 +263,25 @@ class Maintenance:
         self._brain.recompute()
         self._brain.go_on()
         self._ranks.renew_standby()
+
+    def _adoptable(self, weights: bytes, new: Checkpoint) -> SharedWeights | None:
+        """Those of another engine on this host, if these are what ranks would read. Raises CheckpointError."""
+        shared = decode_shared(weights) if weights else None
+        return shared if shared is not None and self._ranks.can_adopt(shared, new) else None
+
+    def _take(self, shared: SharedWeights | None) -> Script:
+        """Have all ranks take what they have read, or these."""
+        is_shared = self._ranks.shares_weights
+        if shared is not None:
+            self._ranks.adopt_weights(shared)
+            replies = yield TakeWeights(is_shared, encode_shared(shared))
+        else:
+            replies = yield TakeWeights(is_shared)
+        if is_shared or shared is not None:
+            try:
+                self._ranks.hold(replies or ())
+            except PhalanxError as error:  # they have them all the same
+                log.warning("ranks that come after these read the checkpoint: %s", error)
 
     def _sleep(self, order: Sleep) -> Script:
         if self._level == order.level:
@@ -272,7 +307,7 @@ class Maintenance:
             try:
                 if self._level == 2:
                     self._ranks.begin_change(self.checkpoint)
-                replies = (yield FallAsleep(self._level)) or ()
+                replies = (yield FallAsleep(self._level, self._ranks.shares_weights)) or ()
                 break
             except RanksReplacedError:
                 pass
@@ -281,15 +316,17 @@ class Maintenance:
         except PhalanxError as error:  # they sleep all the same
             log.warning("the ranks sleep, and what they still have will be lost with them: %s", error)
 
-    def _wake(self, new: Checkpoint) -> Script:
+    def _wake(self, new: Checkpoint, weights: bytes) -> Script:
         if not self._level:
             return
         self._phase = "waking"
         try:
             if self._level == 2:
                 self._ranks.begin_change(new)
-                yield from self._read(new, None, in_place=True)
-                yield TakeWeights()
+                shared = self._adoptable(weights, new)
+                if shared is None:
+                    yield from self._read(new, None, in_place=True)
+                yield from self._take(shared)
             self._take_awake((yield WakeUp()) or ())
         except RanksReplacedError:
             log.warning("ranks failed while they woke: others are awake, with the weights")

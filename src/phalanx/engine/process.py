@@ -13,7 +13,6 @@ from functools import partial
 
 import msgspec
 
-from phalanx.config import Config
 from phalanx.engine.admission import refusal
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.blame import came_from_outside
@@ -23,6 +22,7 @@ from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.resizing import EngineResizing, engine_ready
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import (
+    CheckpointError,
     DeadlineError,
     NotNowError,
     PeerDiedError,
@@ -36,9 +36,11 @@ from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.ledger.stacks import offer_stacks
 from phalanx.membership.formation import Formation, start_formation
+from phalanx.memory.shared_weights import decode_shared, encode_shared
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import (
     AvoidNodes,
+    Begin,
     Cancel,
     CancelResize,
     ClientMessage,
@@ -51,10 +53,12 @@ from phalanx.protocol import (
     ReplyBody,
     Resize,
     ResizeEnded,
+    ShareWeights,
     StartProgress,
     Step,
     StepResult,
     Submit,
+    WeightsShared,
     WrongSetting,
 )
 from phalanx.transport.liveness import Party
@@ -81,7 +85,7 @@ EXIT_USER_ERROR = 2
 log = logging.getLogger("phalanx.engine")
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_config: Callable[[bytes], Config] = msgspec.msgpack.Decoder(Config).decode
+_decode_begin: Callable[[bytes], Begin] = msgspec.msgpack.Decoder(Begin).decode
 _decode: Callable[[bytes], ClientMessage] = msgspec.msgpack.Decoder(ClientMessage).decode
 
 
@@ -95,7 +99,7 @@ class ClientLink:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
-    def receive_config(self) -> Config:
+    def receive_begin(self) -> Begin:
         """The first frame. Raises DeadlineError, ClientGone."""
         frames: list[bytes] = []
         expires_at = time.monotonic() + CONFIG_DEADLINE_S
@@ -104,7 +108,7 @@ class ClientLink:
                 raise DeadlineError("the configuration", "the server", CONFIG_DEADLINE_S)
             frames = self._poll()
         (frame,) = frames  # a client submits nothing before it knows that the engine is ready
-        return _decode_config(frame)
+        return _decode_begin(frame)
 
     def receive(self, timeout_s: float) -> list[ClientMessage]:
         """What has come, in order; waits up to `timeout_s` for anything to come. Raises ClientGone."""
@@ -159,6 +163,7 @@ class EngineLoop:
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._avoided: tuple[str, ...] = ()
         self._is_healing = False
+        """Whether another thread does."""
         self._sent_stats: EngineStats | None = None
         self._stats_due_at = 0.0
         self._sign_due_at = 0.0
@@ -235,9 +240,21 @@ class EngineLoop:
             elif isinstance(message, AvoidNodes):
                 self._formation.avoid(message.nodes)
                 self._avoided = message.nodes
+            elif isinstance(message, ShareWeights):
+                self._share_weights(message.number)
             else:
                 return False
         return True
+
+    def _share_weights(self, number: int) -> None:
+        """Only while they are whole and stay what they are. Who gets none reads the checkpoint."""
+        shared = None
+        if self._maintenance.is_idle and not self._is_healing:
+            try:
+                shared = self._formation.share_weights()
+            except CheckpointError as error:
+                log.warning("weights are not shared: %s", error)
+        self._link.send(WeightsShared(number, b"" if shared is None else encode_shared(shared)))
 
     def _begin_resize(self, asked: Resize) -> None:
         if self._maintenance.stats is None:
@@ -337,7 +354,8 @@ def serve(link: ClientLink) -> int:
 
 
 def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
-    config = link.receive_config()
+    begin = link.receive_begin()
+    config = begin.config
 
     def on_progress(progress: StartProgress) -> None:
         # It is called from within the one rank, where a client that has gone would pass for that rank's failure. The
@@ -349,7 +367,8 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
         on_progress(StartProgress(0, phase, done, total))
 
     checkpoint = resolve(config.model.model, revision=config.model.revision, progress=on_fetch)
-    formation = resources.enter_context(start_formation(config, checkpoint, on_progress))
+    offered = decode_shared(begin.weights) if begin.weights else None
+    formation = resources.enter_context(start_formation(config, checkpoint, on_progress, offered))
     capacity = formation.capacity
     make_brain = partial(
         Brain,

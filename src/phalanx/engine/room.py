@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from phalanx.engine.census import Census
 from phalanx.engine.joining import Joining
 from phalanx.errors import ConfigError, DeadlineError, RequestError, ResizeRefusedError, StartError
+from phalanx.memory.shared_weights import resident_bytes
 from phalanx.topology.apart import Fit, Wanted, fit_apart
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Demand, Node, avoiding
@@ -32,7 +33,8 @@ class Room:
         self._joining.seats.check_size(size)
         nodes = await self._nodes()
         if nodes is None:
-            await asyncio.to_thread(self._joining.seats.check_host, size, numbers, pids)
+            shared_bytes = resident_bytes(await self._joining.find_weights())
+            await asyncio.to_thread(self._joining.seats.check_host, size, numbers, pids, shared_bytes)
         elif (complaint := self._fit(size, numbers, nodes).complaint) is not None:
             raise ConfigError("data_parallel_size", size, complaint)
 

@@ -75,18 +75,20 @@ class Seats:
             raise ConfigError("data_parallel_size", size, f"at most {MAX_REPLICAS}")
         msgspec.structs.replace(self._config, parallel=self._parallel(size)).refuse_contradictions()
 
-    def check_host(self, size: int, numbers: Sequence[int], pids: Sequence[int]) -> None:
+    def check_host(self, size: int, numbers: Sequence[int], pids: Sequence[int], shared_bytes: int = 0) -> None:
         """Whether this host has room for replicas with the new `numbers`, so that there are `size`. Takes up to a
         second.
 
-        `pids` are the engines that run: a new one will take as much memory as the largest of them. Raises ConfigError
-        that says what is missing. For the nodes of a Ray cluster see room.py.
+        `pids` are the engines that run: a new one will take as much memory as the largest of them, less that one's
+        share of the `shared_bytes` of weights that all of them may have in common. Raises ConfigError that says what is
+        missing. For the nodes of a Ray cluster see room.py.
         """
         if pick_device(self._config) == "cuda":
             self._check_gpus(size, numbers)
         else:
             self._check_cores(size)
-        needed, free = len(numbers) * max(map(bytes_of_family, pids), default=0), free_host_bytes()
+        each = max(map(bytes_of_family, pids), default=0) - shared_bytes // max(len(pids), 1)
+        needed, free = len(numbers) * max(each, 0), free_host_bytes()
         if needed > free:
             allowed = f"as the replicas are now, that takes {_gib(needed)} more memory, and {_gib(free)} are free"
             raise ConfigError("data_parallel_size", size, allowed)

@@ -18,7 +18,9 @@ from phalanx.config import Config
 from phalanx.errors import (
     ConfigError,
     DeadlineError,
+    FrameError,
     MaintenanceError,
+    PeerDiedError,
     PhalanxError,
     ResizeRefusedError,
     UserError,
@@ -29,12 +31,15 @@ from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
 from phalanx.membership.first_line import start_first_line
-from phalanx.membership.lines import Line, Lines
+from phalanx.membership.lines import NO_MEMORY, Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
 from phalanx.membership.resize import Resize, Size
 from phalanx.membership.resizer import NextWork, Resizer, nothing_to_do
+from phalanx.membership.sharing import kind_of, may_share
+from phalanx.memory.held import HeldMemory
 from phalanx.memory.holder import Holder
+from phalanx.memory.shared_weights import SharedWeights
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, StartProgress, Step, StepResult
 
@@ -247,12 +252,13 @@ class Formation:
 
     def hold(self, replies: Sequence[ReplyBody]) -> None:
         """All ranks have given memory back, or have it again, while no line stands ready: hold what they say that they
-        have now (Allocated), and no more. On a CPU, whose segments stay what they are, there is nothing to do.
+        have now (Allocated), and no more. On a CPU, whose segments stay what they are unless other engines have them,
+        there is nothing to do.
 
         Raises PeerDiedError or FrameError if one of them has just ended, DeadlineError if it does not hand it out, and
         MaintenanceError if this process lacks descriptors. Then nothing is held: after a fault the checkpoint is read.
         """
-        if self._recovery is None or self._config.executor.device == "cpu":
+        if self._recovery is None or (self._config.executor.device == "cpu" and not self.shares_weights):
             return
         try:
             self._recovery.follow(told_memory(replies))
@@ -260,6 +266,32 @@ class Formation:
             raise
         except OSError as error:
             raise MaintenanceError(f"what ranks have cannot be held for those after them: {error}") from error
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether ranks of another engine may compute with the memory of these ranks' weights, too."""
+        return self._recovery is not None and self._recovery.shares_weights
+
+    def share_weights(self) -> SharedWeights | None:
+        """What ranks of another engine on this host may compute with; None where they cannot. Not while any of it is
+        under way. Raises CheckpointError.
+        """
+        if self._recovery is None or not may_share(self._config):
+            return None
+        return self._recovery.share_weights(self._config)
+
+    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool:
+        """Whether ranks may compute with these of another engine on this host, as they may with this checkpoint's.
+
+        Raises CheckpointError.
+        """
+        may = self._recovery is not None and may_share(self._config)
+        return may and weights.kind == kind_of(self._config, checkpoint)
+
+    def adopt_weights(self, weights: SharedWeights) -> None:
+        """All ranks are about to take them, after `begin_change`. Then `hold` what they say that they have."""
+        assert self._recovery is not None
+        self._recovery.adopt_weights(weights)
 
     # ---------------------------------------------------------------------------- another size
 
@@ -353,10 +385,13 @@ class Formation:
         self.close()
 
 
-def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgress) -> Formation:
+def start_formation(
+    config: Config, checkpoint: Checkpoint, on_progress: OnProgress, offered: SharedWeights | None = None
+) -> Formation:
     """Start ranks as `start_executor` does, and be ready to start others after them.
 
-    With `heal` off the first line is the last one, and so it is on a GPU in this process: its errors stay with that.
+    They compute with the weights of another engine that are `offered`, if these are those of the checkpoint. With
+    `heal` off the first line is the last one, and so it is on a GPU in this process: its errors stay with that.
     """
     config = settle(config, checkpoint)
     with ExitStack() as stack:
@@ -376,7 +411,11 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
         memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
         lines = stack.enter_context(Lines(config, checkpoint, quarters))
-        line, capacity = start_first_line(lines, on_progress, presence.show, config.executor.start_timeout_s)
+        if may_share(config):
+            checkpoint.fingerprint  # noqa: B018  (now, as long as its files are what the ranks read)
+        found = NO_MEMORY if offered is None else _borrow(memory, offered, config, checkpoint)
+        timeout_s = config.executor.start_timeout_s
+        line, capacity = start_first_line(lines, on_progress, presence.show, timeout_s, found)
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
             memory.take(line.told)
@@ -385,6 +424,24 @@ def start_formation(config: Config, checkpoint: Checkpoint, on_progress: OnProgr
             on_failure.pop_all()
         resizer = Resizer(config, checkpoint, lines)
         return Formation(config, line, capacity, stack.pop_all(), recovery, resizer)
+
+
+def _borrow(
+    memory: FormationMemory, offered: SharedWeights, config: Config, checkpoint: Checkpoint
+) -> Mapping[int, HeldMemory]:
+    """What the first line finds: the weights that another engine offers, if they are the same and still there."""
+    if not may_share(config):
+        return NO_MEMORY
+    if offered.kind != kind_of(config, checkpoint):
+        log.info("another replica's weights are not those of this one's checkpoint, which is read")
+        return NO_MEMORY
+    try:
+        memory.borrow(offered.ranks)
+    except (PeerDiedError, FrameError, OSError) as error:  # OSError: no descriptors
+        log.warning("another replica's weights cannot be had, and the checkpoint is read: %s", error)
+        return NO_MEMORY
+    log.info("the ranks compute with the weights of another replica")
+    return memory.of_ranks()
 
 
 def _cannot_resize(config: Config, size: Size, asked: Size) -> ConfigError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from phalanx.memory.held import HeldMemory
@@ -32,6 +33,11 @@ class FormationMemory:
         self._is_trusted = True
         self._holder = holder
         self._holding = threading.Lock()
+        self._shared: set[int] = set()
+        """Nonces of segments that another engine's ranks may compute with, too."""
+        self.shares_weights = False
+        """Whether ranks of another engine may compute with the memory that these ranks compute with: then nobody may
+        write to it. So it stays when that is not held any more, until ranks tell of other memory."""
 
     def take(self, told: Mapping[int, HeldMemory]) -> None:
         """From now on it is what these living ranks have; nothing, if one of them has nothing to leave.
@@ -56,6 +62,7 @@ class FormationMemory:
             except BaseException:
                 self._drop()  # of several lines, it is of none
                 raise
+            self.shares_weights = not self._shared.isdisjoint(_nonces(told.values()))
             return True
 
     def of_ranks(self) -> dict[int, HeldMemory]:
@@ -63,6 +70,27 @@ class FormationMemory:
         with self._holding:
             found = {rank: self._holder.memory(rank) for rank in range(self._num_ranks)}
             return {rank: memory for rank, memory in found.items() if memory is not None}
+
+    def share(self) -> tuple[HeldMemory, ...] | None:
+        """By rank, weights for ranks of another engine on this host; None where they are not all there."""
+        if not self.holds_weights:
+            return None
+        weights = tuple(one.part(partial(_is_weight, one)) for one in self.of_ranks().values())
+        self.adopt(weights)
+        return weights
+
+    def borrow(self, weights: Sequence[HeldMemory]) -> None:
+        """What another engine has given is for the first line here, too.
+
+        Raises PeerDiedError or FrameError if it has let go of it by now; then there is nothing.
+        """
+        self._shared.update(_nonces(weights))
+        self.follow(dict(enumerate(weights)))
+
+    def adopt(self, weights: Sequence[HeldMemory]) -> None:
+        """From now on ranks of this and of another engine may have these weights in common."""
+        self._shared.update(_nonces(weights))
+        self.shares_weights = True
 
     @property
     def is_whole(self) -> bool:
@@ -94,3 +122,11 @@ class FormationMemory:
     def _drop(self) -> None:
         for rank in range(self._num_ranks):
             self._holder.drop(rank)
+
+
+def _nonces(memory: Iterable[HeldMemory]) -> set[int]:
+    return {handle.nonce for one in memory for handle in one.segments}
+
+
+def _is_weight(memory: HeldMemory, name: str) -> bool:
+    return name not in memory.cache

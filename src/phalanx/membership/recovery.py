@@ -17,8 +17,10 @@ from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
 from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory
+from phalanx.membership.sharing import kind_of
 from phalanx.membership.standby import Standby
 from phalanx.memory.held import HeldMemory
+from phalanx.memory.shared_weights import SharedWeights
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import FormationStats, StartProgress
 
@@ -139,6 +141,25 @@ class Recovery:
         """All ranks have them."""
         self._memory.end_change()
 
+    @property
+    def shares_weights(self) -> bool:
+        """As FormationMemory.shares_weights."""
+        return self._memory.shares_weights
+
+    def share_weights(self, config: Config) -> SharedWeights | None:
+        """What ranks of another engine on this host may compute with, beside those of this one, which have `config`.
+
+        Raises CheckpointError.
+        """
+        if not self._may_reload:
+            return None
+        kind, ranks = kind_of(config, self._lines.checkpoint), self._memory.share()
+        return None if ranks is None else SharedWeights(kind, ranks)
+
+    def adopt_weights(self, weights: SharedWeights) -> None:
+        """The ranks that compute are about to take these of another engine, between `begin_change` and `end_change`."""
+        self._memory.adopt(weights.ranks)
+
     def follow(self, told: Mapping[int, HeldMemory]) -> None:
         """The ranks that compute have this by now, beside no standby line. Raises as FormationMemory.follow."""
         self._memory.follow(told)
@@ -178,6 +199,7 @@ class Recovery:
             last_pause_s=self._last_pause_s,
             last_fault=self._last_fault,
             lacks_room=self._lines.lacks_room if self._is_healing else None,
+            shares_weights=self._memory.shares_weights,
         )
 
     def interrupt(self) -> None:

@@ -106,6 +106,25 @@ class Arena:
         if self._backing is not None:
             self._backing.restore([self.regions[name] for name in names])
 
+    def detach(self, names: Sequence[str]) -> None:
+        """On a CPU: these tensors are about to be written to, and other processes compute with them, too. From now on
+        they have memory of their own, where they are, with anything in it; others keep what there was.
+
+        Raises OSError; then anything may be in some of them.
+        """
+        assert isinstance(self._backing, HostSegments)
+        others = [region for name, region in self.regions.items() if name not in names]
+        self._backing.detach([self.regions[name] for name in names], others)
+
+    def adopt(self, held: HeldMemory) -> None:
+        """On a CPU: have these tensors, which another process has allocated as this one did, in place of its own.
+
+        Raises PeerDiedError if whoever holds them is gone, FrameError if they have let go of them; then some may have
+        come.
+        """
+        assert isinstance(self._backing, HostSegments)
+        self._backing.adopt(held, self.regions)
+
     @property
     def can_be_held(self) -> bool:
         """Whether it has memory of its own, to be described, and given back."""

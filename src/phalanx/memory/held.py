@@ -5,6 +5,7 @@ From a worker to the brain as the answer to AllocateCache, and in the WorkerSpec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -42,6 +43,20 @@ class HeldMemory(msgspec.Struct, frozen=True):
     """By the tensors' names, in the segments or pieces of these numbers."""
     pieces: tuple[PieceHandle, ...] = ()
     """On a GPU, where they lie one after the other."""
+    cache: frozenset[str] = frozenset()
+    """Names of the tensors that are the KV cache's; the others are the weights'."""
+
+    def part(self, is_kept: Callable[[str], bool]) -> HeldMemory:
+        """On a CPU, tensors with these names, and the segments that they lie in."""
+        assert not self.pieces
+        regions = {name: region for name, region in self.regions.items() if is_kept(name)}
+        used = sorted({region.segment for region in regions.values() if region.size_bytes})
+        number = {segment: i for i, segment in enumerate(used)}
+        return HeldMemory(
+            segments=tuple(self.segments[segment] for segment in used),
+            regions={name: region._replace(segment=number.get(region.segment, 0)) for name, region in regions.items()},
+            cache=self.cache & regions.keys(),
+        )
 
 
 def encode_held(memory: HeldMemory) -> bytes:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 PROC = Path("/proc")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
+MEMORY_NODES = Path("/sys/devices/system/node/has_memory")
 
 
 class _Account(NamedTuple):
@@ -33,6 +34,16 @@ def bytes_of_family(pid: int) -> int:
     Memory that several of them share counts once. 0 if it is gone. Takes milliseconds for each gigabyte.
     """
     return sum(_bytes_of(member) for member in _family(pid))
+
+
+def num_memory_nodes() -> int:
+    """NUMA nodes that have memory: more than one where several processors have each their own."""
+    try:
+        ranges = MEMORY_NODES.read_text().strip()
+    except FileNotFoundError:  # a kernel without NUMA
+        return 1
+    bounds = [[int(bound) for bound in one.split("-")] for one in ranges.split(",")]
+    return sum(bound[-1] - bound[0] + 1 for bound in bounds)
 
 
 def trim_heap() -> None:

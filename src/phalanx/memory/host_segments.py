@@ -62,12 +62,34 @@ class HostSegments:
 
     def describe(self, regions: Mapping[str, Region]) -> HeldMemory:
         """These tensors, and the segments that they lie in."""
-        used = sorted({region.segment for region in regions.values() if region.size_bytes})
-        number = {segment: i for i, segment in enumerate(used)}
-        return HeldMemory(
-            segments=tuple(self._segments[segment].handle for segment in used),
-            regions={name: region._replace(segment=number.get(region.segment, 0)) for name, region in regions.items()},
-        )
+        handles = tuple(segment.handle for segment in self._segments)
+        return HeldMemory(handles, dict(regions)).part(lambda name: True)
+
+    def detach(self, regions: Iterable[Region], others: Iterable[Region]) -> None:
+        """Have memory of its own, with anything in it, in place of the segments of these, which other processes map.
+
+        Of the others, what lies in those segments is copied. Raises OSError; then some may have it.
+        """
+        kept: dict[int, list[tuple[int, int]]] = {region.segment: [] for region in regions if region.size_bytes}
+        for region in others:
+            if region.segment in kept:
+                kept[region.segment].append((region.offset_bytes, _end(region)))
+        for segment, places in kept.items():
+            self._segments[segment].detach(places)
+
+    def adopt(self, held: HeldMemory, regions: Mapping[str, Region]) -> None:
+        """Have the memory of others in place of the segments that `regions` lie in, whose tensors lie alike there.
+
+        Raises PeerDiedError, FrameError; then some may be there.
+        """
+        own: dict[int, int] = {}
+        for name, region in held.regions.items():
+            place = regions[name]
+            assert place._replace(segment=0) == region._replace(segment=0), (name, place, region)
+            if region.size_bytes:
+                assert own.setdefault(region.segment, place.segment) == place.segment, (name, place, region)
+        for number, handle in enumerate(held.segments):
+            self._segments[own[number]].adopt(handle)
 
     def close(self) -> None:
         """Nobody can hold it from now on who does not already."""

@@ -202,6 +202,12 @@ class Packing:
         self._returned = [(name, tensor, tensor._version) for name, tensor in self._lent]
         self._lent = []
 
+    def find(self) -> None:
+        """Other weights lie in the memory by now, packed by whoever had it before."""
+        assert self._is_packed_P.all() and not self._lent
+        self._seen = None
+        self.pack()
+
     def forget(self) -> None:
         """From now on what the plain weights hold counts, and `pack` packs it: others are to be written there."""
         for product in self._products:

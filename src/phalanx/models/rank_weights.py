@@ -92,6 +92,11 @@ class RankWeights:
         """Of all tensors that are read."""
         return tuple(self._tensors)
 
+    @property
+    def places(self) -> Sequence[str]:
+        """Of all memory that `take` fills anew, and that `let_go` gives back: of packed weights, too."""
+        return (*self._tensors, *(self._packing.names if self._packing is not None else ()))
+
     @cached_property
     def num_bytes(self) -> int:
         """What they take, when they are there."""
@@ -135,13 +140,16 @@ class RankWeights:
         if self._packing is not None:
             self._packing.pack()
 
+    def find(self) -> None:
+        """Compute with what has come to `places` meanwhile: as others, who have the same, read and packed it."""
+        if self._packing is not None:
+            self._packing.find()
+
     def let_go(self, release: Release) -> None:
         """Give their memory back, through what knows it by the tensors' names. They have to be read again."""
-        packed: Sequence[str] = ()
         if self._packing is not None:
-            packed = self._packing.names
             self._packing.forget()
-        release([*self._tensors, *packed])
+        release(self.places)
 
     def _own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._tensors[name]

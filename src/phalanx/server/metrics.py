@@ -245,6 +245,11 @@ def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
     standbys = CounterMetricFamily(
         "phalanx_standby_faults", "Standby lines that did not come up, or did not last.", labels=["engine"]
     )
+    sharing = GaugeMetricFamily(
+        "phalanx_weights_shared",
+        "1 while the ranks' weights are memory that those of another replica may compute with, too.",
+        labels=["engine"],
+    )
     tries = CounterMetricFamily(
         "phalanx_healing_tries",
         "What was tried after faults, and what came of it.",
@@ -259,11 +264,12 @@ def _healing(conditions: Sequence[Condition]) -> Iterator[Metric]:
         pause.add_metric(name, stats.last_pause_s)
         faults.add_metric(name, stats.num_faults)
         standbys.add_metric(name, stats.num_standby_faults)
+        sharing.add_metric(name, float(stats.shares_weights))
         for outcome, counts in (("healed", stats.healed), ("failed", stats.failed)):
             for rung, count in counts.items():
                 tries.add_metric([*name, rung, outcome], count)
     if any(condition.formation is not None for condition in conditions):
-        yield from (epoch, standby, pause, faults, standbys, tries)
+        yield from (epoch, standby, pause, faults, standbys, sharing, tries)
 
 
 def _gauge(name: str, text: str, replicas: Sequence[int], values: Sequence[float]) -> Metric:

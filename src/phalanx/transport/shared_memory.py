@@ -6,11 +6,13 @@ last process that maps it is gone. It is not limited by the size of /dev/shm eit
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
 import secrets
 import struct
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 
 import msgspec
@@ -23,6 +25,14 @@ _HEADER = struct.Struct("<8sQQ")  # magic, nonce, size_bytes
 # A whole page, so that what the user gets is aligned to a page too.
 _HEADER_BYTES = 4096
 _NAME_PREFIX = "phalanx:"
+_BLOCK_BYTES = 512
+"""What stat counts in."""
+
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 
 
 class SegmentHandle(msgspec.Struct, frozen=True):
@@ -52,16 +62,11 @@ class SharedSegment:
     def create(cls, size_bytes: int, label: str) -> SharedSegment:
         """Make a segment that this process owns. `label` shows in /proc/PID/fd and in errors."""
         with ExitStack() as undo:
-            fd = os.memfd_create(f"{_NAME_PREFIX}{label}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            undo.callback(os.close, fd)
-            os.ftruncate(fd, _HEADER_BYTES + size_bytes)
-            # A file that shrinks under a mapping is a SIGBUS in every process that has it.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            mapping = mmap.mmap(fd, _HEADER_BYTES + size_bytes)
+            handle = _new_segment(size_bytes, label)
+            undo.callback(os.close, handle.fd)
+            mapping = _mapped(handle.fd, _HEADER_BYTES + size_bytes)
             undo.pop_all()
-        handle = SegmentHandle(os.getpid(), fd, size_bytes, secrets.randbits(63), label)
-        _HEADER.pack_into(mapping, 0, _MAGIC, handle.nonce, size_bytes)
-        return cls(fd, mapping, handle)
+        return cls(handle.fd, mapping, handle)
 
     @classmethod
     def attach(cls, handle: SegmentHandle) -> SharedSegment:
@@ -72,10 +77,39 @@ class SharedSegment:
         """
         fd = _open_segment(handle)
         try:
-            mapping = mmap.mmap(fd, _HEADER_BYTES + handle.size_bytes)
+            mapping = _mapped(fd, _HEADER_BYTES + handle.size_bytes)
         finally:
-            os.close(fd)  # the mapping keeps a descriptor of its own
+            os.close(fd)
         return cls(None, mapping, handle)
+
+    def adopt(self, handle: SegmentHandle) -> None:
+        """Have another process's segment of the same size here instead, where views that were taken stay.
+
+        Raises what `attach` does; then all is as it was before.
+        """
+        assert handle.size_bytes == self.handle.size_bytes, (handle, self.handle)
+        fd = _open_segment(handle)
+        try:
+            self._map_over(fd)
+        finally:
+            os.close(fd)
+        self._own(None, handle)
+
+    def detach(self, kept: Iterable[tuple[int, int]] = ()) -> None:
+        """Have memory of its own here instead of what others map, where views that were taken stay.
+
+        What lies between these places in `buf` is copied, and all else reads as zeros. Others keep what there was. No
+        thread may write meanwhile. Raises OSError; then all is as it was before.
+        """
+        with ExitStack() as undo:
+            handle = _new_segment(self.handle.size_bytes, self.handle.label)
+            undo.callback(os.close, handle.fd)
+            with mmap.mmap(handle.fd, _HEADER_BYTES + handle.size_bytes) as fresh:
+                for start, stop in kept:
+                    fresh[_HEADER_BYTES + start : _HEADER_BYTES + stop] = self.buf[start:stop]
+            self._map_over(handle.fd)
+            undo.pop_all()
+        self._own(handle.fd, handle)
 
     def release(self, start: int, stop: int) -> None:
         """Give the whole pages between these places in `buf` back to the system, for all who map them.
@@ -89,9 +123,7 @@ class SharedSegment:
 
     def close(self) -> None:
         """Drop the descriptor and the mapping. May be called more than once."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._own(None, self.handle)
         self.buf.release()
         with suppress(BufferError):  # somebody still holds a view; the mapping goes with the last one
             self._mapping.close()
@@ -101,6 +133,14 @@ class SharedSegment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _map_over(self, fd: int) -> None:
+        _map_at(_address_of(self._mapping), fd, len(self._mapping))
+
+    def _own(self, fd: int | None, handle: SegmentHandle) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, self.handle = fd, handle
 
 
 class SegmentHold:
@@ -122,6 +162,54 @@ class SegmentHold:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def resident_bytes_of(handle: SegmentHandle) -> int:
+    """Memory that a segment takes by now, whoever maps it; 0 if it is gone."""
+    try:
+        fd = _open_segment(handle)
+    except (PeerDiedError, FrameError):
+        return 0
+    try:
+        return os.fstat(fd).st_blocks * _BLOCK_BYTES
+    finally:
+        os.close(fd)
+
+
+def _new_segment(size_bytes: int, label: str) -> SegmentHandle:
+    """Its descriptor is the caller's."""
+    with ExitStack() as undo:
+        fd = os.memfd_create(f"{_NAME_PREFIX}{label}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        undo.callback(os.close, fd)
+        os.ftruncate(fd, _HEADER_BYTES + size_bytes)
+        # A file that shrinks under a mapping is a SIGBUS in every process that has it.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        handle = SegmentHandle(os.getpid(), fd, size_bytes, secrets.randbits(63), label)
+        os.pwrite(fd, _HEADER.pack(_MAGIC, handle.nonce, size_bytes), 0)
+        undo.pop_all()
+    return handle
+
+
+def _mapped(fd: int, size_bytes: int) -> mmap.mmap:
+    """The memory of a descriptor, at addresses that stay when other memory comes there.
+
+    mmap would keep the descriptor for as long as the addresses, so it has these alone.
+    """
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _map_at(_address_of(mapping), fd, size_bytes)
+    return mapping
+
+
+def _address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _map_at(address: int, fd: int, size_bytes: int) -> None:
+    """Raises OSError."""
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address, size_bytes, protection, flags, fd, 0) == _MAP_FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), "mmap")
 
 
 def _open_segment(handle: SegmentHandle) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from phalanx.errors import CheckpointError, DeadlineError
 from phalanx.memory.arena import Arena
 from phalanx.memory.host import free_host_bytes, trim_heap
+from phalanx.memory.shared_weights import decode_shared
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.rank_weights import RankWeights
 from phalanx.protocol import (
@@ -41,6 +42,7 @@ class RankMaintenance:
         arena: Arena,
         cache: Sequence[str],
         *,
+        rank: int,
         ranks_on_host: int,
         enter: Callable[[str], None],
         tell: Callable[[], Allocated],
@@ -51,6 +53,7 @@ class RankMaintenance:
         self._weights = weights
         self._arena = arena
         self._cache = tuple(cache)
+        self._rank = rank
         self._ranks_on_host = ranks_on_host
         self._enter = enter
         self._tell = tell
@@ -61,12 +64,12 @@ class RankMaintenance:
         if isinstance(body, ReadWeights):
             return self._read(body)
         if isinstance(body, FallAsleep):
-            return self._fall_asleep(body.level)
+            return self._fall_asleep(body)
         if isinstance(body, WakeUp):
             return self._wake_up()
         if isinstance(body, TakeWeights):
-            self._take()
-        elif isinstance(body, DropWeights):
+            return self._take(body)
+        if isinstance(body, DropWeights):
             self._drop()
         return Done()
 
@@ -94,13 +97,24 @@ class RankMaintenance:
             f"memory of the host, and {_gib(free)} are free; a sleep of level 2 makes room, and wake can read others"
         )
 
-    def _take(self) -> None:
-        assert self._reading is not None, "nothing was read"
+    def _take(self, order: TakeWeights) -> ReplyBody:
         self._enter("switching weights")
+        if order.weights:
+            self._drop()
+            self._arena.adopt(decode_shared(order.weights).ranks[self._rank])
+            self._weights.find()
+        else:
+            self._take_read(order)
+        self._enter("idle")
+        return self._tell() if order.is_shared or order.weights else Done()
+
+    def _take_read(self, order: TakeWeights) -> None:
+        assert self._reading is not None, "nothing was read"
+        if order.is_shared:
+            self._arena.detach(self._weights.places)
         self._weights.take(self._reading.result())
         self._reading = None
         trim_heap()
-        self._enter("idle")
 
     def _drop(self) -> None:
         if self._reading is not None:
@@ -108,11 +122,13 @@ class RankMaintenance:
             self._reading = None
             trim_heap()
 
-    def _fall_asleep(self, level: int) -> Allocated:
+    def _fall_asleep(self, order: FallAsleep) -> Allocated:
         self._enter("falling asleep")
         self._drop()
         self._arena.release(self._cache)
-        if level == 2:
+        if order.level == 2:
+            if order.is_shared:
+                self._arena.detach(self._weights.places)
             self._weights.let_go(self._arena.release)
         trim_heap()
         torch.cuda.empty_cache()  # what steps without a graph took; nothing where there is no GPU

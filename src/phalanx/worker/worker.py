@@ -117,6 +117,8 @@ class Worker:
         self._preparation: Preparation | None = None
         self._runner: Runner | None = None
         self._maintenance: RankMaintenance | None = None
+        self._cache: frozenset[str] = frozenset()
+        """Names of the tensors that are the KV cache's."""
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
@@ -376,10 +378,12 @@ class Worker:
             replica=self._replica,
             graphs=preparation.capture(max_model_len, null_block=num_blocks),
         )
+        self._cache = frozenset(self._arena.regions) - weights
         self._maintenance = RankMaintenance(
             model.weights,
             self._arena,
-            cache=[name for name in self._arena.regions if name not in weights],
+            cache=[name for name in self._arena.regions if name in self._cache],
+            rank=self.spec.rank,
             ranks_on_host=self.spec.ranks_on_host,
             enter=self._note_phase,
             tell=self._allocated,
@@ -397,7 +401,8 @@ class Worker:
             return Allocated()
         moves_experts = Grid.of(self.spec.config.parallel).moves_experts
         without = frozenset(self.model.weights.names) if moves_experts else frozenset()
-        return Allocated(encode_held(self._arena.describe(lambda name: name not in without)))
+        held = self._arena.describe(lambda name: name not in without)
+        return Allocated(encode_held(msgspec.structs.replace(held, cache=self._cache & held.regions.keys())))
 
     def _note_phase(self, phase: str) -> None:
         self.phase = phase

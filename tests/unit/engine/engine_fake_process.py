@@ -20,11 +20,12 @@ from typing import NoReturn
 import msgspec
 from engine_echo_brain import EchoBrain
 
-from phalanx.config import Config
 from phalanx.errors import PeerDiedError
 from phalanx.executor.shared_fate import die_with_parent
+from phalanx.memory.shared_weights import SharedWeights, WeightsKind, decode_shared, encode_shared
 from phalanx.protocol import (
     AvoidNodes,
+    Begin,
     Cancel,
     CancelResize,
     ClientMessage,
@@ -38,9 +39,11 @@ from phalanx.protocol import (
     Resize,
     ResizeBegun,
     ResizeEnded,
+    ShareWeights,
     Sleep,
     StartProgress,
     Submit,
+    WeightsShared,
     WrongSetting,
     as_ints,
 )
@@ -64,6 +67,8 @@ class FakeEngine:
         self.behaviour = behaviour
         self.brain = EchoBrain()
         self.sleep_level = 0
+        self.weights = b""
+        """Shared by others."""
         self.avoided: tuple[str, ...] = ()
 
     def send(self, message: Message) -> None:
@@ -80,7 +85,8 @@ class FakeEngine:
     def start(self) -> None:
         while not (frames := self.stream.poll()):
             assert self.stream.wait(DEADLINE_S)
-        config = msgspec.msgpack.decode(frames[0], type=Config)
+        begin = msgspec.msgpack.decode(frames[0], type=Begin)
+        config, self.weights = begin.config, begin.weights
         self.send(StartProgress(0, "loading", 1, 2))
         if self.behaviour == "wrong-setting":
             self.fail("what str() gives", is_user_error=True, setting=WrongSetting("block_size", 7, "16 or 32"))
@@ -122,10 +128,18 @@ class FakeEngine:
                 elif isinstance(message, AvoidNodes):
                     self.avoided = message.nodes
                     self.send_stats()
+                elif isinstance(message, ShareWeights):
+                    self.share_weights(message.number)
                 elif self.behaviour != "ignores-shutdown":
                     return
             if self.brain.has_work() and not self.sleep_level:
                 self.step()
+
+    def share_weights(self, number: int) -> None:
+        """They tell its own pid, and those of who has shared them with it."""
+        before = decode_shared(self.weights).kind.versions if self.weights else ()
+        kind = WeightsKind(b"", "float32", 1, 1, True, (str(os.getpid()), *before))
+        self.send(WeightsShared(number, encode_shared(SharedWeights(kind, ()))))
 
     def send_stats(self) -> None:
         maintenance = MaintenanceStats("asleep", self.sleep_level) if self.sleep_level else None
@@ -137,6 +151,8 @@ class FakeEngine:
         if self.behaviour == "refuses-maintenance":
             self.send(Maintained("it is another model", is_user_error=True))
             return
+        if not isinstance(order, Sleep):
+            self.weights = order.weights
         if not isinstance(order, Reload):
             self.sleep_level = order.level if isinstance(order, Sleep) else 0
         self.send_stats()

@@ -11,10 +11,11 @@ from pathlib import Path
 import engine_tiny_tokenizers as tiny
 import pytest
 from test_engine_client import client_of, in_loop, until
-from test_engine_fleet import fleet_of
+from test_engine_fleet import fleet_of, pids
 
 from phalanx.engine.stream import Origin
 from phalanx.errors import MaintenanceError, ResizeRefusedError, UserError
+from phalanx.memory.shared_weights import decode_shared
 from phalanx.protocol import Reload, SamplingParams, Sleep, Wake
 
 RELOAD = Reload(None, "now", 60.0)
@@ -82,6 +83,24 @@ async def test_replicas_of_a_fleet_get_the_same_version_one_after_the_other(chec
         await fleet.maintain(Wake(None))
         await waiting
         assert await _num_tokens(fleet.generate([5, 6], SamplingParams(max_tokens=3))) == 3
+
+
+@in_loop
+async def test_one_replica_reads_weights_and_the_others_have_them_from_it(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=3) as fleet:
+        first, *others = [str(pid) for pid in pids(fleet)]
+
+        async def whence() -> list[tuple[str, ...]]:
+            engines = [fleet._members.engines[number] for number in range(3)]
+            return [decode_shared(await engine.share_weights()).kind.versions for engine in engines]
+
+        await fleet.maintain(RELOAD)
+        expected = [(first,), *((other, first) for other in others)]
+        assert await whence() == expected
+        await fleet.maintain(Sleep(2))
+        assert fleet.asleep == 2
+        await fleet.maintain(Wake(None))
+        assert fleet.asleep == 0 and await whence() == expected
 
 
 @in_loop

@@ -18,7 +18,7 @@ import phalanx.engine.process as process
 from phalanx.config import Config
 from phalanx.engine.incarnation import _await_ready
 from phalanx.errors import ConfigError
-from phalanx.protocol import StartProgress
+from phalanx.protocol import Begin, StartProgress
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import AsyncStream, Stream, stream_pair
@@ -54,7 +54,7 @@ def test_the_client_waits_while_bytes_come(slow_hub: None, monkeypatch: pytest.M
 
     async def be_client(ours: int) -> None:
         stream = await AsyncStream.open(ours, Party("the engine", os.getpid(), start_time=0))
-        await stream.send(msgspec.msgpack.encode(Config.build(model="some/model")))
+        await stream.send(msgspec.msgpack.encode(Begin(Config.build(model="some/model"))))
         child: Any = None  # it does not end
         try:
             await _await_ready(aiter(stream), child, seen.append, SILENCE_S)

@@ -18,6 +18,7 @@ from engine_fake_process import NEVER_READY
 from test_engine_client import ENDLESS, TIMEOUT_S, command, in_loop, until
 
 from phalanx.config import Config
+from phalanx.engine import seats
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import WATCH_POLL_S, Fleet, start_engine
 from phalanx.engine.leaving import MOST_PASSES
@@ -34,7 +35,8 @@ from phalanx.errors import (
     StartError,
 )
 from phalanx.executor import platform
-from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.memory.shared_weights import decode_shared
+from phalanx.protocol import SamplingParams, Sleep, StartProgress, Wake
 from phalanx.server.generation import Generation
 from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running
@@ -561,15 +563,26 @@ def test_replicas_share_out_the_gpus(checkpoint: Path, monkeypatch: pytest.Monke
 def test_a_replica_that_joins_gets_gpus_that_nobody_has(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-a,3,1")
     monkeypatch.setattr(platform, "torch_has_cuda", lambda: True)
-    seats = Seats(config_of(checkpoint, data_parallel_size=1, tensor_parallel_size=2))
-    own, environment = seats.settings(1, 2, max_model_len=500)
+    places = Seats(config_of(checkpoint, data_parallel_size=1, tensor_parallel_size=2))
+    own, environment = places.settings(1, 2, max_model_len=500)
     assert environment == {"CUDA_VISIBLE_DEVICES": "GPU-a,3"}
     assert (own.parallel.data_parallel_size, own.parallel.tensor_parallel_size) == (1, 2)
     assert (own.executor.device, own.model.max_model_len) == ("cuda", 500)
-    assert seats.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
-    seats.check_host(2, [1], [])
+    assert places.settings(0, 2, max_model_len=500)[1] == {"CUDA_VISIBLE_DEVICES": "7,5"}
+    places.check_host(2, [1], [])
     with pytest.raises(ConfigError, match="data_parallel_size: 3 is not possible: 6 GPUs are needed and 5 can be used"):
-        seats.check_host(3, [1, 2], [])
+        places.check_host(3, [1, 2], [])
+
+
+def test_memory_that_replicas_share_is_needed_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seats, "bytes_of_family", {1: 900 << 20, 2: 600 << 20}.get)
+    monkeypatch.setattr(seats, "free_host_bytes", lambda: 1000 << 20)
+    monkeypatch.setattr(seats, "num_cores", lambda: 8)
+    places = Seats(config_of(checkpoint, device="cpu", data_parallel_size=1))
+    places.check_host(2, [1], [1], 0)
+    places.check_host(3, [1, 2], [1], 400 << 20)  # 500 MiB each: the weights are there
+    with pytest.raises(ConfigError, match=re.escape("takes 1.37 GiB more memory, and 0.98 GiB are free")):
+        places.check_host(4, [2, 3], [1, 2], 400 << 20)  # of the largest, half of them
 
 
 def test_a_placement_group_of_the_users_is_for_one_replica(checkpoint: Path) -> None:
@@ -654,3 +667,42 @@ async def test_ranks_of_one_replica_share_every_layer_among_more_of_them(
         for size in (None, 1):
             with pytest.raises(ConfigError, match="only one replica can change it, and there are 2"):
                 await fleet.resize(size, tensor_parallel_size=2)
+
+
+@in_loop
+async def test_a_replica_that_joins_gets_the_weights_of_one_that_serves(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        (first,) = pids(fleet)
+        await fleet.resize(2)
+        shared = decode_shared(await fleet._members.engines[1].share_weights())
+        assert shared.kind.versions == (str(pids(fleet)[1]), str(first)), "its own, which it had from the first"
+
+
+@in_loop
+async def test_an_engine_that_is_started_again_gets_the_weights_of_another(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2, engine_restarts=1) as fleet:
+        first, second = pids(fleet)
+        os.kill(second, signal.SIGKILL)
+        await until(lambda: fleet.conditions()[1].num_restarts == 1)
+        shared = decode_shared(await fleet._members.engines[1].share_weights())
+        assert shared.kind.versions == (str(pids(fleet)[1]), str(first)), "its own, which it had from the first"
+
+
+@in_loop
+async def test_other_weights_are_nobodys(checkpoint: Path) -> None:
+    """Those of another version, or of an engine that has not answered, sleeps, or has ended."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        joining, engine = fleet._joining, fleet._members.engines[0]
+        assert await joining.find_weights() and not await joining.find_weights(0)
+        joining.weights_version += 1
+        assert not await joining.find_weights()
+        joining.weights_version -= 1
+        await fleet.maintain(Sleep(1))
+        assert not await joining.find_weights()
+        await fleet.maintain(Wake(None))
+        os.kill(engine.condition.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(engine.share_weights())
+        await asyncio.sleep(0)
+        os.kill(engine.condition.pid, signal.SIGKILL)
+        assert not await asked
+        assert engine.dead is not None and not await engine.share_weights()

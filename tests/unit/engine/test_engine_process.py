@@ -23,8 +23,10 @@ import phalanx.engine.process as process
 from phalanx.config import Config
 from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
+from phalanx.memory.shared_weights import SharedWeights, WeightsKind, encode_shared
 from phalanx.protocol import (
     AvoidNodes,
+    Begin,
     Cancel,
     EngineFailed,
     EngineMessage,
@@ -35,10 +37,12 @@ from phalanx.protocol import (
     Message,
     ReplicaStats,
     SamplingParams,
+    ShareWeights,
     Shutdown,
     StartProgress,
     Submit,
     TokenBatch,
+    WeightsShared,
     WrongSetting,
     ints,
 )
@@ -89,6 +93,8 @@ class FakeFormation:
         self.error: Exception | None = None
         self.is_closed = False
         self.pinged = threading.Event()
+        self.offered: SharedWeights | None = None
+        self.shared: SharedWeights | None = None
 
     def step(self, plan: object) -> None:
         """As an inline rank: it is carried out here and now."""
@@ -108,6 +114,9 @@ class FakeFormation:
 
     def avoid(self, nodes: tuple[str, ...]) -> None:
         self.nodes = nodes
+
+    def share_weights(self) -> SharedWeights | None:
+        return self.shared
 
     def submit(self, body: Message, *, deadline_s: float) -> FakePing:
         self.pinged.set()
@@ -135,15 +144,16 @@ class Engine:
         self.link = process.ClientLink(Stream(theirs, Party.of("the server", os.getpid())))
         self._pool = ThreadPoolExecutor(1)
         self._config = config
+        self.weights = b""
         self._received: list[bytes] = []
 
     def start(self) -> None:
         self._exit_code = self._pool.submit(process.serve, self.link)
-        self.send(self._config)
+        self.send(Begin(self._config, self.weights))
 
     def start_when_client_has_gone(self) -> None:
         """The client leaves after its configuration."""
-        self.send(self._config)
+        self.send(Begin(self._config, self.weights))
         self.stream.close()
         self._exit_code = self._pool.submit(process.serve, self.link)
 
@@ -151,7 +161,8 @@ class Engine:
         self.start()
         self.receive(EngineReady)
 
-    def _start_formation(self, config: Config, checkpoint: Any, on_progress: Any) -> FakeFormation:
+    def _start_formation(self, config: Config, checkpoint: Any, on_progress: Any, offered: Any) -> FakeFormation:
+        self.executor.offered = offered
         try:
             on_progress(StartProgress(1, "loading", 1, 2))
         except Exception as error:  # as the inline rank does with whatever comes out of its worker
@@ -168,7 +179,7 @@ class Engine:
         self.executor_of_brain = executor
         return self.brain
 
-    def send(self, message: Message | Config) -> None:
+    def send(self, message: Message) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
 
     def receive(self, kind: type[EngineMessage]) -> Any:
@@ -226,6 +237,30 @@ def test_it_tells_where_ranks_are_and_passes_on_where_none_is_to_come(engine: En
     engine.send(AvoidNodes(("gamma",)))
     while engine.receive(EngineStats).nodes != ("gamma",):  # so does the fake one show it
         pass
+
+
+SHARED = SharedWeights(WeightsKind(b"12", "float32", 1, 1, True, ("1.0",)), ())
+
+
+def test_weights_are_had_from_others_and_given_to_others(engine: Engine) -> None:
+    engine.weights = encode_shared(SHARED)
+    engine.start_and_be_ready()
+    assert engine.executor.offered == SHARED
+    engine.send(ShareWeights(3))
+    assert engine.receive(WeightsShared) == WeightsShared(3, b""), "of ranks that have none to share"
+    engine.executor.shared = SHARED
+    engine.send(ShareWeights(4))
+    assert engine.receive(WeightsShared) == WeightsShared(4, encode_shared(SHARED))
+
+
+def test_no_weights_are_shared_while_ranks_are_replaced(engine: Engine) -> None:
+    engine.executor.shared = SHARED
+    engine.start_and_be_ready()
+    break_a_step(engine)
+    engine.send(submit(3, max_tokens=1))
+    assert engine.receive(EngineStats).formation == HEALING
+    engine.send(ShareWeights(4))
+    assert engine.receive(WeightsShared) == WeightsShared(4, b"")
 
 
 def test_it_tells_that_nodes_are_avoided_but_while_ranks_get_their_places(engine: Engine) -> None:

@@ -25,7 +25,7 @@ class Lines:
         self.outcomes = list(outcomes)
         self.times_s: list[float | None] = []
 
-    def start(self, on_progress: object, *, show: object, timeout_s: float | None = None) -> Any:
+    def start(self, on_progress: object, *, memory: object, show: object, timeout_s: float | None = None) -> Any:
         self.times_s.append(timeout_s)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, WorkerError):

@@ -57,6 +57,7 @@ class FakeLines:
 
 class FakeMemory:
     is_whole = holds_weights = True
+    shares_weights = False
 
     def of_ranks(self) -> dict[int, Any]:
         return {}

@@ -174,3 +174,30 @@ def resident_bytes(name: str) -> int:
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     mine = [next(line for line in lines if line.startswith("Rss:")) for line in lines if f"/memfd:{name}" in line]
     return sum(int(line.split()[1]) * 1024 for line in mine)
+
+
+@given(st.lists(st.tuples(shapes, dtypes, st.booleans()), max_size=12))
+def test_who_is_about_to_write_has_memory_of_its_own(
+    requests: list[tuple[tuple[int, ...], torch.dtype, bool]],
+) -> None:
+    with Arena("first", CPU) as first:
+        tensors = [first.allocate(f"t{i}", shape, dtype).fill_(i + 1) for i, (shape, dtype, _) in enumerate(requests)]
+        with Arena("second", CPU, first.describe()) as second:
+            others = [second.allocate(f"t{i}", shape, dtype) for i, (shape, dtype, _) in enumerate(requests)]
+            second.detach([f"t{i}" for i, (_, _, is_written) in enumerate(requests) if is_written])
+            for i, (other, (_, _, is_written)) in enumerate(zip(others, requests, strict=True)):
+                if is_written:
+                    other.fill_(100)
+                assert bool((other == (100 if is_written else i + 1)).all())
+            for i, tensor in enumerate(tensors):
+                assert bool((tensor == i + 1).all())
+
+
+def test_a_part_has_only_the_segments_that_it_lies_in(arena: Arena) -> None:
+    for name in ("weight", "key"):
+        arena.begin_part()
+        arena.allocate(name, (10,), torch.uint8)
+    held = msgspec.structs.replace(arena.describe(), cache=frozenset({"key"}))
+    part = decode_held(encode_held(held)).part(lambda name: name not in held.cache)
+    assert part == arena.describe("weight".__eq__) and len(part.segments) == 1 and not part.cache
+    assert held.part("key".__eq__).cache == {"key"}

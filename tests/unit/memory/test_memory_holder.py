@@ -100,7 +100,7 @@ def test_what_is_told_no_more_is_let_go(holder: Holder) -> None:
         holder.hold(0, first.describe())
         holder.hold(1, first.describe())
         holder.hold(0, first.describe(lambda name: name == "key"))
-        assert num_descriptors() == before + 2 * 2 + 1 + 2, "an arena has two for each segment"
+        assert num_descriptors() == before + 2 + 1 + 2, "an arena has one for each segment"
     holder.drop(1)
     assert num_descriptors() == before + 1
     with Arena("next", CPU, holder.memory(0)) as arena:

@@ -95,3 +95,13 @@ def test_what_a_family_shares_counts_once() -> None:
         assert host.bytes_of_family(os.getpid()) > taken
         parent.communicate()
     assert host.bytes_of_family(parent.pid) == 0
+
+
+@pytest.mark.parametrize(("told", "expected"), [("0\n", 1), ("0-1", 2), ("0,2-3", 3)])
+def test_processors_with_memory_of_their_own_count(
+    told: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "MEMORY_NODES", tmp_path / "has_memory")
+    assert host.num_memory_nodes() == 1, "a kernel that knows none"
+    (tmp_path / "has_memory").write_text(told)
+    assert host.num_memory_nodes() == expected

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+from mmap import PAGESIZE
 
 import msgspec
 import pytest
 
 from phalanx.errors import FrameError, PeerDiedError
-from phalanx.transport.shared_memory import SegmentHandle, SegmentHold, SharedSegment
+from phalanx.transport.shared_memory import SegmentHandle, SegmentHold, SharedSegment, resident_bytes_of
 
 
 def test_what_one_mapping_writes_the_other_reads() -> None:
@@ -107,3 +108,36 @@ def test_whole_pages_are_given_back_to_the_system() -> None:
         assert bytes(theirs.buf) == b"\1" * page + bytes(2 * page) + b"\1" * page
         ours.release(100, 200)
         assert theirs.buf[100] == 1
+
+
+def test_who_detaches_has_memory_of_its_own_where_it_was() -> None:
+    with SharedSegment.create(3 * PAGESIZE, "test") as ours, SharedSegment.attach(ours.handle) as theirs:
+        ours.buf[:] = b"1" * len(ours.buf)
+        view, before = ours.buf[PAGESIZE:], ours.handle
+        num_descriptors = len(os.listdir("/proc/self/fd"))
+        ours.detach([(5, 7), (PAGESIZE, PAGESIZE + 1)])
+        assert bytes(ours.buf).replace(bytes(1), b"") == b"111" and bytes(ours.buf[5:7]) == b"11" and view[0] == 49
+        view[1] = 7
+        assert bytes(theirs.buf) == b"1" * len(ours.buf), "others keep what there was"
+        assert ours.handle.nonce != before.nonce and len(os.listdir("/proc/self/fd")) == num_descriptors
+        with pytest.raises(FrameError), SharedSegment.attach(before):
+            pass
+        with SharedSegment.attach(ours.handle) as new:
+            assert new.buf[PAGESIZE + 1] == 7
+        theirs.detach()
+        assert not any(theirs.buf)
+
+
+def test_a_mapping_keeps_no_descriptor() -> None:
+    """Memory that a process has detached from is the system's again when others have let go of it."""
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    with SharedSegment.create(64, "test") as ours, SharedSegment.attach(ours.handle):
+        assert len(os.listdir("/proc/self/fd")) == num_descriptors + 1
+
+
+def test_what_a_segment_takes() -> None:
+    with SharedSegment.create(8 * PAGESIZE, "test") as segment:
+        before = resident_bytes_of(segment.handle)
+        segment.buf[PAGESIZE : 3 * PAGESIZE] = b"1" * (2 * PAGESIZE)
+        assert resident_bytes_of(segment.handle) - before == 2 * PAGESIZE
+    assert resident_bytes_of(segment.handle) == 0
