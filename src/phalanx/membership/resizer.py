@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,10 +103,8 @@ class Preparation:
 
     def is_over(self, timeout_s: float) -> bool:
         """Whether it has come to its end, by then: the line may take over, or there is none."""
-        with suppress(TimeoutError):
-            self._prepared.exception(max(timeout_s, LAST_LOOK_S) if self._has_all_work else timeout_s)
-            return True
-        return False
+        self._thread.join(max(timeout_s, LAST_LOOK_S) if self._has_all_work else timeout_s)
+        return not self._thread.is_alive()
 
     def result(self) -> NextLine:
         """When it is over. Raises what it has failed with."""
@@ -219,9 +217,8 @@ class Resizer:
         """The line that is ready serves from now on."""
         assert self._preparation is not None
         self._resizing.commit()
-        taken = self._preparation.result()
+        taken, self._preparation = self._preparation.result(), None
         self._config = taken.config
-        self._forget()
         return taken
 
     def fault(self, error: Exception) -> None:
@@ -301,17 +298,12 @@ class Resizer:
             self._resizing.failed(error)
             self._discard()
 
-    def _forget(self) -> None:
-        """The line that was prepared is somebody else's, or ended: its memory goes with it."""
-        self._preparation = None
-
     def _discard(self) -> None:
         assert self._preparation is not None
         self._preparation.discard()
 
     def _undone(self) -> None:
-        resize = self._resizing.current
-        self._forget()
+        resize, self._preparation = self._resizing.current, None
         self._resizing.undone()
         assert resize is not None
         log.warning("resize %s: %s%s", resize, resize.state, _because(resize.error))

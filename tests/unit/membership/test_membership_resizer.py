@@ -18,8 +18,6 @@ DEADLINE_S = 10.0
 
 
 class FakeExecutor:
-    """Is well."""
-
     failure = None
 
     def check_health(self, timeout_s: float) -> None: ...
