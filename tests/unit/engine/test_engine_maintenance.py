@@ -29,7 +29,11 @@ class Ranks:
         self.failures: deque[Exception | None] = deque()
         config = Config.build(model="m", device="cuda", tensor_parallel_size=2)
         recovery: Any = SimpleNamespace(
-            follow=self._follow, rest_standby=lambda: None, renew_standby=lambda: None, end_change=lambda: None
+            follow=self._follow,
+            rest_standby=lambda: None,
+            renew_standby=lambda: None,
+            end_change=lambda: None,
+            shares_weights=False,
         )
         capacity: Any = SimpleNamespace(gives_back=True)
         line: Any = None
