@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 
+from phalanx.config import Config
 from phalanx.protocol import ShareWeights, WeightsShared
 
 ANSWER_S = 5.0
 """Whoever starts with a copy of its own waits no longer for it: an engine on a CPU answers between two steps."""
 
 NONE = b""
+
+log = logging.getLogger("phalanx.engine")
+
+
+def may_share_weights(config: Config, device: str) -> bool:
+    """Whether engines of this configuration, on such a device, may have them in common, as far as a client knows."""
+    is_here = device == "cpu" and config.executor.launcher != "ray"
+    return is_here and config.model.share_weights != "never" and config.healing.heal
 
 
 class AskedWeights:
@@ -32,6 +42,7 @@ class AskedWeights:
             async with asyncio.timeout(ANSWER_S):
                 return await answer
         except TimeoutError:
+            log.warning("an engine has not said in %g s which weights others may share: they read their own", ANSWER_S)
             return NONE
         finally:
             del self._asked[number]

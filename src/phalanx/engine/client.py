@@ -14,7 +14,7 @@ from phalanx.config import Config
 from phalanx.engine.admission import check_request, typed
 from phalanx.engine.asked_maintenance import AskedMaintenance, error_of
 from phalanx.engine.asked_resize import AskedResizes
-from phalanx.engine.asked_weights import NONE, AskedWeights
+from phalanx.engine.asked_weights import NONE, AskedWeights, may_share_weights
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.comeback import Comeback
 from phalanx.engine.condition import Condition
@@ -180,6 +180,8 @@ class EngineClient:
 
     async def share_weights(self) -> bytes:
         """Its ranks' weights for those of another engine on this host, as in protocol.Begin; NONE if it has none."""
+        if not may_share_weights(self._config, self.info.device):
+            return NONE
         if self.dead is not None or self.down is not None or self._maintenance.is_under_way or self.asleep:
             return NONE
         return await self._weights.ask()

@@ -74,10 +74,13 @@ class Draining:
     async def undo(self, node: str) -> None:
         """Let ranks come to a node again, whatever it was called when it was drained, or at the start.
 
-        Raises what Room.node_called does. One that is not in the cluster just now has only the name that is given.
+        Raises what `check_none` and Room.node_called do. One that is not in the cluster just now has only the name that
+        is given.
         """
+        self.check_none()
         try:
             found = await self._room.node_called(node)
+            self.check_none()  # finding it takes a second
             left = _others(self.drained, found)
         except RequestError:
             if node not in self.drained:

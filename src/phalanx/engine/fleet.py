@@ -186,7 +186,6 @@ class Fleet:
         return await self._draining.begin(node, drain_timeout_s)
 
     async def undo_drain(self, node: str) -> None:
-        self._draining.check_none()
         await self._draining.undo(node)
 
     async def close(self, grace_s: float = 0.0) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 
 from phalanx.config import Config
-from phalanx.engine.asked_weights import NONE
+from phalanx.engine.asked_weights import NONE, may_share_weights
 from phalanx.engine.awaiting import end_of
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
@@ -87,9 +87,7 @@ class Joining:
     @property
     def may_share_weights(self) -> bool:
         """Whether replicas may have them in common, as far as is known here."""
-        config = self.config
-        is_here = self.info.device == "cpu" and config.executor.launcher != "ray"
-        return is_here and config.model.share_weights != "never" and config.healing.heal
+        return may_share_weights(self.config, self.info.device)
 
     async def find_weights(self, number: int | None = None) -> bytes:
         """Those that this replica, or any that joins, can have from one that serves, as in protocol.Begin."""

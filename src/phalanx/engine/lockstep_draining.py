@@ -90,8 +90,10 @@ class LockstepDraining:
 
     async def _until_avoided(self, name: str) -> None:
         """Wait until the engine says that no rank is there, nor comes: some that are just being healed may have got
-        places before it was told. Raises ResizeError if they have."""
+        places before it was told. Raises ResizeError if they have, and if that is undone meanwhile."""
         while not self._client.has_left(name):
+            if name not in self._avoided:
+                raise ResizeError(f"ranks may come to node {name} again: its drain was undone")
             if name in self._client.nodes:
                 raise ResizeError(f"ranks that were being healed have just come to node {name}: drain it again")
             await asyncio.sleep(LOOK_S)

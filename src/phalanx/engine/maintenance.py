@@ -267,7 +267,10 @@ class Maintenance:
     def _adoptable(self, weights: bytes, new: Checkpoint) -> SharedWeights | None:
         """Those of another engine on this host, if these are what ranks would read. Raises CheckpointError."""
         shared = decode_shared(weights) if weights else None
-        return shared if shared is not None and self._ranks.can_adopt(shared, new) else None
+        if shared is None or self._ranks.can_adopt(shared, new):
+            return shared
+        log.warning("the weights that another replica shares are of another kind: ranks read their own")
+        return None
 
     def _take(self, shared: SharedWeights | None) -> Script:
         """Have all ranks take what they have read, or these."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 from phalanx.engine.asked_weights import NONE
@@ -24,13 +25,14 @@ class WeightsSource:
     async def find(self, number: int | None, version: int, model: str) -> bytes:
         """For this replica's engine, as in protocol.Begin: those of any other one with this version of this checkpoint.
 
-        NONE if nobody shares them. Waits for each of the others for ANSWER_S at most.
+        NONE if nobody shares them. Waits for ANSWER_S at most.
         """
-        for other, engine in list(self._members.active().items()):
-            is_same = engine.weights_version == version and engine.model == model
-            if other != number and is_same and (weights := await engine.share_weights()):
-                return weights
-        return NONE
+        asked = [
+            engine.share_weights()
+            for other, engine in self._members.active().items()
+            if other != number and engine.weights_version == version and engine.model == model
+        ]
+        return next(filter(None, await asyncio.gather(*asked)), NONE)
 
     async def _find_for(self, number: int, engine: EngineClient) -> bytes:
         return await self.find(number, engine.weights_version, engine.model)

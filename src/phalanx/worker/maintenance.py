@@ -110,7 +110,9 @@ class RankMaintenance:
 
     def _take_read(self, order: TakeWeights) -> None:
         assert self._reading is not None, "nothing was read"
-        if order.is_shared:
+        # What was read in place lies in memory that has been the rank's own since it fell asleep, whatever the brain
+        # could hold of it then.
+        if order.is_shared and not self._reading.in_place:
             self._arena.detach(self._weights.places)
         self._weights.take(self._reading.result())
         self._reading = None
@@ -155,6 +157,7 @@ class WeightsReading:
 
     def __init__(self, weights: RankWeights, order: ReadWeights) -> None:
         self.number = order.number
+        self.in_place = order.in_place
         self.told = WeightsRead(0, weights.plain_bytes)
         """How far it is."""
         self._weights = weights

@@ -69,6 +69,17 @@ async def test_all_ranks_move_and_none_comes_back_until_it_is_undone(
 
 
 @in_loop
+async def test_undone_while_the_engine_is_silent(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with client_on(checkpoint, monkeypatch, 2) as (client, told):
+        monkeypatch.setattr(client, "has_left", lambda node: False)
+        draining = await client.begin_drain("gamma")
+        await client.undo_drain("gamma")
+        with pytest.raises(ResizeError, match="node gamma again: its drain was undone"):
+            await draining
+        assert told[-1] == () and client.strength.drained_nodes == ()
+
+
+@in_loop
 async def test_no_room_elsewhere(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with client_on(checkpoint, monkeypatch, REFUSED) as (client, told):
         with pytest.raises(ConfigError, match=r"node: 'beta' .* no room for all ranks: there are 2 cores"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -205,6 +206,22 @@ def test_one_sleeps_and_the_other_computes(
     forbid_reading(monkeypatch)
     assert sleeper.maintain(Wake(str(old), encode_shared(offer_of(other)))).error is None
     assert sleeper.made() == other.made() == of_old and segments_of(sleeper) == shared
+
+
+def test_who_cannot_be_held_in_its_sleep_wakes_with_what_it_reads(
+    old: Path, of_old: list[int], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = engine(old, stack)
+    sleeper = engine(old, stack, offer_of(other))
+
+    def follow(told: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sleeper.formation._recovery, "follow", follow)
+        assert sleeper.maintain(Sleep(2)).error is None
+    assert sleeper.maintain(Wake(None)).error is None
+    assert sleeper.made() == other.made() == of_old
 
 
 @pytest.mark.slow
