@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,15 @@ each leaves behind for good shows soon after."""
 DESCRIPTORS_OF_A_RANK = 4
 """Of its line, in the engine's process: segments of memory, pipes, sockets, a pidfd."""
 MEMORY_SLACK_BYTES = 64 << 20
+GPU_SLACK_BYTES = 256 << 20
+"""Less than a process takes of a GPU for its context alone: what one that does not end keeps is seen."""
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SHARED = Path("/dev/shm")
 _TCP_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 _LISTENS = "0A"
+_USED_OF_GPUS = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+"""In MiB, a line for each GPU. What CUDA says needs a context, which takes memory itself."""
 
 
 class Holdings(NamedTuple):
@@ -35,10 +40,15 @@ class Holdings(NamedTuple):
     """TCP ports that they listen on."""
     rss_bytes: int
     """Of the engine's process itself."""
+    gpu_bytes: int = 0
+    """Of the memory of all GPUs, by whomever."""
 
     @classmethod
-    def of(cls, pid: int) -> Holdings:
-        """At this moment. Takes milliseconds."""
+    def of(cls, pid: int, *, gpus: bool = False) -> Holdings:
+        """At this moment. Takes milliseconds; with GPUs, some hundred.
+
+        Raises OSError or CalledProcessError if GPUs do not tell what they have.
+        """
         targets, members = _targets(pid), group_members(pid)
         return cls(
             num_processes=len(members),
@@ -47,6 +57,7 @@ class Holdings(NamedTuple):
             num_files=len(shared_files()),
             num_ports=_num_ports({target for member in {pid, *members} for target in _targets(member)}),
             rss_bytes=_rss_bytes(pid),
+            gpu_bytes=_used_of_gpus() if gpus else 0,
         )
 
     def beyond(self, before: Holdings, num_ranks: int) -> list[str]:
@@ -60,6 +71,7 @@ class Holdings(NamedTuple):
             ("files in /dev/shm", self.num_files, before.num_files, 0),
             ("ports", self.num_ports, before.num_ports, 0),
             ("bytes of memory", self.rss_bytes, before.rss_bytes, MEMORY_SLACK_BYTES),
+            ("bytes of GPUs", self.gpu_bytes, before.gpu_bytes, GPU_SLACK_BYTES),
         ):
             if one > other + slack:
                 found.append(f"{one} {name}, {other} before")
@@ -120,6 +132,11 @@ def listening_ports() -> dict[int, str]:
 def _num_ports(targets: set[str]) -> int:
     """How many of these open files are sockets that listen."""
     return sum(f"socket:[{inode}]" in targets for inode in listening_ports().values())
+
+
+def _used_of_gpus() -> int:
+    told = subprocess.run(_USED_OF_GPUS, capture_output=True, text=True, check=True, timeout=10.0).stdout
+    return sum(map(int, told.split())) << 20
 
 
 def _rss_bytes(pid: int) -> int:

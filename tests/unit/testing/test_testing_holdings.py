@@ -15,9 +15,10 @@ NOTHING = Holdings(0, 0, 0, 0, 0, 0)
 def test_more_is_told_and_less_is_not() -> None:
     before = Holdings(num_processes=5, num_descriptors=40, num_segments=7, num_files=0, num_ports=2, rss_bytes=1 << 30)
     assert before.beyond(before, num_ranks=2) == [] and NOTHING.beyond(before, num_ranks=2) == []
-    more = Holdings(6, 40 + 9, 7 + 10, 1, 3, (1 << 30) + (65 << 20))
+    more = Holdings(6, 40 + 9, 7 + 10, 1, 3, (1 << 30) + (65 << 20), gpu_bytes=257 << 20)
     assert [one.partition(",")[0] for one in more.beyond(before, num_ranks=2)] == [
-        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "3 ports", "1141899264 bytes of memory")
+        *("6 processes", "17 segments of memory", "1 files in /dev/shm", "3 ports", "1141899264 bytes of memory"),
+        "269484032 bytes of GPUs",
     ]
     assert "17 segments of memory, 7 before" not in more.beyond(before, num_ranks=3), "of lines that have ended"
 
