@@ -5,6 +5,7 @@ Skipped where there are no GPUs.
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from formation_rig import Rig, Streams, kill
 from gpu_memory_used import used_bytes
+from shared_memory_names import no_new_names
 
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, State
@@ -24,9 +26,17 @@ from phalanx.testing.faults import Fault, State
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("_no_names_are_left"),
 ]
 
 FREED_WITHIN_S = 10.0
+
+
+@pytest.fixture
+def _no_names_are_left() -> Iterator[None]:
+    """Of NCCL's memory, either, whose processes are killed."""
+    with no_new_names():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rig(checkpoint: Path, report: Path, **settings: Any) -> Rig:
-    num_gpus = settings.get("tensor_parallel_size", 1) * settings.get("data_parallel_size", 1)
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    num_gpus = math.prod(settings.get(size, 1) for size in sizes)
     if torch.cuda.device_count() < num_gpus:
         pytest.skip(f"needs {num_gpus} GPUs")
     return Rig(checkpoint, report, launcher="local", device="cuda", kv_cache_memory=1 << 22, **settings)
@@ -92,10 +103,12 @@ def test_both_lines_are_killed(ready: Rig) -> None:
     [
         {},
         {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"data_parallel_size": 2, "enable_expert_parallel": True, "all2all_backend": "alltoall"},
         {"data_parallel_size": 2, "enable_expert_parallel": True},
         {"data_parallel_size": 2, "enable_expert_parallel": True, "enable_eplb": True, "eplb_interval_steps": 5},
     ],
-    ids=["tp1", "tp2", "experts", "experts that move"],
+    ids=["tp1", "tp2", "pp2", "experts, alltoall", "experts", "experts that move"],
 )
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
 def test_killed_ranks_without_a_standby_line(

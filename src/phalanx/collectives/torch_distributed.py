@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d
 
+from phalanx.collectives import nccl_files
 from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
 from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.lockstep import Lockstep
@@ -249,7 +250,9 @@ class NcclGroup(_TorchGroup):
         # NCCL's watchdog, when a peer does not come.
         os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
         if not isinstance(self._lockstep, RemoteLockstep):
-            return self._build(_open_store(spec, ownership))
+            backend = self._build(_open_store(spec, ownership))
+            nccl_files.remove_names()
+            return backend
         assert self._exchange is not None
         start = time.monotonic()
         try:
