@@ -43,7 +43,6 @@ from faults import World
 from nodes import Orders, RayHosts, why_no_hosts
 
 from phalanx.config import Config
-from phalanx.executor.platform import num_cores
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.testing.blows import BLOW_KINDS, ENDS, Blow, BlowKind, Moment, blow_of_seed
 from phalanx.testing.chaos import settings_for_chaos
@@ -53,6 +52,7 @@ from phalanx.testing.faults import World as RankWorld
 from phalanx.testing.reach import Reach
 from phalanx.testing.rounds import kills_table, rungs, table
 from phalanx.testing.serving import ServedChecker
+from phalanx.testing.strike import has_way_back
 
 Over = Literal["local", "served", "ray", "hosts"]
 """served: `phalanx serve`, which is killed. ray: one node. hosts: two nodes with a network each."""
@@ -187,9 +187,7 @@ async def carry_out(
     settings, model, left = settings_of(job), models / job.world.family, list(job.indices)
     config = Config.build(model=str(model), **settings)
     world = RankWorld.of(config)
-    world = world._replace(
-        has_agents=job.over == "hosts", can_shrink=world.can_shrink and world.size <= num_cores()
-    )  # there has to be a way back
+    world = world._replace(has_agents=job.over == "hosts", can_shrink=world.can_shrink and has_way_back(config))
     while left:
         checker: Checker | ServedChecker
         if job.over == "served":

@@ -58,8 +58,12 @@ class Check(NamedTuple):
 
     def blows(self, config: Config) -> list[tuple[int, Blow]]:
         """With the numbers of their rounds. Raises ConfigError if none is possible."""
+        from phalanx.testing.strike import has_way_back
+
+        world = World.of(config)
+        world = world._replace(can_shrink=world.can_shrink and has_way_back(config))
         draw = partial(blow_of_seed, kinds=self.kinds, states=self.states, has_standby=bool(config.healing.standby))
-        return [(index, draw(self.seed, index, World.of(config))) for index in self.rounds]
+        return [(index, draw(self.seed, index, world)) for index in self.rounds]
 
 
 def run_check(check: Check, *, as_json: bool) -> None:

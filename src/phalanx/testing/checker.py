@@ -229,7 +229,7 @@ class Checker:
             for rank in status.ranks
             if rank.phase == "idle" and rank.pid is not None
         }
-        if len(places) != status.world_size:
+        if len(places) != status.world_size or status.world_size != self._config.parallel.world_size:
             return None
         condition = self._engine.condition
         return Before(status, places, stats, condition.num_restarts, condition.num_watcher_restarts)

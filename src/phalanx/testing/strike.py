@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
+from phalanx.config import Config
 from phalanx.engine.client import EngineClient
-from phalanx.errors import EngineDeadError, MaintenanceError, NotNowError, ResizeError, ResizeRefusedError
+from phalanx.errors import ConfigError, EngineDeadError, MaintenanceError, NotNowError, ResizeError, ResizeRefusedError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.membership.resize import Size
+from phalanx.membership.room import check_devices
 from phalanx.protocol import FormationStats, Reload
 from phalanx.testing.blows import Blow, BlowKind
 from phalanx.testing.holdings import children_of, command_of, parent_of
@@ -213,6 +215,17 @@ class Strike:
             with suppress(ResizeError, ResizeRefusedError):
                 await self._to(self._size)
             await asyncio.sleep(AGAIN_S)
+
+
+def has_way_back(config: Config) -> bool:
+    """Whether there are devices on this host for an engine to grow to its size again: as a start, unlike growing, may
+    take more ranks than there are cores, there may be none."""
+    parallel = config.parallel
+    try:
+        check_devices(config, smaller(Size(parallel.data_parallel_size, parallel.tensor_parallel_size)))
+    except ConfigError:
+        return False
+    return True
 
 
 def smaller(size: Size) -> Size:

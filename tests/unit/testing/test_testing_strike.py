@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import pytest
+
+from phalanx.config import Config
+from phalanx.membership import room
 from phalanx.membership.resize import Size
-from phalanx.testing.strike import smaller
+from phalanx.testing.strike import has_way_back, smaller
 
 
 def test_a_resize_takes_half_of_the_ranks_of_a_replica_or_half_of_the_replicas() -> None:
     assert smaller(Size(2, 4)) == Size(2, 2)
     assert smaller(Size(2, 2)) == Size(2, 1)
     assert smaller(Size(4, 1)) == Size(2, 1)
+
+
+@pytest.mark.parametrize(("cores", "threads", "expected"), [(4, 1, True), (3, 1, False), (4, 2, False), (8, 2, True)])
+def test_there_is_a_way_back_if_growing_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, expected: bool
+) -> None:
+    monkeypatch.setattr(room, "num_cores", lambda: cores)
+    assert (
+        has_way_back(Config.build(model="m", device="cpu", tensor_parallel_size=4, threads_per_rank=threads))
+        is expected
+    )
