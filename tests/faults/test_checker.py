@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phalanx.config import Config
+from phalanx.testing import memory_limit
 from phalanx.testing.blows import Blow
 from phalanx.testing.chaos import settings_for_chaos
 from phalanx.testing.checker import Checker, Round
@@ -22,11 +24,15 @@ BLOWS = (
     Blow(kind="error", rank=1, state="decode", collective=1),
     Blow(kind="skip", rank=0, state="decode", step=2),
     Blow(kind="kill", rank=0, state="idle"),
+    *([Blow(kind="oom", rank=1, state="decode", step=2, collective=1)] if memory_limit.is_possible() else []),
     Blow(kind="kill-watcher", rank=0, after=0.2),
     Blow(kind="kill-reload", rank=1, collective=300, after=0.3),
     Blow(kind="kill-resize", rank=1, collective=200, after=0.2),
     Blow(kind="kill", rank=1, state="decode", step=3, collective=2),
 )
+
+
+WITH_A_FULL_DISK = (Blow(kind="kill", rank=1, after=0.3), Blow(kind="kill-reload", rank=0, collective=300, after=0.2))
 
 
 async def rounds(config: Config) -> tuple[list[Round], list[str]]:
@@ -42,12 +48,29 @@ async def rounds(config: Config) -> tuple[list[Round], list[str]]:
     return found, left
 
 
+async def rounds_with_a_full_disk(config: Config) -> list[Round]:
+    """What the engine says of them cannot be written."""
+    checker = await Checker.start(config, num_streams=4, seed=5, log=Path("/dev/full"))
+    try:
+        return [await checker.round(index, blow) for index, blow in enumerate(WITH_A_FULL_DISK)]
+    finally:
+        assert await checker.close() == []
+
+
+def engine(folder: Path, **settings: Any) -> Config:
+    sizes = {"tensor_parallel_size": 2, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory": 4 << 20}
+    return Config.build(model=str(write_checkpoint(folder / "llama")), **settings_for_chaos(**sizes, **settings))
+
+
 def test_clients_see_nothing_but_pauses(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "llama")
-    settings = {"tensor_parallel_size": 2, "max_model_len": 256, "max_num_seqs": 8, "kv_cache_memory": 4 << 20}
-    found, left = asyncio.run(rounds(Config.build(model=str(checkpoint), **settings_for_chaos(**settings))))
+    found, left = asyncio.run(rounds(engine(tmp_path)))
     assert left == []
     assert {str(one.blow): one.violations for one in found if one.violations} == {}
     assert all(one.has_happened for one in found)
     assert all(one.rungs for one in found if one.blow.ends_a_line)
     assert all(one.num_streams >= 8 for one in found)
+
+
+def test_clients_see_nothing_of_a_full_disk_either(tmp_path: Path) -> None:
+    found = asyncio.run(rounds_with_a_full_disk(engine(tmp_path, ledger_events="/dev/full")))
+    assert [(one.has_happened, one.violations) for one in found] == [(True, ()), (True, ())]

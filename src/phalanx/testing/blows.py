@@ -52,6 +52,7 @@ _TWICE: frozenset[BlowKind] = frozenset({"kill-both", "kill-switch"})
 """Two are killed, maybe before anybody has noticed the first."""
 OF_NO_RANK: frozenset[BlowKind] = frozenset({"kill-lines", "kill-watcher", "kill-engine", "kill-server"})
 
+_FOR_MEMORY = "the kernel has killed"
 _NAMED = re.compile(r"rank (\d+)")
 
 
@@ -132,6 +133,8 @@ def is_named(blow: Blow, fault: str) -> bool:
         return bool(named) or fault.startswith("node ")
     if blow.kind == "link" and "to blame is no rank" in fault:
         return True
+    if blow.kind == "oom" and _FOR_MEMORY not in fault:
+        return False
     return named == [blow.rank] or (blow.kind in _TIES and blow.rank in named and "cannot be told" in fault)
 
 

@@ -26,6 +26,7 @@ from phalanx.executor.start import Capacity, start_executor
 from phalanx.ledger.verdict import Verdict
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import Ping, SamplingParams, Submit, ints
+from phalanx.testing import memory_limit
 from phalanx.testing.faults import Fault, Injected
 from phalanx.testing.harm import InjectedError, hung_stores
 from phalanx.testing.oracle import NOTHING, Rightness, assess, assess_failure
@@ -79,6 +80,7 @@ def try_fault(config: Config, fault: Fault, warm: WarmStart, *, patience_s: floa
     with tempfile.TemporaryDirectory(prefix="phalanx-chaos-") as folder, _listening() as verdicts:
         trial = _Trial(fault, Path(folder) / "injected", verdicts, warm, patience_s, random.Random(seed))
         error = trial.run(config)
+        memory_limit.remove_groups()
         return trial.outcome(error, time.monotonic() - began_at)
 
 

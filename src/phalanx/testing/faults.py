@@ -1,4 +1,4 @@
-"""Fault plans: what is to go wrong, with whom, and when; from a seed, or from JSON or TOML. Pure; no torch here.
+"""Fault plans: what is to go wrong, with whom, and when; from a seed, or from JSON or TOML. No torch here.
 
 [[faults]]
 kind = "stop"
@@ -23,10 +23,12 @@ from msgspec import Meta
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError
+from phalanx.testing import memory_limit
 from phalanx.topology.grid import Grid
 
 Kind = Literal[
     "kill",
+    "oom",
     "stop",
     "wedge",
     "loop",
@@ -42,17 +44,18 @@ Kind = Literal[
     "link",
     "store",
 ]
-"""kill, stop: by a signal. wedge: a call into C that holds the GIL. loop: Python that does not end. slow: it sleeps.
-error: an exception. The others are collectives: one is left out, one is issued that nobody else knows of, another
-operation in its place, another shape, another dtype; a rank that leaves a layer of experts early, as one does that
-thinks there is no token for it; and two collectives of two groups in the other order. link: nothing that is sent to the
-rank over its connections to other ranks arrives. store: that by which ranks find each other does not answer."""
+"""kill, stop: by a signal. oom: it takes memory until the kernel kills it for that. wedge: a call into C that holds the
+GIL. loop: Python that does not end. slow: it sleeps. error: an exception. The others are collectives: one is left out,
+one is issued that nobody else knows of, another operation in its place, another shape, another dtype; a rank that
+leaves a layer of experts early, as one does that thinks there is no token for it; and two collectives of two groups in
+the other order. link: nothing that is sent to the rank over its connections to other ranks arrives. store: that by
+which ranks find each other does not answer."""
 
 State = Literal["idle", "prefill", "decode", "start"]
 """What the ranks do when it happens: wait for work, compute a prompt, compute a token of each request, or start."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-OF_A_PROCESS: frozenset[Kind] = frozenset({"kill", "stop", "wedge", "loop", "error"})
+OF_A_PROCESS: frozenset[Kind] = frozenset({"kill", "oom", "stop", "wedge", "loop", "error"})
 """What can befall a rank that is in no step."""
 OF_A_START: frozenset[Kind] = frozenset({"kill", "stop", "store"})
 """What can be done to a rank from outside, while it joins its peers; the last of them only then."""
@@ -77,10 +80,12 @@ class World(NamedTuple):
     """Whether the memory of ranks is held by processes beside the engine's: ranks are actors, on several nodes."""
     can_shrink: bool = False
     """Whether there is a smaller grid to go to while they serve."""
+    has_memory_limits: bool = False
+    """Whether a process can have one of its own, and be killed for it."""
 
     @classmethod
     def of(cls, config: Config) -> World:
-        """That of an engine."""
+        """That of an engine on this host."""
         parallel = config.parallel
         together = Counter(
             pair for group in Grid.of(parallel).groups() if not group.is_link for pair in combinations(group.ranks, 2)
@@ -91,12 +96,13 @@ class World(NamedTuple):
             shares_groups=max(together.values(), default=0) > 1,
             has_connections=config.executor.collective_backend == "gloo" and config.executor.launcher != "ray",
             can_shrink=max(parallel.tensor_parallel_size, parallel.data_parallel_size) > 1,
+            has_memory_limits=memory_limit.is_possible(),
         )
 
     @classmethod
     def unknown(cls, size: int) -> World:
         """Where the ranks themselves refuse what cannot happen to them."""
-        return cls(size, has_experts=True, shares_groups=True, has_connections=True)
+        return cls(size, has_experts=True, shares_groups=True, has_connections=True, has_memory_limits=True)
 
     def why_not(self, kind: Kind) -> str | None:
         """Why this cannot happen here; None if it can."""
@@ -106,6 +112,8 @@ class World(NamedTuple):
             return (
                 "only where two ranks are together in two groups, such as tensor parallel ranks that share out experts"
             )
+        if kind == "oom" and not self.has_memory_limits:
+            return "only where control groups with a limit on memory can be made, as by root"
         if kind == "store" and not self.has_connections:
             return "only where ranks meet through a store: with collective_backend gloo and without Ray"
         if kind == "link" and not self.has_connections:

@@ -14,6 +14,7 @@ from contextlib import suppress
 import msgspec
 
 from phalanx.errors import UserError
+from phalanx.testing import memory_limit
 from phalanx.testing.faults import Fault, Injected
 from phalanx.transport.beacon import descriptors_of
 
@@ -83,6 +84,7 @@ class Mailbox:
 
     def close(self) -> None:
         os.close(self._fd)
+        memory_limit.remove_groups()
 
     def __enter__(self) -> Mailbox:
         return self

@@ -17,6 +17,7 @@ Answer = Literal["right", "wrong", "unsaid", "ambiguous"]
 _DIVERGED = frozenset({"diverged", "skipped", "circle"})
 CAUSES: dict[Kind, frozenset[str]] = {
     "kill": frozenset({"gone"}),
+    "oom": frozenset({"gone"}),
     "stop": frozenset({"stopped"}),
     "wedge": frozenset({"gil", "late", "behind"}),
     "loop": frozenset({"slow", "late", "behind"}),

@@ -20,8 +20,8 @@ import msgspec
 from phalanx.collectives.descriptor import Operation
 from phalanx.errors import ConfigError
 from phalanx.protocol import Call, Step
-from phalanx.testing import harm, tampering
-from phalanx.testing.faults import Fault, Injected, State, World
+from phalanx.testing import harm, memory_limit, tampering
+from phalanx.testing.faults import OF_A_PROCESS, Fault, Injected, State, World
 from phalanx.testing.mailbox import receive_faults
 from phalanx.worker.methods import remote_method
 
@@ -160,7 +160,7 @@ class _Armed:
             num_cut = harm.silence(self._fault.seconds)
             assert num_cut, "a rank without a connection"
             return issue(*args, **named)
-        if kind in ("kill", "stop", "wedge", "loop", "slow", "error"):
+        if kind in OF_A_PROCESS or kind == "slow":
             runs_ahead = self._runs_ahead(group) and operation == "broadcast"
             self._befall(None if runs_ahead else group, what)  # nobody waits there for who receives
             return issue(*args, **named)
@@ -223,6 +223,8 @@ class _Armed:
         fault = self._fault
         if fault.kind == "kill":
             harm.kill()
+        elif fault.kind == "oom":
+            memory_limit.run_out()
         elif fault.kind == "error":
             harm.fail()
         else:

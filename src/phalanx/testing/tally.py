@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("process dead", ("kill",), 0.1, 0, False, "100 ms"),
+    Target("process dead", ("kill", "oom"), 0.1, 0, False, "100 ms"),
     Target("stopped, or its GIL held", ("stop", "wedge"), 1.0, 0, False, "1 s"),
     Target("collective hung, work in flight", ("loop", "slow", "link"), 1.0, 20, False, "1 s, or 20 steps"),
     Target(

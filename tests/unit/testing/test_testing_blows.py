@@ -8,7 +8,7 @@ from phalanx.errors import ConfigError
 from phalanx.testing.blows import BLOW_KINDS, ENDS, MOMENTS, Blow, BlowKind, blow_of_seed, is_named
 from phalanx.testing.faults import OF_A_PROCESS, World
 
-WORLD = World(4, has_experts=True, shares_groups=True, has_connections=True, can_shrink=True)
+WORLD = World(4, has_experts=True, shares_groups=True, has_connections=True, can_shrink=True, has_memory_limits=True)
 
 
 def drawn(world: World = WORLD, *, has_standby: bool = True, count: int = 400) -> list[Blow]:
@@ -53,6 +53,8 @@ def test_whoever_is_hurt_from_outside_does_nothing_itself() -> None:
         ("kill", "rank 1 (pid 7) died: killed by SIGKILL", True),
         ("kill", "rank 0 (pid 7) died: killed by SIGKILL", False),
         ("kill", "rank 12 (pid 7) died", False),
+        ("oom", "rank 1 (pid 7) died: killed by SIGKILL; since it began, the kernel has killed on this host", True),
+        ("oom", "rank 1 (pid 7) died: killed by SIGKILL, not by the kernel for lack of memory", False),
         ("kill", "waited 60 s for step 3 from rank 1", False),
         ("stop", "rank 1 on here is stopped by a signal, while stepping; rank 0 waited for 0.5 s", True),
         ("skip", "rank 0 on here or rank 1 on here issued x; which of them is wrong cannot be told", True),
