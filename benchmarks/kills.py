@@ -5,13 +5,14 @@
 
 Over 2, 4 and 8 processes, dense and mixture, tensor, pipeline and expert parallel, over shared memory or Gloo, with a
 standby line and without; as processes of this host, and as actors of Ray: on two hosts made of namespaces, where those
-can be (root, `ip`), and on a Ray of this host. Killed is a rank, or one that stands ready, both at once, the process
-that all ranks come from, one rank and then another one while the next ones take over, a rank during a reload or a
-resize, the ledger's watchers, the process that holds a node's memory, the engine's process; at any moment, or in a
-prompt's step, a decode step, or while idle. Meanwhile there are streams of different kinds, and after each kill it is
-checked that each ended once and is the same to the last token, that the right rank was blamed, that nothing is left
-over and that no wait passed its deadline (phalanx.testing.checker). A server that is killed cannot answer: then
-streams have to end with an error at once, nothing may be left, and the next server serves (phalanx.testing.serving).
+can be (root, `ip`), and on a Ray of this host. Killed is a rank, by a signal or by the kernel for lack of memory, or
+one that stands ready, both at once, the process that all ranks come from, one rank and then another one while the next
+ones take over, a rank during a reload or a resize, the ledger's watchers, the process that holds a node's memory, the
+engine's process; at any moment, or in a prompt's step, a decode step, or while idle. Meanwhile there are streams of
+different kinds, and after each kill it is checked that each ended once and is the same to the last token, that the
+right rank was blamed, that nothing is left over and that no wait passed its deadline (phalanx.testing.checker). A
+server that is killed cannot answer: then streams have to end with an error at once, nothing may be left, and the next
+server serves (phalanx.testing.serving).
 
 An engine has twenty of them, in a process of its own; so many lanes run at a time. Kill i of a seed is always the same
 with the same options and as many cores: `--only 17` repeats one, and shows what its engine says. What an output file
@@ -57,7 +58,7 @@ from phalanx.testing.strike import has_way_back
 Over = Literal["local", "served", "ray", "hosts"]
 """served: `phalanx serve`, which is killed. ray: one node. hosts: two nodes with a network each."""
 
-KINDS: tuple[BlowKind, ...] = ("kill", *ENDS)
+KINDS: tuple[BlowKind, ...] = ("kill", "oom", *ENDS)
 _EXPERTS: dict[str, Any] = {"enable_expert_parallel": True}
 WORLDS: dict[int, tuple[World, ...]] = {
     2: WORLDS_OF_FAULTS[2],
@@ -170,8 +171,8 @@ def blow_of(job: Job, index: int, seed: int, kinds: Sequence[BlowKind], world: R
     others = tuple(kind for kind in kinds if kind != "kill-engine")
     if not others or (len(others) < len(kinds) and index % ENGINE_KILLED_EVERY == ENGINE_KILLED_EVERY - 1):
         return blow_of_seed(seed, index, world, has_standby=job.has_standby, kinds=("kill-engine",))
-    if job.over == "ray":
-        others = tuple(kind for kind in others if kind != "kill-lines")  # that is Ray itself
+    if job.over in ("ray", "hosts"):  # actors are told nothing from outside; on one host, their lines are Ray itself
+        others = tuple(kind for kind in others if kind != "oom" and (kind != "kill-lines" or job.over == "hosts"))
     states: tuple[Moment, ...] = (
         ("any", "idle") if job.over in ("ray", "hosts") else ("any", "idle", "prefill", "decode")
     )
