@@ -4,10 +4,12 @@
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: an engine (with a small random model without --model) decodes for eight streams, and of two steps in a row
-  its ranks note one, for the ledger and for the guard's digests, and not the other; the ratio of tokens per second as
-  the median over the pairs of steps, with the interval that it is in with 95 %. The watcher takes from both alike: its
-  share comes on top, which is its cores of those that the ranks leave no room on.
+- *Tokens*: an engine (with a small random model without --model) decodes for eight streams, and of three steps in a row
+  its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another one; and in the third
+  one also have a watcher beside them that looks ten times as often as usual. What a look costs is too little to be seen
+  beside how much steps differ: so it is told from what ten times as many cost, by the cores that these took and those
+  that the engine's own watcher takes. The ratio of tokens per second as the median over the threes of steps, with the
+  interval that it is in with 95 %.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
@@ -18,7 +20,9 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +40,12 @@ from phalanx.engine.brain import Brain
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.executor.watching import Watching
+from phalanx.ledger import watcher
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.pulse import Pulse
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, Submit, ints
 from phalanx.testing.checkpoints import write_checkpoint
@@ -54,9 +59,13 @@ STEP_S = 0.02
 TEXTS = 40
 STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 192
 FIRST_STEPS = 3
+KV_CACHE_BYTES = 128 << 20  # all streams have room in it at once: steps are of eight tokens
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
+OFTENER = 10
+HOW_OFTEN = ("LOOK_S", "LONGEST_TRUST_S", "LONGEST_REST_S", "FULL_LOOK_S", "LEARN_S")
+STEPS_OF_WATCHER = 150
 
 
 class Recorder(NamedTuple):
@@ -195,7 +204,7 @@ def engine(model: Path, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
         tensor_parallel_size=num_ranks,
         max_model_len=INPUT_LEN + OUTPUT_LEN,
         max_num_seqs=STREAMS,
-        kv_cache_memory=16 << 20,
+        kv_cache_memory=KV_CACHE_BYTES,
         enable_prefix_caching=False,
         threads_per_rank=1,
         async_scheduling=False,  # so that a step is one that is noted or one that is not
@@ -235,40 +244,114 @@ class Muting:
                 group.__dict__.update(bare)
 
 
+class Steps(NamedTuple):
+    """Seconds of three steps in a row, as the benchmark's first lines say."""
+
+    bare_s: float
+    noted_s: float
+    watched_s: float
+
+
+class OfEngine(NamedTuple):
+    """What one engine has taken."""
+
+    steps: list[Steps]
+    watcher_cores: float
+    often_cores: float
+    """Of the watcher that looks oftener, while it could."""
+
+    def ratios(self) -> Iterator[tuple[float, float, float]]:
+        """Of the tokens per second without, those with notes alone; of these, those with a watcher; with both."""
+        for bare_s, noted_s, watched_s in self.steps:
+            with_watcher_s = noted_s + (watched_s - noted_s) * self.watcher_cores / self.often_cores
+            yield bare_s / noted_s, noted_s / with_watcher_s, bare_s / with_watcher_s
+
+
 def report_tokens(model: Path | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
-    """Compare steps of one engine, of two in a row one that is noted and one that is not: two engines of the same
-    settings differ by more than the ledger costs, as their memory lies elsewhere.
+    """Compare steps of one engine, each with its neighbours: two engines of the same settings differ by more than the
+    ledger costs, as their memory lies elsewhere.
     """
-    ratios, rates = [], []
     with tempfile.TemporaryDirectory() as folder:
         model = model or write_checkpoint(Path(folder) / "model", **MODEL)
-        for _ in range(num_engines):
-            for took_s in pairs_of_steps(model, num_ranks, num_texts):
-                ratios.append(took_s[False] / took_s[True])
-                rates.append(STREAMS / took_s[False])
-    low, median, high = statistics.quantiles(ratios, n=4)
-    least, most = interval_of_median(ratios)
+        engines = [threes_of_steps(model, num_ranks, num_texts) for _ in range(num_engines)]
+    ratios = [each for one in engines for each in one.ratios()]
+    rate = statistics.median(STREAMS / steps.bare_s for one in engines for steps in one.steps)
     click.echo(
-        f"tokens/s over {num_ranks} ranks, but for the watcher: {median:.4f} of those without ledger and guard (95 % "
-        f"interval of the median {least:.4f} to {most:.4f}, quartiles {low:.4f} to {high:.4f}, {len(ratios)} pairs "
-        f"of steps of {num_engines} engines; {statistics.median(rates):.0f} tokens/s without)"
+        f"tokens/s over {num_ranks} ranks, of those without ledger and guard ({rate:.0f}), the median with its 95 % "
+        f"interval, {len(ratios)} threes of steps of {num_engines} engines:"
     )
+    for what, values in zip(("notes", "watcher, of these", "both"), zip(*ratios, strict=True), strict=True):
+        least, most = interval_of_median(values)
+        click.echo(f"  {what}: {statistics.median(values):.4f} ({least:.4f} to {most:.4f})")
+    for one in engines:
+        extra = statistics.median((steps.watched_s - steps.noted_s) / steps.watched_s for steps in one.steps)
+        click.echo(
+            f"  the watcher {one.watcher_cores:.4f} cores; one that looks {OFTENER} times as often "
+            f"{one.often_cores:.4f}, and steps beside it are longer by {extra:.4f}"
+        )
 
 
-def pairs_of_steps(model: Path, num_ranks: int, num_texts: int) -> Iterator[dict[bool, float]]:
-    """Seconds of a step that is noted and of one that is not, in either order."""
-    dice = random.Random(0)
+def threes_of_steps(model: Path, num_ranks: int, num_texts: int) -> OfEngine:
+    """In any order, of a new engine. Its own watcher goes on only for as long as it is measured itself."""
+    dice, found, often_cpu_s = random.Random(0), [], 0.0
     with engine(model, num_ranks) as (executor, brain):
-        for text in range(num_texts + 1):
-            submit(brain, dice)
-            while brain.has_work():
-                took_s = {}
-                for notes in dice.sample((True, False), 2):
-                    executor.collective_rpc("have_noted", [notes])
-                    took_s[notes] = step_s(brain)
-                if text:  # the first one warms up
-                    yield took_s
-            executor.collective_rpc("have_noted", [True])
+        own = executor._watching
+        assert own is not None and own._process is not None and isinstance(own.order, WatchOrder)
+        submit(brain, dice)
+        cores = cores_beside(brain, own._process.pid)
+        with often_watched(own.order) as often:
+            for _ in range(num_texts):
+                while brain.has_work():
+                    brain.step()
+                submit(brain, dice)
+                os.kill(own._process.pid, signal.SIGSTOP)
+                while brain.has_work():
+                    took_s = {}
+                    for name in dice.sample(Steps._fields, 3):
+                        executor.collective_rpc("have_noted", [name != "bare_s"])
+                        before_s = cpu_s(often)
+                        os.kill(often, signal.SIGCONT if name == "watched_s" else signal.SIGSTOP)
+                        took_s[name] = step_s(brain)
+                        os.kill(often, signal.SIGSTOP)
+                        often_cpu_s += cpu_s(often) - before_s
+                    found.append(Steps(**took_s))
+                executor.collective_rpc("have_noted", [True])
+                os.kill(own._process.pid, signal.SIGCONT)
+    return OfEngine(found, cores, often_cpu_s / sum(steps.watched_s for steps in found))
+
+
+def cores_beside(brain: Brain, pid: int) -> float:
+    """What share of a core a process takes while ranks decode as usual."""
+    before_s, began_at = cpu_s(pid), time.perf_counter()
+    for _ in range(STEPS_OF_WATCHER):
+        brain.step()
+    return (cpu_s(pid) - before_s) / (time.perf_counter() - began_at)
+
+
+@contextmanager
+def often_watched(order: WatchOrder) -> Iterator[int]:
+    """Another watcher of the same ranks, which looks oftener: its process, which is stopped at first."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=watch_often, args=(order, theirs))
+    process.start()
+    assert process.pid is not None
+    try:
+        if not ours.poll(DEADLINE_S):
+            raise TimeoutError(f"no other watcher after {DEADLINE_S} s")
+        os.kill(process.pid, signal.SIGSTOP)
+        yield process.pid
+    finally:
+        process.kill()
+        process.join(DEADLINE_S)
+
+
+def watch_often(order: WatchOrder, begins: Connection) -> None:
+    """What the engine's watcher does, and oftener. What it found would be seen among the errors."""
+    for name in HOW_OFTEN:
+        setattr(watcher, name, getattr(watcher, name) / OFTENER)
+    begins.send(None)
+    watch(order, os.pipe()[0], sys.stderr.fileno())
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float]:

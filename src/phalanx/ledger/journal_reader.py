@@ -39,7 +39,7 @@ from phalanx.ledger.journal_layout import (
     TEXTS_AT,
     WORD_BYTES,
 )
-from phalanx.ledger.record import KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record
+from phalanx.ledger.record import ISSUED_AT, KIND_AT, LAYOUT, RECORD_BYTES, Kind, Record
 from phalanx.transport.futex import new_fence
 
 _IDLE = PHASES.index("idle")
@@ -127,6 +127,26 @@ class Reader:
         return max(words[newest + ISSUED_WORD], words[PHASE_SINCE_WORD])
 
     @property
+    def last(self) -> int:
+        """The number of the newest record, 0 before the first."""
+        return self._words[LAST_WORD]
+
+    @property
+    def phase_since_ns(self) -> int:
+        """When it has begun what it says that it does."""
+        return self._words[PHASE_SINCE_WORD]
+
+    def notes_since(self, since_ns: int) -> bool:
+        """Whether it has noted something since then, of what it does by itself: no device may be behind with it.
+
+        One function that reads what it needs: it is called when nothing of it is in the caches.
+        """
+        words = self._words
+        newest = (RECORDS_AT + words[LAST_WORD] % NUM_RECORDS * RECORD_BYTES) // WORD_BYTES
+        has_noted = words[PHASE_SINCE_WORD] > since_ns or words[newest + ISSUED_WORD] > since_ns
+        return has_noted and not words[HAS_DEVICE_WORD]
+
+    @property
     def is_idle(self) -> bool:
         """Whether it says that it is."""
         return self._words[PHASE_WORD] == _IDLE
@@ -172,16 +192,36 @@ class Reader:
             device=device,
         )
 
-    def steps(self) -> tuple[Record, ...]:
-        """The records of steps alone, as far back as there are any: many times cheaper than all records."""
-        kinds = self._memory[RECORDS_AT + KIND_AT :: RECORD_BYTES].tobytes()
-        first = max(1, self._words[LAST_WORD] - NUM_RECORDS + 1)
-        numbers, at = [], kinds.find(_BEGUN_STEP)
-        while at >= 0:
-            numbers.append(first + (at - first) % NUM_RECORDS)
-            at = kinds.find(_BEGUN_STEP, at + 1)
-        found = _records(self._memory, self._words, sorted(numbers), self._fence)
-        return tuple(record for record in found if record.kind == _BEGUN_STEP)
+    def steps(self, after: int = 0) -> tuple[Record, ...]:
+        """The records of steps alone, from the number `after` on, as far back as there are any: many times cheaper than
+        all records."""
+        last = self._words[LAST_WORD]
+        first = max(last - NUM_RECORDS, after) + 1
+        kinds = self._memory[RECORDS_AT + KIND_AT :: RECORD_BYTES]
+        begin, end = first % NUM_RECORDS, (last + 1) % NUM_RECORDS
+        numbers = []
+        if first <= last:
+            in_order = kinds[begin:end].tobytes() if begin < end else kinds[begin:].tobytes() + kinds[:end].tobytes()
+            place = in_order.find(_BEGUN_STEP)
+            while place >= 0:
+                numbers.append(first + place)
+                place = in_order.find(_BEGUN_STEP, place + 1)
+        records = _records(self._memory, self._words, numbers, self._fence)
+        return tuple(record for record in records if record.kind == _BEGUN_STEP)
+
+    def noted(self, first: int, last: int) -> bytes:
+        """What these records say, but for times: the same where ranks have done the same. Nothing is decoded."""
+        self._fence()
+        places = (RECORDS_AT + number % NUM_RECORDS * RECORD_BYTES for number in range(first, last + 1))
+        return b"".join([self._memory[at : at + ISSUED_AT] for at in places])
+
+    def plans(self) -> bytes:
+        """Which plans the newest steps have: the same where ranks follow the same. Nothing is decoded."""
+        return self._words[DECISIONS_WORD : DECISIONS_WORD + 2 * NUM_DECISIONS].tobytes()
+
+    def sequences(self) -> bytes:
+        """How far it has come in each group. Nothing is decoded."""
+        return self._words[SEQUENCES_WORD : SEQUENCES_WORD + MAX_GROUPS].tobytes()
 
     def _decisions(self) -> Iterator[tuple[int, int]]:
         words = self._words

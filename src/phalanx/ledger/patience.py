@@ -37,9 +37,13 @@ class Patience:
         self._took_s: dict[int, dict[int, float]] = defaultdict(dict)
         self._learned: dict[int, int] = {}
 
+    def learned(self, rank: int) -> int:
+        """Up to which of a rank's records; 0 if to none."""
+        return self._learned.get(rank, 0)
+
     def learn(self, rank: int, steps: Iterable[Record]) -> None:
         """Take in the steps that a rank's journal has, in their order; those that were seen before do not count."""
-        newest = self._learned.get(rank, 0)
+        newest = self.learned(rank)
         for record in steps:
             if record.kind != Kind.STEP or record.number <= newest:
                 continue

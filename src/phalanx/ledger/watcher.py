@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Literal
 
@@ -41,7 +41,10 @@ ASK_S = 1.0
 """No other rank is asked for its stack after this."""
 
 LONGEST_TRUST_S = 0.2
-"""Ranks that all go on are looked at this often at least: what holds them up may yet be to come."""
+"""Ranks that all go on are looked at this often at least, or compared: what holds them up may yet be to come."""
+
+SHORT_S = 1.0
+"""Who has done one thing for longer may have taken too long for it, however it goes on."""
 
 LONGEST_REST_S = 0.1
 """The same where some are idle, and have been: nothing wakes who looks when one of these is stopped."""
@@ -240,6 +243,9 @@ class Watcher:
                 _Watched(one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in order.ranks
             ]
             self._stack = undo.pop_all()
+        self._readers = [watched.reader for watched in self._ranks]
+        self._are_alike = len({one.groups for one in order.ranks}) == 1
+        """Whether all ranks are in the same groups."""
 
     def __enter__(self) -> Watcher:
         return self
@@ -263,11 +269,10 @@ class Watcher:
 
         `has_ended`: a rank may have, so that looking cannot wait.
         """
-        if now_ns - self._glanced_ns < self._trusted_s(now_ns) * _NS and not has_ended:
+        if not has_ended and self._is_trusted(now_ns):
             return None
         self._glanced_ns = now_ns
-        if now_ns - self._learned_ns >= LEARN_S * _NS:
-            self._learn(now_ns)
+        self._learn(now_ns)
         at_a_glance = self.look(now_ns, GLANCE_RECORDS)
         glance = judge(at_a_glance)
         if self._is_harmless(glance, at_a_glance):
@@ -318,17 +323,60 @@ class Watcher:
         """Of the ranks that have begun."""
         return [pid for watched in self._ranks if (pid := watched.reader.pid)]
 
-    def _trusted_s(self, now_ns: int) -> float:
-        """For how long after a look nothing can be wrong, or as good as nothing."""
+    def all_go_on(self, now_ns: int) -> bool:
+        """Whether nothing is wrong and all ranks note something all the time, so that it is not yet time for `verdict`.
+
+        This is what is done most often, beside ranks that leave nothing in the caches.
+        """
+        is_known = self._found is None and self._others is None
+        return is_known and now_ns - self._glanced_ns < LONGEST_TRUST_S * _NS and self._do_something(now_ns)
+
+    def _do_something(self, now_ns: int) -> bool:
+        """Whether each rank has just noted something, and is not far ahead of a device with it."""
+        since_ns = now_ns - int(STILL_S * _NS)
+        return all(reader.notes_since(since_ns) for reader in self._readers)
+
+    def _is_trusted(self, now_ns: int) -> bool:
+        """Whether nothing can be wrong, or as good as nothing."""
         passing = {watched.passes(now_ns) for watched in self._ranks}
         if "stands" in passing or self._found is not None or self._others is not None:
-            return 0.0
-        return LONGEST_REST_S if "rests" in passing else LONGEST_TRUST_S
+            return False
+        since_s = (now_ns - self._glanced_ns) / _NS
+        if "rests" in passing:
+            return since_s < LONGEST_REST_S
+        if since_s < LONGEST_TRUST_S:
+            return True
+        if not self._go_the_same_way(now_ns):
+            return False
+        self._glanced_ns = now_ns
+        self._learn(now_ns)
+        return True
+
+    def _go_the_same_way(self, now_ns: int) -> bool:
+        """Whether a glance would find that all ranks do the same, and nothing else: False says little.
+
+        Only of ranks that are in the same groups, and that all do something now.
+        """
+        readers = self._readers
+        if not self._are_alike or not self._do_something(now_ns):
+            return False
+        if any(now_ns - reader.phase_since_ns >= SHORT_S * _NS for reader in readers):
+            return False
+        last = min(reader.last for reader in readers)
+        first = max(1, last - GLANCE_RECORDS + 1)
+        if len({reader.noted(first, last) for reader in readers}) > 1 or len({one.plans() for one in readers}) > 1:
+            return False
+        # Ranks that are on their way may be a collective apart.
+        return len({reader.sequences() for reader in readers}) == 1 or not all(reader.is_idle for reader in readers)
 
     def _learn(self, now_ns: int) -> None:
+        if now_ns - self._learned_ns < LEARN_S * _NS:
+            return
         self._learned_ns = now_ns
-        steps = self.steps() if self._others is None else {**self.steps(), **self._others.steps()}
-        for rank, records in steps.items():
+        for watched in self._ranks:
+            rank = watched.order.rank
+            self._patience.learn(rank, watched.reader.steps(self._patience.learned(rank)))
+        for rank, records in self._others.steps().items() if self._others is not None else ():
             self._patience.learn(rank, records)
 
     def _ask_own(self, ranks: Sequence[int], found: dict[int, tuple[str, ...]]) -> None:
@@ -387,6 +435,11 @@ class Confirmation:
         self._pending: object = None
         self._stands_s = OVER_S
         self._since_ns = self._looked_ns = 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has been told, or is about to be."""
+        return self.told is None and self._pending is None
 
     @property
     def next_look_s(self) -> float:
@@ -461,13 +514,23 @@ class Endings:
             if pidfd >= 0:
                 os.close(pidfd)
 
-    def wait(self, stop: int, pids: list[int], at_most_s: float = LOOK_S) -> bool:
-        """Whether it is time to stop; else returns after so long, or as soon as one of the processes has ended."""
+    def wait(
+        self,
+        stop: int,
+        pids: list[int],
+        at_most_s: float = LOOK_S,
+        all_go_on: Callable[[int], bool] | None = None,
+    ) -> bool:
+        """Whether it is time to stop; else returns after so long, or as soon as one of the processes has ended. Waits
+        again as long as `all_go_on`."""
         for pid in pids:
             if pid not in self._pidfds:
                 self._add(pid)
         self._poll.register(stop, select.POLLIN)
-        ready = [descriptor for descriptor, _ in self._poll.poll(at_most_s * 1000)]
+        at_most_ms = at_most_s * 1000
+        while not (found := self._poll.poll(at_most_ms)) and all_go_on is not None and all_go_on(time.monotonic_ns()):
+            pass
+        ready = [descriptor for descriptor, _ in found]
         self.has_one = bool(set(ready) - {stop})
         for pid, pidfd in self._pidfds.items():
             if pidfd in ready:
@@ -496,7 +559,9 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         if order.outlets is not None:
             opened = OpenOutlets(order.outlets, order.num_ranks, order.standing, order.num_restarts)
             outlets = stack.enter_context(opened)
-        while not endings.wait(stop, watcher.pids(), confirmation.next_look_s):
+        while not endings.wait(
+            stop, watcher.pids(), confirmation.next_look_s, watcher.all_go_on if confirmation.is_quiet else None
+        ):
             now_ns = time.monotonic_ns()
             before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)

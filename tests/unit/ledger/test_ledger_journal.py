@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 
+import pytest
 from ledger_ranks import Named
 
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal, note_process, prepare_journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS, NUM_TEXTS
-from phalanx.ledger.journal_reader import read
+from phalanx.ledger.journal_reader import Reader, read
 from phalanx.ledger.record import Kind, rolled
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SharedSegment
@@ -77,6 +78,59 @@ def test_a_long_life_leaves_the_newest() -> None:
     assert [record.sequence for record in entries.records] == list(range(2 * NUM_RECORDS, 3 * NUM_RECORDS))
     assert len(entries.texts) == NUM_TEXTS and max(map(len, entries.texts.values())) < 128
     assert [record.sequence for record in read(memory, most=3).records] == [3 * NUM_RECORDS - i for i in (3, 2, 1)]
+
+
+@pytest.mark.parametrize("num_steps", [3, NUM_RECORDS // 3, NUM_RECORDS])
+def test_steps_after_one_are_those_that_are_new(num_steps: int) -> None:
+    memory, journal = fresh()
+    group = group_notes(1, journal, None)
+    for step in range(1, num_steps + 1):
+        journal.begin_step(step, step, num_tokens=1)
+        for _ in range(step % 4):
+            group.issue(Named(0x11))
+    steps = [record for record in read(memory).records if record.kind == Kind.STEP]
+    assert steps and list(Reader(memory).steps()) == steps
+    for known in (0, 1, len(steps) // 2, len(steps)):
+        after = steps[known - 1].number if known else 0
+        assert list(Reader(memory).steps(after)) == steps[known:]
+
+
+def test_ranks_that_do_the_same_at_other_times_note_the_same() -> None:
+    (memory, journal), (other_memory, other_journal) = fresh(), fresh()
+    reader, other = Reader(memory), Reader(other_memory)
+    groups = group_notes(1, journal, None), group_notes(1, other_journal, None)
+    for _ in range(NUM_RECORDS + 5):
+        for group in groups:
+            group.issue(Named(0x11))
+    assert reader.noted(NUM_RECORDS - 5, NUM_RECORDS + 5) == other.noted(NUM_RECORDS - 5, NUM_RECORDS + 5)
+    assert (reader.sequences(), reader.plans()) == (other.sequences(), other.plans())
+    groups[0].issue(Named(0x11))
+    groups[1].issue(Named(0x22))
+    assert reader.sequences() == other.sequences()
+    assert reader.noted(NUM_RECORDS + 6, NUM_RECORDS + 6) != other.noted(NUM_RECORDS + 6, NUM_RECORDS + 6)
+    for each in (journal, other_journal):
+        each.begin_step(1, 7, num_tokens=1)
+    assert reader.plans() == other.plans()
+    journal.begin_step(2, 7, num_tokens=1)
+    other_journal.begin_step(2, 8, num_tokens=1)
+    assert reader.plans() != other.plans()
+
+
+def test_who_notes_something_itself_has_done_so_since_then() -> None:
+    memory, journal = fresh()
+    reader = Reader(memory)
+    journal.enter("idle")
+    assert reader.notes_since(0) and not reader.notes_since(time.monotonic_ns())
+    since_ns = time.monotonic_ns() - 1
+    group_notes(1, journal, None).issue(Named(0x11))
+    assert reader.notes_since(since_ns) and not reader.notes_since(time.monotonic_ns())
+
+
+def test_who_gives_its_collectives_to_a_device_may_be_ahead_of_it() -> None:
+    memory, journal = fresh()
+    journal.follow_device(lambda at, number: None)
+    journal.enter("idle")
+    assert not Reader(memory).notes_since(0)
 
 
 def test_a_reader_never_sees_half_a_record() -> None:

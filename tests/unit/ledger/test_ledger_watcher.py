@@ -29,6 +29,8 @@ from phalanx.ledger.watcher import (
     LONGEST_REST_S,
     LONGEST_TRUST_S,
     LOOK_S,
+    SHORT_S,
+    Endings,
     WatchedRank,
     Watcher,
     WatchOrder,
@@ -345,6 +347,74 @@ def test_ranks_that_all_go_on_are_read_now_and_then(watched: Watched) -> None:
     for number in range(2, 42):
         assert watched.go_on(number) is None
     assert read[0] == read[1] <= round(40 * LOOK_S / LONGEST_TRUST_S) + 1
+
+
+def test_ranks_that_go_the_same_way_are_compared_and_not_read(watched: Watched) -> None:
+    read = watched.count_reads()
+    for number in range(2, 42):
+        assert watched.go_on(number) is None
+    assert read == [0, 0]
+
+
+def test_ranks_that_do_one_thing_for_long_are_read_however_they_go_on(watched: Watched) -> None:
+    """It may be too long for that."""
+    for one in watched.ranks:
+        one.begin(2)
+    read = watched.count_reads()
+    for _ in range(round(2 * SHORT_S / LOOK_S)):
+        watched.clock.pass_s(LOOK_S)
+        for one in watched.ranks:
+            one.collective("tp@0", REDUCE)
+        watched._watcher.verdict(watched.clock())
+    assert read[0] == read[1] >= round(SHORT_S / LONGEST_TRUST_S) - 1
+
+
+@pytest.mark.parametrize("what", ["another collective", "another plan", "fewer collectives"])
+def test_ranks_that_go_on_on_different_ways_are_told(watched: Watched, what: str) -> None:
+    found = None
+    for number in range(2, 3 + round(LONGEST_TRUST_S / LOOK_S)):
+        watched.clock.pass_s(LOOK_S)
+        for rank, one in enumerate(watched.ranks):
+            one.begin(number, "their plan" if what == "another plan" and rank else "plan")
+            if what != "fewer collectives" or not rank:
+                one.collective("tp@0", GATHER if what == "another collective" and rank else REDUCE)
+            one.end()
+        found = found or watched._watcher.verdict(watched.clock())
+    assert found is not None and (found.cause, found.step) == ("diverged", 2)
+
+
+def test_nothing_is_done_as_long_as_all_go_on(watched: Watched) -> None:
+    watched.go_on(2)
+    assert watched._watcher.all_go_on(watched.clock())
+    watched.clock.pass_s(LOOK_S)
+    assert not watched._watcher.all_go_on(watched.clock())  # nobody has noted anything since
+    watched.step(3, [0])
+    assert not watched._watcher.all_go_on(watched.clock())
+    watched.step(3, [1])
+    assert watched._watcher.all_go_on(watched.clock())
+    watched.clock.pass_s(LONGEST_TRUST_S)
+    watched.end_step()
+    assert not watched._watcher.all_go_on(watched.clock())
+
+
+def test_endings_wait_again_while_all_go_on() -> None:
+    read, write = os.pipe()
+    goes_on = iter((True, True, False))
+    with Endings() as endings:
+        assert not endings.wait(read, [], 0.001, lambda now_ns: next(goes_on))
+        assert next(goes_on, None) is None
+        os.close(write)
+        assert endings.wait(read, [], 0.001, lambda now_ns: True)
+    os.close(read)
+
+
+def test_endings_are_told_at_once_while_all_go_on() -> None:
+    read, write = os.pipe()
+    with Endings() as endings, subprocess.Popen(["true"]) as process:
+        while not endings.has_one:
+            assert not endings.wait(read, [process.pid], 0.001, lambda now_ns: True)
+    os.close(read)
+    os.close(write)
 
 
 def test_ranks_that_rest_are_read_now_and_then(watched: Watched) -> None:
