@@ -4,10 +4,10 @@
 numbers they draw from a counter in common, in four passes with a barrier after each: tiles of 64 outputs of one
 expert's first product, for all its rows; rows to gate; tiles of the second product; tokens to add up.
 
-A tile's weights lie in one piece and come out of memory once, however many rows there are: a part of them at a time
-stays near the core for all rows, of which several are multiplied at a time, with their sums in registers, while the
-next part is read. Weights are read in several streams, which is faster than one: a few inputs from each of some equal
-spans of them in turn. What is added up for a row, and in which order, does not depend on other rows.
+A tile's weights lie in one piece, are read from its beginning to its end, and come out of memory once, however many
+rows there are: a part of them at a time stays near the core for all rows, of which several are multiplied at a time,
+with their sums in registers. Where multiplying takes longer than reading, the next part is read meanwhile. What is
+added up for a row, and in which order, does not depend on other rows.
 
 Sums are in float32. Addresses are integers here.
 """
@@ -39,19 +39,23 @@ from phalanx.moe.llvm_vectors import (
     while_below,
 )
 
-STREAMS = 4
-"""Spans of a tile's inputs that are read side by side. So many, times UNROLL, divide the steps of any tile."""
-
-NEAR_BYTES = 64 * 1024
+NEAR_BYTES = 128 * 1024
 """Of a tile's weights, at most, multiplied with all rows before the next. What such a part adds is summed up by itself,
 which is closer to the exact sum than one long sum."""
+
+PAGE_BYTES = 4 * 1024
+"""Which the processor does not read ahead across by itself."""
 
 MOST_ROWS = 6
 """Whose sums are in registers at a time."""
 
 UNROLL = 2
+"""Divides the steps of any tile."""
+
 STEP_BYTES = TILE * STEP_OF_ROW
 """Of a tile's weights."""
+
+LINES_OF_STEP = STEP_BYTES // CACHE_LINE
 
 BARRIER = "GOMP_barrier"
 """OpenMP's function for this."""
@@ -137,7 +141,7 @@ class _Experts:
         function, b, params = self._function("products", [I64] * 11)
         starts, active, num_active, x, offsets, weights, tiles, inputs, out, stride, drawn = params
         num_tasks, tile_bytes = b.mul(num_active, tiles), b.mul(inputs, i64(TILE * self._vectors.element_bytes))
-        steps = b.udiv(tile_bytes, i64(STREAMS * STEP_BYTES))
+        steps = b.udiv(tile_bytes, i64(STEP_BYTES))
         with b.goto_entry_block():
             task_at, ahead_at = b.alloca(I64), b.alloca(I64)
         b.store(self._draw(b, drawn), task_at)
@@ -160,14 +164,14 @@ class _Experts:
                 near = b.select(is_last, left, near_steps)
                 near_x = b.add(x, b.mul(k, i64(STEP_OF_ROW)))
                 is_first = b.icmp_unsigned("==", k, i64(0))
-                part = [near_x, offsets, near_weight, out_tile, stride, near, steps, is_first]
+                part = [near_x, offsets, near_weight, out_tile, stride, near, is_first]
                 self._all_rows(b, first, end, b.load(ahead_at, typ=I64), part)
         b.ret_void()
         return function
 
     def _near_steps(self, b: ir.IRBuilder, steps: ir.Value) -> ir.Value:
-        """Of each stream, multiplied with all rows before the next: even parts of `steps`."""
-        most = i64(NEAR_BYTES // (STREAMS * STEP_BYTES))
+        """Multiplied with all rows before the next: even parts of `steps`."""
+        most = i64(NEAR_BYTES // STEP_BYTES)
         even = divide_up(b, steps, divide_up(b, steps, most))
         return b.and_(b.add(even, i64(UNROLL - 1)), i64(-UNROLL))
 
@@ -176,28 +180,30 @@ class _Experts:
     ) -> None:
         """Multiply rows by a part of a tile: MOST_ROWS at a time, and the last ones in even parts.
 
-        Meanwhile read the next part, which begins at `ahead`, unless that is 0: so many lines of each step.
+        Each group of rows reads a line of each step ahead, of the next part, which begins at `ahead`, where there are
+        groups enough to read all of it, and `ahead` is not 0. With fewer it is reading that takes long: they read their
+        own part, whose next page begins to come by that, and the processor sees to the rest.
         """
-        near_x, offsets, near_weight, out_tile, stride, steps, stream, is_first = part
+        near_x, offsets, near_weight, out_tile, stride, steps, is_first = part
         with b.goto_entry_block():
-            row_at, lines_read = b.alloca(I64), b.alloca(I64)
-        all_lines = i64(STEP_BYTES // CACHE_LINE)
+            row_at, ahead_at = b.alloca(I64), b.alloca(I64)
         b.store(first, row_at)
-        b.store(b.select(b.icmp_unsigned("==", ahead, i64(0)), all_lines, i64(0)), lines_read)
-        lines_each = divide_up(b, all_lines, divide_up(b, b.sub(end, first), i64(MOST_ROWS)))
+        next_page, ahead_end = b.add(near_weight, i64(PAGE_BYTES)), b.add(ahead, i64(STEP_BYTES))
+        are_few = b.icmp_unsigned("<=", b.sub(end, first), i64((LINES_OF_STEP - 1) * MOST_ROWS))
+        reads_own = b.or_(are_few, b.icmp_unsigned("==", ahead, i64(0)))
+        b.store(b.select(reads_own, next_page, ahead), ahead_at)
         with while_below(b, row_at, end) as row:
             left = b.sub(end, row)
             half = divide_up(b, left, i64(2))
             last = b.select(b.icmp_unsigned("<=", left, i64(MOST_ROWS)), left, half)
             num_rows = b.select(b.icmp_unsigned(">=", left, i64(2 * MOST_ROWS)), i64(MOST_ROWS), last)
             b.store(b.add(row, num_rows), row_at)
-            line = b.load(lines_read, typ=I64)
-            lines_left = b.sub(all_lines, line)
-            lines = b.select(b.icmp_unsigned("<", lines_left, lines_each), lines_left, lines_each)
-            b.store(b.add(line, lines), lines_read)
-            begin = b.add(ahead, b.mul(line, i64(CACHE_LINE)))
+            line = b.load(ahead_at, typ=I64)
+            next_line = b.add(line, i64(CACHE_LINE))
+            is_read = b.icmp_unsigned("==", next_line, ahead_end)
+            b.store(b.select(b.or_(reads_own, is_read), next_page, next_line), ahead_at)
             out = b.add(out_tile, b.mul(row, stride))
-            args = [near_x, at(b, offsets, row), near_weight, out, stride, steps, stream, begin, lines, is_first]
+            args = [near_x, at(b, offsets, row), near_weight, out, stride, steps, line, is_first]
             self._call_block(b, num_rows, args)
 
     def _call_block(self, b: ir.IRBuilder, num_rows: ir.Value, args: Sequence[ir.Value]) -> None:
@@ -212,12 +218,11 @@ class _Experts:
         b.position_at_end(done)
 
     def _make_block(self, num_rows: int) -> ir.Function:
-        """void(x, offsets, weight, out, stride, steps, stream, ahead, lines, is_first): some rows' products with a part
-        of a tile, of whose streams each has so many steps, `stream` after the last one's.
+        """void(x, offsets, weight, out, stride, steps, ahead, is_first): some rows' products with so many steps of a
+        tile, while a line of each step from `ahead` on is read.
         """
-        function, b, params = self._function(f"rows_{num_rows}", [*[I64] * 9, I1])
-        x, offsets, weight, out, stride, steps, stream, ahead, lines, is_first = params
-        span = b.mul(stream, i64(STREAMS))
+        function, b, params = self._function(f"rows_{num_rows}", [*[I64] * 7, I1])
+        x, offsets, weight, out, stride, steps, ahead, is_first = params
         rows = [b.add(x, load(b, b.add(offsets, i64(8 * row)), I64)) for row in range(num_rows)]
         outs = [b.add(out, b.mul(stride, i64(row))) for row in range(num_rows)]
         width = self._vectors_at_a_time(num_rows)
@@ -230,16 +235,13 @@ class _Experts:
             for row_sums in sums:
                 for total in row_sums:
                     b.store(ir.Constant(self._vectors.floats, None), total)
-            with (
-                counting(b, i64(0), steps, i64(UNROLL)) as turn,
-                counting(b, turn, b.add(turn, span), stream) as step,
-            ):
-                weight_at = b.mul(step, i64(STEP_BYTES))
-                if column == 0:
-                    self._read_ahead(b, b.add(ahead, weight_at), lines)
+            with counting(b, i64(0), steps, i64(UNROLL)) as first_step:
                 for i in range(UNROLL):
-                    here = b.add(b.add(weight, weight_at), i64(column + i * STEP_BYTES))
-                    x_at = b.mul(b.add(step, i64(i)), i64(STEP_OF_ROW))
+                    step = b.add(first_step, i64(i))
+                    weight_at, x_at = b.mul(step, i64(STEP_BYTES)), b.mul(step, i64(STEP_OF_ROW))
+                    if column == 0:
+                        self._vectors.read_ahead(b, b.add(ahead, weight_at))
+                    here = b.add(b.add(weight, weight_at), i64(column))
                     self._multiply(b, [b.add(row, x_at) for row in rows], here, sums)
             for row_sums, row_places in zip(sums, places, strict=True):
                 for total, place in zip(row_sums, row_places, strict=True):
@@ -253,12 +255,6 @@ class _Experts:
         if self._vectors.lanes == 16:
             return 4
         return 4 if num_rows <= 2 else 2
-
-    def _read_ahead(self, b: ir.IRBuilder, start: ir.Value, lines: ir.Value) -> None:
-        """Of each of UNROLL steps so many lines."""
-        with counting(b, start, b.add(start, b.mul(lines, i64(CACHE_LINE))), i64(CACHE_LINE)) as line:
-            for i in range(UNROLL):
-                self._vectors.read_ahead(b, b.add(line, i64(i * STEP_BYTES)))
 
     def _multiply(self, b: ir.IRBuilder, inputs: Sequence[ir.Value], weight: ir.Value, sums: Any) -> None:
         """One input of each row, or two in bfloat16, by the weights of some vectors' outputs."""

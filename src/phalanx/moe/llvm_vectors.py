@@ -21,8 +21,8 @@ Element = Literal["float32", "bfloat16"]
 STEP_OF_ROW = 4
 """Bytes."""
 
-INTO_SECOND_CACHE = 2
-"""Where what is read ahead goes, for LLVM: there is room for more reads on their way than into the first cache."""
+INTO_FIRST_CACHE = 3
+"""Where what is read ahead goes, for LLVM."""
 
 I1, I32, I64, F32, VOID = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 POINTER = ir.PointerType()
@@ -89,7 +89,7 @@ class Vectors:
         return total
 
     def read_ahead(self, b: ir.IRBuilder, address: ir.Value) -> None:
-        b.call(self._prefetch, [b.inttoptr(address, POINTER), _i32(0), _i32(INTO_SECOND_CACHE), _i32(1)])
+        b.call(self._prefetch, [b.inttoptr(address, POINTER), _i32(0), _i32(INTO_FIRST_CACHE), _i32(1)])
 
     def store_rounded(self, b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
         """In the type of what is in memory: to the nearest, of two the even one."""
