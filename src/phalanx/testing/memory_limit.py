@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,51 +22,66 @@ _HIERARCHIES = (
 """Of control groups of the first and of the second version: where; the limits on memory and on what may be swapped."""
 
 
+@cache
 def is_possible() -> bool:
     """Whether this process may make such a group."""
-    with _group("try") as group:
-        return group is not None
+    group = _make(f"of-{os.getpid()}")
+    if group is None:
+        return False
+    _remove(group)
+    return True
+
+
+def enter() -> None:
+    """Have this process limited. Raises OSError."""
+    for is_last in (False, True):
+        group = _make(str(os.getpid()))
+        if group is None:
+            raise PermissionError(f"no control groups with a limit on memory can be made in {_MOUNT}")
+        try:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            return
+        except FileNotFoundError:  # nobody was in it, and another process has removed it
+            if is_last:
+                raise
 
 
 def run_out() -> NoReturn:
-    """Take memory until the kernel ends this process for it. Raises OSError if it cannot be made to."""
-    group = _make(str(os.getpid()))
-    if group is None:
-        raise PermissionError(f"no control groups with a limit on memory can be made in {_MOUNT}")
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    """Take memory until the kernel ends this process for it. Raises OSError if it does not, as without a limit."""
     taken = [b"\1" * _PIECE_BYTES for _ in range(_MOST_PIECES)]
-    raise OSError(f"{len(taken)} MiB were taken with a limit of {LIMIT_BYTES >> 20}")
+    raise OSError(f"{len(taken)} MiB were taken, and this process lives")
 
 
 def remove_groups() -> None:
-    """Those of processes that have ended."""
+    """Those that nobody is in: the kernel keeps the others."""
     for where, *_ in _HIERARCHIES:
         for group in where.glob(_NAME + "[0-9]*"):
-            if not Path("/proc", group.name.removeprefix(_NAME)).exists():
-                with suppress(OSError):  # another one has
-                    group.rmdir()
-
-
-@contextmanager
-def _group(name: str) -> Iterator[Path | None]:
-    made = _make(f"{name}-{os.getpid()}")
-    try:
-        yield made
-    finally:
-        if made is not None:
-            made.rmdir()
+            _remove(group)
 
 
 def _make(name: str) -> Path | None:
     """With the limit; None if it cannot be made."""
     for where, limit, swap_limit, swap in _HIERARCHIES:
         group = where / (_NAME + name)
-        with suppress(OSError):
-            group.mkdir()
-            if (group / limit).exists():
-                (group / limit).write_text(str(LIMIT_BYTES))
-                with suppress(OSError):  # where swap is not counted
-                    (group / swap_limit).write_text(swap)
-                return group
-            group.rmdir()
+        try:
+            group.mkdir(exist_ok=True)
+        except OSError:
+            continue
+        if _has_set(group / limit, str(LIMIT_BYTES)):
+            _has_set(group / swap_limit, swap)  # it may be that swap is not counted
+            return group
+        _remove(group)
     return None
+
+
+def _has_set(setting: Path, value: str) -> bool:
+    with suppress(OSError):
+        if setting.exists():
+            setting.write_text(value)
+            return True
+    return False
+
+
+def _remove(group: Path) -> None:
+    with suppress(OSError):
+        group.rmdir()

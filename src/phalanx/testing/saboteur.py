@@ -219,8 +219,10 @@ class _Armed:
     def _befall(self, group: Group | None, what: str | None) -> None:
         """Harm to the process, here and now."""
         self._is_over = True
-        self._tell(group, theirs=None, peers=what)
         fault = self._fault
+        if fault.kind == "oom":
+            memory_limit.enter()
+        self._tell(group, theirs=None, peers=what)
         if fault.kind == "kill":
             harm.kill()
         elif fault.kind == "oom":
