@@ -53,7 +53,7 @@ from phalanx.testing.faults import World as RankWorld
 from phalanx.testing.reach import Reach
 from phalanx.testing.rounds import kills_table, rungs, table
 from phalanx.testing.serving import ServedChecker
-from phalanx.testing.strike import has_way_back
+from phalanx.testing.strike import why_no_way_back
 
 Over = Literal["local", "served", "ray", "hosts"]
 """served: `phalanx serve`, which is killed. ray: one node. hosts: two nodes with a network each."""
@@ -86,6 +86,8 @@ OF_RAY: dict[int, tuple[World, ...]] = {
 """Such as fit two nodes: the ranks of a tensor-parallel group stay on one."""
 SHARES: tuple[tuple[Over, int], ...] = (("local", 7), ("served", 1), ("ray", 1), ("hosts", 1))
 """Engines of each kind, in turn."""
+CANNOT_BE: dict[Over, tuple[BlowKind, ...]] = {"ray": ("oom", "kill-lines"), "hosts": ("oom",)}
+"""Actors are told nothing from outside; and on one host what all lines come from is Ray itself."""
 ROUNDS_PER_ENGINE = 20
 NUM_STREAMS = 8
 SHAPE: dict[str, Any] = {"num_key_value_heads": 8}
@@ -168,11 +170,9 @@ def blow_of(job: Job, index: int, seed: int, kinds: Sequence[BlowKind], world: R
     """The engine's process has rounds of its own, if it has any, since those take longest."""
     if job.over == "served":
         return Blow(kind="kill-server", rank=0, after=random.Random(f"{seed} {index}").uniform(0.0, LATEST))
-    others = tuple(kind for kind in kinds if kind != "kill-engine")
+    others = tuple(kind for kind in kinds if kind not in {"kill-engine", *CANNOT_BE.get(job.over, ())})
     if not others or (len(others) < len(kinds) and index % ENGINE_KILLED_EVERY == ENGINE_KILLED_EVERY - 1):
         return blow_of_seed(seed, index, world, has_standby=job.has_standby, kinds=("kill-engine",))
-    if job.over in ("ray", "hosts"):  # actors are told nothing from outside; on one host, their lines are Ray itself
-        others = tuple(kind for kind in others if kind != "oom" and (kind != "kill-lines" or job.over == "hosts"))
     states: tuple[Moment, ...] = (
         ("any", "idle") if job.over in ("ray", "hosts") else ("any", "idle", "prefill", "decode")
     )
@@ -188,7 +188,8 @@ async def carry_out(
     settings, model, left = settings_of(job), models / job.world.family, list(job.indices)
     config = Config.build(model=str(model), **settings)
     world = RankWorld.of(config)
-    world = world._replace(has_agents=job.over == "hosts", can_shrink=world.can_shrink and has_way_back(config))
+    can_come_back = why_no_way_back(config) is None
+    world = world._replace(has_agents=job.over == "hosts", can_shrink=world.can_shrink and can_come_back)
     while left:
         checker: Checker | ServedChecker
         if job.over == "served":

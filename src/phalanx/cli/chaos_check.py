@@ -58,10 +58,12 @@ class Check(NamedTuple):
 
     def blows(self, config: Config) -> list[tuple[int, Blow]]:
         """With the numbers of their rounds. Raises ConfigError if none is possible."""
-        from phalanx.testing.strike import has_way_back
+        from phalanx.testing.strike import why_no_way_back
 
         world = World.of(config)
-        world = world._replace(can_shrink=world.can_shrink and has_way_back(config))
+        if world.can_shrink and "kill-resize" in self.kinds and (why_not := why_no_way_back(config)) is not None:
+            click.echo(f"kill-resize is left out, since ranks could not come back: {why_not}", err=True)
+            world = world._replace(can_shrink=False)
         draw = partial(blow_of_seed, kinds=self.kinds, states=self.states, has_standby=bool(config.healing.standby))
         return [(index, draw(self.seed, index, world)) for index in self.rounds]
 

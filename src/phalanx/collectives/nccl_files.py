@@ -14,12 +14,16 @@ from pathlib import Path
 
 _PREFIX = "/dev/shm/nccl-"
 _OPEN_FILES = Path("/proc/self/fd")
+_BY_COPY_ENGINE = "NCCL_P2P_USE_CUDA_MEMCPY"
+"""With that ranks do open the pools of others, when an operation first comes to them."""
 
 
 def remove_names() -> None:
     """Of all that this process has open. To be called when the ranks of a group have connected, and are all on this
-    host: those of several may connect to a local peer's proxy later on.
+    host, before those of any group that spans hosts connect: these may come to a local peer's proxy later on.
     """
+    if os.environ.get(_BY_COPY_ENGINE, "0") != "0":
+        return
     for number in os.listdir(_OPEN_FILES):
         with suppress(FileNotFoundError):  # of the listing itself, and a name that a peer has removed
             path = os.readlink(_OPEN_FILES / number)

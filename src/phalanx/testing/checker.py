@@ -19,9 +19,10 @@ from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
 from phalanx.errors import DeadlineError, PhalanxError, UserError
+from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.protocol import FormationStats
 from phalanx.testing.blows import Blow, is_named
-from phalanx.testing.holdings import Holdings
+from phalanx.testing.holdings import Holdings, used_of_gpus
 from phalanx.testing.reach import Place, Reach, ThisHost
 from phalanx.testing.streams import Asked, Seen, difference, follow, has_ended, requests, with_stop_strings
 from phalanx.testing.strike import Before, Strike
@@ -79,7 +80,8 @@ class Checker:
         self._expected: Sequence[Seen] = ()
         self._clean_s = 0.0
         """What all streams take without a fault."""
-        self._has = self._holdings()
+        self._has: Holdings
+        """Before the first fault."""
         self._had_fault = False
         self._num_tokens = 0
 
@@ -90,8 +92,11 @@ class Checker:
         """Start the engine and see what its streams are. `log`: where what it says goes; else nobody hears it. `reach`:
         to ranks that are not all on this host.
 
-        Raises what EngineClient.start does, and UserError if two runs without a fault are not the same.
+        Raises what EngineClient.start does, and UserError if two runs without a fault are not the same, or GPUs do not
+        tell what they have in use.
         """
+        if config.executor.device == "cuda":
+            used_of_gpus()
         shell = ("/bin/sh", "-c", 'exec "$@" 2>>"$0"', str(log or os.devnull))
         engine = await EngineClient.start(config, command=(*shell, *ENGINE_COMMAND))
         try:
@@ -232,7 +237,8 @@ class Checker:
         if len(places) != status.world_size or status.world_size != self._config.parallel.world_size:
             return None
         condition = self._engine.condition
-        return Before(status, places, stats, condition.num_restarts, condition.num_watcher_restarts)
+        num_kills = OutOfMemoryKills.now().on_host
+        return Before(status, places, stats, condition.num_restarts, condition.num_watcher_restarts, num_kills)
 
     def _formation(self) -> FormationStats | None:
         return self._engine.condition.formation
@@ -284,6 +290,8 @@ class Checker:
             return [f"{num_faults} faults, the last one: {after.last_fault}"]
         if num_faults and not is_named(blow, after.last_fault):
             return [f"it was not rank {blow.rank} that was blamed: {after.last_fault}"]
+        if blow.kind == "oom" and OutOfMemoryKills.now().on_host == before.num_memory_kills:
+            return [f"the kernel has killed nobody for lack of memory: {after.last_fault}"]
         return []
 
     async def _left_over(self, *, is_new: bool) -> list[str]:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from phalanx.errors import UserError
+from phalanx.executor.platform import visible_gpus
 from phalanx.transport.liveness import group_members
 
 LINES_TO_COLLECT = 3
@@ -23,8 +25,9 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SHARED = Path("/dev/shm")
 _TCP_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 _LISTENS = "0A"
-_USED_OF_GPUS = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+_USED_OF_GPUS = ("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i")
 """In MiB, a line for each GPU. What CUDA says needs a context, which takes memory itself."""
+_TELLS_WITHIN_S = 10.0
 
 
 class Holdings(NamedTuple):
@@ -41,14 +44,11 @@ class Holdings(NamedTuple):
     rss_bytes: int
     """Of the engine's process itself."""
     gpu_bytes: int = 0
-    """Of the memory of all GPUs, by whomever."""
+    """Of the memory of the GPUs that the engine may see, by whomever."""
 
     @classmethod
     def of(cls, pid: int, *, gpus: bool = False) -> Holdings:
-        """At this moment. Takes milliseconds; with GPUs, some hundred.
-
-        Raises OSError or CalledProcessError if GPUs do not tell what they have.
-        """
+        """At this moment. Takes milliseconds; with GPUs, some hundred. Raises UserError, as `used_of_gpus` does."""
         targets, members = _targets(pid), group_members(pid)
         return cls(
             num_processes=len(members),
@@ -57,7 +57,7 @@ class Holdings(NamedTuple):
             num_files=len(shared_files()),
             num_ports=_num_ports({target for member in {pid, *members} for target in _targets(member)}),
             rss_bytes=_rss_bytes(pid),
-            gpu_bytes=_used_of_gpus() if gpus else 0,
+            gpu_bytes=used_of_gpus() if gpus else 0,
         )
 
     def beyond(self, before: Holdings, num_ranks: int) -> list[str]:
@@ -81,6 +81,19 @@ class Holdings(NamedTuple):
 def shared_files() -> set[str]:
     """Names in /dev/shm, of whomever."""
     return set(os.listdir(_SHARED)) if _SHARED.is_dir() else set()
+
+
+def used_of_gpus() -> int:
+    """Bytes in use, by whomever, of the GPUs that this process may see. Raises UserError if they do not tell."""
+    command = (*_USED_OF_GPUS, ",".join(visible_gpus()))
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TELLS_WITHIN_S)
+        return sum(map(int, ran.stdout.split())) << 20
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise UserError(
+            f"whether memory of GPUs is left over cannot be told: {error}; nvidia-smi, of the driver's tools, has to "
+            "tell what whole GPUs have in use (MIG's parts do not)"
+        ) from error
 
 
 def children_of(pid: int) -> list[int]:
@@ -132,11 +145,6 @@ def listening_ports() -> dict[int, str]:
 def _num_ports(targets: set[str]) -> int:
     """How many of these open files are sockets that listen."""
     return sum(f"socket:[{inode}]" in targets for inode in listening_ports().values())
-
-
-def _used_of_gpus() -> int:
-    told = subprocess.run(_USED_OF_GPUS, capture_output=True, text=True, check=True, timeout=10.0).stdout
-    return sum(map(int, told.split())) << 20
 
 
 def _rss_bytes(pid: int) -> int:

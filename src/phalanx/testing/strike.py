@@ -51,6 +51,8 @@ class Before(msgspec.Struct, frozen=True):
     stats: FormationStats
     num_restarts: int
     num_watcher_restarts: int
+    num_memory_kills: int | None
+    """By the kernel, on this host, for lack of memory."""
 
 
 class Strike:
@@ -217,15 +219,15 @@ class Strike:
             await asyncio.sleep(AGAIN_S)
 
 
-def has_way_back(config: Config) -> bool:
-    """Whether there are devices on this host for an engine to grow to its size again: as a start, unlike growing, may
-    take more ranks than there are cores, there may be none."""
+def why_no_way_back(config: Config) -> str | None:
+    """What this host lacks for an engine to grow to its size again: a start, unlike growing, may take more ranks than
+    there are cores, or a GPU for itself. None if nothing."""
     parallel = config.parallel
     try:
         check_devices(config, smaller(Size(parallel.data_parallel_size, parallel.tensor_parallel_size)))
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def smaller(size: Size) -> Size:

@@ -129,7 +129,8 @@ class Worker:
         """Join the groups and load this rank's weights. Blocks for seconds to minutes, and says where it stands."""
         self._enter("joining")
         check_same_checkpoint(self._checkpoint, self.spec, self._exchange)
-        # First those that need no exchange: nobody takes in meanwhile what comes over it.
+        # First those that need no exchange: nobody takes in meanwhile what comes over it, and NCCL's files lose their
+        # names before a group connects whose files need theirs.
         for group in sorted(self.spec.groups, key=lambda group: group.spans_hosts):
             self._groups[group.name] = self._join(group)
         config = self.spec.config

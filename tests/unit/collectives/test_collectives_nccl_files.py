@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
+
 from phalanx.collectives import nccl_files
+
+
+def test_copy_engines_need_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_P2P_USE_CUDA_MEMCPY", "1")
+    with tempfile.NamedTemporaryFile(prefix="nccl-", dir="/dev/shm") as file:
+        nccl_files.remove_names()
+        assert os.path.exists(file.name)
 
 
 def test_names_of_what_is_open_here_go_and_its_memory_stays() -> None:

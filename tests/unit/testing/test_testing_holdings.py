@@ -6,8 +6,12 @@ import os
 import socket
 import subprocess
 import time
+from pathlib import Path
 
-from phalanx.testing.holdings import Holdings, children_of, parent_of
+import pytest
+
+from phalanx.errors import UserError
+from phalanx.testing.holdings import Holdings, children_of, parent_of, used_of_gpus
 
 NOTHING = Holdings(0, 0, 0, 0, 0, 0)
 
@@ -48,3 +52,25 @@ def test_what_a_process_has() -> None:
         assert time.monotonic() < expires_at
         time.sleep(0.01)
     assert children_of(process.pid) == [] and parent_of(process.pid) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("echo 100; echo 3", 103 << 20), ("echo '[N/A]'", None), ("echo broken >&2; exit 9", None)]
+)
+def test_what_gpus_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, expected: int | None) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ntest $4 = 4,7 || exit 1\n{told}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    if expected is not None:
+        assert used_of_gpus() == expected
+    else:
+        with pytest.raises(UserError, match="cannot be told"):
+            used_of_gpus()
+
+
+def test_without_the_drivers_tools_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="nvidia-smi, of the driver's tools"):
+        used_of_gpus()
