@@ -71,8 +71,8 @@ class RayCluster:
 
     def ranks(self, host: Host) -> list[psutil.Process]:
         """The processes that compute, of all lines: each is forked from the fork server of its actor."""
-        forked = {p.pid: p for p in host.processes() if "phalanx.executor.fork_server" in p.cmdline()}
-        return [process for process in forked.values() if process.ppid() in forked]
+        forked = {p.pid: p for p in host.processes() if "phalanx.executor.fork_server" in command_of(p)}
+        return [process for process in forked.values() if _parent_of(process) in forked]
 
     def python(self, host: Host, *arguments: str, timeout_s: float) -> str:
         """What Python prints on a host, in the environment of a user of the cluster."""
@@ -118,6 +118,14 @@ class RayCluster:
         files = host.files("/tmp") | host.files("/dev/shm")
         others += [path for path in sorted(files - self._own_files[host.name]) if not path.startswith(_SESSIONS)]
         return [f"{host.name}: {thing}" for thing in others]
+
+
+def _parent_of(process: psutil.Process) -> int | None:
+    """None if it has ended."""
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def command_of(process: psutil.Process) -> str:
