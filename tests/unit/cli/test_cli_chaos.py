@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
         ((), "give MODEL, or --pid"),
         (("model", "--pid", "1"), "give MODEL, or --pid"),
         (("--pid", "1", "-tp", "2"), "--pid is of an instance that has its settings"),
-        (("model", "--kinds", "stop,explode"), "'explode' is none of kill, stop"),
+        (("model", "--kinds", "stop,explode"), "'explode' is none of kill, oom, stop"),
         (("model", "--states", "asleep"), "'asleep' is none of idle, prefill"),
         (("--pid", "1", "--states", "decode,start"), "--states start: not with --pid"),
         (("--pid", "1", "--kinds", "stop,error"), "--kinds error: not with --pid"),
