@@ -95,8 +95,8 @@ class Rig:
         self._told_epoch = FIRST_EPOCH
         self._carried: dict[tuple[int, int], list[int]] = {}
         """The tokens of those in unclean slots whom the first plan of an epoch is to bring."""
-        self._unclean_slots: set[tuple[int, int]] = set()
-        """Replica and slot of requests that ran at the last reset of the prefix cache."""
+        self._unclean_slots: dict[tuple[int, int], int] = {}
+        """Replica and slot of requests that ran at the last reset of the prefix cache, and the ticket that each had."""
         self._clean_blocks: set[tuple[int, int]] = set()
         """Blocks that only others have written to since then."""
 
@@ -162,6 +162,7 @@ class Rig:
             meanwhile()
         self.executor.replace(following.workers)
         self.brain.restructure(self.config, self.epoch, **sizes, scheduler=ahead.scheduler)
+        self._unclean_slots.clear()  # all is computed anew, by a scheduler with tickets of its own
         self._carry()
         self._clean_blocks.clear()
         for step in following.steps:
@@ -176,7 +177,7 @@ class Rig:
 
     def reset_prefix_cache(self) -> None:
         self.brain.reset_prefix_cache()
-        self._unclean_slots = set(self._tokens_by_slot())
+        self._unclean_slots = self._tickets()
         self._clean_blocks.clear()
         self._carry()
         self.check_cache()
@@ -248,7 +249,7 @@ class Rig:
                 continue
             found = set(blocks[: -(-new.num_computed // self.block_size)])
             assert found <= self._clean_blocks, f"slot {new.slot} is given what is from before the reset"
-            self._unclean_slots.discard((replica, new.slot))
+            self._unclean_slots.pop((replica, new.slot), None)
             self._clean_blocks.update(blocks)
         for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
             if (replica, slot) in self._unclean_slots:
@@ -284,19 +285,28 @@ class Rig:
 
     def _carry(self) -> None:
         if self._told_epoch != self.epoch:
-            tokens = self._tokens_by_slot()
-            self._unclean_slots &= tokens.keys()
+            tokens, tickets = self._tokens_by_slot(), self._tickets()
+            # Somebody else may have a slot by now, of whom no plan has told: the workers died before they heard it.
+            self._unclean_slots = dict(self._unclean_slots.items() & tickets.items())
             self._carried = {place: tokens[place] for place in self._unclean_slots}
 
     def _tokens_by_slot(self) -> dict[tuple[int, int], list[int]]:
         """Of those who run, by replica and slot."""
         running = self.brain._scheduler.running
         return {
-            (int(running.replica_S[slot]), int(running.worker_slot_S[slot])): running.token_ids_SL[
-                slot, : running.num_committed_S[slot]
-            ].tolist()
-            for slot in running.occupied()
+            place: running.token_ids_SL[slot, : running.num_committed_S[slot]].tolist()
+            for place, slot in self._places().items()
         }
+
+    def _tickets(self) -> dict[tuple[int, int], int]:
+        """Of those who run: who comes in has another one."""
+        running = self.brain._scheduler.running
+        return {place: int(running.ticket_S[slot]) for place, slot in self._places().items()}
+
+    def _places(self) -> dict[tuple[int, int], int]:
+        """Slots of those who run, by replica and slot there."""
+        running = self.brain._scheduler.running
+        return {(int(running.replica_S[slot]), int(running.worker_slot_S[slot])): slot for slot in running.occupied()}
 
     def _take(self, batch: TokenBatch) -> None:
         request_ids = np.frombuffer(batch.request_ids, dtype=np.int64).tolist()

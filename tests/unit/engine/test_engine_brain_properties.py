@@ -102,3 +102,15 @@ class TestTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
 @pytest.mark.slow
 class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined,misc]
     settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def test_who_has_a_slot_when_the_workers_die_need_not_be_who_had_it_at_the_reset() -> None:
+    rig = Rig(block_size=4, max_model_len=40, num_blocks=10, max_num_seqs=1, async_scheduling=False)
+    first = rig.submit([10] * 9, max_tokens=20)
+    rig.step()
+    rig.submit([11, 12, 13, 14, 15, 10], max_tokens=4)
+    rig.reset_prefix_cache()
+    rig.brain.cancel([first])
+    rig.executor.kill(num_answered=0, is_blamed=False)
+    rig.step()
+    rig.finish()
