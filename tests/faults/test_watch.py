@@ -168,3 +168,14 @@ def test_a_signal_is_passed_on_and_nothing_is_left(number: signal.Signals) -> No
         time.sleep(0.01)
     assert not child.is_running()
     watching.stdout.close()
+
+
+def test_a_signal_that_comes_as_the_command_starts_is_passed_on() -> None:
+    """The command sends one while the watching process, whose cores are taken, has done nothing more."""
+    starved = (
+        "import signal, sys, time; from phalanx.cli import watched_command; block = signal.pthread_sigmask;"
+        "signal.pthread_sigmask = lambda *how: (time.sleep(0.3), block(*how))[1];"
+        "sys.exit(watched_command.run_watched(sys.argv[1:], patience_s=10, events=None, kill=False))"
+    )
+    command = ["sh", "-c", "trap 'exit 5' TERM; kill -TERM $PPID; sleep 5"]
+    assert subprocess.run([sys.executable, "-c", starved, *command], timeout=60).returncode == 5

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -25,6 +24,7 @@ GRACE_S = 10.0
 """For a command that is to end: before it is killed, or, if it was sent a signal, before it is taken to go on."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _FROM_KERNEL = 0x80
 _KILLED = 128
 
@@ -34,17 +34,16 @@ log = logging.getLogger("phalanx.ledger")
 def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] | None, kill: bool) -> int:
     """Run it; the exit code, as a shell has it. Blocks until it ends. Raises ConfigError if it cannot be started."""
     with Roster() as roster, ProgramWatcher(roster, patience_s) as watcher:
-        try:
-            process = subprocess.Popen(command, env=recorded(os.environ, roster.place))
-        except OSError as error:
-            raise ConfigError("COMMAND", command[0], f"a program that can be run ({error.strerror})") from error
-        # Not before the start, or the command would have them blocked too.
+        # Before the start: a signal that came between would end this process, and leave the command behind.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
         try:
-            return _Watch(process, watcher, events, kill=kill).run()
+            process = _Process(command, recorded(os.environ, roster.place), blocked)
+            try:
+                return _Watch(process, watcher, events, kill=kill).run()
+            finally:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
         finally:
-            process.kill()
-            process.wait()
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
@@ -73,12 +72,45 @@ class Interruption:
         return self._at_s is not None
 
 
+class _Process:
+    """The command's. Unlike a subprocess.Popen it can be given another signal mask than this process has."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], blocked: Iterable[int]) -> None:
+        """Blocks until the program runs. Raises ConfigError if it cannot be started."""
+        try:
+            self._pid = os.posix_spawnp(
+                command[0], tuple(command), environment, setsigmask=blocked, setsigdef=_IGNORED_BY_PYTHON
+            )
+        except OSError as error:
+            raise ConfigError("COMMAND", command[0], f"a program that can be run ({error.strerror})") from error
+        self.returncode: int | None = None
+        """Once it is known to have ended: its exit code, or the number of the signal that ended it, negated."""
+
+    def poll(self) -> int | None:
+        """The returncode."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> None:
+        """Block until it has ended."""
+        self._reap(0)
+
+    def send_signal(self, number: int) -> None:
+        """As long as it runs."""
+        if self.poll() is None:
+            os.kill(self._pid, number)
+
+    def _reap(self, flags: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, flags)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
 class _Watch:
     """One run of a command."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], watcher: ProgramWatcher, events: IO[bytes] | None, *, kill: bool
-    ) -> None:
+    def __init__(self, process: _Process, watcher: ProgramWatcher, events: IO[bytes] | None, *, kill: bool) -> None:
         self._process = process
         self._watcher = watcher
         self._events = events
@@ -88,17 +120,16 @@ class _Watch:
         self._killed_at: float | None = None
 
     def run(self) -> int:
-        while self._process.poll() is None:
+        while (code := self._process.poll()) is None:
             self._take_signal()
             self._look()
             if self._killed_at is not None and time.monotonic() - self._killed_at > GRACE_S:
-                self._process.kill()
+                self._process.send_signal(signal.SIGKILL)
         self._look(is_last=True)
         if self._killed_at is not None:
             self._watcher.end_ranks()
         if not self._watcher.counts().begun and not self._may_end():
             self._say("no process of the command has used torch.distributed and been watched")
-        code = self._process.returncode
         return code if code >= 0 else _KILLED - code
 
     def _take_signal(self) -> None:
@@ -140,7 +171,7 @@ class _Watch:
         if self._kill and verdict.is_hopeless and self._process.returncode is None:
             self._say("the command is ended, since its ranks can never meet again")
             self._killed_at = time.monotonic()
-            self._process.terminate()
+            self._process.send_signal(signal.SIGTERM)
 
     def _say(self, what: str) -> None:
         """The command goes on also where nobody reads what is said."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import subprocess
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from phalanx.cli import watched_command
-from phalanx.cli.watched_command import GRACE_S, Interruption, _Watch
+from phalanx.cli.watched_command import GRACE_S, Interruption, _Process, _Watch
 from phalanx.ledger.program_watcher import Counts
 from phalanx.ledger.verdict import Verdict
 
@@ -72,7 +72,7 @@ class OneVerdict:
 
 
 def test_what_is_found_after_a_signal_that_ends_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    events, watcher, process = io.BytesIO(), OneVerdict(), subprocess.Popen(["true"])
+    events, watcher, process = io.BytesIO(), OneVerdict(), _Process(["true"], os.environ, ())
     process.wait()
     watch: Any = _Watch(process, watcher, events, kill=False)  # type: ignore[arg-type]
     watch._interruption.came(watched_command.time.monotonic(), watcher.counts())
