@@ -128,6 +128,7 @@ def expected(checkpoint: Path) -> Tokens:
 def test_tokens_are_those_of_the_local_launcher(cluster: None, checkpoint: Path, expected: Tokens) -> None:
     phases: dict[int, list[str]] = {0: [], 1: []}
     with on_ray(checkpoint, on_progress=lambda rank, phase, *_: phases[rank].append(phase)) as llm:
+        assert {rank.nice() for rank in ranks()} == {os.nice(0)}
         assert tokens(llm) == expected
     for seen in phases.values():
         assert seen[:2] == ["placing", "starting"]
@@ -445,6 +446,7 @@ def test_a_ray_of_our_own_is_for_nobody_else_and_leaves_the_environment_as_it_wa
         "from phalanx.executor.ray.discovery import running_rays\n"
         "with connect(ClusterConfig(ray_address='local'), num_ranks=1):\n"
         "    assert ray.get_runtime_context().gcs_address not in running_rays()\n"
+        "    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)\n"
         "assert 'RAY_AUTH_MODE' not in os.environ\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

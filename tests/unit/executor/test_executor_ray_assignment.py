@@ -38,6 +38,7 @@ def said(node: str, *devices: str, release: str | None = None) -> Introduction:
         version=release or __version__,
         devices=devices,
         addresses=(),
+        nicer_than_raylet=0,
     )
 
 

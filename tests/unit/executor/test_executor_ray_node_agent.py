@@ -27,6 +27,7 @@ def test_it_ends_though_what_it_holds_cannot_be_let_go(monkeypatch: pytest.Monke
         raise OSError("cannot be let go")
 
     monkeypatch.setattr(node_agent, "end_with_raylet", lambda: None)
+    monkeypatch.setattr(node_agent, "as_nice_as_raylet", lambda: None)
     monkeypatch.setattr(node_agent, "threading", SimpleNamespace(Timer=timer, Lock=threading.Lock))
     agent = NodeAgent()
     agent._lines[1] = cast(NodeLine, SimpleNamespace(run=lambda: None, close=fail, stay_s=2.5))

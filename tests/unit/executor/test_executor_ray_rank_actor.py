@@ -71,6 +71,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> FakeLaunchers:
     found = FakeLaunchers()
     monkeypatch.setattr(rank_actor, "LocalLaunchers", lambda: found)
     monkeypatch.setattr(rank_actor, "end_with_raylet", lambda: None)
+    monkeypatch.setattr(rank_actor, "as_nice_as_raylet", lambda: None)
     return found
 
 

@@ -164,5 +164,15 @@ def test_an_actor_in_a_shared_bundle_asks_for_nothing_and_has_the_devices_that_a
     staff = Staff(config, Grid(2, 1), reservation, Agents(config))
     assert [(actor.options["num_gpus"], actor.options["num_cpus"]) for actor in staff.ranks] == [(0, 0), (1.0, 0)]
     assert [actor.options["scheduling_strategy"] for actor in staff.ranks] == [(group, 0), (group, 1)]
-    told = Introduction(node_id="a", host="alpha", pid=1, raylet_pid=1, log="", version="", devices=(), addresses=())
+    told = Introduction(
+        node_id="a",
+        host="alpha",
+        pid=1,
+        raylet_pid=1,
+        log="",
+        version="",
+        devices=(),
+        addresses=(),
+        nicer_than_raylet=0,
+    )
     assert staff._with_devices(places[0], told).devices == ("3",)

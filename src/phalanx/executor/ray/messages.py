@@ -44,6 +44,8 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     """Physical ids of the devices that Ray has given to it."""
     addresses: tuple[InterfaceAddress, ...]
     """Of its host."""
+    nicer_than_raylet: int
+    """By so much its niceness is above that of its node's Ray, and nobody has told Ray so."""
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import msgspec
 from phalanx.errors import PhalanxError
 from phalanx.executor.ray.fate import end_with_raylet
 from phalanx.executor.ray.messages import NodeOrder
+from phalanx.executor.ray.niceness import as_nice_as_raylet
 from phalanx.executor.ray.node_line import NodeLine
 from phalanx.executor.ray.rank_actor import introduction
 from phalanx.memory.held import decode_held, encode_held
@@ -32,6 +33,7 @@ class NodeAgent:
 
     def __init__(self) -> None:
         end_with_raylet()
+        as_nice_as_raylet()
         self._lines: dict[int, NodeLine] = {}
         """By epoch: those that are linked."""
         self._changing = threading.Lock()

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from phalanx.executor.ending import kill, living
+from phalanx.executor.ray import niceness
 from phalanx.executor.ray.discovery import PRIVATE_NODE
 from phalanx.transport.liveness import Party
 
@@ -62,6 +63,7 @@ def start_private_ray(num_cpus: int, keeper: Keeper) -> None:
     """Start Ray with all GPUs of this host, connect to it, and have it kept. What fails is left to `ray.shutdown`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     earlier = set(descendants(os.getpid()))
+    priority = {} if niceness.SETTING in os.environ else {"worker_niceness": 0}
     context: Any = ray.init(
         "local",
         num_cpus=num_cpus,
@@ -70,6 +72,7 @@ def start_private_ray(num_cpus: int, keeper: Keeper) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_name=f"{PRIVATE_NODE}{os.getpid()}",
+        _system_config=priority,
     )
     session = Path(context.address_info["session_dir"])
     log.info("Ray was started on this host; its logs are in %s/logs", session)

@@ -17,6 +17,7 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.platform import num_cores, thread_environment
 from phalanx.executor.ray.fate import end_with, end_with_raylet, raylet_pid
 from phalanx.executor.ray.messages import Introduction, Preparation
+from phalanx.executor.ray.niceness import as_nice_as_raylet, nicer_than_raylet
 from phalanx.transport.interfaces import interface_addresses
 from phalanx.transport.liveness import Party
 from phalanx.version import __version__
@@ -34,6 +35,7 @@ class RankActor:
 
     def __init__(self) -> None:
         end_with_raylet()
+        as_nice_as_raylet()
         self._launchers = LocalLaunchers()
         self._lines: dict[int, LocalLauncher] = {}
         """By epoch."""
@@ -108,6 +110,7 @@ def introduction() -> Introduction:
         version=__version__,
         devices=tuple(map(str, context.get_accelerator_ids().get("GPU", ()))),
         addresses=tuple(interface_addresses()),
+        nicer_than_raylet=nicer_than_raylet(),
     )
 
 

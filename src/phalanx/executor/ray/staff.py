@@ -23,6 +23,7 @@ from phalanx.executor.ray.assignment import PlacedRank, address_of, assign
 from phalanx.executor.ray.calls import answers_to, explain
 from phalanx.executor.ray.environment import runtime_env
 from phalanx.executor.ray.messages import Introduction
+from phalanx.executor.ray.niceness import SETTING
 from phalanx.executor.ray.rank_actor import MOST_CALLS, RankActor
 from phalanx.executor.ray.reservation import Reservation
 from phalanx.protocol import StartProgress
@@ -82,6 +83,7 @@ class Staff:
             calls[agent.introduce.remote()] = self.agent_name(node_id)
         said = [_decode(answer) for answer in answers_to(calls, "starting", deadline.remaining_s)]
         of_ranks, of_agents = said[: len(places)], said[len(places) :]
+        _warn_of_niceness(of_ranks, nodes)
         self._said = [*map(self._with_devices, places, of_ranks), *of_agents]
         self._place()
 
@@ -204,6 +206,17 @@ def addresses_of(
         if node_id != driver.node_id
     }
     return {**found, driver.node_id: own}
+
+
+def _warn_of_niceness(said: Sequence[Introduction], nodes: Mapping[str, Node]) -> None:
+    for one in {one.node_id: one for one in said if one.nicer_than_raylet > 0}.values():
+        log.warning(
+            "Ray has the ranks on %s run behind all other processes there (their niceness is %d more than its own): "
+            "start it with %s=0",
+            nodes[one.node_id].name,
+            one.nicer_than_raylet,
+            SETTING,
+        )
 
 
 def _driver_of(nodes: Mapping[str, Node]) -> Node:
