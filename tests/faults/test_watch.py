@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -170,12 +171,42 @@ def test_a_signal_is_passed_on_and_nothing_is_left(number: signal.Signals) -> No
     watching.stdout.close()
 
 
-def test_a_signal_that_comes_as_the_command_starts_is_passed_on() -> None:
-    """The command sends one while the watching process, whose cores are taken, has done nothing more."""
-    starved = (
-        "import signal, sys, time; from phalanx.cli import watched_command; block = signal.pthread_sigmask;"
-        "signal.pthread_sigmask = lambda *how: (time.sleep(0.3), block(*how))[1];"
-        "sys.exit(watched_command.run_watched(sys.argv[1:], patience_s=10, events=None, kill=False))"
+def run_slowly(where: str, *command: str, **options: Any) -> int:
+    """The exit code of a watching process whose cores are taken: it is slow in one of the functions that it calls."""
+    program = (
+        "import signal, sys, time; from phalanx.cli import watched_command;"
+        "from phalanx.ledger.program_watcher import ProgramWatcher;"
+        f"at = {where}; name = sys.argv[1]; do = getattr(at, name);"
+        "setattr(at, name, lambda *how, **named: (time.sleep(0.5), do(*how, **named))[1]);"
+        "sys.exit(watched_command.run_watched(sys.argv[2:], patience_s=10, events=None, kill=False))"
     )
-    command = ["sh", "-c", "trap 'exit 5' TERM; kill -TERM $PPID; sleep 5"]
-    assert subprocess.run([sys.executable, "-c", starved, *command], timeout=60).returncode == 5
+    return subprocess.run([sys.executable, "-c", program, *command], timeout=60, **options).returncode
+
+
+def test_a_signal_that_comes_as_the_command_starts_is_passed_on() -> None:
+    told = "trap 'exit 5' TERM; kill -TERM $PPID; sleep 1"
+    assert run_slowly("signal", "pthread_sigmask", "sh", "-c", told) == 5
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_that_comes_as_the_command_ends_leaves_its_exit_code(name: str) -> None:
+    assert run_slowly("ProgramWatcher", "look", "sh", "-c", f"sleep 0.3; kill -{name} $PPID; exit 5") == 5
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    told = "kill -HUP $PPID; sleep 0.3; kill -HUP $$; exit 5"
+    ended = subprocess.run(["nohup", *watch("sh", "-c", told)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 5
+    # What is said after a signal that may have ended the command would not be said.
+    assert "no process of the command has used torch.distributed" in ended.stderr
+
+
+def test_the_command_has_the_descriptors_that_are_for_it() -> None:
+    ours, theirs = os.pipe()
+    try:
+        command = watch(sys.executable, "-c", f"import os; os.write({theirs}, b'hello')")
+        assert subprocess.run(command, pass_fds=[theirs], timeout=60).returncode == 0
+        assert os.read(ours, 100) == b"hello"
+    finally:
+        os.close(ours)
+        os.close(theirs)

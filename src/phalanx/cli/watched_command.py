@@ -44,7 +44,14 @@ def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] 
                 process.send_signal(signal.SIGKILL)
                 process.wait()
         finally:
+            while _pending(_FORWARDED) is not None:  # it was for a command that has ended
+                pass
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _pending(numbers: Iterable[int]) -> signal.struct_siginfo | None:
+    """A signal that has come and was not taken; None if there is none."""
+    return signal.sigtimedwait(numbers, 0)
 
 
 class Interruption:
@@ -73,7 +80,8 @@ class Interruption:
 
 
 class _Process:
-    """The command's. Unlike a subprocess.Popen it can be given another signal mask than this process has."""
+    """The command's. Unlike a subprocess.Popen it can be given another signal mask than this process has; and it has
+    the descriptors that were meant for it, such as those of a make that shares out its jobs."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], blocked: Iterable[int]) -> None:
         """Blocks until the program runs. Raises ConfigError if it cannot be started."""
@@ -116,6 +124,8 @@ class _Watch:
         self._events = events
         self._kill = kill
         self._interruption = Interruption()
+        # One that is ignored is so by the command, too: as by nohup.
+        self._forwarded = [one for one in _FORWARDED if signal.getsignal(one) is not signal.SIG_IGN]
         self._is_blind = False
         self._killed_at: float | None = None
 
@@ -125,6 +135,8 @@ class _Watch:
             self._look()
             if self._killed_at is not None and time.monotonic() - self._killed_at > GRACE_S:
                 self._process.send_signal(signal.SIGKILL)
+        if _pending(self._forwarded) is not None:  # that is what the command ended by
+            self._note_interruption()
         self._look(is_last=True)
         if self._killed_at is not None:
             self._watcher.end_ranks()
@@ -134,12 +146,15 @@ class _Watch:
 
     def _take_signal(self) -> None:
         """Wait for one until the next look is due, and pass it on."""
-        info = signal.sigtimedwait((*_FORWARDED, signal.SIGCHLD), LOOK_S)
+        info = signal.sigtimedwait((*self._forwarded, signal.SIGCHLD), LOOK_S)
         if info is None or info.si_signo == signal.SIGCHLD:
             return
-        self._interruption.came(time.monotonic(), self._watcher.counts())
+        self._note_interruption()
         if info.si_code != _FROM_KERNEL:  # the terminal's Ctrl-C goes to the command as well
             self._process.send_signal(info.si_signo)
+
+    def _note_interruption(self) -> None:
+        self._interruption.came(time.monotonic(), self._watcher.counts())
 
     def _look(self, *, is_last: bool = False) -> None:
         if self._is_blind:

@@ -11,10 +11,12 @@ import pytest
 pytest.importorskip("ray")
 
 from phalanx.executor.ray.messages import Introduction
+from phalanx.executor.ray.niceness import SETTING
 from phalanx.executor.ray.staff import _warn_of_niceness
 from phalanx.topology.placement import Node
 
-NICENESS_OF_RAYLET = 3
+OWN = os.nice(0)
+OF_RAYLET, OF_WORKERS = min(OWN + 3, 19), min(OWN + 15, 19)
 PROGRAM = """
 import os, subprocess, sys, threading
 from phalanx.executor.ray.niceness import as_nice_as_raylet, nicer_than_raylet
@@ -37,10 +39,13 @@ print(os.nice(0), found[0], int(child), nicer_than_raylet())
 
 def after(how: str, **environment: str) -> list[int]:
     """The niceness of the calling thread, of one that was there before, and of a child; and what is told of it."""
-    raylet = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: os.nice(NICENESS_OF_RAYLET))
+    raylet = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: os.nice(OF_RAYLET - OWN))
     try:
-        told = {**os.environ, "RAY_RAYLET_PID": str(raylet.pid), **environment}
-        said = subprocess.check_output(["nice", "-n", "15", sys.executable, "-c", PROGRAM, how], env=told, timeout=60)
+        told = {name: value for name, value in os.environ.items() if name != SETTING}
+        told |= {"RAY_RAYLET_PID": str(raylet.pid), **environment}
+        said = subprocess.check_output(
+            ["nice", "-n", str(OF_WORKERS - OWN), sys.executable, "-c", PROGRAM, how], env=told, timeout=60
+        )
         return [int(one) for one in said.split()]
     finally:
         raylet.kill()
@@ -49,15 +54,15 @@ def after(how: str, **environment: str) -> list[int]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_everything_runs_as_the_raylet_does() -> None:
-    assert after("allowed") == [NICENESS_OF_RAYLET] * 3 + [0]
+    assert after("allowed") == [OF_RAYLET] * 3 + [0]
 
 
 def test_without_the_right_to_all_stays_as_it_is() -> None:
-    assert after("refused") == [15] * 3 + [15 - NICENESS_OF_RAYLET]
+    assert after("refused") == [OF_WORKERS] * 3 + [OF_WORKERS - OF_RAYLET]
 
 
 def test_what_was_told_to_ray_is_heeded() -> None:
-    assert after("allowed", RAY_worker_niceness="15") == [15] * 3 + [0]
+    assert after("allowed", RAY_worker_niceness="15") == [OF_WORKERS] * 3 + [0]
 
 
 def test_a_warning_for_each_node(caplog: pytest.LogCaptureFixture) -> None:

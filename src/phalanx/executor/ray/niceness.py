@@ -21,11 +21,13 @@ def as_nice_as_raylet() -> None:
     """
     if SETTING in os.environ:
         return
-    niceness = os.getpriority(os.PRIO_PROCESS, raylet_pid())
+    niceness, seen = os.getpriority(os.PRIO_PROCESS, raylet_pid()), set[str]()
     with suppress(PermissionError):
-        for thread in os.listdir(_THREADS):
-            with suppress(ProcessLookupError):  # it has ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+        while others := set(os.listdir(_THREADS)) - seen:  # a thread begins as the one that has started it
+            seen |= others
+            for thread in others:
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
 
 
 def nicer_than_raylet() -> int:
