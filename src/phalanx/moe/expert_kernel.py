@@ -38,7 +38,7 @@ _BYTES_OF_A_THREAD = 256 * 1024
 
 _MOST_ROWS_BESIDE_MATRIX_UNITS = 8
 """For each expert in bfloat16, if the processor has units for products of matrices (AMX), which oneDNN uses and we do
-not. With so many rows, multiplying takes us as long as reading the weights."""
+not."""
 
 
 class Instructions(NamedTuple):
@@ -145,11 +145,15 @@ def find_kernel(
 
     The first one of a type compiles, some 0.2 s. By default it uses all instructions that this processor has.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or inner % RUN or hidden % TILE:
-        return None
     host = _find_host()
-    if host is None or not all(_lies_in_tiles(*shape, dtype) for shape in ((2 * inner, hidden), (hidden, inner))):
+    if host is None:
         return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        return say_there_is_none(f"there is no kernel for {dtype}")
+    if inner % RUN or hidden % TILE:
+        return say_there_is_none(f"{hidden} by {inner} are no multiples of {TILE} by {RUN}")
+    if not all(_lies_in_tiles(*shape, dtype) for shape in ((2 * inner, hidden), (hidden, inner))):
+        return say_there_is_none(f"oneDNN packs {hidden} by {inner} in {dtype} otherwise than the kernel reads them")
     return ExpertKernel(hidden, inner, dtype, _compile(dtype, instructions or host.instructions))
 
 
@@ -162,7 +166,10 @@ class _Host(NamedTuple):
     at_barrier: int
 
 
-_NO_KERNEL = "a mixture's experts are multiplied one by one: %s"
+@functools.cache
+def say_there_is_none(reason: str) -> None:
+    """Once for each reason, not for each layer."""
+    log.info("a mixture's experts are multiplied one by one: %s", reason)
 
 
 @functools.cache
@@ -170,18 +177,17 @@ def _find_host() -> _Host | None:
     try:
         import llvmlite.binding as llvm
     except ImportError:
-        log.info(_NO_KERNEL, "llvmlite is not installed")
-        return None
+        return say_there_is_none("llvmlite is not installed")
+    except OSError as error:
+        return say_there_is_none(f"llvmlite does not work: {error}")
     features = llvm.get_host_cpu_features()
     if not (features.get("avx2") and features.get("fma")):
-        log.info(_NO_KERNEL, "the processor has no AVX2")
-        return None
-    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return say_there_is_none("the processor has no AVX2")
     try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         start_team, barrier = torch_cpu.GOMP_parallel, torch_cpu.GOMP_barrier
-    except AttributeError:
-        log.info(_NO_KERNEL, "torch has no OpenMP with GNU's interface")
-        return None
+    except (AttributeError, OSError):
+        return say_there_is_none("torch has no OpenMP with GNU's interface")
     start_team.argtypes, start_team.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     at_barrier = ctypes.cast(barrier, ctypes.c_void_p).value
     assert at_barrier is not None
@@ -221,14 +227,20 @@ def _compile(dtype: torch.dtype, instructions: Instructions) -> _Code:
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
     module = llvm.parse_assembly(make("bfloat16" if dtype == torch.bfloat16 else "float32", instructions))
-    # No more than this: LLVM's usual passes take twice as long as all the rest, and find nothing to do.
+    _optimise(module, machine)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return _Code(engine, host)
+
+
+def _optimise(module: Any, machine: Any) -> None:
+    """No more than this: LLVM's usual passes take twice as long as all the rest, and find nothing to do."""
+    import llvmlite.binding as llvm
+
     passes = llvm.create_new_module_pass_manager()
     passes.add_sroa_pass()
     passes.add_instruction_combine_pass()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    return _Code(engine, host)
 
 
 class _Room(threading.local):

@@ -228,7 +228,8 @@ class _Experts:
         width = self._vectors_at_a_time(num_rows)
         for first in range(0, TILE // self._vectors.lanes, width):
             column = first * self._vectors.lanes * 4
-            sums = [[b.alloca(self._vectors.floats) for _ in range(width)] for _ in range(num_rows)]
+            with b.goto_entry_block():  # elsewhere LLVM leaves them in memory
+                sums = [[b.alloca(self._vectors.floats) for _ in range(width)] for _ in range(num_rows)]
             places = [
                 [b.add(out_row, i64(column + 4 * self._vectors.lanes * v)) for v in range(width)] for out_row in outs
             ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phalanx.moe.expert_kernel import ExpertKernel, find_kernel
+from phalanx.moe.expert_kernel import ExpertKernel, find_kernel, say_there_is_none
 
 MIN_ROWS, FAST_ROWS = 3, 4
 """oneDNN reads a packed weight faster for four rows than for one or two. An expert with so few has its neighbours' rows
@@ -80,7 +80,7 @@ class ExpertLinear:
 
     def forget(self) -> None:
         """Use the plain weights, whatever they hold by now."""
-        self._packed = None
+        self._packed = self._addresses = None
 
     def read(self, slots: Sequence[int]) -> Tensor:
         """These experts' weights as the parameter has them, packed or not: [slots, ...]."""
@@ -93,13 +93,14 @@ class ExpertLinear:
     def write(self, slots: Sequence[int], rows: Tensor) -> None:
         """Have these experts' weights become `rows`, in the form that `read` gives. Packed ones stay packed."""
         rows_OI = rows.transpose(1, 2) if self._is_transposed else rows
-        for row_OI, slot in zip(rows_OI, slots, strict=True):
-            if self._packed is None:
+        if self._packed is None:
+            for row_OI, slot in zip(rows_OI, slots, strict=True):
                 self._weight_SOI[slot].copy_(row_OI)
-            else:
-                self._packed[slot] = _pack(row_OI)
-        if self._packed is not None:
-            self.use(self._packed)
+            return
+        packed = [*self._packed]
+        for row_OI, slot in zip(rows_OI, slots, strict=True):
+            packed[slot] = _pack(row_OI)
+        self.use(packed)
 
     def __call__(self, slots: Sequence[int], counts: Sequence[int], x_PI: Tensor) -> Tensor:
         """What these experts' layers make of the rows of each, so many, that stand one below the other: [P, O]."""
@@ -150,6 +151,8 @@ class ExpertProducts:
         if _is_plain_silu(self._module):
             _, hidden, inner = self._down.packed_shape
             self._kernel = find_kernel(hidden, inner, self._module.down_proj.dtype)
+        else:
+            say_there_is_none("they have biases, or another activation than silu")
 
     def __call__(self, hidden_ND: Tensor, local_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """What these experts add to each token: [N, D].

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from phalanx.models.packed import can_pack
 from phalanx.moe import expert_kernel
 from phalanx.moe.expert_kernel import ExpertKernel, Instructions, find_kernel
+from phalanx.moe.expert_kernel_llvm import make
 from phalanx.moe.expert_products import ExpertProducts, install_products
 
-NUM_EXPERTS, TOP_K, HIDDEN, INNER = 6, 3, 128, 544
-"""More inputs than lie near the core at a time, in float32; and a last part of them that is smaller."""
+NUM_EXPERTS, TOP_K, HIDDEN, INNER = 6, 3, 128, 1120
+"""More inputs than lie near the core at a time, in float32; and a last part of them that is smaller: 374, 374, 372."""
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype, torch.device("cpu"))]
 if (host := expert_kernel._find_host()) is None:
@@ -91,13 +92,13 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("threads")
 def test_equals_the_exact_result_whatever_is_beside_a_row(dtype: torch.dtype, instructions: Instructions) -> None:
-    """Bit for bit the same for a row alone as among others, of which an expert has from none to more than 12."""
+    """Bit for bit the same for a row alone as among others, of which an expert has from none to more than 24."""
     module = make_module(dtype)
     plain = make_module(dtype)
     with torch.inference_mode():
         products = install(module)
         use(products, instructions)
-        for num_tokens in (1, 2, 9, 40):
+        for num_tokens in (1, 2, 9, 40, 72):
             x = make_input(num_tokens, dtype)
             out_ND, expected_ND = module(*x), exact(plain, *x)
             tolerance = 1e-6 if dtype == torch.float32 else 2**-7
@@ -231,14 +232,24 @@ def test_matrix_units_get_what_has_many_rows(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_others_are_computed_by_products(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Biases and other activations; sizes that are no multiples; and where there is no LLVM, which is said once."""
-    assert install(make_module(torch.float32, "gpt_oss", GptOssExperts))._kernel is None
-    assert find_kernel(HIDDEN + 16, INNER, torch.float32) is None
+    expert_kernel.say_there_is_none.cache_clear()
+    with caplog.at_level(logging.INFO, "phalanx.moe"):
+        for _ in range(2):
+            assert install(make_module(torch.float32, "gpt_oss", GptOssExperts))._kernel is None
+            assert find_kernel(HIDDEN + 16, INNER, torch.float32) is None
+            assert find_kernel(HIDDEN, INNER, torch.float64) is None
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "they have biases, or another activation than silu",
+        f"{HIDDEN + 16} by {INNER} are no multiples of 64 by 32",
+        "there is no kernel for torch.float64",
+    ]
+    caplog.clear()
     assert find_kernel(HIDDEN, INNER + 16, torch.float32) is None
-    assert find_kernel(HIDDEN, INNER, torch.float64) is None
     relu = make_module(torch.float32)
     relu.act_fn = torch.nn.ReLU()
     assert install(relu)._kernel is None
     expert_kernel._find_host.cache_clear()
+    expert_kernel.say_there_is_none.cache_clear()
     try:
         monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
         with caplog.at_level(logging.INFO, "phalanx.moe"):
@@ -249,3 +260,31 @@ def test_others_are_computed_by_products(monkeypatch: pytest.MonkeyPatch, caplog
     assert [record.message for record in caplog.records] == [
         "a mixture's experts are multiplied one by one: llvmlite is not installed"
     ]
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_sums_stay_in_registers(lanes: Literal[8, 16]) -> None:
+    """LLVM keeps a variable in memory unless it begins with its function."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(make("float32", Instructions(lanes, dots=False)))
+    expert_kernel._optimise(module, llvm.Target.from_default_triple().create_target_machine(opt=3))
+    assert "= alloca" not in str(module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights_that_are_forgotten_are_not_read(dtype: torch.dtype) -> None:
+    module = make_module(dtype)
+    x = make_input(9, dtype)
+    with torch.inference_mode():
+        products = install(module)
+        module(*x)
+        for weight in (module.gate_up_proj, module.down_proj):
+            weight.mul_(0.5)
+        for linear in products.linears.values():
+            linear.forget()
+        expected_ND = exact(module, *x)
+        tolerance = 2e-6 if dtype == torch.float32 else 2**-6
+        assert (module(*x) - expected_ND).abs().max() <= tolerance * expected_ND.abs().max()
