@@ -26,6 +26,7 @@ from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
+from phalanx.engine.succession import Succession
 from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
 from phalanx.engine.work import Work
 from phalanx.errors import (
@@ -136,6 +137,7 @@ class LLM:
                 balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
             )
             self._maintenance = Maintenance(self.config, self._checkpoint, self._brain, formation)
+            self._succession = Succession(self._brain, formation)
             if not self._restarts.most:
                 formation.on_failure(self._fail)  # at once, also when nothing is generated
             self._resources = stack.pop_all()
@@ -394,6 +396,7 @@ class LLM:
 
     def _step(self) -> TokenBatch | None:
         """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
+        self._succession.look()
         num_before = self._brain.num_steps
         try:
             batch = self._brain.step()
@@ -433,8 +436,7 @@ class LLM:
         """Have other ranks go on from what is committed. Raises what cannot be healed."""
         if not self._formation.heals(error):
             raise error
-        epoch, keeps_cache = self._formation.heal(error)
-        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
+        self._succession.go_on(self._formation.heal(error), error)
 
     def _submit_next(self, work: Work) -> None:
         for submit in work.take_next():
@@ -452,7 +454,7 @@ class LLM:
             log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))
             if has_model:
                 self._resources.close()
-                del self._brain, self._formation
+                del self._brain, self._formation, self._succession
                 has_model = False
             forget_locals(error)  # such as the workers, and their memory
             time.sleep(delay_s)

@@ -668,6 +668,22 @@ class WakeUp(Message, frozen=True):
     """
 
 
+class BlockCopies(Message, frozen=True):
+    """Of one replica: the block at each place of `targets` is to hold what the one there in `sources` holds."""
+
+    sources: Ints
+    targets: Ints
+
+
+class CopyBlocks(Message, frozen=True):
+    """Copy blocks of the KV cache, before the steps that come after this; every rank answers with Done.
+
+    The ranks of a replica copy what `copies` has at its place.
+    """
+
+    copies: tuple[BlockCopies, ...]
+
+
 Maintaining = ReadWeights | TakeWeights | DropWeights | FallAsleep | WakeUp
 """Between two steps, by all ranks."""
 
@@ -681,6 +697,7 @@ CommandBody = (
     | CallMethod
     | MeasureExperts
     | MoveExperts
+    | CopyBlocks
     | Maintaining
 )
 

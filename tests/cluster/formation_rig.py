@@ -12,8 +12,8 @@ from typing import Any
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
-from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
+from phalanx.engine.succession import Succession
 from phalanx.errors import PhalanxError
 from phalanx.executor.local import LocalLauncher
 from phalanx.membership.formation import start_formation
@@ -72,6 +72,7 @@ class Rig:
                 eos_token_ids=(),
                 balancing=Balancing(config, self.formation) if config.parallel.enable_eplb else None,
             )
+            self._succession = Succession(self.brain, self.formation)
             self._stack = stack.pop_all()
         self.expected = self.run()
 
@@ -119,16 +120,14 @@ class Rig:
         self._stack.close()
 
     def _step(self, first: int, streams: Streams) -> int:
+        self._succession.look()
         try:
             batch = self.brain.step()
         except PhalanxError as error:
             if not self.formation.heals(error):
                 raise
             self.errors.append(type(error))
-            epoch, keeps_cache = self.formation.heal(error)
-            self.brain.rewind(
-                epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error)
-            )
+            self._succession.go_on(self.formation.heal(error), error)
             return 0
         self.formation.progressed()
         if batch is None:

@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from formation_rig import POISON, PROMPTS, READY_WITHIN_S, SAMPLINGS, Poisonous, Rig, kill
 
 from phalanx.errors import EngineDeadError, HungError, NotHealedError, PeerDiedError, WorkerError
+from phalanx.executor.executor import Executor
+from phalanx.membership.lines import Lines
 from phalanx.protocol import Submit, ints
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault
@@ -96,6 +99,28 @@ def test_a_killed_rank_with_a_standby_line(ready: Rig, rank: int, state: str) ->
 def test_a_rank_that_is_stopped_fails_or_diverges(ready: Rig, fault: Fault, error: type[Exception]) -> None:
     assert ready.run_with(fault) == ready.expected
     assert ready.errors == [error]
+
+
+@pytest.mark.parametrize("kind", ["kill", "error"])
+def test_a_standby_line_goes_on_while_those_before_it_end(
+    ready: Rig, kind: Literal["kill", "error"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, where an end takes long: blocks are set aside, and requests have copies of what they held."""
+    may_end, kill_ranks = threading.Event(), Executor.kill
+
+    def kill_later(executor: Executor) -> None:
+        may_end.wait(READY_WITHIN_S)
+        kill_ranks(executor)
+
+    monkeypatch.setattr(Lines, "go_on_beside", True)
+    monkeypatch.setattr(Executor, "kill", kill_later)
+    scheduler = ready.brain._scheduler
+    assert ready.run_with(Fault(kind=kind, rank=1, state="decode", step=3)) == ready.expected
+    assert scheduler.has_set_aside and scheduler.copies == ()
+    may_end.set()
+    ready.await_standby()
+    assert ready.run() == ready.expected
+    assert not scheduler.has_set_aside
 
 
 def test_both_lines_and_the_fork_server_are_killed(ready: Rig) -> None:

@@ -17,6 +17,7 @@ from oracle import Oracle
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.maintenance import Maintenance
+from phalanx.engine.succession import Succession
 from phalanx.errors import PhalanxError
 from phalanx.membership.formation import Formation, start_formation
 from phalanx.memory.host import bytes_of_family
@@ -142,8 +143,7 @@ class Served:
 
     def _heal(self, error: PhalanxError) -> None:
         assert self.formation.heals(error), error
-        epoch, keeps_cache = self.formation.heal(error)
-        self.brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error))
+        Succession(self.brain, self.formation).go_on(self.formation.heal(error), error)
         self.outcome = self.maintenance.ranks_replaced() or self.outcome
 
 

@@ -14,10 +14,11 @@ Blocks = NDArray[np.int32]
 
 
 class BlockPool:
-    """Every block is in one of three states: held by one request or more, *empty*, or *idle*.
+    """Every block is in one of four states: held by one request or more, *empty*, *idle*, or *set aside*.
 
     An idle block is held by nobody but can still be found by its digest. Blocks are taken from the empty ones first,
-    then from the idle ones, the longest idle first.
+    then from the idle ones, the longest idle first. Those that are set aside are not taken: somebody may write to them
+    who is about to end.
     """
 
     def __init__(self, num_blocks: int, cache: PrefixCache) -> None:
@@ -28,6 +29,7 @@ class BlockPool:
         self._empty = np.arange(num_blocks, dtype=np.int32)[::-1].copy()
         self._num_empty = num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._aside = np.empty(0, dtype=np.int32)
 
     @property
     def num_free(self) -> int:
@@ -70,6 +72,33 @@ class BlockPool:
         self._push_empty(free[~is_cached])
         # The end of a sequence goes first: without its beginning it could not be found anyway.
         self._idle.update(dict.fromkeys(free[is_cached][::-1].tolist()))
+
+    def own(self, blocks: Blocks) -> Blocks:
+        """Those of one request's blocks that nobody else has or can find, so that it may have written to them."""
+        own: Blocks = blocks[(self._num_holders_B[blocks] == 1) & ~self._cache.is_cached_B[blocks]]
+        return own
+
+    def set_aside(self, blocks: Blocks) -> None:
+        """Have these given to nobody before `restore`. Who holds one of them holds it no more."""
+        self._num_holders_B[blocks] = 0
+        for block in blocks[self._cache.is_cached_B[blocks]].tolist():
+            self._idle.pop(block, None)
+            self._cache.forget(block)
+        empty = self._empty[: self._num_empty]
+        still_empty = empty[~np.isin(empty, blocks)]
+        self._num_empty = len(still_empty)
+        self._empty[: self._num_empty] = still_empty
+        self._aside = np.union1d(self._aside, blocks)
+
+    def restore(self) -> None:
+        """Blocks that were set aside are empty now."""
+        self._push_empty(self._aside)
+        self._aside = self._aside[:0]
+
+    @property
+    def num_aside(self) -> int:
+        """Blocks that are set aside."""
+        return len(self._aside)
 
     def reset_cache(self) -> None:
         """Forget what every block holds: the idle ones are empty now, and the held ones once they are released."""

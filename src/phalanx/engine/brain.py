@@ -22,6 +22,7 @@ from phalanx.engine.suspects import Suspects
 from phalanx.errors import RequestError
 from phalanx.protocol import (
     FIRST_EPOCH,
+    CopyBlocks,
     EngineStats,
     FinishReason,
     ReplicaStats,
@@ -31,6 +32,8 @@ from phalanx.protocol import (
     TokenBatch,
     as_ints,
 )
+
+SET_ASIDE_LOOK_S = 0.002
 
 EXPECTS_FOR_STEPS = 8
 """After tokens of a request that is to move here were computed: it comes soon, and goes into the very next step."""
@@ -228,6 +231,8 @@ class Brain:
             batch = self._commit(oldest.planned, oldest.pending.result())
             self._note_pace(oldest)
             self._in_flight.popleft()
+        elif self._scheduler.has_set_aside:
+            time.sleep(SET_ASIDE_LOOK_S)  # requests may be left that have no room before blocks come back
         else:
             assert self._is_held or not self._scheduler.has_admitted(), "requests are left that can never run"
         if self._ended:
@@ -242,23 +247,43 @@ class Brain:
         return self._scheduler.totals.num_steps
 
     def rewind(
-        self, epoch: int, *, keeps_cache: bool, failure: str | None = None, is_from_outside: bool = False
-    ) -> None:
+        self,
+        epoch: int,
+        *,
+        keeps_cache: bool,
+        failure: str | None = None,
+        is_from_outside: bool = False,
+        sets_aside: bool = False,
+    ) -> bool:
         """Forget the steps under way, and go on with new workers from what is committed: every token leaves once.
 
         `epoch` is that of the new workers, which know nothing and come to the executor before the next `step`. Those
         before them must have ended, or at least write to the KV cache no more. `keeps_cache`: the new ones have it as
         these left it; otherwise theirs is empty, and every request is computed anew from its tokens.
 
+        With `sets_aside` those before them may be about to end: blocks that they may write to are set aside until
+        `restore_blocks`. True if the next step need not wait for their end; as always once they have ended. In either
+        case the new workers carry out `copies` before it.
+
         `failure` says what went wrong, if anything did. A request that is in steps that fail again and again, and fails
         alone as well, ends with an error that quotes it: the next `step` tells. `is_from_outside`: as far as anybody
         can tell it was no request's doing (blame.py); then others must have run without it, and without a failure.
         """
         self._drop_in_flight(failure, is_from_outside=is_from_outside)
-        self._scheduler.rewind(epoch, keeps_cache=keeps_cache)
+        may_go_on = self._scheduler.rewind(epoch, keeps_cache=keeps_cache, sets_aside=sets_aside)
         if self._balancing is not None:
             self._balancing.begin(epoch)
         self._hold_back()
+        return may_go_on
+
+    @property
+    def copies(self) -> tuple[CopyBlocks, ...]:
+        """What workers are to do in turn after a rewind, before the next step."""
+        return self._scheduler.copies
+
+    def restore_blocks(self) -> bool:
+        """Workers that were about to end at a rewind have ended. False if it is too early: call it again."""
+        return self._scheduler.restore_blocks()
 
     def restructure(
         self,

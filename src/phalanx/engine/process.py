@@ -15,11 +15,11 @@ import msgspec
 
 from phalanx.engine.admission import refusal
 from phalanx.engine.balancing import Balancing
-from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain, StepExecutor
 from phalanx.engine.brain import Pending as PendingStep
 from phalanx.engine.maintenance import TURN_S, Maintenance
 from phalanx.engine.resizing import EngineResizing, engine_ready
+from phalanx.engine.succession import Succession
 from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import (
     CheckpointError,
@@ -160,6 +160,7 @@ class EngineLoop:
         self._formation = formation
         self._maintenance = make_maintenance(self._brain, formation)
         self._resizing = EngineResizing(formation, self._brain, self._tell)
+        self._succession = Succession(self._brain, formation)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._avoided: tuple[str, ...] = ()
         self._is_healing = False
@@ -190,6 +191,7 @@ class EngineLoop:
         return RESIZE_LOOK_S if self._resizing.is_under_way else IDLE_CHECK_S
 
     def _turn(self) -> None:
+        self._succession.look()
         self._tell_maintained(self._maintenance.turn())
         if not self._brain.has_work():
             self._check_workers()
@@ -217,9 +219,9 @@ class EngineLoop:
             self._resizing.follow()  # one that was under way is undone
             if not self._take_messages(0.0):
                 return False
-        epoch, keeps_cache = healing.result()
+        healed = healing.result()
         self._is_healing = False
-        self._brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(error), is_from_outside=came_from_outside(error))
+        self._succession.go_on(healed, error)
         self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True

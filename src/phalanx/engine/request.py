@@ -243,6 +243,18 @@ class Running:
         self.block_ids_SB[slots_R, self.num_blocks_S[slots_R]] = blocks_R
         self.num_blocks_S[slots_R] += 1
 
+    def replace_blocks(self, slots_N: Slots, places_N: Counts, blocks_N: Blocks) -> None:
+        """Have other blocks take the places of these."""
+        self.block_ids_SB[slots_N, places_N] = blocks_N
+
+    def find_blocks(self, replica: int, blocks: Blocks) -> tuple[Slots, Counts]:
+        """Who of those that run in the replica has one of these blocks, and at which place: slots and places."""
+        own = self._slots_P[replica]
+        num_blocks_S = np.where(self.ticket_S[own] == FREE, 0, self.num_blocks_S[own])
+        is_there_SB = np.arange(self.block_ids_SB.shape[1]) < num_blocks_S[:, None]
+        slots_N, places_N = (is_there_SB & np.isin(self.block_ids_SB[own], blocks)).nonzero()
+        return slots_N + own.start, places_N
+
     def next_sampled(self, slots_R: Slots) -> tuple[Slots, NDArray[np.int32]]:
         """Those whose next token was sampled by an earlier step, which is committed, and these tokens."""
         sampled_R: Slots = slots_R[self.num_computed_S[slots_R] >= self.num_given_S[slots_R]]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import Blocks
+from phalanx.engine.late_writes import LateWrites
 from phalanx.engine.logprobs import keep, merge
 from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.prefix_cache import ROOT, block_digest
@@ -30,6 +31,7 @@ from phalanx.engine.router import choose
 from phalanx.protocol import (
     FIRST_EPOCH,
     NO_TOKEN,
+    CopyBlocks,
     FinishReason,
     LogprobColumns,
     Step,
@@ -119,6 +121,7 @@ class Scheduler:
         self._epoch = epoch
         self._next_step = 0
         self._under_way: deque[PlannedStep] = deque()
+        self._late_writes = LateWrites(self.replicas, self.running)
         self._admits_until: int | None = None
         """Who arrived later waits; None if nobody does."""
         self._alone: int | None = None
@@ -196,19 +199,28 @@ class Scheduler:
         request_ids_R = self.running.request_id_S[step.slots_R[rows]]
         return dict(zip(request_ids_R.tolist(), step.ends_R[rows].tolist(), strict=True))
 
-    def rewind(self, epoch: int, *, keeps_cache: bool) -> None:
+    def rewind(self, epoch: int, *, keeps_cache: bool, sets_aside: bool = False) -> bool:
         """Forget the steps under way, and go on from what is committed with workers that know nothing.
+
+        Those before them must have ended, but with `sets_aside`: then blocks that they may still write to are set aside
+        until `restore_blocks`, requests have other ones, and `copies` says what these are to hold. False if there are
+        too few blocks for that: then nothing was set aside, and whoever writes late must be gone before the next step.
 
         `keeps_cache`: these find the KV cache as the workers before them left it. Then every running request keeps its
         slot and its blocks, and the next plan brings them all, each with what committed steps have computed for it.
         Otherwise all wait again, in order of arrival, and no block holds anything.
         """
         self._epoch = epoch
+        slots: set[int] = set()
         for step in self._under_way:
             is_live_R = self._live(step)
             self.running.take_back(step.slots_R[is_live_R], step.num_tokens_R[is_live_R])
+            slots.update(step.slots_R[is_live_R].tolist())
         self._under_way.clear()
+        may_go_on = not sets_aside or (keeps_cache and self._late_writes.set_aside(slots))
+        self._late_writes.forget()
         if not keeps_cache:
+            self._late_writes.forget_copies()
             self._requeue(self.running.occupied())
             for replica in self.replicas:
                 replica.pool.reset_cache()
@@ -217,6 +229,21 @@ class Scheduler:
         self.running.begin_with_committed()
         for slot in self.running.occupied():
             self._introduce(slot)
+        return may_go_on
+
+    @property
+    def copies(self) -> tuple[CopyBlocks, ...]:
+        """What the workers are to do in turn after a rewind, before the next step."""
+        return self._late_writes.copies
+
+    @property
+    def has_set_aside(self) -> bool:
+        """Whether blocks are set aside, and so come back."""
+        return self._late_writes.num_aside > 0
+
+    def restore_blocks(self) -> bool:
+        """Who might have written late is gone. False if it is too early, and to be called again after a commit."""
+        return self._late_writes.restore()
 
     def dismiss(self) -> list[Request]:
         """All requests in order of arrival, with their committed tokens, for a scheduler that comes after this one."""
@@ -278,6 +305,7 @@ class Scheduler:
         tokens_S, logprobs = _outcome(step.step, results)
         oldest = self._under_way.popleft()
         assert step is oldest, f"step {step.step.number} is committed before step {oldest.step.number}"
+        self._late_writes.committed(step.step.number)
         failed = self._fail_without_token(step, tokens_S)
         is_live_R = self._live(step)
         if self._is_prefix_caching:
@@ -411,8 +439,13 @@ class Scheduler:
             replica.requeue(request for request in requests if request.replica == replica.index)
 
     def _vacate(self, slot: int) -> Request:
+        ticket = self.running.ticket_S[slot]
         request, blocks_B = self.running.remove(slot)
         replica = self.replicas[request.replica]
+        for step in reversed(self._under_way):
+            if ((step.slots_R == slot) & (step.tickets_R == ticket)).any():
+                self._late_writes.leave(step.step.number, replica, blocks_B)
+                break
         replica.pool.release(blocks_B)
         replica.tell_dropped(int(self.running.worker_slot_S[slot]))
         return request

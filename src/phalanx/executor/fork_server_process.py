@@ -32,10 +32,11 @@ from phalanx.executor.fork_server import (
     frame,
     split_frames,
 )
+from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import WITH_FORK_SERVER, describe_exit
 from phalanx.ledger.journal import note_process
-from phalanx.transport.liveness import Party
+from phalanx.transport.liveness import Party, ending_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
@@ -84,6 +85,7 @@ class ForkServerProcess:
         self._answered = -1
         self._made_at = time.monotonic()
         self._ended: str | None = None
+        self._kills_before = OutOfMemoryKills.now()
         self._changed = threading.Condition()
         self._ordering = threading.Lock()
         orders_read, self._orders = os.pipe()
@@ -143,9 +145,15 @@ class ForkServerProcess:
             return any(not state.is_over for state in self._lines.values())
 
     def exits(self, line: int) -> dict[int, str]:
-        """Ranks of a line that have ended so far, and how."""
+        """Ranks of a line that have ended so far, and how; also of those that have begun to, as far as that is told: a
+        GPU's memory takes a tenth of a second to be given back."""
         with self._changed:
-            return dict(self._lines[line].exits)
+            state = self._lines[line]
+            exits = dict(state.exits)
+            for rank, worker in state.workers.items():
+                if rank not in exits and (code := ending_of(worker.pid, worker.start_time)) is not None:
+                    exits[rank] = describe_exit(code, self._kills_before)
+        return exits
 
     def pids(self, line: int) -> dict[int, int]:
         """Process ids of the workers forked so far, by rank."""

@@ -15,7 +15,10 @@ class Launcher(Protocol):
         """Set the workers off; returns before they are ready. Raises StartError when they cannot be set off."""
 
     def exits(self) -> dict[int, str]:
-        """Ranks that have ended so far and how, such as `killed by SIGKILL` or `exit code 1`. Never blocks."""
+        """Ranks that have ended so far and how, such as `killed by SIGKILL` or `exit code 1`. Never blocks.
+
+        It may be known already of a process that has begun to end.
+        """
 
     def close(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for the workers to leave, then kill them. None is left when this returns.

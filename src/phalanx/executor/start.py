@@ -265,10 +265,17 @@ def _place_local(
     order = watch_order(specs, dump_order(config))
     order = msgspec.structs.replace(order, outlets=open_outlets(config, resources))
     ending_of, ends_after_s = partial(_ending_of, launcher), who_is_ended(config, line.ends_after_s)
-    watching = start_watching(order, launcher.kill, ending_of, ends_after_s) if order.ranks else None
+    end_ranks = partial(_end_ranks, launcher, queue)
+    watching = start_watching(order, end_ranks, ending_of, ends_after_s) if order.ranks else None
     if watching is not None:
         resources.callback(watching.close)
     return Placed(launcher, queue, specs, watching)
+
+
+def _end_ranks(launcher: LocalLauncher, queue: MessageQueue[Call, WorkerMessage]) -> None:
+    """For a verdict. Who waits for them hears of it at once, and not when a GPU has their memory back."""
+    launcher.kill()
+    queue.give_up()
 
 
 def _ending_of(launcher: LocalLauncher, rank: int) -> str | None:

@@ -30,6 +30,7 @@ from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
+from phalanx.membership.ending import Ending
 from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import NO_MEMORY, Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
@@ -54,7 +55,9 @@ class Healed(NamedTuple):
 
     epoch: int
     keeps_cache: bool
-    """Whether it finds the KV cache as the line before it has left it."""
+    """Whether it finds the KV cache as the line before it has left it..."""
+    endings: tuple[Ending, ...] = ()
+    """... and who may still write to it, where that was a step under way."""
 
 
 class Resized(NamedTuple):
@@ -182,23 +185,24 @@ class Formation:
 
     def heal(self, error: PhalanxError) -> Healed:
         """Kill the line that has failed, and have another one go on. Blocks for heal_timeout_s at most, and for as long
-        as the kernel takes to end processes.
+        as the kernel takes to end processes, unless there are GPUs and a line stands ready.
 
         Raises NotHealedError if none comes up, and EngineDeadError if the formation is closed meanwhile.
         """
         assert self._recovery is not None and self.heals(error), error
         self._put_off_resizes(error)
         try:
-            self._line, keeps_cache = self._recovery.carry_out(self._line, error)
+            recovered = self._recovery.carry_out(self._line, error)
         except PhalanxError as failure:
             self._ended = failure
             for tell in self._on_failure:
                 tell(failure)
             raise
+        self._line = recovered.line
         self._warn_of_new_ranks()
         if self._resizer is not None:
             self._resizer.healed()
-        return Healed(self._line.epoch, keeps_cache)
+        return Healed(recovered.line.epoch, recovered.keeps_cache, recovered.endings)
 
     def begin_healing(self, error: PhalanxError) -> Healing:
         """Do so in another thread."""

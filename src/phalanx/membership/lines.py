@@ -132,14 +132,13 @@ class Lines:
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
         config = config or self._config
-        has_gpus_here = config.executor.device == "cuda" and config.executor.launcher == "local"
         plan = LinePlan(
             epoch=epoch,
             capacity=capacity,
             memory=memory,
             keeps_memory=True,
             tell_memory=told.update,
-            ends_after_s=ENDS_AFTER_WITH_GPUS_S if has_gpus_here else ENDS_AFTER_S,
+            ends_after_s=ENDS_AFTER_WITH_GPUS_S if _has_gpus_here(config) else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
             is_beside=interruption is not None and quarters is None,
@@ -160,6 +159,13 @@ class Lines:
             line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
+
+    @property
+    def go_on_beside(self) -> bool:
+        """Whether a line that stands ready goes on while the ranks before it still end: it takes a tenth of a second,
+        and more for each further one, until a GPU has given back what they had. It must heed what they may still write.
+        """
+        return _has_gpus_here(self._config)
 
     @property
     def lacks_room(self) -> str | None:
@@ -207,6 +213,10 @@ class Lines:
         self.close()
         if self._quarters is not None:
             self._quarters.close()
+
+
+def _has_gpus_here(config: Config) -> bool:
+    return config.executor.device == "cuda" and config.executor.launcher == "local"
 
 
 def _show_nothing(order: WatchOrder | None, epoch: int) -> None:

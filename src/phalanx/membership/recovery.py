@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.presence import Presence
 from phalanx.executor.start import Capacity
+from phalanx.membership.ending import Ending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung
 from phalanx.membership.lines import NO_MEMORY, Interruption, Line, Lines, end
@@ -39,6 +40,16 @@ HEALTH_S = 2.0
 log = logging.getLogger("phalanx.membership")
 
 
+class Recovered(NamedTuple):
+    """How a line goes on."""
+
+    line: Line
+    keeps_cache: bool
+    """Whether it finds the KV cache as the failed one has left it..."""
+    endings: tuple[Ending, ...]
+    """... and who may still write to it."""
+
+
 class Recovery:
     """Of one formation. `stats` is for any thread; of the others one is called at a time, but for `interrupt`."""
 
@@ -57,6 +68,7 @@ class Recovery:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._retired_epoch = 0
+        self._endings: tuple[Ending, ...] = ()
         self._retiring: list[threading.Thread] = []
         self._num_faults = 0
         self._healed: Counter[Rung] = Counter()
@@ -71,10 +83,10 @@ class Recovery:
         self._thread = threading.Thread(target=work, name="phalanx-healing", daemon=True)
         self._thread.start()
 
-    def carry_out(self, failed: Line, error: PhalanxError) -> tuple[Line, bool]:
-        """A line that takes steps, and whether it finds the KV cache as the failed one has left it.
+    def carry_out(self, failed: Line, error: PhalanxError) -> Recovered:
+        """A line that takes steps.
 
-        Raises NotHealedError, EngineDeadError after `interrupt`.
+        Raises NotHealedError, EngineDeadError after `interrupt`, DeadlineError if the kernel cannot end a process.
         """
         began_at = time.monotonic()
         self._is_healing = True
@@ -84,12 +96,12 @@ class Recovery:
         # Of a verdict the log has the rest already.
         self._last_fault = str(error).partition("\n")[0]
         log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
-        failed.executor.kill()
-        gone_s = time.monotonic() - began_at
         forget_locals(error)
         self._retire(failed)
         climb = self.ladder.begin(began_at)
         while (attempt := self._next(climb)) is not None:
+            if attempt.rung != "standby" or not self._lines.go_on_beside:
+                self._await_ends()
             try:
                 line = self._attempt(attempt)
             except (PhalanxError, OSError) as reason:  # OSError: no memory, no processes, no descriptors
@@ -101,12 +113,10 @@ class Recovery:
             self._healed[attempt.rung] += 1
             self._last_pause_s = time.monotonic() - began_at
             self._is_healing = False
-            log.warning(
-                "ranks of epoch %d go on after %.3f s (%s), %.3f s of it until the ones before were gone",
-                *(line.epoch, self._last_pause_s, attempt.rung, gone_s),
-            )
+            log.warning("ranks of epoch %d go on after %.3f s (%s)", line.epoch, self._last_pause_s, attempt.rung)
             self._renew_standby()
-            return line, attempt.rung != "checkpoint"
+            endings = tuple(ending for ending in self._endings if not ending.are_gone)
+            return Recovered(line, attempt.rung != "checkpoint", endings)
         raise NotHealedError(f"{error}; it could not be healed: {climb.tried}") from error
 
     def weights_changed(self) -> None:
@@ -227,6 +237,8 @@ class Recovery:
     def close(self) -> None:
         """Wait for what is left of lines that have failed, and let go of what they have left."""
         self.interrupt()
+        for ending in self._endings:
+            ending.join()
         for thread in self._retiring:
             thread.join(END_DEADLINE_S)
         self._memory.close()
@@ -287,7 +299,8 @@ class Recovery:
         return line
 
     def _prepare(self, interruption: Interruption) -> Line:
-        """A line to stand ready."""
+        """A line to stand ready. There is no room on a GPU for three."""
+        self._await_ends()
         line, _ = self._lines.start(
             _say_nothing, capacity=self._capacity, memory=self._memory.of_ranks(), interruption=interruption
         )
@@ -299,9 +312,14 @@ class Recovery:
             self._standby.renew()
 
     def _retire(self, line: Line) -> None:
-        """Let go of what it used, in the background: its processes are gone, and nobody waits for the rest."""
+        """End it, in the background."""
         self._retired_epoch = line.epoch
-        self._do_in_background(line.executor.close)
+        self._endings = (*(ending for ending in self._endings if not ending.is_over), Ending(line))
+
+    def _await_ends(self) -> None:
+        """Block until no process is left of lines that have failed. Raises DeadlineError."""
+        for ending in self._endings:
+            ending.wait()
 
     def _end_later(self, line: Line, quarters: Quarters | None = None) -> None:
         """Kill its processes and let go of what it used, and of `quarters`, in the background: nobody waits for it."""

@@ -40,6 +40,12 @@ class PagedAttention:
         """Use this cache from now on; None for none."""
         self._key_cache, self._value_cache = key_cache, value_cache
 
+    def copy_blocks(self, sources_N: Tensor, targets_N: Tensor) -> None:
+        """Have blocks of the cache hold what others hold. No block is in both."""
+        for cache in (self._key_cache, self._value_cache):
+            assert cache is not None, "there is no cache"
+            cache[targets_N] = cache[sources_N]
+
     def __call__(
         self,
         query_THD: Tensor,

@@ -130,6 +130,12 @@ class CausalLM:
         for i, attention in enumerate(self._attention):
             attention.bind(*caches[i] if caches else (None, None))
 
+    @torch.inference_mode()
+    def copy_blocks(self, sources_N: Tensor, targets_N: Tensor) -> None:
+        """Have blocks of the caches hold what others hold, in all layers. No block is in both."""
+        for attention in self._attention:
+            attention.copy_blocks(sources_N, targets_N)
+
     def hidden_states(
         self, inputs: Tensor, positions_T: Tensor, batch: AttentionBatch, num_tokens: Sequence[int] = ()
     ) -> Tensor:

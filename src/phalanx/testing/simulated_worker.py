@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from phalanx.protocol import (
     FIRST_EPOCH,
+    BlockCopies,
     Call,
     FinishReason,
     LogprobColumns,
@@ -95,6 +96,12 @@ class SimulatedWorker:
         for slot, block in zip(as_ints(plan.block_slots).tolist(), as_ints(plan.block_ids).tolist(), strict=True):
             self._append_block(slot, block)
         return self._compute(plan)
+
+    def copy_blocks(self, copies: BlockCopies) -> None:
+        """Have blocks of the cache hold what others hold."""
+        sources, targets = as_ints(copies.sources), as_ints(copies.targets)
+        assert not np.isin(sources, targets).any(), "a block is read and written"
+        self.cells_BO[targets] = self.cells_BO[sources]
 
     def rows(self, plan: StepPlan) -> list[tuple[SamplingParams, int]]:
         """Of a step that it has run: what each row's request asked for, and how many of its tokens are computed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Watch:
     def __init__(self, bell: Doorbell) -> None:
         self._bell = bell
         self._pidfds: dict[Party, int] = {}
+        self._closing = threading.Lock()
         self._poller = Poller.of_process()
         self.dead: list[Party] = []
 
@@ -78,10 +80,17 @@ class Watch:
         self._pidfds[party] = pidfd
         self._poller.add(pidfd, partial(self._exited, party))
 
+    def give_up(self) -> None:
+        """All parties are being ended: they count as dead from now on, however long their ends take. For any thread."""
+        with self._closing:  # the bell's memory goes after `close`
+            for party in list(self._pidfds):
+                self._exited(party)
+
     def close(self) -> None:
         """Watch nobody any more. May be called more than once."""
-        for party in list(self._pidfds):
-            self._drop(party)
+        with self._closing:
+            for party in list(self._pidfds):
+                self._drop(party)
 
     def _exited(self, party: Party) -> None:
         self._drop(party)
@@ -120,6 +129,18 @@ def state_of(pid: int, start_time: int) -> str | None:
     return found.state
 
 
+def ending_of(pid: int, start_time: int) -> int | None:
+    """How a process ends that has begun to, before it is gone: its exit code, or less the number of a signal.
+
+    None if it has not begun, is gone, or nobody is told. A code of 0 is told when it is gone: the kernel shows others
+    than a process's owner a 0 for any.
+    """
+    found = _read_stat(pid)
+    if found is None or not found.is_exiting or found.start_time != start_time or not found.exit_status:
+        return None
+    return os.waitstatus_to_exitcode(found.exit_status)
+
+
 def holds_memory(pid: int, start_time: int) -> bool:
     """Whether a process is there that may still hold memory: it has not begun to exit, or not come to the end of it."""
     found = _read_stat(pid)
@@ -139,6 +160,8 @@ class _Stat(NamedTuple):
     group: int
     is_exiting: bool
     start_time: int
+    exit_status: int
+    """As `wait` tells it; 0 as long as it has not begun to exit."""
 
     @property
     def is_running(self) -> bool:
@@ -149,7 +172,13 @@ def _parse_stat(stat: bytes) -> _Stat:
     """What is told in /proc/PID/stat."""
     # The second field is the command's name in parentheses, and may itself hold spaces and parentheses.
     fields = stat[stat.rindex(b")") + 2 :].split()
-    return _Stat(fields[0].decode(), int(fields[2]), bool(int(fields[6]) & _EXITING), int(fields[19]))
+    return _Stat(
+        state=fields[0].decode(),
+        group=int(fields[2]),
+        is_exiting=bool(int(fields[6]) & _EXITING),
+        start_time=int(fields[19]),
+        exit_status=int(fields[49]),
+    )
 
 
 def _start_time_of_running(pid: int) -> int | None:

@@ -225,6 +225,10 @@ class MessageQueue(Generic[C, R]):
                     break
                 yield reader, parts
 
+    def give_up(self) -> None:
+        """All workers are being ended: they count as dead from now on, however long their ends take. For any thread."""
+        self._watch.give_up()
+
     def deaths(self) -> list[tuple[int, PeerDiedError]]:
         """Workers that died or closed their ends, and are not forgotten. What they sent is there after this call."""
         found = ((reader, ring.peer.death()) for reader, ring in self._replies.items())

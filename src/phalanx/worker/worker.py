@@ -26,9 +26,11 @@ from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
 from phalanx.protocol import (
     AllocateCache,
     Allocated,
+    BlockCopies,
     Call,
     CallMethod,
     CommandBody,
+    CopyBlocks,
     Done,
     ExpertLoads,
     LayerLoad,
@@ -331,9 +333,18 @@ class Worker:
             return self._maintenance.carry_out(body)
         if isinstance(body, MoveExperts):
             self._move_experts(body)
+        elif isinstance(body, CopyBlocks):
+            self._copy_blocks(body.copies[self._replica])
         elif isinstance(body, Stop):
             self.stopped = True
         return Done()
+
+    def _copy_blocks(self, copies: BlockCopies) -> None:
+        sources_N, targets_N = (
+            torch.from_numpy(as_ints(blocks).astype(np.int64)).to(self._device)
+            for blocks in (copies.sources, copies.targets)
+        )
+        self.model.copy_blocks(sources_N, targets_N)
 
     def _call_method(self, call: CallMethod) -> ReplyBody:
         """What a user's code does is judged by its deadline alone."""

@@ -27,6 +27,8 @@ from phalanx.protocol import (
     ints,
 )
 from phalanx.testing.simulated_worker import (
+    Hashes,
+    Places,
     SimulatedExecutor,
     SimulatedWorker,
     expected_logprob,
@@ -89,6 +91,9 @@ class Rig:
         """Whether failures seem to be."""
         self.keeps_cache = True
         """Whether workers find the KV cache of those that were killed."""
+        self.lingers = False
+        """Whether those that were killed go on for a while, until `end_lingering`."""
+        self._lingering: list[tuple[Hashes, Places, Places]] = []
         self._num_generated: dict[int, int] = {}
         """By replica; of those that are gone, when they were last there."""
         self._num_followed = 0
@@ -108,6 +113,7 @@ class Rig:
         return request_id
 
     def step(self) -> TokenBatch | None:
+        self._write_late()
         try:
             batch = self.brain.step()
         except PeerDiedError as error:
@@ -123,14 +129,49 @@ class Rig:
     def rewind(self, failure: str | None = None) -> None:
         """Go on with other workers."""
         self.epoch += 1
+        lingers = self.lingers and self.keeps_cache
+        lingering = self.executor.lingering() if lingers else []
         self.executor.replace(self._make_workers(self.workers if self.keeps_cache else ()))
-        self.brain.rewind(
-            self.epoch, keeps_cache=self.keeps_cache, failure=failure, is_from_outside=self.is_from_outside
+        may_go_on = self.brain.rewind(
+            self.epoch,
+            keeps_cache=self.keeps_cache,
+            failure=failure,
+            is_from_outside=self.is_from_outside,
+            sets_aside=lingers,
         )
+        self._lingering = self._lingering + lingering if lingers and may_go_on else []
+        self._write_late()
+        if self.lingers and self.executor.random.random() < 0.2:  # these are killed before they have copied anything
+            self.executor.kill(num_answered=0, is_blamed=False)
+        else:
+            self._copy()
         self._carry()
         if not self.keeps_cache:
             self._clean_blocks.clear()
         self.check_cache()
+
+    def end_lingering(self) -> None:
+        """Those who were killed are gone, for good."""
+        self._lingering = []
+        self.brain.restore_blocks()
+
+    def _write_late(self) -> None:
+        random = self.executor.random
+        for cells_BO, blocks_T, offsets_T in self._lingering:
+            rubbish = [random.random() < 0.3 for _ in blocks_T]
+            cells_BO[blocks_T[rubbish], offsets_T[rubbish]] = random.getrandbits(64)
+
+    def _copy(self) -> None:
+        for command in self.brain.copies:
+            for replica, (worker, copies) in enumerate(zip(self.workers, command.copies, strict=True)):
+                worker.copy_blocks(copies)
+                for source, target in zip(
+                    as_ints(copies.sources).tolist(), as_ints(copies.targets).tolist(), strict=True
+                ):
+                    if (replica, source) in self._clean_blocks:
+                        self._clean_blocks.add((replica, target))
+                    else:
+                        self._clean_blocks.discard((replica, target))
 
     def resize(
         self,
@@ -187,8 +228,10 @@ class Rig:
         for _ in range(10_000):
             if not self.brain.has_work():
                 break
+            self.end_lingering()
             self.step()
         assert not self.brain.has_work(), "livelock"
+        self.end_lingering()
         for client in self.clients.values():
             self._check_output(client)
         replicas = self.brain.stats().replicas

@@ -8,7 +8,7 @@ from random import Random
 
 from phalanx.errors import PeerDiedError
 from phalanx.protocol import Step, StepResult
-from phalanx.testing.simulated_worker import Places, SimulatedExecutor, SimulatedWorker
+from phalanx.testing.simulated_worker import Hashes, Places, SimulatedExecutor, SimulatedWorker
 
 
 class Answer:
@@ -73,6 +73,14 @@ class MortalExecutor:
             for worker, (blocks_T, offsets_T) in zip(self.workers, written, strict=True):
                 rubbish = [self.random.random() < 0.5 for _ in blocks_T]
                 worker.cells_BO[blocks_T[rubbish], offsets_T[rubbish]] = self.random.getrandbits(64)
+
+    def lingering(self) -> list[tuple[Hashes, Places, Places]]:
+        """Where the workers may yet write that were killed: cells of a KV cache, blocks and offsets in it."""
+        return [
+            (worker.cells_BO, *places)
+            for _, written in self._under_way
+            for worker, places in zip(self.workers, written, strict=True)
+        ]
 
     def answered(self, answer: Answer) -> None:
         oldest, _ = self._under_way.popleft()

@@ -147,3 +147,29 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
+
+
+def test_blocks_that_are_set_aside_come_back_empty() -> None:
+    cache = PrefixCache(8)
+    pool = BlockPool(8, cache)
+    held, cached, freed = pool.take(2), pool.take(2), pool.take(2)
+    cache.insert(b"a", int(cached[0]))
+    pool.release(cached)
+    pool.release(freed)
+    aside = np.array([held[0], cached[0], freed[1]], dtype=np.int32)
+    pool.set_aside(aside)
+    assert pool.num_aside == 3 and pool.num_free == 8 - 3 - 1
+    assert not cache.find([b"a"])
+    taken = pool.take(pool.num_free)
+    assert not np.isin(taken, aside).any() and int(held[1]) not in taken
+    pool.restore()
+    assert pool.num_aside == 0 and sorted(pool.take(3).tolist()) == sorted(aside.tolist())
+
+
+def test_only_what_nobody_else_has_or_finds_may_be_written() -> None:
+    cache = PrefixCache(4)
+    pool = BlockPool(4, cache)
+    held = pool.take(3)
+    cache.insert(b"a", int(held[0]))
+    pool.share(held[1:2])
+    assert pool.own(held).tolist() == held[2:].tolist()

@@ -67,10 +67,14 @@ class Traffic(RuleBasedStateMachine):
         self.rig.keeps_cache = keeps_cache
         self.rig.executor.kill(num_answered=num_answered, is_blamed=False)
 
-    @rule(keeps_cache=st.booleans())
-    def rewind(self, keeps_cache: bool) -> None:
-        self.rig.keeps_cache = keeps_cache
+    @rule(keeps_cache=st.booleans(), lingers=st.booleans())
+    def rewind(self, keeps_cache: bool, lingers: bool) -> None:
+        self.rig.keeps_cache, self.rig.lingers = keeps_cache, lingers
         self.rig.rewind()
+
+    @rule()
+    def end_lingering(self) -> None:
+        self.rig.end_lingering()
 
     @rule(
         num_replicas=st.integers(1, 3),

@@ -11,7 +11,7 @@ import pytest
 
 import phalanx.membership.standby as standby_module
 from phalanx.config import HealingConfig
-from phalanx.errors import PeerDiedError, StartError
+from phalanx.errors import DeadlineError, PeerDiedError, StartError
 from phalanx.membership.lines import Interruption, Line
 from phalanx.membership.recovery import Recovery
 
@@ -36,6 +36,8 @@ class FakeExecutor:
 
 class FakeLines:
     """Starts lines that are ready at once, but for those to stand ready if `hangs` is set."""
+
+    go_on_beside = False
 
     def __init__(self) -> None:
         self.hangs = threading.Event()
@@ -91,8 +93,8 @@ def recovery(lines: FakeLines, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reco
 
 
 def heal(recovery: Recovery, failed: Line) -> Line:
-    found, keeps_cache = recovery.carry_out(failed, PeerDiedError("rank 1", 7))
-    assert keeps_cache
+    found, keeps_cache, endings = recovery.carry_out(failed, PeerDiedError("rank 1", 7))
+    assert keeps_cache and not endings
     return found
 
 
@@ -127,6 +129,51 @@ def test_one_that_is_about_to_be_ready_is_waited_for(lines: FakeLines, recovery:
     recovery._standby._took_s = WITHIN_S
     threading.Timer(0.05, lines.hangs.clear).start()
     assert heal(recovery, now).epoch == lines.num_lines == 3, "and no other one was started"
+
+
+@pytest.mark.parametrize("go_on_beside", [False, True])
+def test_who_stands_ready_goes_on_beside_who_ends_where_that_takes_long(
+    go_on_beside: bool, lines: FakeLines, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines.go_on_beside = go_on_beside
+    assert lines.num_standby.acquire(timeout=WITHIN_S)
+    until(lambda: recovery.stats(1).standby == "ready")
+    failed, may_end = line(1), threading.Event()
+    monkeypatch.setattr(failed.executor, "kill", lambda: may_end.wait(WITHIN_S))
+    if not go_on_beside:
+        threading.Timer(0.05, may_end.set).start()
+    _, _, endings = recovery.carry_out(failed, PeerDiedError("rank 1", 7))
+    assert recovery.stats(2).healed == {"standby": 1}
+    assert [ending.are_gone for ending in endings] == ([False] if go_on_beside else [])
+    assert not lines.num_standby.acquire(timeout=0.05) or not go_on_beside, "a GPU has no room for three lines"
+    may_end.set()
+    until(lambda: all(ending.are_gone for ending in endings))
+    until(lambda: recovery.stats(2).standby == "ready")
+
+
+def test_without_a_line_that_stands_ready_the_end_of_the_one_before_is_awaited(
+    lines: FakeLines, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines.go_on_beside = True
+    recovery.rest_standby()
+    failed, has_ended = line(1), threading.Event()
+    monkeypatch.setattr(failed.executor, "kill", lambda: (time.sleep(0.05), has_ended.set()))
+    assert not recovery.carry_out(failed, PeerDiedError("rank 1", 7)).endings
+    assert has_ended.is_set()
+
+
+def test_ranks_that_cannot_be_ended_end_the_recovery(
+    lines: FakeLines, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery.rest_standby()
+    failed = line(1)
+
+    def kill() -> None:
+        raise DeadlineError("the end after SIGKILL", "rank 1 (pid 7)", 10.0)
+
+    monkeypatch.setattr(failed.executor, "kill", kill)
+    with pytest.raises(DeadlineError, match="rank 1"):
+        recovery.carry_out(failed, PeerDiedError("rank 1", 7))
 
 
 def test_ranks_that_have_handed_over_are_ended_later_and_with_the_formation_at_once(

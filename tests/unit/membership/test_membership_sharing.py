@@ -232,7 +232,7 @@ def test_a_rank_with_a_process_of_its_own_is_killed(old: Path, of_old: list[int]
     os.kill(second.formation._line.pids()[0], signal.SIGKILL)
     with pytest.raises(PhalanxError) as caught:
         second.formation.check_health()
-    epoch, keeps_cache = second.formation.heal(caught.value)
+    epoch, keeps_cache, _ = second.formation.heal(caught.value)
     second.brain.rewind(epoch, keeps_cache=keeps_cache, failure=str(caught.value))
     assert second.formation.stats().healed == {"new line": 1}  # type: ignore[union-attr]
     assert second.formation.shares_weights and segments_of(second) == segments_of(first)

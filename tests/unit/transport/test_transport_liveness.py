@@ -12,7 +12,7 @@ import pytest
 
 from phalanx.errors import PeerDiedError
 from phalanx.transport.futex import Doorbell
-from phalanx.transport.liveness import Party, Watch, holds_memory, is_running, state_of
+from phalanx.transport.liveness import Party, Watch, ending_of, holds_memory, is_running, start_time_of, state_of
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_process_is_gone_from_the_beginning_of_its_exit(
     state: str, flags: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Such as a rank whose GPU's memory is still to be given back.
-    stat = f"71 (a) S b) {state} 1 71 71 0 -1 {flags} 90 0 0 0 5 2 0 0 20 0 9 0 4242 1048576 100".encode()
+    stat = f"71 (a) S b) {state} 1 71 71 0 -1 {flags} 90 0 0 0 5 2 0 0 20 0 9 0 4242 1048576 100{' 0' * 28}".encode()
     monkeypatch.setattr("builtins.open", lambda path, mode: io.BytesIO(stat))
     assert state_of(71, 4242) == expected
     assert is_running(71) == (state != "Z"), "who waits for its end waits for all of it"
@@ -116,3 +116,31 @@ def test_a_closed_watch_rings_no_more(child: subprocess.Popen[bytes]) -> None:
     child.wait()
     assert not watch._bell.wait(0, timeout_s=0.05)
     assert watch.dead == []
+
+
+LARGE = "import sys; held = bytearray(1 << 30); held[::4096] = bytes(len(held) // 4096); print(flush=True); input()"
+
+
+def test_how_a_process_ends_is_told_while_its_memory_is_given_back() -> None:
+    with subprocess.Popen([sys.executable, "-c", LARGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        start_time = start_time_of(process.pid)
+        assert start_time is not None and ending_of(process.pid, start_time) is None, "it has not begun to end"
+        process.kill()
+        told: list[int | None] = []
+        while holds_memory(process.pid, start_time):
+            told.append(ending_of(process.pid, start_time))
+        assert set(told) <= {None, -signal.SIGKILL} and -signal.SIGKILL in told
+        assert ending_of(process.pid, start_time + 1) is None, "another process has its pid"
+
+
+def test_who_is_given_up_counts_as_dead_though_it_lives(watch: Watch, child: subprocess.Popen[bytes]) -> None:
+    party = Party.of("rank 3", child.pid)
+    watch.add(party)
+    watch.give_up()
+    _wait_for_bell(watch)
+    assert watch.dead == [party] and party.is_alive()
+    watch.close()
+    watch.give_up()
+    assert watch.dead == [party]
