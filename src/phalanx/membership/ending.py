@@ -27,9 +27,9 @@ class Ending:
         return self._is_settled.is_set() and self._failure is None
 
     @property
-    def is_over(self) -> bool:
-        """Whether all that they used is let go of."""
-        return not self._thread.is_alive()
+    def is_done(self) -> bool:
+        """Whether they are gone, and all that they used is let go of."""
+        return self.are_gone and not self._thread.is_alive()
 
     def wait(self) -> None:
         """Block until they are gone. Raises DeadlineError if the kernel cannot end one."""

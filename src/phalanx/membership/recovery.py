@@ -314,7 +314,7 @@ class Recovery:
     def _retire(self, line: Line) -> None:
         """End it, in the background."""
         self._retired_epoch = line.epoch
-        self._endings = (*(ending for ending in self._endings if not ending.is_over), Ending(line))
+        self._endings = (*(ending for ending in self._endings if not ending.is_done), Ending(line))
 
     def _await_ends(self) -> None:
         """Block until no process is left of lines that have failed. Raises DeadlineError."""
