@@ -676,7 +676,7 @@ class BlockCopies(Message, frozen=True):
 
 
 class CopyBlocks(Message, frozen=True):
-    """Copy blocks of the KV cache, before the steps that come after this; every rank answers with Done.
+    """Copy blocks of the KV cache, before the steps that come after this.
 
     The ranks of a replica copy what `copies` has at its place.
     """

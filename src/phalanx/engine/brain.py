@@ -34,6 +34,7 @@ from phalanx.protocol import (
 )
 
 SET_ASIDE_LOOK_S = 0.002
+"""Whether blocks have come back, without which no step can be planned, is asked this often."""
 
 EXPECTS_FOR_STEPS = 8
 """After tokens of a request that is to move here were computed: it comes soon, and goes into the very next step."""

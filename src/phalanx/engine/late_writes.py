@@ -2,7 +2,9 @@
 
 Ranks that are being ended may yet carry out what they were sent: the steps under way, which are forgotten. Where such a
 step writes is known: behind what is computed of each request that was in it. Those blocks are set aside until the ranks
-are gone. Who has one of them gets another one instead, with a copy of what is computed; nobody who ends writes to that.
+are gone. Who has one of them gets another one instead, with a copy of what is computed; nobody who ends writes to that,
+unless it was to make such a copy itself, and has not shown by a step that it has: so the targets of those are set aside
+in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from phalanx.engine.block_pool import Blocks
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Running, Slots
-from phalanx.protocol import BlockCopies, CopyBlocks, ints
+from phalanx.protocol import BlockCopies, CopyBlocks, as_ints, ints
 
 
 class _Left(NamedTuple):
@@ -34,6 +36,8 @@ class LateWrites:
         self._running = running
         self._left: list[_Left] = []
         self._copies: list[CopyBlocks] = []
+        self._sent: list[CopyBlocks] = []
+        """Those that ranks may not have carried out by now, whether anybody needs them or not."""
 
     @property
     def copies(self) -> tuple[CopyBlocks, ...]:
@@ -51,13 +55,13 @@ class LateWrites:
 
     def committed(self, step: int) -> None:
         """Every rank has carried this one out, and what came before it."""
-        if self._left or self._copies:
+        if self._left or self._sent:
             self._left = [one for one in self._left if one.last_step > step]
-            self._copies = []
+            self._copies, self._sent = [], []
 
-    def forget(self) -> None:
-        """The ranks that were sent steps are gone, or nothing that they write to is of use."""
-        self._left = []
+    def nobody_writes(self) -> None:
+        """The ranks that were sent steps and copies are gone, or set aside is what they write to."""
+        self._left, self._sent = [], list(self._copies)
 
     def forget_copies(self) -> None:
         """What was to be copied is lost."""
@@ -79,7 +83,6 @@ class LateWrites:
         )
         if any(one.sources for one in copies):
             self._copies.append(CopyBlocks(copies))
-        self._left = []
         return True
 
     def restore(self) -> bool:
@@ -100,6 +103,9 @@ class LateWrites:
             late_P[running.replica_S[slot]].append(running.block_ids_SB[slot, first : running.num_blocks_S[slot]])
         for left in self._left:
             late_P[left.replica].append(left.blocks)
+        for sent in self._sent:
+            for late, copies in zip(late_P, sent.copies, strict=True):
+                late.append(as_ints(copies.targets))
         return [np.unique(np.concatenate(late)) if late else np.empty(0, dtype=np.int32) for late in late_P]
 
     def _replace(self, replica: Replica, late: Blocks, slots_N: Slots, places_N: Counts) -> BlockCopies:

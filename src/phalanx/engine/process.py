@@ -221,7 +221,7 @@ class EngineLoop:
                 return False
         healed = healing.result()
         self._is_healing = False
-        self._succession.go_on(healed, error)
+        self._succession.go_on(healed, error, meanwhile=self._send_stats)
         self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True

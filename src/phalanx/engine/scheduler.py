@@ -217,10 +217,11 @@ class Scheduler:
             self.running.take_back(step.slots_R[is_live_R], step.num_tokens_R[is_live_R])
             slots.update(step.slots_R[is_live_R].tolist())
         self._under_way.clear()
-        may_go_on = not sets_aside or (keeps_cache and self._late_writes.set_aside(slots))
-        self._late_writes.forget()
         if not keeps_cache:
             self._late_writes.forget_copies()
+        may_go_on = not sets_aside or not keeps_cache or self._late_writes.set_aside(slots)
+        self._late_writes.nobody_writes()
+        if not keeps_cache:
             self._requeue(self.running.occupied())
             for replica in self.replicas:
                 replica.pool.reset_cache()
@@ -337,7 +338,7 @@ class Scheduler:
             growing = self._by_replica(growing_R)
             short = [(replica, own_R) for replica, own_R in growing if len(own_R) > replica.pool.num_free]
             giving_way = [replica for replica, _ in short if not running.any_ending(replica.index)]
-            if not giving_way:
+            if not giving_way or self._blocks_come_back:
                 break
             for replica in giving_way:
                 self._preempt(running.last_arrived(replica.index))
@@ -351,6 +352,11 @@ class Scheduler:
         blocks_R = np.concatenate([replica.pool.take(len(own_R)) for replica, own_R in growing])
         running.append_blocks(growing_R, blocks_R)
         return decoding_R, growing_R, blocks_R
+
+    @property
+    def _blocks_come_back(self) -> bool:
+        """Whether some are set aside, and nobody has to give way first for a step to be committed."""
+        return self.has_set_aside and bool(self._under_way or not self.copies)
 
     def _decoding(self) -> Slots:
         """Who may decode in this step."""

@@ -148,11 +148,10 @@ class ForkServerProcess:
         """Ranks of a line that have ended so far, and how; also of those that have begun to, as far as that is told: a
         GPU's memory takes a tenth of a second to be given back."""
         with self._changed:
-            state = self._lines[line]
-            exits = dict(state.exits)
-            for rank, worker in state.workers.items():
-                if rank not in exits and (code := ending_of(worker.pid, worker.start_time)) is not None:
-                    exits[rank] = describe_exit(code, self._kills_before)
+            exits, workers = dict(self._lines[line].exits), dict(self._lines[line].workers)
+        for rank, worker in workers.items():
+            if rank not in exits and (code := ending_of(worker.pid, worker.start_time)) is not None:
+                exits[rank] = describe_exit(code, self._kills_before)
         return exits
 
     def pids(self, line: int) -> dict[int, int]:

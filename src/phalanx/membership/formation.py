@@ -1,8 +1,8 @@
 """The line that computes, what it leaves to the next one, and, if asked for, the line that stands ready behind it.
 
 When a line fails it is killed, whatever is wrong with it: nobody waits for a sick process to cooperate. Once its
-processes are gone, another line goes on, at another epoch: ladder.py says which one. The brain then forgets the steps
-under way; it is told whether the KV cache is still there.
+processes are gone, or on GPUs while they end, another line goes on, at another epoch: ladder.py says which one. The
+brain then forgets the steps under way; it is told whether the KV cache is still there.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, open_quarters, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watcher import WatchOrder
+from phalanx.membership.ending import Ending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
@@ -79,6 +80,10 @@ class Interruption:
     def note(self, ranks: Killable) -> None:
         """Those that the start makes. Raises StartError if it has been ended before it had any."""
         self._ranks = ranks
+        self.check()
+
+    def check(self) -> None:
+        """Raises StartError if the start has been ended."""
         if self.is_set:
             raise StartError("a line", "starting", "it is not needed any more")
 
@@ -112,6 +117,7 @@ class Lines:
         self._quarters = quarters
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
+        self._endings: tuple[Ending, ...] = ()
 
     def start(
         self,
@@ -127,7 +133,8 @@ class Lines:
     ) -> tuple[Line, Capacity]:
         """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
         of the other lines, is settled, too, and with Ray goes with `quarters` of its own. With `interruption` it starts
-        beside a line that computes."""
+        beside a line that computes. Those that `end` has ended are awaited first: a GPU has no room for three."""
+        self.await_ends(interruption)
         told: dict[int, HeldMemory] = {}
         launchers: list[LocalLauncher] = []
         epoch = next(self._epochs)
@@ -159,6 +166,25 @@ class Lines:
             line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
+
+    def end(self, line: Line) -> None:
+        """Kill its ranks and let go of what they used, in the background."""
+        self._endings = (*(ending for ending in self._endings if not ending.is_done), Ending(line.epoch, line.executor))
+
+    @property
+    def endings(self) -> tuple[Ending, ...]:
+        """Of those that `end` has ended, who may still be there."""
+        return tuple(ending for ending in self._endings if not ending.are_gone)
+
+    def await_ends(self, interruption: Interruption | None = None) -> None:
+        """Block until none is. Raises DeadlineError, and StartError if the start is interrupted that it is for."""
+        began_at = time.monotonic()
+        for ending in self.endings:
+            while not ending.wait(_END_AGAIN_S):
+                if interruption is not None:
+                    interruption.check()
+                if (waited_s := time.monotonic() - began_at) > END_DEADLINE_S:
+                    raise ending.late(waited_s)
 
     @property
     def go_on_beside(self) -> bool:
@@ -205,6 +231,8 @@ class Lines:
         self._launchers.close()
         if self._quarters is not None:
             self._quarters.kill()
+        for ending in self._endings:
+            ending.join(END_DEADLINE_S)
 
     def __enter__(self) -> Lines:
         return self

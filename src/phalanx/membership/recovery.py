@@ -47,7 +47,7 @@ class Recovered(NamedTuple):
     keeps_cache: bool
     """Whether it finds the KV cache as the failed one has left it..."""
     endings: tuple[Ending, ...]
-    """... and who may still write to it."""
+    """... and who may still write to it, as far as a step under way does."""
 
 
 class Recovery:
@@ -68,7 +68,6 @@ class Recovery:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._retired_epoch = 0
-        self._endings: tuple[Ending, ...] = ()
         self._retiring: list[threading.Thread] = []
         self._num_faults = 0
         self._healed: Counter[Rung] = Counter()
@@ -86,7 +85,8 @@ class Recovery:
     def carry_out(self, failed: Line, error: PhalanxError) -> Recovered:
         """A line that takes steps.
 
-        Raises NotHealedError, EngineDeadError after `interrupt`, DeadlineError if the kernel cannot end a process.
+        Raises NotHealedError, EngineDeadError after `interrupt`, and DeadlineError if the kernel does not end a process
+        that has to be awaited.
         """
         began_at = time.monotonic()
         self._is_healing = True
@@ -97,11 +97,10 @@ class Recovery:
         self._last_fault = str(error).partition("\n")[0]
         log.error("the ranks of epoch %d are ended: %s", failed.epoch, self._last_fault)
         forget_locals(error)
-        self._retire(failed)
+        self._retired_epoch = failed.epoch
+        self._lines.end(failed)
         climb = self.ladder.begin(began_at)
         while (attempt := self._next(climb)) is not None:
-            if attempt.rung != "standby" or not self._lines.go_on_beside:
-                self._await_ends()
             try:
                 line = self._attempt(attempt)
             except (PhalanxError, OSError) as reason:  # OSError: no memory, no processes, no descriptors
@@ -115,8 +114,7 @@ class Recovery:
             self._is_healing = False
             log.warning("ranks of epoch %d go on after %.3f s (%s)", line.epoch, self._last_pause_s, attempt.rung)
             self._renew_standby()
-            endings = tuple(ending for ending in self._endings if not ending.are_gone)
-            return Recovered(line, attempt.rung != "checkpoint", endings)
+            return Recovered(line, attempt.rung != "checkpoint", self._lines.endings)
         raise NotHealedError(f"{error}; it could not be healed: {climb.tried}") from error
 
     def weights_changed(self) -> None:
@@ -237,8 +235,6 @@ class Recovery:
     def close(self) -> None:
         """Wait for what is left of lines that have failed, and let go of what they have left."""
         self.interrupt()
-        for ending in self._endings:
-            ending.join()
         for thread in self._retiring:
             thread.join(END_DEADLINE_S)
         self._memory.close()
@@ -246,15 +242,20 @@ class Recovery:
     def _next(self, climb: Climb) -> Attempt | None:
         if self._closing.is_set():
             raise EngineDeadError("the ranks can run no more: their formation was closed")
+        if not (self._lines.go_on_beside and self._has_standby):
+            self._lines.await_ends()
         weights_are_there = self._may_reload or self._memory.holds_weights
         holds_memory = self._memory.is_whole and weights_are_there
-        has_standby = self._standby is not None and self._standby.state == "ready"
         return climb.next(
             time.monotonic(),
-            has_standby=has_standby and holds_memory,
+            has_standby=self._has_standby and holds_memory,
             holds_memory=holds_memory,
             may_reload=self._may_reload,
         )
+
+    @property
+    def _has_standby(self) -> bool:
+        return self._standby is not None and self._standby.state == "ready"
 
     def _attempt(self, attempt: Attempt) -> Line:
         """A line that has answered, and that others see."""
@@ -299,8 +300,7 @@ class Recovery:
         return line
 
     def _prepare(self, interruption: Interruption) -> Line:
-        """A line to stand ready. There is no room on a GPU for three."""
-        self._await_ends()
+        """A line to stand ready."""
         line, _ = self._lines.start(
             _say_nothing, capacity=self._capacity, memory=self._memory.of_ranks(), interruption=interruption
         )
@@ -310,16 +310,6 @@ class Recovery:
         has_weights = self._may_reload or self._memory.holds_weights
         if self._standby is not None and has_weights and not self._rests_standby:
             self._standby.renew()
-
-    def _retire(self, line: Line) -> None:
-        """End it, in the background."""
-        self._retired_epoch = line.epoch
-        self._endings = (*(ending for ending in self._endings if not ending.is_done), Ending(line))
-
-    def _await_ends(self) -> None:
-        """Block until no process is left of lines that have failed. Raises DeadlineError."""
-        for ending in self._endings:
-            ending.wait()
 
     def _end_later(self, line: Line, quarters: Quarters | None = None) -> None:
         """Kill its processes and let go of what it used, and of `quarters`, in the background: nobody waits for it."""

@@ -53,7 +53,7 @@ class Party(msgspec.Struct, frozen=True):
 class Watch:
     """The parties that one end of a queue depends on. Rings `bell` within milliseconds of the death of one.
 
-    `dead` grows before the bell rings, in the thread of the process's Poller; reading it needs no lock.
+    `dead` grows before the bell rings, in the thread of the process's Poller or of `give_up`; reading it needs no lock.
     """
 
     def __init__(self, bell: Doorbell) -> None:
@@ -132,10 +132,13 @@ def state_of(pid: int, start_time: int) -> str | None:
 def ending_of(pid: int, start_time: int) -> int | None:
     """How a process ends that has begun to, before it is gone: its exit code, or less the number of a signal.
 
-    None if it has not begun, is gone, or nobody is told. A code of 0 is told when it is gone: the kernel shows others
-    than a process's owner a 0 for any.
+    None if it has not begun, is gone, or nobody is told, such as who has no descriptor left to look. A code of 0 is
+    told when it is gone: the kernel shows others than a process's owner a 0 for any.
     """
-    found = _read_stat(pid)
+    try:
+        found = _read_stat(pid)
+    except OSError:
+        return None
     if found is None or not found.is_exiting or found.start_time != start_time or not found.exit_status:
         return None
     return os.waitstatus_to_exitcode(found.exit_status)

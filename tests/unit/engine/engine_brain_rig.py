@@ -16,6 +16,7 @@ from phalanx.engine.prefix_cache import ROOT, block_digest, extend_digests
 from phalanx.errors import PeerDiedError
 from phalanx.protocol import (
     FIRST_EPOCH,
+    CopyBlocks,
     FinishReason,
     ReplicaStats,
     SamplingParams,
@@ -94,6 +95,10 @@ class Rig:
         self.lingers = False
         """Whether those that were killed go on for a while, until `end_lingering`."""
         self._lingering: list[tuple[Hashes, Places, Places]] = []
+        self._late_copies: list[tuple[Sequence[SimulatedWorker], tuple[CopyBlocks, ...]]] = []
+        """What was sent to some of them, and they have not done before they were killed."""
+        self._not_copied: tuple[CopyBlocks, ...] = ()
+        """The same of those who are just being killed."""
         self._num_generated: dict[int, int] = {}
         """By replica; of those that are gone, when they were last there."""
         self._num_followed = 0
@@ -131,6 +136,8 @@ class Rig:
         self.epoch += 1
         lingers = self.lingers and self.keeps_cache
         lingering = self.executor.lingering() if lingers else []
+        late_copies = [(self.workers, self._not_copied)] if lingers and self._not_copied else []
+        self._not_copied = ()
         self.executor.replace(self._make_workers(self.workers if self.keeps_cache else ()))
         may_go_on = self.brain.rewind(
             self.epoch,
@@ -140,9 +147,11 @@ class Rig:
             sets_aside=lingers,
         )
         self._lingering = self._lingering + lingering if lingers and may_go_on else []
+        self._late_copies = self._late_copies + late_copies if lingers and may_go_on else []
         self._write_late()
         if self.lingers and self.executor.random.random() < 0.2:  # these are killed before they have copied anything
             self.executor.kill(num_answered=0, is_blamed=False)
+            self._not_copied = self.brain.copies
         else:
             self._copy()
         self._carry()
@@ -152,7 +161,7 @@ class Rig:
 
     def end_lingering(self) -> None:
         """Those who were killed are gone, for good."""
-        self._lingering = []
+        self._lingering, self._late_copies = [], []
         self.brain.restore_blocks()
 
     def _write_late(self) -> None:
@@ -160,6 +169,11 @@ class Rig:
         for cells_BO, blocks_T, offsets_T in self._lingering:
             rubbish = [random.random() < 0.3 for _ in blocks_T]
             cells_BO[blocks_T[rubbish], offsets_T[rubbish]] = random.getrandbits(64)
+        for sent in [sent for sent in self._late_copies if random.random() < 0.3]:
+            self._late_copies.remove(sent)
+            for command in sent[1]:
+                for worker, copies in zip(sent[0], command.copies, strict=True):
+                    worker.copy_blocks(copies)
 
     def _copy(self) -> None:
         for command in self.brain.copies:

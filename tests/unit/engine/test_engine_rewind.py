@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import msgspec
 import numpy as np
 import pytest
@@ -353,3 +355,49 @@ def test_a_rehearsal_counts_for_no_token() -> None:
     (after,) = rig.brain.stats().replicas
     assert after.num_steps > before.num_steps
     assert msgspec.structs.replace(after, num_steps=before.num_steps) == before
+
+
+class _Dice(Random):
+    """Throws what it is told."""
+
+    thrown = 0.5
+
+    def random(self) -> float:
+        return self.thrown
+
+
+def test_workers_that_were_to_copy_and_died_before_may_do_so_late() -> None:
+    """After others have copied in their place, and written on."""
+    rig = Rig(block_size=8)
+    rig.executor.random, rig.lingers = _Dice(), True
+    rig.submit([1, 2, 3], max_tokens=30, ignore_eos=True)
+    for _ in range(4):
+        rig.step()
+    rig.executor.random.thrown = 0.0  # they are killed at once
+    rig.rewind()
+    assert len(rig.brain.copies) == 1
+    rig.executor.random.thrown = 0.9
+    rig.rewind()
+    assert len(rig.brain.copies) == 2, "and what was to be copied to is copied from"
+    for _ in range(3):
+        rig.step()
+    assert rig.brain.copies == ()
+    rig.executor.random.thrown = 0.0  # now they copy
+    rig.step()
+    rig.executor.random.thrown = 0.9
+    rig.finish()
+
+
+def test_blocks_are_waited_for_where_too_few_can_be_spared() -> None:
+    rig = Rig(num_blocks=4, block_size=4, max_model_len=16)
+    rig.executor.random, rig.lingers = _Dice(), True
+    rig.submit([1, 2, 3], max_tokens=12, ignore_eos=True)
+    for _ in range(8):
+        rig.step()
+    rig.rewind()
+    for _ in range(8):  # the request does not give way to itself over and over
+        rig.step()
+    assert rig.brain.has_work(), "there is no block for its last tokens"
+    assert rig.stats.num_preemptions == 0
+    rig.finish()
+    assert rig.stats.num_preemptions == 0

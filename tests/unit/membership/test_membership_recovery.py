@@ -12,7 +12,8 @@ import pytest
 import phalanx.membership.standby as standby_module
 from phalanx.config import HealingConfig
 from phalanx.errors import DeadlineError, PeerDiedError, StartError
-from phalanx.membership.lines import Interruption, Line
+from phalanx.membership.ending import Ending
+from phalanx.membership.lines import Interruption, Line, Lines
 from phalanx.membership.recovery import Recovery
 
 WITHIN_S = 20.0
@@ -43,6 +44,7 @@ class FakeLines:
         self.hangs = threading.Event()
         self.num_standby = threading.Semaphore(0)
         self.num_lines = 1
+        self.endings: tuple[Ending, ...] = ()
 
     def start(self, _: object, *, interruption: Interruption | None = None, **__: object) -> tuple[Line, None]:
         if interruption is not None:
@@ -53,6 +55,15 @@ class FakeLines:
                 time.sleep(0.001)
         self.num_lines += 1
         return line(self.num_lines), None
+
+    def end(self, line: Line) -> None:
+        self.endings = (*self.endings, Ending(line.epoch, line.executor))
+
+    def await_ends(self) -> None:
+        for ending in self.endings:
+            if not ending.wait(WITHIN_S):
+                raise ending.late(WITHIN_S)
+        self.endings = ()
 
     def close(self) -> None: ...
 
@@ -145,7 +156,6 @@ def test_who_stands_ready_goes_on_beside_who_ends_where_that_takes_long(
     _, _, endings = recovery.carry_out(failed, PeerDiedError("rank 1", 7))
     assert recovery.stats(2).healed == {"standby": 1}
     assert [ending.are_gone for ending in endings] == ([False] if go_on_beside else [])
-    assert not lines.num_standby.acquire(timeout=0.05) or not go_on_beside, "a GPU has no room for three lines"
     may_end.set()
     until(lambda: all(ending.are_gone for ending in endings))
     until(lambda: recovery.stats(2).standby == "ready")
@@ -162,18 +172,35 @@ def test_without_a_line_that_stands_ready_the_end_of_the_one_before_is_awaited(
     assert has_ended.is_set()
 
 
-def test_ranks_that_cannot_be_ended_end_the_recovery(
-    lines: FakeLines, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def real_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
+    monkeypatch.setattr("phalanx.membership.ending.AGAIN_S", 0.01)
+    monkeypatch.setattr("phalanx.membership.lines.END_DEADLINE_S", 0.2)
+    with Lines(cast(Any, None), cast(Any, None)) as made:
+        yield made
+
+
+def test_what_cannot_be_ended_is_tried_again_and_awaited_for_so_long(
+    real_lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recovery.rest_standby()
-    failed = line(1)
+    failed, may_end = line(1), threading.Event()
 
     def kill() -> None:
-        raise DeadlineError("the end after SIGKILL", "rank 1 (pid 7)", 10.0)
+        if not may_end.is_set():
+            raise DeadlineError("the end after SIGKILL", "rank 1 (pid 7)", 10.0)
 
     monkeypatch.setattr(failed.executor, "kill", kill)
-    with pytest.raises(DeadlineError, match="rank 1"):
-        recovery.carry_out(failed, PeerDiedError("rank 1", 7))
+    real_lines.end(failed)
+    with pytest.raises(DeadlineError, match="the line of epoch 1"):
+        real_lines.await_ends()
+    assert "ranks of epoch 1 have not ended" in caplog.text
+    interruption = Interruption()
+    interruption.begin()
+    with pytest.raises(StartError, match="not needed"):
+        real_lines.await_ends(interruption)
+    may_end.set()
+    until(lambda: not real_lines.endings)
+    real_lines.await_ends()
 
 
 def test_ranks_that_have_handed_over_are_ended_later_and_with_the_formation_at_once(
