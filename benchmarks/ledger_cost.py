@@ -1,10 +1,10 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH] [--ranks 2] [--rounds 9] [--engines 2] [--texts 2] [--short]
+    python benchmarks/ledger_cost.py [--model PATH | --shape qwen2.5-1.5b] [--ranks 2] [--rounds 9] [--engines 2] [--texts 2] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: an engine (with a small random model without --model) decodes for eight streams, and of three steps in a row
+- *Tokens*: an engine (of a small random model unless --model or --shape names another) decodes for eight streams, and of three steps in a row
   its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another one; and in the third
   one also have a watcher beside them that looks ten times as often as usual. What a look costs is too little to be seen
   beside how much steps differ: so it is told from what ten times as many cost, by the cores that these took and those
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from large_checkpoint import SHAPES, write_large_checkpoint
 
 from phalanx.collectives.descriptor import Descriptor
 from phalanx.collectives.journaled import JournaledGroup
@@ -267,11 +268,13 @@ class OfEngine(NamedTuple):
             yield bare_s / noted_s, noted_s / with_watcher_s, bare_s / with_watcher_s
 
 
-def report_tokens(model: Path | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
+def report_tokens(model: Path | None, shape: str | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
     """Compare steps of one engine, each with its neighbours: two engines of the same settings differ by more than the
     ledger costs, as their memory lies elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
+        if shape is not None:
+            model = write_large_checkpoint(Path(folder), SHAPES[shape])
         model = model or write_checkpoint(Path(folder) / "model", **MODEL)
         engines = [threes_of_steps(model, num_ranks, num_texts) for _ in range(num_engines)]
     ratios = [each for one in engines for each in one.ratios()]
@@ -424,17 +427,18 @@ def take_turn(ends: Sequence[Connection]) -> float:
 
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape instead of --model.")
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--engines", type=click.IntRange(1), default=2, show_default=True, help="One after the other.")
 @click.option("--texts", type=click.IntRange(1), default=2, show_default=True, help="Of each engine.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(model: Path | None, ranks: int, rounds: int, engines: int, texts: int, short: bool) -> None:
+def main(model: Path | None, shape: str | None, ranks: int, rounds: int, engines: int, texts: int, short: bool) -> None:
     rounds, engines, texts = (3, 1, 1) if short else (rounds, engines, texts)
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(model, ranks, engines, texts)
+    report_tokens(model, shape, ranks, engines, texts)
     report_all_reduce(rounds)
 
 
