@@ -1,15 +1,16 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH | --shape qwen2.5-1.5b] [--ranks 2] [--rounds 9] [--engines 2] [--texts 2] [--short]
+    python benchmarks/ledger_cost.py [--model PATH | --shape qwen2.5-1.5b] [--ranks 2] [--rounds 9] [--engines 2]
+        [--texts 2] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: an engine (of a small random model unless --model or --shape names another) decodes for eight streams, and of three steps in a row
-  its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another one; and in the third
-  one also have a watcher beside them that looks ten times as often as usual. What a look costs is too little to be seen
-  beside how much steps differ: so it is told from what ten times as many cost, by the cores that these took and those
-  that the engine's own watcher takes. The ratio of tokens per second as the median over the threes of steps, with the
-  interval that it is in with 95 %.
+- *Tokens*: an engine (of a small random model unless --model or --shape names another) decodes for eight streams, and of
+  three steps in a row its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another
+  one; and in the third one also have a watcher beside them that looks ten times as often as usual. What a look costs is
+  too little to be seen beside how much steps differ: so it is told from what ten times as many cost, by the cores that
+  these took and those that the engine's own watcher takes. The ratio of tokens per second as the median over the threes
+  of steps, with the interval that it is in with 95 %.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
 """
