@@ -5,8 +5,8 @@
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
-- *Tokens*: an engine (of a small random model unless --model or --shape names another) decodes for eight streams, and of
-  three steps in a row its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another
+- *Tokens*: an engine (of a small random model unless --model or --shape names another) decodes for eight streams, and
+  of three steps in a row its ranks note nothing in one; note it, for the ledger and for the guard's digests, in another
   one; and in the third one also have a watcher beside them that looks ten times as often as usual. What a look costs is
   too little to be seen beside how much steps differ: so it is told from what ten times as many cost, by the cores that
   these took and those that the engine's own watcher takes. The ratio of tokens per second as the median over the threes
