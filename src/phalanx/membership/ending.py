@@ -51,9 +51,7 @@ class Ending:
         while not self._is_given_up.is_set():
             try:
                 executor.kill()
-            except (
-                Exception
-            ):  # the kernel does not end one, or a descriptor is lacking: whoever goes on has no less room
+            except Exception:  # the kernel does not end one, or there is no descriptor left to see to it
                 log.exception("ranks of epoch %d have not ended", self._epoch)
                 self._is_given_up.wait(AGAIN_S)
                 continue
