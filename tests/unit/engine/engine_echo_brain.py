@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.protocol import EngineStats, FinishReason, ReplicaStats, Submit, TokenBatch, as_ints, ints
+from phalanx.protocol import CopyBlocks, EngineStats, FinishReason, ReplicaStats, Submit, TokenBatch, as_ints, ints
 
 
 class EchoBrain:
@@ -35,10 +35,19 @@ class EchoBrain:
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
 
+    copies: tuple[CopyBlocks, ...] = ()
+
     def rewind(
-        self, epoch: int, *, keeps_cache: bool, failure: str | None = None, is_from_outside: bool = False
-    ) -> None:
+        self,
+        epoch: int,
+        *,
+        keeps_cache: bool,
+        failure: str | None = None,
+        is_from_outside: bool = False,
+        sets_aside: bool = False,
+    ) -> bool:
         self.rewinds.append((epoch, keeps_cache, failure))
+        return True
 
     def has_work(self) -> bool:
         return bool(self.running or self._finished)

@@ -23,6 +23,7 @@ import phalanx.engine.process as process
 from phalanx.config import Config
 from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
+from phalanx.membership.formation import Healed
 from phalanx.memory.shared_weights import SharedWeights, WeightsKind, encode_shared
 from phalanx.protocol import (
     AvoidNodes,
@@ -72,10 +73,10 @@ class FakeHealing:
     def wait(self, timeout_s: float) -> bool:
         return self.is_over.wait(timeout_s)
 
-    def result(self) -> tuple[int, bool]:
+    def result(self) -> Healed:
         if self.error is not None:
             raise self.error
-        return 2, True
+        return Healed(epoch=2, keeps_cache=True)
 
 
 class FakeFormation:
