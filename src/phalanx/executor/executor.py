@@ -411,9 +411,9 @@ class Executor:
     def _exit_of(self, rank: int) -> str | None:
         # The queue sees a death before the launcher has collected it.
         expires_at = time.monotonic() + CAUSE_GRACE_S
-        while rank not in self._launcher.exits() and time.monotonic() < expires_at:
+        while (how := self._launcher.exits().get(rank)) is None and time.monotonic() < expires_at:
             time.sleep(0.005)
-        return self._launcher.exits().get(rank)
+        return how
 
     def _check_exits(self) -> None:
         """A worker that ended without a word (it may not have come as far as its queue)."""

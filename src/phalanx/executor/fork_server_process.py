@@ -36,7 +36,7 @@ from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import WITH_FORK_SERVER, describe_exit
 from phalanx.ledger.journal import note_process
-from phalanx.transport.liveness import Party, ending_of
+from phalanx.transport.liveness import Party, ending_of, start_time_of, state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 
@@ -62,6 +62,8 @@ class _Line:
         self.journals = journals
         self.workers: dict[int, Party] = {}
         self.exits: dict[int, str] = {}
+        self.endings: dict[int, str] = {}
+        """How workers end, as was seen before they had ended: what was told once is told again."""
 
     @property
     def is_forked(self) -> bool:
@@ -103,6 +105,7 @@ class ForkServerProcess:
             os.close(self._orders)
             self._thread.join(SPAWN_DEADLINE_S)  # it closes the pipe's other end
             raise StartError("the fork server", "starting", str(error) or f"waited {SPAWN_DEADLINE_S} s") from error
+        self._start_time = start_time_of(self._process.pid) or 0
 
     @property
     def ended(self) -> str | None:
@@ -148,11 +151,22 @@ class ForkServerProcess:
         """Ranks of a line that have ended so far, and how; also of those that have begun to, as far as that is told: a
         GPU's memory takes a tenth of a second to be given back."""
         with self._changed:
-            exits, workers = dict(self._lines[line].exits), dict(self._lines[line].workers)
-        for rank, worker in workers.items():
-            if rank not in exits and (code := ending_of(worker.pid, worker.start_time)) is not None:
-                exits[rank] = describe_exit(code, self._kills_before)
-        return exits
+            state = self._lines[line]
+            living = {rank: worker for rank, worker in state.workers.items() if rank not in state.exits}
+        ending = self._ending(living)
+        with self._changed:
+            state.endings.update(ending)
+            return {**state.endings, **state.exits}
+
+    def _ending(self, workers: Mapping[int, Party]) -> dict[int, str]:
+        """Those that end, and not with the fork server, as is said when that has ended."""
+        try:
+            if state_of(self._process.pid, self._start_time) is None:
+                return {}
+        except OSError:  # no descriptor is left to look
+            return {}
+        codes = {rank: ending_of(worker.pid, worker.start_time) for rank, worker in workers.items()}
+        return {rank: describe_exit(code, self._kills_before) for rank, code in codes.items() if code is not None}
 
     def pids(self, line: int) -> dict[int, int]:
         """Process ids of the workers forked so far, by rank."""

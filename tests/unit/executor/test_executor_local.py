@@ -51,6 +51,22 @@ def test_a_fork_server_that_dies_before_it_forks_is_the_end_of_every_rank() -> N
     launcher.close(0.0)
 
 
+def test_how_a_rank_ends_is_told_before_it_has_ended_and_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = LocalLauncher({})
+    pid = launcher.reserve(0, timeout_s=30.0)
+    assert not launcher.exits()
+    codes = iter([-signal.SIGSEGV])
+    monkeypatch.setattr(fork_server_process, "ending_of", lambda of, _: next(codes, None) if of == pid else None)
+    assert launcher.exits() == {0: "killed by SIGSEGV"}
+    assert launcher.exits() == {0: "killed by SIGSEGV"}, "though it is just gone, and nobody has said so yet"
+    assert not launcher.await_exits(0.0)
+    os.kill(launcher._server._process.pid, signal.SIGSTOP)
+    os.kill(launcher._server._process.pid, signal.SIGKILL)
+    assert launcher.await_exits(10.0)
+    assert "fork server ended" in launcher.exits()[0]
+    launcher.close(0.0)
+
+
 def test_a_fork_server_that_cannot_be_killed_is_an_error_and_not_a_wait_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
