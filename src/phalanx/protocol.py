@@ -311,7 +311,10 @@ class ResizeBegun(Message, frozen=True):
 
 
 class ResizeEnded(Message, frozen=True):
-    """A resize is over. If it is not done, the engine is as it was before."""
+    """A resize is over. If it is not done, the engine is as it was before.
+
+    One that is done or has failed had begun, one that was refused had not; one that is cancelled may have.
+    """
 
     number: int
     ending: Literal["done", "failed", "cancelled", "refused"]

@@ -14,10 +14,16 @@ from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded
 
 
 def run_through(rig: Rig, size: Size, meanwhile: Callable[[EngineResizing], object] = lambda _: None) -> ResizeEnded:
-    """Requests run until the resize is over; gives how it has ended."""
+    """Requests run until the resize is over; gives how it has ended.
+
+    `meanwhile` is called once before anything is told of it, then after each step.
+    """
     told: list[EngineMessage] = []
     resizing = EngineResizing(rig.formation, rig.brain, told.append)
     resizing.begin(Resize(7, *size))
+    resize = resizing._resize
+    if resize is not None:
+        meanwhile(resizing)
 
     def after(_: int) -> None:
         resizing.follow()
@@ -30,7 +36,9 @@ def run_through(rig: Rig, size: Size, meanwhile: Callable[[EngineResizing], obje
         assert rig.run(after) == rig.expected
     ended = told[-1]
     assert isinstance(ended, ResizeEnded) and ended.number == 7
-    assert (ResizeBegun(7) in told) == (ended.ending != "refused")
+    has_begun = resize is not None and resize.has_begun
+    assert (ResizeBegun(7) in told) == has_begun
+    assert ended.ending == "cancelled" or has_begun == (ended.ending != "refused")
     return ended
 
 
@@ -42,6 +50,12 @@ def once(harm: Callable[[], bool]) -> Callable[[EngineResizing], None]:
         done[0] = done[0] or harm()
 
     return meanwhile
+
+
+def cancel_once_begun(resizing: EngineResizing) -> None:
+    assert resizing._resize is not None
+    if resizing._resize.has_begun:
+        resizing.cancel(7)
 
 
 def pids_that_come(rig: Rig) -> dict[int, int]:

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 import pytest
 from formation_rig import READY_WITHIN_S, Rig, kill
-from resize_rig import run_through
+from resize_rig import cancel_once_begun, run_through
 
 ray = pytest.importorskip("ray")
 
@@ -376,7 +376,7 @@ def test_faults_are_healed(cluster: None, checkpoint: Path, tmp_path: Path) -> N
 def resize_and_heal(rig: Rig) -> None:
     """From two ranks to one in a bundle that is there; undone first, while its actor comes, and healed after it."""
     actors, before = ranks(), bundles()
-    assert run_through(rig, Size(1, 1), lambda resizing: resizing.cancel(7)).ending == "cancelled"
+    assert run_through(rig, Size(1, 1), cancel_once_begun).ending == "cancelled"
     wait_until(lambda: ranks() == actors, GONE_WITHIN_S)
     assert bundles() == before and len(before) == 2
     assert run_through(rig, Size(1, 1)).ending == "done"

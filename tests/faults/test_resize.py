@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from formation_rig import READY_WITHIN_S, Rig, kill
-from resize_rig import once, pids_that_come, run_through
+from resize_rig import cancel_once_begun, once, pids_that_come, run_through
 from test_formation import expect_nothing_is_left, num_segments
 
 from phalanx.engine.resizing import EngineResizing
@@ -105,13 +105,17 @@ def test_a_rank_that_serves_is_killed_meanwhile(rig: Rig) -> None:
     assert rig.errors == [PeerDiedError] and rig.formation.size == Size(2, 1)
 
 
-def test_cancelled_and_another_one_refused(rig: Rig) -> None:
+@pytest.mark.parametrize("when", ["before it has begun", "once begun"])
+def test_cancelled_and_another_one_refused(rig: Rig, when: str) -> None:
     pids, refused = rig.pids(), []
 
     def meanwhile(resizing: EngineResizing) -> None:
         other = EngineResizing(rig.formation, rig.brain, refused.append)
         other.begin(Resize(8, 1, 2))
-        resizing.cancel(7)
+        if when == "once begun":
+            cancel_once_begun(resizing)
+        else:
+            resizing.cancel(7)
 
     assert run_through(rig, Size(1, 1), meanwhile).ending == "cancelled" and rig.pids() == pids
     assert refused[0].ending == "refused" and "from DP 2, TP 1 to DP 1, TP 1 is under way" in refused[0].reason

@@ -74,7 +74,7 @@ class EngineResizing:
         self._number = -1
         self._resize: UnderWay | None = None
         self._ahead: Ahead | None = None
-        self._has_begun = False
+        self._has_told_begin = False
         self._told: StartProgress | None = None
 
     @property
@@ -91,7 +91,7 @@ class EngineResizing:
             self._tell(ResizeEnded(asked.number, "refused", sendable(str(error)), setting))
             return
         self._number, self._resize = asked.number, resize
-        self._has_begun, self._told, self._ahead = False, None, None
+        self._has_told_begin, self._told, self._ahead = False, None, None
 
     def cancel(self, number: int) -> None:
         """Undo it, if it is that which is under way."""
@@ -104,7 +104,7 @@ class EngineResizing:
         if resize is None:
             return
         self._formation.follow_resize()
-        if resize.state in ("preparing", "ready"):
+        if resize.has_begun:
             self._tell_progress()
         if resize.state == "ready":
             self._switch()
@@ -113,7 +113,7 @@ class EngineResizing:
         if resize.state == "failed":
             assert resize.error is not None
             reason = sendable(str(resize.error) or type(resize.error).__name__)
-            ended = ResizeEnded(self._number, "failed" if self._has_begun else "refused", reason)
+            ended = ResizeEnded(self._number, "failed" if resize.has_begun else "refused", reason)
             self._end(msgspec.structs.replace(ended, setting=WrongSetting.of(resize.error)))
         elif resize.state == "cancelled":
             self._end(ResizeEnded(self._number, "cancelled"))
@@ -147,8 +147,8 @@ class EngineResizing:
         self._end(ResizeEnded(self._number, "done", ready=engine_ready(resized.config, resized.capacity)))
 
     def _tell_progress(self) -> None:
-        if not self._has_begun:
-            self._has_begun = True
+        if not self._has_told_begin:
+            self._has_told_begin = True
             self._tell(ResizeBegun(self._number))
         told = self._formation.resize_progress
         if told is not None and told is not self._told:

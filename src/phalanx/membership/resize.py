@@ -43,6 +43,8 @@ class Resize:
         self.before = before
         self.asked = asked
         self.state: ResizeState = "checking"
+        self.has_begun = False
+        """There was room for it: processes of the line of the size asked for have been started."""
         self.error: Exception | None = None
         """Why it is undone; None if it is not, or was cancelled."""
 
@@ -82,7 +84,7 @@ class Resizing:
     def has_room(self) -> None:
         """There is room for a line of the size asked for: from now on there are processes of it."""
         if self.current is not None and self.current.state == "checking":
-            self.current.state = "preparing"
+            self.current.state, self.current.has_begun = "preparing", True
 
     def prepared(self) -> None:
         """That line is ready to step. It comes too late if it is to be undone."""

@@ -14,7 +14,7 @@ from phalanx.executor.start import Capacity
 from phalanx.membership.formation import Resized
 from phalanx.membership.resize import Resize as UnderWay
 from phalanx.membership.resize import Size
-from phalanx.protocol import EngineMessage, Resize, ResizeEnded, SamplingParams, Submit, ints
+from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded, SamplingParams, Submit, ints
 
 CAPACITY = Capacity(
     num_blocks=16,
@@ -38,7 +38,7 @@ class Formation:
         self.has_switched = False
 
     def begin_resize(self, asked: Size, next_work: object) -> UnderWay:
-        self.resize.state = "preparing"
+        self.resize.state, self.resize.has_begun = "preparing", True
         return self.resize
 
     def follow_resize(self) -> None:
@@ -92,3 +92,24 @@ def test_one_that_is_undone_then_holds_nobody(bench: Bench) -> None:
     bench.formation.resize.state = "cancelled"
     bench.resizing.follow()
     assert isinstance(bench.told[-1], ResizeEnded) and bench.told[-1].ending == "cancelled"
+
+
+def test_one_that_fails_before_anybody_looks_had_begun(bench: Bench) -> None:
+    """It was not refused, whatever happens between two turns of the brain."""
+    bench.formation.resize.state, bench.formation.resize.error = "failed", ValueError("too small")
+    bench.resizing.follow()
+    assert bench.told == [ResizeBegun(7), ResizeEnded(7, "failed", "too small")]
+
+
+def test_one_that_fails_before_it_has_begun_is_refused(bench: Bench) -> None:
+    bench.formation.resize.has_begun = False
+    bench.formation.resize.state, bench.formation.resize.error = "failed", ValueError("no room")
+    bench.resizing.follow()
+    assert bench.told == [ResizeEnded(7, "refused", "no room")]
+
+
+def test_one_that_is_cancelled_before_it_has_begun(bench: Bench) -> None:
+    bench.formation.resize.has_begun = False
+    bench.formation.resize.state = "cancelled"
+    bench.resizing.follow()
+    assert bench.told == [ResizeEnded(7, "cancelled")]
