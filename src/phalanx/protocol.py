@@ -569,6 +569,8 @@ class AllocateCache(Message, frozen=True):
 
     num_blocks: int
     max_model_len: int
+    captures_later: bool = False
+    """Make most graphs when a step needs them for the first time, as requests wait for this rank."""
 
 
 class Ping(Message, frozen=True):

@@ -33,6 +33,8 @@ class Warm(msgspec.Struct, frozen=True, tag=True):
     """Import what workers of this checkpoint will need."""
 
     checkpoint: str
+    device: str
+    """`cpu` or `cuda`."""
     search_path: list[bytes] = msgspec.field(default_factory=_search_path)
     """Where who sends this finds modules: a worker extension may lie beside its script."""
 
@@ -266,11 +268,14 @@ def _end(pid: int) -> None:
 
 def _warm(order: Warm) -> None:
     """Import the model's own module before the fork. What is wrong with it, or its checkpoint, the workers report."""
+    from phalanx.models.attention import import_backend
     from phalanx.models.model import import_definition
 
     # The launcher's first, so that a name means the same module in both. Only here is what the environment has added.
     sys.path[:] = dict.fromkeys([*map(os.fsdecode, order.search_path), *sys.path])
     with suppress(Exception):  # an import may raise any, and there are lines that compute
+        import_backend(order.device)
+    with suppress(Exception):
         import_definition(order.checkpoint)
 
 

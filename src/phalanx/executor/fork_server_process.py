@@ -113,9 +113,9 @@ class ForkServerProcess:
         with self._changed:
             return self._ended
 
-    def warm(self, checkpoint: str) -> None:
+    def warm(self, checkpoint: str, device: str) -> None:
         """Have the model's code imported before the first worker is forked."""
-        self._send(Warm(checkpoint))
+        self._send(Warm(checkpoint, device))
 
     def fork(self, specs: Sequence[WorkerSpec]) -> int:
         """Set the workers of a line off; gives the line's number. Returns before they have been forked."""

@@ -26,9 +26,9 @@ class LocalLauncher:
         self._owns_server = server is None
         self._line: int | None = None
 
-    def warm(self, checkpoint: str) -> None:
-        """Have the model's code imported before the first worker is forked."""
-        self._server.warm(checkpoint)
+    def warm(self, checkpoint: str, device: str) -> None:
+        """Have the model's code for `device` imported before the first worker is forked."""
+        self._server.warm(checkpoint, device)
 
     def start(self, specs: Sequence[WorkerSpec]) -> None:
         """As Launcher says. Once only."""

@@ -99,6 +99,8 @@ class LinePlan(NamedTuple):
     """For the whole start; the configuration's if None."""
     is_beside: bool = False
     """Whether another line computes in the same quarters, and is not to notice anything."""
+    is_awaited: bool = False
+    """Whether requests wait for it: what its first steps can do without is left for later."""
     note: Callable[[Killable], None] = lambda ranks: None
     """Told, before there are any ranks, what ends them; the start then fails. Not of one in this process."""
 
@@ -247,7 +249,7 @@ def _place_local(
     launcher = new_launcher(thread_environment(threads))
     resources.callback(launcher.close, 0.0)
     line.note(launcher)
-    launcher.warm(str(checkpoint.path))
+    launcher.warm(str(checkpoint.path), config.executor.device)
     queue: MessageQueue[Call, WorkerMessage] = MessageQueue(
         [f"rank {rank}" for rank in range(grid.world_size)], command_type=Call, reply_type=WorkerMessage
     )
@@ -400,7 +402,9 @@ def _allocate(
         capacity = _measure(executor, config, checkpoint, loaded, deadline)
     elif config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
         executor.submit(MeasureMemory(sizes_cache=False), deadline_s=deadline.remaining_s).result()
-    order = AllocateCache(capacity.num_blocks, capacity.max_model_len)
+    # What an extension has put into the model meanwhile is to be in all graphs or in none.
+    captures_later = line.is_awaited and config.executor.worker_extension_cls is None
+    order = AllocateCache(capacity.num_blocks, capacity.max_model_len, captures_later)
     replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
     if line.tell_memory is not None:
         line.tell_memory(told_memory(replies))

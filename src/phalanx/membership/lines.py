@@ -127,13 +127,15 @@ class Lines:
         memory: Mapping[int, HeldMemory] = NO_MEMORY,
         show: ShowLine | None = None,
         timeout_s: float | None = None,
+        is_awaited: bool = False,
         interruption: Interruption | None = None,
         config: Config | None = None,
         quarters: Quarters | None = None,
     ) -> tuple[Line, Capacity]:
         """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
-        of the other lines, is settled, too, and with Ray goes with `quarters` of its own. With `interruption` it starts
-        beside a line that computes. Those that `end` has ended are awaited first: a GPU has no room for three."""
+        of the other lines, is settled, too, and with Ray goes with `quarters` of its own. With `is_awaited` requests
+        wait for it; with `interruption` it starts beside a line that computes. Those that `end` has ended are awaited
+        first: a GPU has no room for three."""
         self.await_ends(interruption)
         told: dict[int, HeldMemory] = {}
         launchers: list[LocalLauncher] = []
@@ -149,6 +151,7 @@ class Lines:
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
             is_beside=interruption is not None and quarters is None,
+            is_awaited=is_awaited,
             note=(interruption or Interruption()).note,
         )
 

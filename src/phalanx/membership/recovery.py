@@ -295,7 +295,12 @@ class Recovery:
 
     def _new_line(self, deadline_s: float, memory: Mapping[int, HeldMemory]) -> Line:
         line, _ = self._lines.start(
-            _say_nothing, capacity=self._capacity, memory=memory, show=self._presence.show, timeout_s=deadline_s
+            _say_nothing,
+            capacity=self._capacity,
+            memory=memory,
+            show=self._presence.show,
+            timeout_s=deadline_s,
+            is_awaited=True,
         )
         return line
 

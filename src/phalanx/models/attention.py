@@ -65,7 +65,7 @@ class PagedAttention:
 
 def pick_backend(device: torch.device) -> Backend:
     """The fastest attention for the device: a Triton kernel on a GPU, where its torch brought Triton along."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if _has_triton(device.type):
         from phalanx.models import attention_triton
 
         return attention_triton.paged_attention
@@ -74,11 +74,23 @@ def pick_backend(device: torch.device) -> Backend:
     return attention_torch.paged_attention
 
 
+def import_backend(device_type: str) -> None:
+    """Import the attention for such a device, and do what it can do before a process has one: forked ones have it."""
+    if _has_triton(device_type):
+        from phalanx.models import attention_triton
+
+        attention_triton.get_ready()
+
+
 def register() -> None:
     """Make our attention known to transformers. May be called again."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attend)
+
+
+def _has_triton(device_type: str) -> bool:
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _attend(

@@ -9,6 +9,9 @@ Legend: T tokens of the step, H query heads, K KV heads, D head size, V value si
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +26,19 @@ With all of it and heads of 128, consumer GPUs have too little shared memory (99
 prefill takes 1.4 times as long on an H100, with heads of 64 ten times."""
 
 NO_WINDOW = 1 << 30
+
+
+def get_ready() -> None:
+    """Have Triton do what it does once in a process and needs no GPU for: read all of itself for the key of its cache,
+    and import what arguments are compared with at the first launch. Takes up to half a second.
+
+    These are none of Triton's public names. Where it has others, each process does it at its first launch.
+    """
+    with suppress(ImportError):
+        importlib.import_module("triton.experimental.gluon")
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 def paged_attention(

@@ -33,7 +33,7 @@ from phalanx.models.precision import kept_dtype
 from phalanx.models.rank_weights import RankPart, RankWeights, tie
 from phalanx.models.shards import EXPERTS, ROWS, Sharding
 from phalanx.models.short_paths import install_short_paths
-from phalanx.models.weights import Source, WeightReader, find_sources
+from phalanx.models.weights import Source, WeightReader, find_sources, import_conversions
 from phalanx.moe import four_bits
 from phalanx.moe.dispatcher import Dispatcher
 from phalanx.moe.expert_groups import install_groups
@@ -170,6 +170,7 @@ def import_definition(checkpoint: str) -> None:
     found.check()
     definition_class(found)
     found.hf_config  # noqa: B018  (its class is in a module too)
+    import_conversions()
 
 
 class WeightMemory(NamedTuple):

@@ -41,6 +41,13 @@ class Source(NamedTuple):
     """Where the tensor begins along its own first dimension."""
 
 
+def import_conversions() -> None:
+    """Have transformers make its table of the conversions of all models, which takes it a tenth of a second."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("")
+
+
 def find_sources(model: Any, tensors: Mapping[str, StoredTensor], parameters: Iterable[str]) -> dict[str, list[Source]]:
     """The checkpoint's tensors that each parameter is made of.
 

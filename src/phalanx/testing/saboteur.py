@@ -145,6 +145,8 @@ class _Armed:
 
     def _issue(self, group: Group, operation: Operation, issue: tampering.Call, *args: Any, **named: Any) -> Any:
         """A collective."""
+        if self._is_capturing():
+            return issue(*args, **named)
         number, self._count = self._count, self._count + 1
         if self._shift is not None and self._shift[0] == group.name:
             self._follow(group, tampering.describe(operation, args, named))
@@ -201,11 +203,19 @@ class _Armed:
             if one != after and len(members.get(one, set()) & members.get(after, set())) > 1
         ]
 
+    def _is_capturing(self) -> bool:
+        """Whether what is done now goes into a graph: it was done before, in the same step."""
+        import torch
+
+        return self._worker.model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _runs_ahead(self, group: Group) -> bool:
         return any(spec.runs_ahead for spec in self._worker.spec.groups if spec.name == group.name)
 
     def _layer(self, forward: tampering.Call, *args: Any, **named: Any) -> Any:
         """A layer of experts."""
+        if self._is_capturing():
+            return forward(*args, **named)
         layer = len(self._layer_starts)
         self._layer_starts.append(self._count)
         is_it = self._usual_starts and layer == self._fault.collective % len(self._usual_starts)

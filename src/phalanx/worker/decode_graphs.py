@@ -1,7 +1,8 @@
 """Steps in which every row computes one token, given to the device as one graph instead of hundreds of kernels.
 
-For each of some numbers of rows there is a graph, captured when the worker starts. Its inputs lie where they lay then;
-a step with fewer rows is padded with rows that are nobody's, whose keys and values go into a block that is nobody's.
+For each of some numbers of rows there is a graph, captured when the worker starts, or, if requests wait for it then, in
+the first step of so many. Its inputs lie where they lay then; a step with fewer rows is padded with rows that are
+nobody's, whose keys and values go into a block that is nobody's.
 
 Shape suffixes: R rows of a step, G rows of a graph, W blocks of the longest row, D hidden size, V vocabulary.
 """
@@ -99,7 +100,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Replay each once, of rows that are nobody's: the first time takes some milliseconds more. Before any step."""
-        for size in self.sizes:
+        for size in sorted(self._replays):
             self._run_graph(size)
 
     def hidden_in(self, num_rows: int) -> Tensor:
@@ -129,6 +130,10 @@ class DecodeGraphs:
         return self._out[:size]
 
     def _run_graph(self, size: int) -> None:
+        if size not in self._replays:
+            torch.cuda.empty_cache()  # a graph takes memory from the driver, of which torch may have taken all by now
+            self.capture(size)  # which computes the rows first
+            return
         replay, collectives = self._replays[size]
         with collectives.replaying():
             replay()

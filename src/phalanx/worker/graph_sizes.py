@@ -1,6 +1,7 @@
 """Which steps are replayed from a graph, and from which: a function of the settings and the StepShapes alone.
 
-So all ranks that meet in the collectives of a step replay the same graph, or none does (invariant 1).
+So all ranks that meet in the collectives of a step replay the same graph, or none does (invariant 1). A graph that is
+made late is made by all of them in the same step: the first of its size that their line has seen.
 """
 
 from __future__ import annotations

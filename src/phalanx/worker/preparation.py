@@ -79,16 +79,18 @@ class Preparation:
             experts.load.reset()  # what it was measured with were no tokens of anybody
         return Measured(cache_bytes=found_bytes, block_bytes=self.block_bytes, num_padding=self.num_padding_blocks)
 
-    def capture(self, max_model_len: int, null_block: int) -> DecodeGraphs | None:
+    def capture(self, max_model_len: int, null_block: int, *, later: bool) -> DecodeGraphs | None:
         """Graphs of steps over the model's cache, whose block `null_block` is nobody's; None if there are to be none.
+        With `later` there is only the largest of them yet, in whose memory the others will compute.
 
         Raises ConfigError if a step cannot be captured.
         """
         if not self._has_graphs:
             return None
         graphs = self._new_graphs(max_model_len, null_block)
-        for i, size in enumerate(reversed(graphs.sizes)):
-            self._enter("capturing", i, len(graphs.sizes))
+        sizes = graphs.sizes[-1:] if later else graphs.sizes[::-1]
+        for i, size in enumerate(sizes):
+            self._enter("capturing", i, len(sizes))
             try:
                 graphs.capture(size)
             except RuntimeError as error:  # torch's; what a peer does has errors of ours

@@ -50,7 +50,8 @@ class Runner:
     those of a token of padding where a replica has none. If this one has `num_samples`, on the last stage: those of
     `logits`, and unless there are other stages one broadcast of the tokens. Rank 0 of the last stage's group chooses
     them for all. Where the step is replayed from a graph (graph_sizes.py), the model's collectives and those of
-    `logits` are the graph's, with as many rows as that has.
+    `logits` are the graph's, with as many rows as that has; they are the same, one by one, in the step that makes it,
+    which is the same step for all ranks of a line, as all have seen the same ones.
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, num_replicas: int) -> None:
-        """Compute a token that is nobody's, and in each graph once: a process's first step takes several times as long
-        as others.
+        """Compute a token that is nobody's, and in each graph that there is: a process's first step takes several times
+        as long as others.
 
         All ranks do it together, before the first step. The cache must have a block for padding.
         """

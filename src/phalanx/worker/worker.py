@@ -323,7 +323,7 @@ class Worker:
             longest = self.spec.config.model.max_model_len or self._checkpoint.max_model_len
             return self._preparation.measure(longest, sizes_cache=body.sizes_cache)
         if isinstance(body, AllocateCache):
-            return self._allocate_cache(body.num_blocks, body.max_model_len)
+            return self._allocate_cache(body)
         if isinstance(body, CallMethod):
             return self._call_method(body)
         if isinstance(body, MeasureExperts):
@@ -371,24 +371,24 @@ class Worker:
         experts.move(as_ints(move.placement).tolist(), group)
         self.phase = "idle"
 
-    def _allocate_cache(self, num_blocks: int, max_model_len: int) -> Allocated:
+    def _allocate_cache(self, order: AllocateCache) -> Allocated:
         assert self._preparation is not None and self._stage is not None
         self._enter("allocating")
         config, model, preparation = self.spec.config, self.model, self._preparation
         weights = frozenset(self._arena.regions)
-        block_size, num_all = config.cache.block_size, num_blocks + preparation.num_padding_blocks
+        block_size, num_all = config.cache.block_size, order.num_blocks + preparation.num_padding_blocks
         self._arena.begin_part(num_all * preparation.block_bytes)
         model.bind_cache(allocate_cache(model.cache_layers, num_all, block_size, model.dtype, self._arena.allocate))
         self._runner = Runner(
             model,
             self._stage,
             max_num_seqs=config.scheduler.max_num_seqs,
-            max_model_len=max_model_len,
+            max_model_len=order.max_model_len,
             block_size=config.cache.block_size,
-            num_blocks=num_blocks,
+            num_blocks=order.num_blocks,
             device=self._device,
             replica=self._replica,
-            graphs=preparation.capture(max_model_len, null_block=num_blocks),
+            graphs=preparation.capture(order.max_model_len, order.num_blocks, later=order.captures_later),
         )
         self._cache = frozenset(self._arena.regions) - weights
         self._maintenance = RankMaintenance(

@@ -38,7 +38,7 @@ from phalanx.executor.fork_server import (
 )
 from phalanx.executor.fork_server_process import ForkServerProcess
 from phalanx.executor.local import LocalLaunchers
-from phalanx.models import model
+from phalanx.models import attention, model
 from phalanx.transport.liveness import start_time_of
 from phalanx.worker.spec import WorkerSpec
 
@@ -136,7 +136,16 @@ def test_code_that_cannot_be_imported_is_for_the_workers_to_report(monkeypatch: 
         raise ImportError(checkpoint)
 
     monkeypatch.setattr(model, "import_definition", fail)
-    assert serve(Warm("a checkpoint"), Ask(1)) == [Answered(1)]
+    monkeypatch.setattr(attention, "import_backend", fail)
+    assert serve(Warm("a checkpoint", "cpu"), Ask(1)) == [Answered(1)]
+
+
+def test_what_is_imported_is_for_the_model_and_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(model, "import_definition", imported.append)
+    monkeypatch.setattr(attention, "import_backend", imported.append)
+    serve(Warm("a checkpoint", "cuda"))
+    assert imported == ["cuda", "a checkpoint"]
 
 
 def test_ranks_find_the_modules_that_who_starts_them_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +158,7 @@ def test_ranks_find_the_modules_that_who_starts_them_finds(tmp_path: Path, monke
     (folders[1] / "phalanx_own.py").touch()
     usual = list(sys.path)
     monkeypatch.setattr(sys, "path", [str(folders[0]), "name\udcff", *usual])
-    order = Warm("no such checkpoint")
+    order = Warm("no such checkpoint", "cpu")
     monkeypatch.setattr(sys, "path", [*usual, str(folders[1])])
     serve(order)
     for name, folder in (("beside", folders[0]), ("twice", folders[0]), ("own", folders[1])):
@@ -165,7 +174,7 @@ def test_one_that_takes_no_orders_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
         os.kill(server._process.pid, signal.SIGSTOP)
         with pytest.raises(StartError, match=r"took no order for 0\.2 s"):
             for _ in range(64):
-                server.warm("x" * 4096)
+                server.warm("x" * 4096, "cpu")
     finally:
         server.close(0.0)
     assert server.ended is not None and server.ended.startswith("killed by SIGKILL")

@@ -33,7 +33,7 @@ class FakeLauncher:
         self.while_reserving: Any = lambda: None
         self.employed: list[WorkerSpec] = []
 
-    def warm(self, checkpoint: str) -> None:
+    def warm(self, checkpoint: str, device: str) -> None:
         assert checkpoint == "m"
 
     def reserve(self, rank: int, timeout_s: float) -> int:

@@ -144,6 +144,15 @@ def test_the_stage_with_the_least_room_decides_for_all() -> None:
     assert executor.allocated == [AllocateCache(num_blocks=7, max_model_len=112)]
 
 
+def test_ranks_that_are_awaited_capture_later() -> None:
+    executor: Any = Stages(Measured(cache_bytes=20_000, block_bytes=2000), Measured(cache_bytes=7000, block_bytes=1000))
+    config = Config.build(model="m", block_size=16)
+    _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
+    config = Config.build(model="m", block_size=16, worker_extension_cls="module:Name")
+    _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
+    assert [order.captures_later for order in executor.allocated] == [True, False], "all graphs have what it does"
+
+
 def test_the_advice_counts_what_the_largest_stage_needs() -> None:
     executor: Any = Stages(Measured(cache_bytes=4000, block_bytes=1000), Measured(cache_bytes=4000, block_bytes=2000))
     config = Config.build(model="m", block_size=16, max_model_len=48)

@@ -44,9 +44,13 @@ class FakeLines:
         self.hangs = threading.Event()
         self.num_standby = threading.Semaphore(0)
         self.num_lines = 1
+        self.num_awaited = 0
         self.endings: tuple[Ending, ...] = ()
 
-    def start(self, _: object, *, interruption: Interruption | None = None, **__: object) -> tuple[Line, None]:
+    def start(
+        self, _: object, *, interruption: Interruption | None = None, is_awaited: bool = False, **__: object
+    ) -> tuple[Line, None]:
+        self.num_awaited += is_awaited
         if interruption is not None:
             self.num_standby.release()
             while self.hangs.is_set():
@@ -128,6 +132,7 @@ def test_nobody_waits_for_a_standby_line_whose_start_hangs(lines: FakeLines, rec
     assert time.monotonic() - began_at < WITHIN_S
     assert recovery.stats(2).last_fault == "rank 1 (pid 7) died"
     assert recovery.stats(2).healed == {"standby": 1, "new line": 1} and recovery.stats(2).failed == {}
+    assert lines.num_awaited == 1, "by requests, and not what stands ready"
 
 
 def test_one_that_is_about_to_be_ready_is_waited_for(lines: FakeLines, recovery: Recovery) -> None:

@@ -32,7 +32,7 @@ from phalanx.ledger.record import Kind
 from phalanx.models.attention_batch import AttentionBatch
 from phalanx.protocol import Step, StepShape
 from phalanx.testing.thread_group import run_ranks
-from phalanx.worker.decode_graphs import DecodeGraphs
+from phalanx.worker.decode_graphs import Capture, DecodeGraphs
 from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes, size_for
 from phalanx.worker.runner import Runner
 from phalanx.worker.stage import Stage
@@ -89,10 +89,17 @@ def again(work: Callable[[], None]) -> Callable[[], None]:
     return work
 
 
-def new_runner(model: GraphModel, num_replicas: int = 1, replica: int = 0, **links: FakeGroup) -> Runner:
+def new_runner(
+    model: GraphModel,
+    num_replicas: int = 1,
+    replica: int = 0,
+    capture: Capture = again,
+    captured: Sequence[int] = SIZES,
+    **links: FakeGroup,
+) -> Runner:
     graphs = DecodeGraphs(
         model,  # type: ignore[arg-type]
-        again,
+        capture,
         [],
         sizes=SIZES,
         max_model_len=MAX_MODEL_LEN,
@@ -100,7 +107,7 @@ def new_runner(model: GraphModel, num_replicas: int = 1, replica: int = 0, **lin
         null_block=NUM_BLOCKS,
         num_replicas=num_replicas,
     )
-    for size in reversed(SIZES):
+    for size in reversed(captured):
         graphs.capture(size)
     model.collectives.clear()
     model.num_tokens.clear()
@@ -143,6 +150,25 @@ def test_a_rehearsal_replays_each_graph_and_writes_to_nobodys_block_alone() -> N
     assert run(runner, plan([(0, 2)], 1, new=[new(0, [3, 1], [0])])) == continuation([3, 1], 1)
 
 
+def test_one_that_is_not_captured_yet_is_by_the_first_step_that_needs_it() -> None:
+    """Which computes its rows before."""
+    model, sizes = GraphModel(), []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        sizes.append(model.collectives[-1][1])
+        return work
+
+    runner = new_runner(model, capture=capture, captured=SIZES[-1:])
+    runner.warm_up(1)
+    assert [count for name, count in model.collectives if name == "hidden_states"] == [1, 4], "none is made for it"
+    prompts = [[slot, 3] for slot in range(3)]
+    run(runner, plan([(s, 2) for s in range(3)], 3, new=[new(s, prompts[s], [s, s + 4]) for s in range(3)]))
+    for i, num_rows in enumerate((3, 2, 2, 1, 1)):
+        expected = [continuation(prompt, i + 2)[-1] for prompt in prompts[:num_rows]]
+        assert run(runner, plan([(s, 1) for s in range(num_rows)], num_rows, step=i)) == expected
+    assert sizes == [4, 2, 1]
+
+
 def test_a_chunk_of_one_token_samples_nothing() -> None:
     runner = new_runner(GraphModel())
     short, long = [3, 1], list(range(11))
@@ -160,9 +186,10 @@ def test_more_rows_than_the_largest_graph_run_without() -> None:
     assert model.collectives[-2:] == [("hidden_states", 5), ("logits", 5)]
 
 
-def test_all_replicas_pad_alike_and_one_without_a_token_too() -> None:
+@pytest.mark.parametrize("captured", [SIZES, SIZES[:1]], ids=["all captured", "the smallest captured"])
+def test_all_replicas_pad_alike_and_one_without_a_token_too(captured: Sequence[int]) -> None:
     models = [GraphModel(), GraphModel()]
-    runners = [new_runner(model, 2, replica) for replica, model in enumerate(models)]
+    runners = [new_runner(model, 2, replica, captured=captured) for replica, model in enumerate(models)]
     prompts = [[slot, 3] for slot in range(3)]
     busy = plan([(s, 2) for s in range(3)], 3, new=[new(s, prompts[s], [s]) for s in range(3)])
     for runner in runners:
@@ -175,11 +202,12 @@ def test_all_replicas_pad_alike_and_one_without_a_token_too() -> None:
     assert [model.collectives[-2:] for model in models] == [[("hidden_states", 4), ("logits", 4)]] * 2
 
 
-def test_stages_pass_on_the_rows_that_are_somebodys() -> None:
+@pytest.mark.parametrize("captured", [SIZES, SIZES[:1]], ids=["all captured", "the smallest captured"])
+def test_stages_pass_on_the_rows_that_are_somebodys(captured: Sequence[int]) -> None:
     link: list[Tensor] = []
     up, down = FakeGroup(0, link), FakeGroup(1, link)
-    first = new_runner(GraphModel(is_last=False), downstream=up)
-    last = new_runner(GraphModel(is_first=False), upstream=down)
+    first = new_runner(GraphModel(is_last=False), captured=captured, downstream=up)
+    last = new_runner(GraphModel(is_first=False), captured=captured, upstream=down)
     prompts = [[slot, 3] for slot in range(3)]
     steps = [plan([(s, 2) for s in range(3)], 3, new=[new(s, prompts[s], [s]) for s in range(3)])]
     for i in (1, 2):

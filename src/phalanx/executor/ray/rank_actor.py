@@ -58,7 +58,7 @@ class RankActor:
                 if told.epoch in self._ended:
                     raise RuntimeError("it is not needed any more")
                 self._lines[told.epoch] = launcher
-            launcher.warm(told.checkpoint)
+            launcher.warm(told.checkpoint, "cpu" if told.visible_devices is None else "cuda")
             pid = launcher.reserve(told.rank, told.deadline_s)
             if told.epoch in self._ended:  # and there was nothing to kill yet
                 launcher.close(0.0)
