@@ -87,6 +87,7 @@ def thread_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's: it would start its threads at import, before the fork server forks
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # so would pyarrow, if it is there
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -38,7 +38,9 @@ from phalanx.executor.fork_server import (
 )
 from phalanx.executor.fork_server_process import ForkServerProcess
 from phalanx.executor.local import LocalLaunchers
+from phalanx.executor.platform import thread_environment
 from phalanx.models import attention, model
+from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.liveness import start_time_of
 from phalanx.worker.spec import WorkerSpec
 
@@ -164,6 +166,17 @@ def test_ranks_find_the_modules_that_who_starts_them_finds(tmp_path: Path, monke
     for name, folder in (("beside", folders[0]), ("twice", folders[0]), ("own", folders[1])):
         found = importlib.util.find_spec(f"phalanx_{name}")
         assert found is not None and found.origin == str(folder / f"phalanx_{name}.py")
+
+
+def test_it_has_one_thread_after_its_imports(tmp_path: Path) -> None:
+    """Of others a fork would leave the locks."""
+    server = ForkServerProcess(thread_environment(4))
+    try:
+        server.warm(str(write_checkpoint(tmp_path)), "cpu")
+        assert server.answers(60.0)
+        assert len(os.listdir(f"/proc/{server._process.pid}/task")) == 1
+    finally:
+        server.close(0.0)
 
 
 def test_one_that_takes_no_orders_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
