@@ -1,7 +1,7 @@
 """What the ledger costs: a record, the watcher, a served token; and beside PyTorch's own recorders.
 
-    python benchmarks/ledger_cost.py [--model PATH | --shape qwen2.5-1.5b] [--ranks 2] [--rounds 9] [--engines 2]
-        [--texts 2] [--short]
+    python benchmarks/ledger_cost.py [--model PATH | --shape qwen2.5-1.5b] [--device cpu] [--ranks 2] [--rounds 9]
+        [--engines 2] [--texts 2] [--short]
 
 - *Record*: microseconds of a collective (issue and end) and of a step, in Python alone.
 - *Watcher*: share of a core that it takes while ranks are idle, and while each notes 64 collectives every 20 ms.
@@ -13,6 +13,8 @@
   of steps, with the interval that it is in with 95 %.
 - *All-reduce*: two ranks over Gloo, 4 KiB; a loop as it is, with every call in a journal, with PyTorch's Flight
   Recorder on, and with TORCH_DISTRIBUTED_DEBUG=DETAIL, which take turns; microseconds a call, and of the first.
+
+With --device cuda tokens alone, in bfloat16 and without CUDA graphs, so that every collective is noted.
 """
 
 from __future__ import annotations
@@ -62,6 +64,10 @@ TEXTS = 40
 STREAMS, INPUT_LEN, OUTPUT_LEN = 8, 32, 192
 FIRST_STEPS = 3
 KV_CACHE_BYTES = 128 << 20  # all streams have room in it at once: steps are of eight tokens
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cpu": {"dtype": "float32"},
+    "cuda": {"dtype": "bfloat16", "cuda_graphs": False},
+}
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
@@ -198,11 +204,10 @@ def step_s(brain: Brain) -> float:
 
 
 @contextmanager
-def engine(model: Path, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
+def engine(model: Path, device: str, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
     config = Config.build(
         model=str(model),
-        dtype="float32",
-        device="cpu",
+        device=device,
         tensor_parallel_size=num_ranks,
         max_model_len=INPUT_LEN + OUTPUT_LEN,
         max_num_seqs=STREAMS,
@@ -211,6 +216,7 @@ def engine(model: Path, num_ranks: int) -> Iterator[tuple[Executor, Brain]]:
         threads_per_rank=1,
         async_scheduling=False,  # so that a step is one that is noted or one that is not
         worker_extension_cls=f"{Path(__file__).stem}:{Muting.__name__}",
+        **SETTINGS[device],
     )
     executor, capacity = start_executor(config, resolve(str(model)), lambda *_: None)
     with executor:
@@ -269,7 +275,9 @@ class OfEngine(NamedTuple):
             yield bare_s / noted_s, noted_s / with_watcher_s, bare_s / with_watcher_s
 
 
-def report_tokens(model: Path | None, shape: str | None, num_ranks: int, num_engines: int, num_texts: int) -> None:
+def report_tokens(
+    model: Path | None, shape: str | None, device: str, num_ranks: int, num_engines: int, num_texts: int
+) -> None:
     """Compare steps of one engine, each with its neighbours: two engines of the same settings differ by more than the
     ledger costs, as their memory lies elsewhere.
     """
@@ -277,7 +285,7 @@ def report_tokens(model: Path | None, shape: str | None, num_ranks: int, num_eng
         if shape is not None:
             model = write_large_checkpoint(Path(folder), SHAPES[shape])
         model = model or write_checkpoint(Path(folder) / "model", **MODEL)
-        engines = [threes_of_steps(model, num_ranks, num_texts) for _ in range(num_engines)]
+        engines = [threes_of_steps(model, device, num_ranks, num_texts) for _ in range(num_engines)]
     ratios = [each for one in engines for each in one.ratios()]
     rate = statistics.median(STREAMS / steps.bare_s for one in engines for steps in one.steps)
     click.echo(
@@ -295,10 +303,10 @@ def report_tokens(model: Path | None, shape: str | None, num_ranks: int, num_eng
         )
 
 
-def threes_of_steps(model: Path, num_ranks: int, num_texts: int) -> OfEngine:
+def threes_of_steps(model: Path, device: str, num_ranks: int, num_texts: int) -> OfEngine:
     """In any order, of a new engine. Its own watcher goes on only for as long as it is measured itself."""
     dice, found, often_cpu_s = random.Random(0), [], 0.0
-    with engine(model, num_ranks) as (executor, brain):
+    with engine(model, device, num_ranks) as (executor, brain):
         own = executor._watching
         assert own is not None and own._process is not None and isinstance(own.order, WatchOrder)
         submit(brain, dice)
@@ -429,17 +437,30 @@ def take_turn(ends: Sequence[Connection]) -> float:
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="What the two engines run.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape instead of --model.")
+@click.option("--device", type=click.Choice(list(SETTINGS)), default="cpu", show_default=True)
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--engines", type=click.IntRange(1), default=2, show_default=True, help="One after the other.")
 @click.option("--texts", type=click.IntRange(1), default=2, show_default=True, help="Of each engine.")
 @click.option("--short", is_flag=True, help="Whether it runs at all.")
-def main(model: Path | None, shape: str | None, ranks: int, rounds: int, engines: int, texts: int, short: bool) -> None:
+def main(
+    model: Path | None,
+    shape: str | None,
+    device: str,
+    ranks: int,
+    rounds: int,
+    engines: int,
+    texts: int,
+    short: bool,
+) -> None:
     rounds, engines, texts = (3, 1, 1) if short else (rounds, engines, texts)
+    if device == "cuda":
+        report_tokens(model, shape, device, ranks, engines, texts)
+        return
     report_records()
     for num_ranks in (ranks, 8):
         report_watcher(num_ranks, 1.0 if short else 10.0)
-    report_tokens(model, shape, ranks, engines, texts)
+    report_tokens(model, shape, device, ranks, engines, texts)
     report_all_reduce(rounds)
 
 
