@@ -257,7 +257,7 @@ class HealingConfig(Section, frozen=True, kw_only=True):
     standby: Standbys = 0
     """1 keeps a second set of ranks ready behind the one that computes, so that a fault costs a fraction of a second
     instead of a start. It takes a second set of processes on the same weights and KV cache, and 1.5 GiB or more of each
-    GPU; not with launcher ray."""
+    GPU."""
 
     heal_timeout_s: Seconds = 120.0
     """Longest time from a fault to ranks that compute again, whatever is tried meanwhile; then the engine ends."""

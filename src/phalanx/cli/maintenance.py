@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from phalanx.cli.running_server import TIMEOUT_S, RunningServer
+from phalanx.cli.setting_types import SecondsRange
 
 if TYPE_CHECKING:
     import msgspec
@@ -27,7 +28,7 @@ ORDER_TIMEOUT_S = 600.0
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.0, min_open=True, max=1e6),
+    type=SecondsRange(min=0.0, min_open=True, max=1e6),
     default=ORDER_TIMEOUT_S,
     show_default=True,
     help="Seconds that reading, and waiting for requests, may take. Then the old weights stay.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -62,7 +63,12 @@ class StartScreen:
         self._rows[progress.rank] = _Row(node, progress, since)
         if is_new_phase and not self._console.is_terminal:
             where = f" on {progress.node}" if progress.node else ""
-            self._console.print(f"rank {progress.rank}: {progress.phase}{where}", highlight=False, soft_wrap=True)
+            self._print(f"rank {progress.rank}: {progress.phase}{where}")
+
+    def _print(self, line: str) -> None:
+        """On a full disk, there is nobody to tell, and the start goes on."""
+        with suppress(OSError):
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)

@@ -10,6 +10,7 @@ from msgspec import UNSET
 
 from phalanx.cli.options import given_of
 from phalanx.cli.running_server import RunningServer
+from phalanx.cli.setting_types import SecondsRange
 from phalanx.errors import PhalanxError, ResizeError, UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ POLL_S = 0.2
 
 _DRAIN_TIMEOUT = click.option(
     "--drain-timeout",
-    type=click.FloatRange(min=0.0, max=1e6),
+    type=SecondsRange(min=0.0, max=1e6),
     default=30.0,
     show_default=True,
     help="Seconds that requests of a replica that leaves may still take there, before others take them over.",

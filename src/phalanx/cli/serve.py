@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,7 +40,7 @@ def serve(model: str, **settings: Any) -> None:
 
         def announce(served: Served) -> None:
             screen.close()
-            click.echo(announcement(served))
+            _say(announcement(served))
 
         run_server(config, server, on_progress=screen.note, on_ready=announce)
 
@@ -60,6 +62,16 @@ def announcement(served: Served) -> str:
         f"{engine.num_blocks * engine.block_size} tokens of KV cache; Ctrl-C stops it). Try it:\n\n"
         f"  {shlex.join(words)}\n"
     )
+
+
+def _say(text: str) -> None:
+    """On stdout, if it takes it: what has no room for a text may have a server."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        logging.getLogger("phalanx").warning("stdout cannot be written to: %s", error)
+        with open(os.devnull, "wb") as nowhere:  # else Python tries to write the rest when it exits, and fails
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _set_up_logging() -> None:

@@ -106,6 +106,14 @@ class ObjectType(click.ParamType):  # type: ignore[type-arg]
             raise ConfigError(self.field, value, f"a JSON object ({error})") from None
 
 
+class SecondsRange(click.FloatRange):
+    """A number within limits, among which click has NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if not math.isnan(number) else self.fail(f"{value} is not a number of seconds.", param, ctx)
+
+
 class ByteSizeType(ValueType):
     """A number of bytes, with or without a unit: 512MiB, 2GB, 1073741824."""
 

@@ -211,6 +211,7 @@ class EngineClient:
             phase=self._comeback.phase,
             num_restarts=self._history.num_restarts,
             verdicts=self._history.verdicts_with(now.verdicts),
+            formation=self._history.formation_with(now.formation),
             weights_version=self.weights_version,
         )
 

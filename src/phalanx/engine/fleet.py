@@ -260,6 +260,8 @@ class Fleet:
                     self._work.lose(number, engine.lacks_room)
                 elif engine.dead is not None and self._roster.counts_on(number):
                     self._note_death(number, engine.dead)
+            if orders := self._roster.restarting(self._members.numbers_down()):
+                self._work.carry_out(orders)
             await asyncio.sleep(WATCH_POLL_S)
 
     def _may_lose(self, number: int) -> bool:

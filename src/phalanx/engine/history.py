@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from phalanx.protocol import EngineStats, ReplicaStats
+from phalanx.protocol import EngineStats, FormationStats, ReplicaStats
 
 
 class History:
@@ -16,17 +16,32 @@ class History:
     def __init__(self) -> None:
         self.num_restarts = 0
         self._stats: EngineStats | None = None
+        self._formation: FormationStats | None = None
         self._verdicts: collections.Counter[str] = collections.Counter()
 
     def add(self, stats: EngineStats | None, verdicts: Mapping[str, int]) -> None:
         """One more has ended, with this for its last words, and another one has begun."""
         self.num_restarts += 1
         self._stats = self.stats_with(stats)
+        self._formation = self.formation_with(stats.formation if stats is not None else None) or self._formation
         self._verdicts.update(verdicts)
 
     def verdicts_with(self, now: Mapping[str, int]) -> dict[str, int]:
         """By cause, those of the engine that there is now included."""
-        return dict(self._verdicts + collections.Counter(now))
+        return _sum(self._verdicts, now)
+
+    def formation_with(self, now: FormationStats | None) -> FormationStats | None:
+        """Its lines now, and counts of all; None if it has said nothing of them."""
+        before = self._formation
+        if now is None or before is None:
+            return now
+        return msgspec.structs.replace(
+            now,
+            num_faults=before.num_faults + now.num_faults,
+            healed=_sum(before.healed, now.healed),
+            failed=_sum(before.failed, now.failed),
+            num_standby_faults=before.num_standby_faults + now.num_standby_faults,
+        )
 
     def stats_with(self, now: EngineStats | None) -> EngineStats | None:
         """Its state now, and counts of all; None if none has said anything."""
@@ -55,6 +70,10 @@ def with_replicas(stats: EngineStats, count: int) -> EngineStats:
     nothing = ReplicaStats(0, 0, 0, stats.replicas[0].num_blocks, 0, 0, 0, 0, 0)
     missing = (nothing,) * (count - len(stats.replicas))
     return msgspec.structs.replace(stats, replicas=stats.replicas[:count] + missing)
+
+
+def _sum(before: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    return dict(collections.Counter(before) + collections.Counter(now))
 
 
 def _continued(before: ReplicaStats, now: ReplicaStats) -> ReplicaStats:

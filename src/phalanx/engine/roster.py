@@ -216,6 +216,14 @@ class Roster:
         self._note_lost(1, reason)
         return self._lose(number, f"was lost: {reason}", is_replaced=False)
 
+    def restarting(self, down: Collection[int]) -> list[Order]:
+        """The engines of these are being started again. Told as often as one likes, while they are."""
+        is_open = self.resize is not None and self.resize.outcome is None
+        staying = self.serving()
+        if not is_open or set(staying) - set(down) or not set(self._in("leaving")) - set(down):
+            return []
+        return self._undo("failed", f"none of those that were to stay serves now: {_listed(staying)}, started again")
+
     def ended(self, number: int) -> list[Order]:
         """Its engine was ended, and what it had is free."""
         if self._phases.get(number) == "ending":

@@ -14,7 +14,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from phalanx.config import Config
+import msgspec
+
+from phalanx.config import Config, HealingConfig
 from phalanx.errors import (
     ConfigError,
     DeadlineError,
@@ -423,11 +425,17 @@ def start_formation(
         with ExitStack() as on_failure:  # later it is one line among others
             on_failure.callback(line.executor.close)
             memory.take(line.told)
-            recovery = Recovery(config.healing, lines, capacity, memory, presence)
+            recovery = Recovery(_effective_healing(config), lines, capacity, memory, presence)
             stack.callback(recovery.close)
             on_failure.pop_all()
         resizer = Resizer(config, checkpoint, lines)
         return Formation(config, line, capacity, stack.pop_all(), recovery, resizer)
+
+
+def _effective_healing(config: Config) -> HealingConfig:
+    """Without what has no effect, as a warning has said."""
+    is_inline = config.executor.launcher == "inline"
+    return msgspec.structs.replace(config.healing, standby=0) if is_inline else config.healing
 
 
 def _borrow(

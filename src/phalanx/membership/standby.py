@@ -93,10 +93,13 @@ class Standby:
             self._is_wanted = False
             line, self._line = self._line, None
             interruption = self._interruption
+            if line is not None:
+                self._interruption = Interruption()  # which would kill them: to their watcher that is a fault
             self._changed.notify_all()
-        interruption.begin()
         if line is not None:
             self._let_go(line, end_line)
+        else:
+            interruption.begin()
 
     def clear(self, timeout_s: float) -> None:
         """As `discard`; returns when nothing of it is left, not even of a line that was just being prepared.

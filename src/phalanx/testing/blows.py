@@ -48,6 +48,14 @@ _LOOP_S = 2.0
 _TIES: frozenset[BlowKind] = frozenset({"skip", "extra", "swap", "shape", "dtype", "early-return", "reorder"})
 """Where two ranks differ, and nothing tells which of them is wrong."""
 
+_TAKES: dict[str, str] = {
+    "kill-standby": "--standby 1",
+    "kill-both": "--standby 1",
+    "kill-lines": "ranks without Ray",
+    "kill-owner": "--launcher ray",
+    "kill-resize": "several ranks that share layers or experts",
+    "kill-server": "a server of its own (benchmarks/kills.py)",
+}
 _TWICE: frozenset[BlowKind] = frozenset({"kill-both", "kill-switch"})
 """Two are killed, maybe before anybody has noticed the first."""
 OF_NO_RANK: frozenset[BlowKind] = frozenset({"kill-lines", "kill-watcher", "kill-engine", "kill-server"})
@@ -110,7 +118,9 @@ def blow_of_seed(
     """
     possible = {kind: found for kind in kinds if (found := _states(kind, states, world, has_standby=has_standby))}
     if not possible:
-        raise ConfigError("kinds", ", ".join(kinds), f"none of them can happen here in {', '.join(states)}")
+        needs = "".join(f"; {kind} takes {_TAKES[kind]}" for kind in kinds if kind in _TAKES)
+        allowed = f"none of them can happen here in {', '.join(states)}{needs}"
+        raise ConfigError("kinds", ", ".join(kinds), allowed)
     dice = random.Random(f"{seed} {index}")
     kind = dice.choice(sorted(possible))
     return Blow(

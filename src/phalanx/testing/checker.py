@@ -251,12 +251,12 @@ class Checker:
                 await _until(lambda: self._has_told(blow, before), TOLD_S, "")
         after = (await self._well()).stats
         is_same_engine = self._engine.condition.num_restarts == before.num_restarts
-        num_faults = after.num_faults - before.stats.num_faults if is_same_engine else after.num_faults
+        num_faults = after.num_faults - before.stats.num_faults
         if made.has_happened:
             violations += self._wrong(blow, before, after, num_faults)
         if num_faults or not is_same_engine or blow.ends_a_line is None:
             self._had_fault = True
-        rungs = after.healed if not is_same_engine else _more(after.healed, before.stats.healed)
+        rungs = _more(after.healed, before.stats.healed)
         left = await self._left_over(is_new=not is_same_engine)
         violations += left
         return msgspec.structs.replace(

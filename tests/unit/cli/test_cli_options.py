@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 import click
 import pytest
+from click.testing import CliRunner
 from msgspec import Meta
 
 from phalanx.cli.documentation import field_texts
+from phalanx.cli.maintenance import reload
 from phalanx.cli.options import engine_options, given, sampling_options, server_options, shown_name
+from phalanx.cli.scale import scale
 from phalanx.cli.setting_types import type_for
 from phalanx.config import CacheConfig, SchedulerConfig, ServerConfig, settings_by_name
 from phalanx.errors import ConfigError
@@ -79,6 +82,14 @@ def test_a_wrong_value_is_named(field: str, hint: object, text: str, shown: obje
         type_for(field, hint).convert(text, None, None)
     assert (caught.value.field, caught.value.value) == (field, shown)
     assert allowed in caught.value.allowed
+
+
+@pytest.mark.parametrize("flag", ["scale http://127.0.0.1:1 2 --drain-timeout", "reload http://127.0.0.1:1 --timeout"])
+@pytest.mark.parametrize("text", ["nan", "-1", "inf"])
+def test_what_is_no_number_of_seconds_is_refused_before_anybody_is_asked(flag: str, text: str) -> None:
+    command = {"scale": scale, "reload": reload}[flag.split()[0]]
+    found = CliRunner().invoke(command, [*flag.split()[1:], text])
+    assert found.exit_code == 2 and flag.split()[-1] in found.output, found.output
 
 
 def test_a_choice_is_one_for_click_too() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shlex
+import subprocess
+import sys
 
+import pytest
 from rich.console import Console
 
 from phalanx.cli.progress import StartScreen
@@ -86,3 +91,23 @@ def test_on_a_terminal_the_lines_change_and_go_away() -> None:
         assert "100 bytes" not in written.getvalue()
         screen.close()
     screen.close()
+
+
+class Full(io.StringIO):
+    """A file on a disk without room."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_on_a_full_disk_the_start_goes_on() -> None:
+    with StartScreen(Console(file=Full())) as screen:
+        screen.note(StartProgress(0, "loading", 0, 0))
+        screen.note(StartProgress(0, "idle", 0, 0))
+
+
+@pytest.mark.parametrize("place", [">/dev/full", ">&-"])
+def test_who_cannot_say_that_it_is_ready_serves(place: str) -> None:
+    program = "from phalanx.cli.serve import _say; _say('it serves'); _say('still'); print('served')"
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {place}', sys.executable, program], timeout=60)
+    assert done.returncode == 0

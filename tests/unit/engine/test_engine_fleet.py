@@ -403,6 +403,21 @@ async def test_deaths_while_the_size_changes(checkpoint: Path, monkeypatch: pyte
         await end(readers)
 
 
+@in_loop
+async def test_who_is_to_leave_serves_on_while_who_is_to_stay_is_started_again(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, "is-paced", data_parallel_size=2, engine_restarts=1) as fleet:
+        readers = [Reader(fleet, 10 * i) for i in range(1, 4)]
+        await go_on(readers)
+        fleet._members.engines[0]._comeback._start_again = lambda *_: asyncio.sleep(3600)  # it takes long
+        shrinking = await fleet.begin_resize(data_parallel_size=1, leaving=[1], drain_timeout_s=TIMEOUT_S)
+        await until(lambda: states(fleet)[1] == "leaving")
+        os.kill(pids(fleet)[0], signal.SIGKILL)
+        with pytest.raises(ResizeError, match="none of those that were to stay serves now: 0, started again"):
+            await shrinking
+        await until(lambda: counts(fleet) == {0: 0, 1: 3})
+        await end(readers)
+
+
 @pytest.mark.usefixtures("many_cores")
 @pytest.mark.parametrize(("seed", "engine_restarts"), [(1, 0), (2, 1000)])
 def test_streams_live_through_kills_and_resizes_in_any_order(

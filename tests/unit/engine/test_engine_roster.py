@@ -137,6 +137,18 @@ def test_the_last_that_was_to_stay_dies_and_those_that_leave_serve_again() -> No
     assert found.serving() == [0, 1, 2]
 
 
+def test_the_last_that_was_to_stay_is_started_again_and_those_that_leave_serve_again() -> None:
+    found = roster(4)
+    assert found.restarting([0, 1]) == []
+    found.begin(2, (2, 3), {})
+    assert found.restarting([]) == found.restarting([0]) == found.restarting([0, 2, 3]) == []
+    assert found.restarting([0, 1, 2, 3]) == [], "nobody is better off"
+    assert found.restarting([0, 1, 2]) == [Keep(2), Keep(3)]
+    assert found.last == undone(4, 2, "none of those that were to stay serves now: 0, 1, started again")
+    assert found.restarting([0, 1, 2]) == []
+    assert found.serving() == [0, 1, 2, 3]
+
+
 def test_one_of_several_that_stay_dies_and_the_resize_goes_on() -> None:
     found = roster(3)
     found.begin(2, (2,), {})

@@ -67,6 +67,13 @@ def test_an_exception_is_healed_in_the_process(tmp_path: Path) -> None:
     rig.close()
 
 
+def test_nothing_stands_ready_behind_it(tmp_path: Path) -> None:
+    """As a warning says."""
+    rig = Rig(write_checkpoint(tmp_path / "llama"), tmp_path, launcher="inline", standby=1)
+    assert rig.stats().standby == "none"
+    rig.close()
+
+
 def test_a_healing_that_hangs_is_given_up() -> None:
     healing = Healing(0.05)
     began_at = time.monotonic()

@@ -208,3 +208,24 @@ def test_a_line_that_was_taken_is_not_ended_with_what_is_discarded() -> None:
         assert not killed.is_set()
     finally:
         standby.close()
+
+
+def test_one_that_stands_ready_is_ended_by_who_discards_it() -> None:
+    """And not killed before: to its watcher that would be a fault."""
+    killed = threading.Event()
+
+    class Launcher:
+        def kill(self) -> None:
+            killed.set()
+
+    def prepare(interruption: Interruption) -> Line:
+        interruption.note(cast(Any, Launcher()))
+        return Line(1, cast(Any, FakeExecutor()), {})
+
+    let_go: list[Line] = []
+    standby = Standby(prepare)
+    while standby.state != "ready":
+        threading.Event().wait(0.01)
+    standby.discard(let_go.append)
+    standby.close()
+    assert [line.epoch for line in let_go] == [1] and not killed.is_set()

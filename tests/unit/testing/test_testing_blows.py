@@ -37,6 +37,8 @@ def test_what_cannot_be_is_left_out() -> None:
     assert not kinds & {"kill-both", "kill-resize", "kill-owner", "kill-server"}
     of_actors = {blow.kind for blow in drawn(World(2, has_agents=True), has_standby=False)}
     assert "kill-owner" in of_actors and "kill-lines" not in of_actors
+    with pytest.raises(ConfigError, match=r"none .* here in any; kill-owner takes --launcher ray; kill-server takes a"):
+        blow_of_seed(1, 0, World(size=2), has_standby=True, kinds=("kill-owner", "kill-server"), states=("any",))
     with pytest.raises(ConfigError, match="none of them can happen here in idle"):
         blow_of_seed(1, 0, alone, has_standby=False, kinds=("skip", "kill-standby"), states=("idle",))
 
