@@ -110,7 +110,7 @@ def test_off_lets_it_pass(checkpoint: Path) -> None:
         assert len(outcome.tokens) == 12
 
 
-def test_strict_names_the_call(checkpoint: Path) -> None:
+def test_strict_names_the_call(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {**LIMITS, "collective_guard": "strict", "worker_extension_cls": f"{__name__}:Saboteur"}
     with Rig(checkpoint, tensor_parallel_size=2, ledger=True, **settings) as rig:
         rig.run(TRAFFIC)
@@ -120,3 +120,4 @@ def test_strict_names_the_call(checkpoint: Path) -> None:
         assert caught.value.kind == "CollectiveMismatchError"
         assert "rank 0 is in all_reduce" in caught.value.message and "; rank 1 is in " in caught.value.message
         assert "in agree" in caught.value.traceback and "in launch" in caught.value.traceback
+        assert "verdict: " in caplog.text, "the ledger says it, too, before the engine may end"

@@ -8,7 +8,8 @@ from contextlib import suppress
 from phalanx.cli.checks import Check
 from phalanx.cli.instance_table import instance_table
 from phalanx.errors import FrameError, PeerDiedError, UserError
-from phalanx.ledger.attach import Attached
+from phalanx.ledger.attach import SILENT_WATCHER_S, Attached
+from phalanx.ledger.duration import duration
 from phalanx.ledger.instance import Found, running, server_of
 from phalanx.ledger.status import InstanceStatus
 
@@ -59,6 +60,10 @@ def check_of(status: InstanceStatus) -> Check:
         return Check(name, "fail", detail, advice, table, status)
     if status.verdict is not None:
         return Check(name, "fail", f"{status.verdict.cause}: {status.verdict.paragraph}", None, table, status)
+    if status.watcher_s is not None and status.watcher_s > SILENT_WATCHER_S:
+        detail = f"{_phases(status)}; its watcher has not looked for {duration(status.watcher_s)}"
+        advice = "end it if it is stopped or hangs: another one takes its place"
+        return Check(name, "warn", detail, advice, table, status)
     return Check(name, "ok", _phases(status), None, table, status)
 
 

@@ -87,6 +87,8 @@ class Watching:
         self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
         self._is_closing = self._is_silent = self._has_ended = False
+        self._ended_before: frozenset[int] = frozenset()
+        """Ranks that had when it was silenced."""
         self._process: subprocess.Popen[bytes] | None = None
         self._num_restarts = 0
         self._restarted_at: deque[float] = deque(maxlen=MAX_RESTARTS)
@@ -138,7 +140,10 @@ class Watching:
             return self._ended_for
 
     def silence(self) -> None:
-        """Tell nothing from now on: ranks end that shall end. Returns at once; `close` sees to the watcher's end."""
+        """Tell nothing from now on but of ranks that had ended before: ranks end that shall end. Returns at once;
+        `close` sees to the watcher's end."""
+        ranks = self.order.ranks if self.order is not None else ()
+        self._ended_before = frozenset(one.rank for one in ranks if self._ending_of(one.rank) is not None)
         self._is_silent = True
         self._stop()
 
@@ -238,9 +243,11 @@ class Watching:
         if verdict is not None and how is not None:
             verdict = _with_ending(verdict, how)
         if self._is_silent:
+            if verdict is not None and verdict.cause == "gone" and verdict.culprits[0] in self._ended_before:
+                _log(verdict)
             return
         if verdict is not None:
-            log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
+            _log(verdict)
         elif self._standing is not None:
             log.info("over: %s", str(self._standing).partition("\n")[0])
         with self._changed:
@@ -289,6 +296,10 @@ class Watching:
         while (how := self._ending_of(rank)) is None and time.monotonic() < expires_at and not self._is_closing:
             time.sleep(_POLL_S)
         return how
+
+
+def _log(verdict: Verdict) -> None:
+    log.log(logging.ERROR if verdict.is_final else logging.WARNING, "verdict: %s", verdict)
 
 
 def _with_ending(verdict: Verdict, how: str) -> Verdict:

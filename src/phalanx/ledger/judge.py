@@ -87,7 +87,7 @@ def _held(look: Look) -> Verdict | None:
 
 def _waiting(look: Look) -> Waiting:
     """Who is there and in a collective, and for how long the first of them has been."""
-    there = [one for one in look.ranks.values() if one.process != "gone"]
+    there = [one for one in look.ranks.values() if one.process not in ("gone", "ended")]
     since = {one.rank: one.awaits[1].issued_ns for one in there if one.awaits is not None}
     return Waiting(sorted(since), (look.now_ns - min(since.values())) / _NS if since else 0.0)
 

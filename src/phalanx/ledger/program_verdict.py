@@ -2,8 +2,9 @@
 
 Such a program has no plan that all ranks follow, often no steps, and ranks that end one after the other when all is
 well. So a rank is judged by how far it has come in each lane (see roster.LaneNotice), in this order: one that has ended
-while others need it; ranks in different collectives; one that is stopped; one that others wait for. Where ranks find
-each other (`init_process_group`) is a lane as well, and the only one whose members may not have begun a journal.
+while others need it, unless ranks had differed in that lane before; ranks in different collectives; one that is
+stopped; one that others wait for. Where ranks find each other (`init_process_group`) is a lane as well, and the only
+one whose members may not have begun a journal.
 
 A rank waits if it is in a call. If it is in none, its newest collective counts, which may have been given to a GPU,
 or to C++: but only if nobody gets through that before all have come, and with patience, for it may as well compute.
@@ -136,7 +137,7 @@ def judge_program(look: ProgramLook, patience_s: float) -> Verdict | None:
     """The verdict, or None if nothing is wrong, or not yet: who has computed for less than `patience_s` may come."""
     waits = _waits(look)
     return (
-        _needed_but_ended(look, waits)
+        _ended_while_needed(look, waits, patience_s)
         or _gone(look)
         or _diverged(look, patience_s)
         or _stopped(look, waits)
@@ -156,6 +157,16 @@ def _waits(look: ProgramLook) -> dict[int, Wait]:
         if newest is not None and newest[1].digest & ALL_MEET and look.behind(newest[0], newest[1].sequence):
             waits[rank] = Wait(*newest, is_blocked=False)
     return waits
+
+
+def _ended_while_needed(look: ProgramLook, waits: Mapping[int, Wait], patience_s: float) -> Verdict | None:
+    """A rank that will never come to what a peer has issued; what it had differed in before, if that ended it."""
+    ended = _needed_but_ended(look, waits)
+    differed = _diverged(look, patience_s) if ended is not None else None
+    if ended is None or differed is None or differed.group != ended.group:
+        return ended
+    assert differed.sequence is not None and ended.sequence is not None
+    return differed if differed.sequence < ended.sequence else ended
 
 
 def _needed_but_ended(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:

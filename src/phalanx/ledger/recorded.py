@@ -143,7 +143,9 @@ class _Groups:
 
     def _users(self, key: tuple[str, str]) -> tuple[int, ...]:
         if key[1] == _DEFAULT:
-            return tuple(range(max(self._recordings) + 1))
+            groups = [group for one in self._recordings.values() for group in one.pg_config.values()]
+            known = {*self._recordings, *(rank for group in groups for rank in group.members)}
+            return tuple(range(max(known) + 1))
         return tuple(
             rank for rank, one in self._recordings.items() if any(entry.process_group == key for entry in one.entries)
         )

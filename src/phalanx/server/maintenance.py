@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from phalanx.engine.condition import Condition
 from phalanx.errors import NotNowError
 from phalanx.protocol import MaintenanceOrder, Reload, Sleep, Wake, When
 from phalanx.server.service import Service
@@ -57,7 +58,7 @@ class EngineMaintenance(msgspec.Struct, kw_only=True, omit_defaults=True):
     weights_version: int
     epoch: int
     state: str
-    """`serving`, `asleep`, or what is being done to it."""
+    """`serving`, `restarting`, `asleep`, or what is being done to it."""
     level: int = 0
     """Of its sleep."""
     done: int = 0
@@ -106,18 +107,7 @@ class Upkeep:
         if self._last is not None and self._last.state == "running":
             self._last.took_s = self._taken_s()
         return MaintenanceReport(
-            engines=tuple(
-                EngineMaintenance(
-                    engine=one.replica,
-                    weights_version=one.weights_version,
-                    epoch=one.epoch,
-                    state="serving" if one.maintenance is None else one.maintenance.phase,
-                    level=one.sleep_level,
-                    done=0 if one.maintenance is None else one.maintenance.done,
-                    total=0 if one.maintenance is None else one.maintenance.total,
-                )
-                for one in self._service.engine.conditions()
-            ),
+            engines=tuple(map(_maintenance_of, self._service.engine.conditions())),
             last=self._last,
         )
 
@@ -143,3 +133,17 @@ class Upkeep:
 
     def _taken_s(self) -> float:
         return round(time.monotonic() - self._began_at, 3)
+
+
+def _maintenance_of(one: Condition) -> EngineMaintenance:
+    told = EngineMaintenance(
+        engine=one.replica,
+        weights_version=one.weights_version,
+        epoch=one.epoch,
+        state="serving" if one.down is None else "restarting",
+        level=one.sleep_level,
+    )
+    if one.maintenance is None or one.down is not None:  # what was done to the engine before is over
+        return told
+    doing = one.maintenance
+    return msgspec.structs.replace(told, state=doing.phase, done=doing.done, total=doing.total)

@@ -160,11 +160,16 @@ class _HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                backlog=128,  # asyncio accepts so many at a time, and logs each that fails when descriptors run out
+                backlog=1,  # asyncio accepts so many at a time, and logs each that fails when descriptors run out
                 timeout_keep_alive=75,  # longer than clients' and proxies' pools keep a connection
                 timeout_graceful_shutdown=2,  # requests have ended by then; this is for connections
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():  # whose queue the backlog has made as short
+            listener.listen(socket.SOMAXCONN)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -72,6 +72,9 @@ def test_whether_it_is_well() -> None:
     assert (sick.status, sick.detail) == ("fail", "late: rank 1 on here does it")
     stopped = check_of(msgspec.structs.replace(hung(), process="stopped"))
     assert stopped.status == "fail" and stopped.advice == "kill -CONT 100, or end it"
+    assert check_of(msgspec.structs.replace(hung(), watcher_s=1.0)).status == "ok"
+    unwatched = check_of(msgspec.structs.replace(hung(), watcher_s=7.5))
+    assert unwatched.status == "warn" and unwatched.detail.endswith("its watcher has not looked for 7.5 s")
 
 
 class Shown:

@@ -24,11 +24,12 @@ from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge, ReportOrder
 from phalanx.ledger.verdict import Cause, Verdict
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watcher import WatchedRank, WatchOrder
 from phalanx.membership.lines import ENDS_AFTER_S
 from phalanx.protocol import Failure, Ping
 from phalanx.transport.address import listen_on
 from phalanx.transport.keys import RunKey
+from phalanx.transport.shared_memory import SegmentHandle
 
 NOBODY = WatchOrder(ranks=(), groups={})
 WITHIN_S = 30.0
@@ -330,3 +331,15 @@ def test_a_watcher_that_is_told_to_be_silent_tells_nothing_of_what_is_done_next(
     watcher.silence()
     watcher.close()
     assert watcher.verdict is None and "verdict" not in caplog.text
+
+
+def test_what_had_happened_before_is_in_the_log(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A rank's end is seen by who heals, maybe before the watcher has told of it."""
+    told = msgspec.json.encode(verdict("gone")).decode()
+    pretend(f"cat > /dev/null; read stop < /proc/self/fd/$4; echo '{told}'")
+    ranks = tuple(WatchedRank(rank=rank, node="here", groups=(), journal=SegmentHandle(0, 0, 0, 0)) for rank in (0, 1))
+    watcher = Watching(WatchOrder(ranks=ranks, groups={}), lambda: None, {1: "killed by SIGKILL"}.get)
+    watcher.silence()
+    watcher.close()
+    assert "verdict: rank 1 on here is gone: killed by SIGKILL" in caplog.text
+    assert watcher.verdict is None and watcher.standing is None

@@ -20,6 +20,8 @@ class RecordedRank:
         self.rank = rank
         self.entries: list[dict[str, Any]] = []
         self.first_record = 0
+        self.of_no_name: Sequence[int] = ()
+        """What Gloo says of the members of a group, and not of which."""
         self._backend = backend
         self._sequences: dict[str, int] = {}
         self._p2p = 0
@@ -82,7 +84,7 @@ class RecordedRank:
         )
 
     def recording(self) -> dict[str, Any]:
-        no_groups = {"": {"name": "", "desc": "", "ranks": "[]"}}
+        no_groups = {"": {"name": "", "desc": "", "ranks": str(list(self.of_no_name))}}
         return {
             "version": "2.10",
             "pg_config": no_groups if self._backend == "gloo" else self.groups,

@@ -179,6 +179,33 @@ def test_one_that_has_ended_while_it_is_needed(culprit: int, how: str) -> None:
     assert found(verdict) == (cause, (culprit,)) and verdict is not None and verdict.what.startswith("has ended with")
 
 
+@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize("dies", [True, False])
+def test_one_that_ends_of_what_it_had_differed_in_has_diverged(culprit: int, dies: bool) -> None:
+    """Or its peer does; others go on, and wait for it."""
+    ranks = ranks_of(3)
+    ends = culprit if dies else (culprit + 1) % 3
+    for one in ranks:
+        one.give(GATHER if one.rank == culprit else REDUCE)
+    ranks[ends].process = "gone"
+    for one in ranks:
+        if one.rank != ends:
+            one.issue(REDUCE)
+    verdict = verdict_on(ranks)
+    assert found(verdict) == ("diverged", (culprit,)) and verdict is not None and verdict.sequence == 3
+
+
+def test_who_differs_after_another_has_ended_is_not_the_first() -> None:
+    """As in what it does when it has failed."""
+    ranks = ranks_of(3)
+    ranks[0].process = "gone"
+    for one in ranks[1:]:
+        one.issue(REDUCE)
+    ranks[2].issue(GATHER)
+    ranks[1].issue(REDUCE)
+    assert found(verdict_on(ranks)) == ("gone", (0,))
+
+
 def test_who_fails_because_of_another_is_not_the_first() -> None:
     """Rank 0 is killed, rank 1 fails as it waits for it, rank 2 waits for rank 1."""
     lanes = {"0 to 1": (0, 1), "1 to 2": (1, 2)}

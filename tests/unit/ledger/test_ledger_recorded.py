@@ -86,6 +86,16 @@ def test_a_rank_that_left_no_dump(tmp_path: Path, culprit: int, backend: str) ->
     assert found.verdict is not None and found.verdict.culprits == (culprit,)
 
 
+@pytest.mark.parametrize("left", [0, 2])
+def test_one_that_alone_has_left_a_dump_knows_of_the_others(tmp_path: Path, left: int) -> None:
+    rank = program(3, "gloo")[left]
+    rank.of_no_name = range(3)
+    rank.collective("all_reduce", [8, 64], state=OPEN)
+    found = trace(tmp_path, [rank])
+    assert found.missing == tuple({0, 1, 2} - {left})
+    assert found.verdict is not None and set(found.verdict.culprits) == {0, 1, 2} - {left}
+
+
 def test_two_ranks_that_differ_cannot_be_told_apart(tmp_path: Path) -> None:
     ranks = program(2)
     ranks[0].collective("all_reduce", [8, 64], state=OPEN)

@@ -90,6 +90,7 @@ class FakeEngine:
             Condition(
                 pid=42,
                 dead=self.dead,
+                down=self.down,
                 trouble=self.trouble,
                 since_step_s=2.5,
                 num_watched=2,

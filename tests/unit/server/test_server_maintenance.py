@@ -32,6 +32,14 @@ async def test_a_reload_answers_when_it_is_done_and_shows_until_then() -> None:
     assert 'phalanx_weights_version{engine="0"} 2.0' in metrics
 
 
+@in_loop
+async def test_nothing_is_done_to_an_engine_that_is_started_again() -> None:
+    rig = Rig()
+    rig.engine.asleep, rig.engine.down = 2, "killed"
+    (engine,) = (await rig.client.get("/maintenance")).json()["engines"]
+    assert (engine["state"], engine["level"]) == ("restarting", 2)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [

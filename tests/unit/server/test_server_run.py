@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -133,6 +135,23 @@ def test_a_second_signal_does_not_wait() -> None:
         server.process.send_signal(signal.SIGINT)
         assert "shut down before" in answer.get().text
         assert server.end()[0] == 0
+
+
+def test_without_descriptors_clients_wait_and_the_log_stays_short() -> None:
+    with running("plain") as server, ExitStack() as clients:
+        url = server.read_line()
+        pid, port = server.process.pid, int(url.rpartition(":")[2])
+        _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), most))
+        for _ in range(20):
+            clients.enter_context(socket.create_connection(("127.0.0.1", port), TIMEOUT_S))
+        time.sleep(1.5)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, most))
+        assert httpx.post(f"{url}/v1/completions", json=PROMPT, timeout=TIMEOUT_S).status_code == 200
+        clients.close()
+        server.process.send_signal(signal.SIGTERM)
+        code, errors = server.end()
+        assert code == 0 and 1 <= errors.count("out of system resource") <= 6, errors
 
 
 def test_the_death_of_the_engine_is_answered_and_ends_the_server() -> None:
