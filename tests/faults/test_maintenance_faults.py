@@ -67,6 +67,7 @@ class Served:
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         config = Config.build(model=str(checkpoint), launcher="local", block_size=4, **settings)
         self.device = config.executor.device
+        self._not_ours = set(children_of(os.getpid()))  # such as the Ray of other tests
         found = resolve(str(checkpoint))
         self.formation: Formation = start_formation(config, found, lambda _: None)
         capacity = self.formation.capacity
@@ -121,10 +122,11 @@ class Served:
         self.until(lambda: not self.maintenance.is_busy)
 
     def used_bytes(self) -> int:
-        """Of the host by all that this process has started, or of all GPUs by anybody."""
+        """Of the host by all that it has started, or of all GPUs by anybody."""
         if self.device == "cuda":
             return sum(used_bytes(number) for number in range(torch.cuda.device_count()))
-        return sum(map(bytes_of_family, children_of(os.getpid())))  # all that share memory: how many is no matter then
+        ours = set(children_of(os.getpid())) - self._not_ours
+        return sum(map(bytes_of_family, ours))  # all that share memory: how many is no matter then
 
     def kill(self, rank: int) -> None:
         os.kill(self.pids()[rank], signal.SIGKILL)
