@@ -354,11 +354,11 @@ class Executor:
     def _judged(self, error: PhalanxError) -> PhalanxError:
         """The verdict if it ends the run, whoever was first to say so; else `error`, with what is known beyond it."""
         if self._watching is not None:
-            will_tell = _is_divergence(error)
-            if will_tell and not self._watching.ends_diverged:  # the ledger has it in its log and events, too
-                self._watching.await_verdict(VERDICT_GRACE_S)
-            ends = will_tell and self._watching.ends_diverged
-            verdict = self._watching.await_hopeless(VERDICT_GRACE_S if ends else 0.0)
+            grace_s = VERDICT_GRACE_S if _is_divergence(error) else 0.0
+            if not self._watching.ends_diverged:  # for it no rank is ended, but it is to be told before all are
+                self._watching.await_verdict(grace_s)
+                grace_s = 0.0
+            verdict = self._watching.await_hopeless(grace_s)
             if verdict is not None and verdict.cause == "gone":  # its peers were killed for it, and may be gone before
                 return self._explain_death(self._death_of(verdict.culprits[0]))
             if verdict is not None:  # then the ranks were killed for it

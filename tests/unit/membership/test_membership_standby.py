@@ -189,43 +189,39 @@ def test_closing_ends_a_start_that_is_under_way(workshop: Workshop) -> None:
     assert not workshop.executors
 
 
-def test_a_line_that_was_taken_is_not_ended_with_what_is_discarded() -> None:
-    """From then on it is the one that computes."""
-    killed = threading.Event()
+class Kills:
+    """Prepares lines whose start an interruption would end, and sees whether one does."""
 
-    class Launcher:
-        def kill(self) -> None:
-            killed.set()
+    def __init__(self) -> None:
+        self.num_kills = 0
 
-    def prepare(interruption: Interruption) -> Line:
-        interruption.note(cast(Any, Launcher()))
+    def kill(self) -> None:
+        self.num_kills += 1
+
+    def prepare(self, interruption: Interruption) -> Line:
+        interruption.note(cast(Any, self))
         return Line(1, cast(Any, FakeExecutor()), {})
 
-    standby = Standby(prepare)
+
+def test_a_line_that_was_taken_is_not_ended_with_what_is_discarded() -> None:
+    """From then on it is the one that computes."""
+    kills = Kills()
+    standby = Standby(kills.prepare)
     try:
         taken(standby)
         standby.discard()
-        assert not killed.is_set()
+        assert not kills.num_kills
     finally:
         standby.close()
 
 
 def test_one_that_stands_ready_is_ended_by_who_discards_it() -> None:
     """And not killed before: to its watcher that would be a fault."""
-    killed = threading.Event()
-
-    class Launcher:
-        def kill(self) -> None:
-            killed.set()
-
-    def prepare(interruption: Interruption) -> Line:
-        interruption.note(cast(Any, Launcher()))
-        return Line(1, cast(Any, FakeExecutor()), {})
-
     let_go: list[Line] = []
-    standby = Standby(prepare)
+    kills = Kills()
+    standby = Standby(kills.prepare)
     while standby.state != "ready":
         threading.Event().wait(0.01)
     standby.discard(let_go.append)
     standby.close()
-    assert [line.epoch for line in let_go] == [1] and not killed.is_set()
+    assert [line.epoch for line in let_go] == [1] and not kills.num_kills
