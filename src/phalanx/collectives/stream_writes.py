@@ -8,6 +8,7 @@ CUDA, and after this process has died.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -36,12 +37,21 @@ class StreamWrites:
         self._write.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint)
         self._stream_of = torch._C._cuda_getCurrentRawStream
 
-    def write(self, offset: int, number: int) -> None:
-        """Have the 64-bit word at `offset` bytes become `number` when the current stream has come to here.
+    def to(self, offset: int) -> Callable[[int], None]:
+        """A function that has the 64-bit word at `offset` bytes become a number when the current stream has come to
+        where it was called: all that the stream was given before is then over.
 
-        All that the stream was given before is then over. Raises RuntimeError if CUDA is of no more use.
+        The function raises RuntimeError if CUDA is of no more use. One, and with all that it needs at hand: it is
+        called twice a collective.
         """
-        _check("cuStreamWriteValue64", self._write(self._stream_of(self._index), self._address + offset, number, 0))
+        put, stream_of, index, address = self._write, self._stream_of, self._index, self._address + offset
+
+        def write(number: int) -> None:
+            code = put(stream_of(index), address, number, 0)
+            if code:
+                _check("cuStreamWriteValue64", code)
+
+        return write
 
 
 def _check(function: str, code: int) -> None:

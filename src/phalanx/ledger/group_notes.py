@@ -15,6 +15,7 @@ from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import (
     DONE_WORD,
     LAST_WORD,
+    LAUNCHED_WORD,
     MAX_GROUPS,
     NUM_RECORDS,
     OPEN_STEP_WORD,
@@ -70,13 +71,13 @@ class GroupNotes(Protocol):
 def group_notes(index: int, journal: Journal | None, digests: StepDigests | None) -> GroupNotes:
     """Of the group with this index among the rank's, in what it keeps of the two."""
     assert 0 < index < MAX_GROUPS, index
-    if journal is not None and journal.fence_stores is None and not journal.follows_device:
+    if journal is not None and journal.fence_stores is None:
         return _Direct(index, journal, digests)
     return _Plain(index, journal, digests)
 
 
 class _Plain:
-    """With or without a journal, and with a device that says by itself where it is."""
+    """With or without a journal."""
 
     def __init__(self, index: int, journal: Journal | None, digests: StepDigests | None) -> None:
         self._index = index
@@ -119,7 +120,7 @@ class _Plain:
 
 
 class _Direct:
-    """With a journal whose stores are seen in order, and no device: a collective is over when its call returns."""
+    """With a journal whose stores are seen in order."""
 
     issue: Callable[[Noted], None]
     done: Callable[[], None]
@@ -132,6 +133,7 @@ class _Direct:
 
     def _begin(self, board: memoryview) -> None:
         words, now_ns = self._journal.words, self._journal.now_ns
+        mark_begun, mark_finished = self._journal.mark_begun, self._journal.mark_finished
         what = self._journal.epoch << EPOCH_SHIFT | self._index << GROUP_SHIFT | int(Kind.COLLECTIVE) << KIND_SHIFT
         first, sequence_at, of_group = RECORDS_AT // WORD_BYTES, SEQUENCES_WORD + self._index, place_of(self._index)
         sequence = words[sequence_at]
@@ -161,10 +163,16 @@ class _Direct:
             words[at + 6] = now_ns()
             words[at + 7] = 0
             words[at] = words[LAST_WORD] = number
+            if mark_begun is not None:
+                mark_begun(number)
 
         def done() -> None:
+            # As `Journal.done` does.
             if words[at] == number:
                 words[at + DONE_WORD] = now_ns()
+                if mark_finished is not None and number > words[LAUNCHED_WORD]:
+                    mark_finished(number)
+                    words[LAUNCHED_WORD] = number
 
         self.issue, self.done, self._number = issue, done, lambda: number
 

@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from phalanx.ledger.journal_layout import (
-    BEGUN_WORD,
     DECISIONS_WORD,
     DONE_WORD,
-    FINISHED_WORD,
     HAS_DEVICE_WORD,
     ISSUED_WORD,
     JOINING_WORD,
@@ -66,8 +64,8 @@ from phalanx.transport.liveness import Party
 _COLLECTIVE, _BEGUN_STEP, _CAPTURED = int(Kind.COLLECTIVE), int(Kind.STEP), int(Kind.CAPTURED)
 _pack = LAYOUT.pack_into
 
-WriteOnDevice = Callable[[int, int], None]
-"""Has the device write a number to the word at an offset in bytes, when it has come so far in what it was given."""
+Mark = Callable[[int], None]
+"""Has the device write a number into a word of the header, when it has come so far in what it was given."""
 
 
 def prepare_journal(memory: memoryview) -> None:
@@ -99,9 +97,9 @@ class Journal:
         self._fence = new_fence()
         self.fence_stores = None if STORES_ARE_SEEN_IN_ORDER else self._fence
         """For stores that must not be seen in another order, where they could be."""
-        self.follows_device = False
-        """Whether collectives are only given to a device."""
-        self._write_on_device: WriteOnDevice | None = None
+        self.mark_begun: Mark | None = None
+        """Where collectives are only given to a device: has it write BEGUN_WORD, and the next one FINISHED_WORD."""
+        self.mark_finished: Mark | None = None
         self.known: set[int] = set()
         """Digests that readers can look up."""
         me = Party.me("this rank")
@@ -111,11 +109,12 @@ class Journal:
         """Say where readers find what this process is doing (stacks.py)."""
         self.words[STACKS_WORD] = descriptor
 
-    def follow_device(self, write: WriteOnDevice) -> None:
-        """Collectives are given to a device from now on, which says by itself where it is. Call it before the first."""
+    def follow_device(self, mark_begun: Mark, mark_finished: Mark) -> None:
+        """Collectives are given to a device from now on, which says by itself where it is: in BEGUN_WORD and in
+        FINISHED_WORD. Call it before the first one, and before `group_notes`.
+        """
         assert not self.words[LAST_WORD]
-        self._write_on_device = write
-        self.follows_device = True
+        self.mark_begun, self.mark_finished = mark_begun, mark_finished
         self.words[HAS_DEVICE_WORD] = 1
 
     def enter(self, phase: str) -> None:
@@ -187,8 +186,8 @@ class Journal:
         """A collective that the rank is about to take part in. Returns the record's number, for `done`."""
         self.words[SEQUENCES_WORD + group] = sequence
         number = self.write(_COLLECTIVE, group, sequence, digest, rolling)
-        if self._write_on_device is not None:
-            self._write_on_device(BEGUN_WORD * WORD_BYTES, number)
+        if self.mark_begun is not None:
+            self.mark_begun(number)
         return number
 
     def failed(self, number: int) -> None:
@@ -207,11 +206,11 @@ class Journal:
             self.words[word + DONE_WORD] = self.now_ns()
             # A graph of several groups is over in all of them at once: what the newest one's marks say stays.
             if (
-                self._write_on_device is not None
+                self.mark_finished is not None
                 and number > self.words[LAUNCHED_WORD]
                 and self.memory[word * WORD_BYTES + KIND_AT] == _COLLECTIVE
             ):
-                self._write_on_device(FINISHED_WORD * WORD_BYTES, number)
+                self.mark_finished(number)
                 self.words[LAUNCHED_WORD] = number
 
     def note_captured(self, group: int, place: int, digest: int) -> None:

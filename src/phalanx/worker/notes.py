@@ -16,6 +16,7 @@ from phalanx.collectives.journaled_exchange import JournaledExchange
 from phalanx.collectives.stream_writes import StreamWrites
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal
+from phalanx.ledger.journal_layout import BEGUN_WORD, FINISHED_WORD, WORD_BYTES
 from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.record import PlanSize
 from phalanx.ledger.stacks import may_offer, offer_stacks
@@ -55,9 +56,11 @@ class RankNotes:
         if self._journal is None or self._segment is None or device.type != "cuda":
             return
         try:
-            self._journal.follow_device(StreamWrites(self._segment.buf[: mmap.PAGESIZE], device).write)
+            writes = StreamWrites(self._segment.buf[: mmap.PAGESIZE], device)
         except (OSError, RuntimeError) as error:
             log.warning("the ledger cannot tell what a GPU was given from what it has done: %s", error)
+            return
+        self._journal.follow_device(writes.to(BEGUN_WORD * WORD_BYTES), writes.to(FINISHED_WORD * WORD_BYTES))
 
     def enter(self, phase: str) -> None:
         """The rank does this from now on."""

@@ -52,7 +52,7 @@ def test_an_error_is_not_hidden_by_what_is_told_to_the_device() -> None:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     journal, inner, is_broken = Journal(memory, epoch=1), partner(), False
 
-    def write(offset: int, number: int) -> None:
+    def mark(number: int) -> None:
         if is_broken:
             raise RuntimeError("cuStreamWriteValue64 failed")
 
@@ -61,7 +61,7 @@ def test_an_error_is_not_hidden_by_what_is_told_to_the_device() -> None:
         is_broken = True
         raise RuntimeError("an illegal memory access")
 
-    journal.follow_device(write)
+    journal.follow_device(mark, mark)
     inner.all_reduce = all_reduce  # type: ignore[method-assign]
     group = JournaledGroup(inner, group_notes(1, journal, None))
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 from phalanx.ledger.group_notes import group_notes
-from phalanx.ledger.journal import Journal, WriteOnDevice
+from phalanx.ledger.journal import Journal, Mark
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.journal_reader import read
 from phalanx.ledger.look import Look, RankLook
@@ -34,15 +34,15 @@ class WritingRank:
         groups: Sequence[str],
         memory: memoryview | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
-        device: WriteOnDevice | None = None,
+        marks: tuple[Mark, Mark] | None = None,
     ) -> None:
         self.rank = rank
         self.memory = memoryview(bytearray(JOURNAL_BYTES)) if memory is None else memory
         self.journal = Journal(self.memory, epoch=1, now_ns=now_ns)
         self.process: Literal["running", "stopped", "gone", "ended"] = "running"
         self._groups = ("", *groups)
-        if device is not None:
-            self.journal.follow_device(device)
+        if marks is not None:
+            self.journal.follow_device(*marks)
         self._notes = {name: group_notes(i, self.journal, None) for i, name in enumerate(groups, start=1)}
         self._step = 0
 

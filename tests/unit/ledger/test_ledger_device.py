@@ -7,8 +7,8 @@ import pytest
 from ledger_ranks import Named, WritingRank, look_at
 
 from phalanx.ledger.group_notes import group_notes
-from phalanx.ledger.journal import Journal
-from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
+from phalanx.ledger.journal import Journal, Mark
+from phalanx.ledger.journal_layout import BEGUN_WORD, FINISHED_WORD, JOURNAL_BYTES, NUM_RECORDS
 from phalanx.ledger.journal_reader import read
 from phalanx.ledger.judge import judge
 from phalanx.ledger.sighting import NodeView, Telling
@@ -25,8 +25,13 @@ class Stream:
         self._words = memory.cast("Q")
         self._waiting: list[tuple[int, int]] = []
 
-    def write(self, offset: int, number: int) -> None:
-        self._waiting.append((offset // 8, number))
+    @property
+    def marks(self) -> tuple[Mark, Mark]:
+        """For `Journal.follow_device`."""
+        return self._write_to(BEGUN_WORD), self._write_to(FINISHED_WORD)
+
+    def _write_to(self, word: int) -> Mark:
+        return lambda number: self._waiting.append((word, number))
 
     def go_on(self, num_writes: int | None = None) -> None:
         """Each collective has one write when it is begun and one at its end."""
@@ -38,7 +43,7 @@ class Stream:
 def rank_on_device(rank: int) -> tuple[WritingRank, Stream]:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     stream = Stream(memory)
-    return WritingRank(rank, list(GROUPS), memory, device=stream.write), stream
+    return WritingRank(rank, list(GROUPS), memory, marks=stream.marks), stream
 
 
 def world() -> tuple[list[WritingRank], list[Stream]]:
@@ -59,7 +64,7 @@ def verdict_on(ranks: list[WritingRank]) -> Verdict | None:
 def test_states_of_a_collective() -> None:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     journal, stream = Journal(memory, epoch=1), Stream(memory)
-    journal.follow_device(stream.write)
+    journal.follow_device(*stream.marks)
     group = group_notes(1, journal, None)
     seen = []
 
@@ -96,7 +101,7 @@ def test_a_call_that_fails_gives_the_device_nothing_more() -> None:
 def test_a_step_is_done_when_it_is_answered_and_not_by_the_device() -> None:
     memory = memoryview(bytearray(JOURNAL_BYTES))
     journal, stream = Journal(memory, epoch=1), Stream(memory)
-    journal.follow_device(stream.write)
+    journal.follow_device(*stream.marks)
     journal.done(journal.begin_step(1, 9, 1))
     assert read(memory).records[0].is_done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -22,15 +23,22 @@ NUM_GROUPS = 2
 class Rank:
     """One that notes in the one way or in the other."""
 
-    def __init__(self, *, at_length: bool, compares: bool) -> None:
+    def __init__(self, *, at_length: bool, compares: bool, has_device: bool = False) -> None:
         self.memory, self.board = memoryview(bytearray(JOURNAL_BYTES)), memoryview(bytearray(BOARD_BYTES))
         clock = count(1000)
         self.journal = Journal(self.memory, epoch=7, now_ns=lambda: next(clock))
         if at_length:
             self.journal.fence_stores = lambda: None
+        self.marks: list[tuple[str, int]] = []
+        """What a device was told to write."""
+        if has_device:
+            self.journal.follow_device(partial(self._mark, "begun"), partial(self._mark, "finished"))
         self.digests = StepDigests(self.board, NUM_GROUPS) if compares else None
         self.groups = [group_notes(index, self.journal, self.digests) for index in range(1, 1 + NUM_GROUPS)]
         self._steps = count(1)
+
+    def _mark(self, what: str, number: int) -> None:
+        self.marks.append((what, number))
 
     def begin(self) -> None:
         step = next(self._steps)
@@ -72,9 +80,9 @@ collectives = st.builds(
 programs = st.lists(st.one_of(collectives, st.sampled_from(["begin", "leave"])), max_size=30)
 
 
-@given(programs, st.booleans())
-def test_both_ways_write_the_same(program: list[Collective | str], compares: bool) -> None:
-    ranks = [Rank(at_length=at_length, compares=compares) for at_length in (False, True)]
+@given(programs, st.booleans(), st.booleans())
+def test_both_ways_write_the_same(program: list[Collective | str], compares: bool, has_device: bool) -> None:
+    ranks = [Rank(at_length=at_length, compares=compares, has_device=has_device) for at_length in (False, True)]
     assert type(ranks[0].groups[0]) is not type(ranks[1].groups[0])
     for rank in ranks:
         is_in_step = False
@@ -85,6 +93,7 @@ def test_both_ways_write_the_same(program: list[Collective | str], compares: boo
                 is_in_step = not is_in_step
                 rank.begin() if is_in_step else rank.leave()
     assert ranks[0].memory == ranks[1].memory and ranks[0].board == ranks[1].board
+    assert ranks[0].marks == ranks[1].marks and bool(ranks[0].marks) <= has_device
     assert [one.sequence for one in ranks[0].groups] == [one.sequence for one in ranks[1].groups]
 
 
@@ -101,3 +110,17 @@ def test_what_ends_after_its_record_is_gone_leaves_others_alone(rank: Rank) -> N
     slow.done()
     slow.failed()
     assert not any(record.is_done for record in read(rank.memory).records)
+
+
+def test_a_graph_of_several_groups_is_over_in_all_of_them_with_the_newest(rank_with_device: Rank) -> None:
+    first, second = rank_with_device.groups
+    first.issue(Named(5))
+    second.issue(Named(6))
+    second.done()
+    first.done()
+    assert rank_with_device.marks == [("begun", 1), ("begun", 2), ("finished", 2)]
+
+
+@pytest.fixture(params=[False, True])
+def rank_with_device(request: pytest.FixtureRequest) -> Rank:
+    return Rank(at_length=request.param, compares=False, has_device=True)

@@ -128,7 +128,7 @@ def test_who_notes_something_itself_has_done_so_since_then() -> None:
 
 def test_who_gives_its_collectives_to_a_device_may_be_ahead_of_it() -> None:
     memory, journal = fresh()
-    journal.follow_device(lambda at, number: None)
+    journal.follow_device(lambda number: None, lambda number: None)
     journal.enter("idle")
     assert not Reader(memory).notes_since(0)
 
