@@ -18,6 +18,7 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
+from phalanx.executor.beats import CHECK_S, SILENT_CHECKS, Beating, Beats
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
@@ -60,6 +61,7 @@ class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdicts.
 
     One that ends unasked is replaced, as often as MAX_RESTARTS says: journals and what stands are not the watcher's.
+    One that hangs is killed, and so replaced.
     """
 
     def __init__(
@@ -86,13 +88,15 @@ class Watching:
         self._ended_for: Verdict | None = None
         self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
-        self._is_closing = self._is_silent = self._has_ended = False
+        self._is_closing = self._is_silent = self._has_ended = self._hangs = False
         self._ended_before: frozenset[int] = frozenset()
         """Ranks that had when it was silenced."""
         self._process: subprocess.Popen[bytes] | None = None
         self._num_restarts = 0
         self._restarted_at: deque[float] = deque(maxlen=MAX_RESTARTS)
         order, held = _with_own_listener(order)
+        self._beats = Beats()
+        held.callback(self._beats.close)
         stop_read, self._stop_write = os.pipe()
         held.callback(os.close, stop_read)
         spawned: Future[subprocess.Popen[bytes]] = Future()
@@ -185,7 +189,7 @@ class Watching:
     ) -> None:
         with held:
             try:
-                self._process = process = _spawn(order, stop)
+                self._process = process = self._spawn(order, stop)
             except OSError as error:
                 spawned.set_exception(error)
                 return
@@ -201,7 +205,7 @@ class Watching:
     def _listen(self, process: subprocess.Popen[bytes]) -> bool:
         """Take in what a watcher says until it ends. Whether there should be one still."""
         try:
-            for line in _lines(process):
+            for line in _lines(process, lambda: self._look_after(process)):
                 self._take(_verdicts.decode(line))
         except Exception:  # also of `on_hopeless`: a watcher that nobody listens to must not go on
             log.exception("what the watcher says is lost: nobody says any more who is to blame")
@@ -212,28 +216,41 @@ class Watching:
         found = self._found
         return not self._is_closing and (found is None or not found.is_final)
 
+    def _look_after(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill a watcher that does not look any more: it is the ledger's silence."""
+        if not self._is_closing and self._beats.have_stopped():
+            self._hangs = True
+            process.kill()
+
     def _start_another(self, order: WatchOrder | ReportOrder, stop: int, code: int) -> subprocess.Popen[bytes] | None:
         """In place of one that has ended; None if that has happened too often."""
-        now, how = time.monotonic(), describe_exit(code)
+        now, how = time.monotonic(), f"has ended, {describe_exit(code)}"
+        if self._hangs:
+            how, self._hangs = f"has not looked for {SILENT_CHECKS * CHECK_S:.0f} s, and is killed", False
         if len(self._restarted_at) == MAX_RESTARTS and now - self._restarted_at[0] < RESTARTS_WITHIN_S:
             log.warning(
-                "the watcher has ended, %s, more than %d times in %.0f s: nobody says any more who is to blame",
+                "the watcher %s, as have %d in %.0f s before it: nobody says any more who is to blame",
                 *(how, MAX_RESTARTS, RESTARTS_WITHIN_S),
             )
             return None
         self._restarted_at.append(now)
         self._num_restarts += 1
-        log.warning("the watcher has ended, %s: another one is started", how)
+        log.warning("the watcher %s: another one is started", how)
         if isinstance(order, WatchOrder):
             order = msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
         else:  # the judge counts them
             watch = msgspec.structs.replace(order.watch, num_restarts=self._num_restarts)
             order = msgspec.structs.replace(order, watch=watch)
         try:
-            return _spawn(order, stop)
+            return self._spawn(order, stop)
         except OSError as error:
             log.warning("no other watcher can be started: %s: nobody says any more who is to blame", error)
             return None
+
+    def _spawn(self, order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
+        """Start a watcher. Raises OSError; nothing is left of it then."""
+        self._beats.begin()
+        return _spawn(order, stop, self._beats.descriptor)
 
     def _take(self, verdict: Verdict | None) -> None:
         ends_now = verdict is not None and self._patience_with(verdict) == 0.0
@@ -396,11 +413,10 @@ def _with_own_listener(order: WatchOrder | ReportOrder) -> tuple[WatchOrder | Re
     return msgspec.structs.replace(order, other_nodes=others), held
 
 
-def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
-    """Start the watcher. Raises OSError; nothing is left of it then."""
-    command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop))]
+def _spawn(order: WatchOrder | ReportOrder, stop: int, beats: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop, beats))]
     others = order.other_nodes if isinstance(order, WatchOrder) else None
-    passed = (stop,) if others is None else (stop, others.listener)
+    passed = (stop, beats) if others is None else (stop, beats, others.listener)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed)
     assert process.stdin is not None
     try:
@@ -413,12 +429,12 @@ def _spawn(order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes
     return process
 
 
-def _lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """What a process writes, until it ends, whoever else has inherited its output."""
+def _lines(process: subprocess.Popen[bytes], look_after: Callable[[], None]) -> Iterator[bytes]:
+    """What a process writes, until it ends, whoever else has inherited its output. It is looked after meanwhile."""
     assert process.stdout is not None
     unread, pidfd = b"", os.pidfd_open(process.pid)
     try:
-        for data in output_until_end(process.stdout.fileno(), pidfd):
+        for data in output_until_end(process.stdout.fileno(), pidfd, CHECK_S, look_after):
             *lines, unread = (unread + data).split(b"\n")
             yield from lines
     finally:
@@ -437,16 +453,17 @@ def _reap(process: subprocess.Popen[bytes]) -> int:
 
 
 def main() -> None:
-    """Usage: python -m phalanx.executor.watching PARENT_PID STOP_FD < ORDER > VERDICTS"""
-    parent_pid, stop = map(int, sys.argv[1:])
+    """Usage: python -m phalanx.executor.watching PARENT_PID STOP_FD BEATS_FD < ORDER > VERDICTS"""
+    parent_pid, stop, beats = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s watcher: %(message)s")
     order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
+    beat = Beating(beats).beat
     if isinstance(order, WatchOrder):
-        watch(order, stop, sys.stdout.fileno())
+        watch(order, stop, sys.stdout.fileno(), beat)
     else:
-        report(order, stop)
+        report(order, stop, beat)
 
 
 if __name__ == "__main__":

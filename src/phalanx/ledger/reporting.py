@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -46,8 +47,8 @@ class ReportOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Of this host, to dial from."""
 
 
-def report(order: ReportOrder, stop: int) -> None:
-    """Tell the judge what there is to see; returns when `stop` closes.
+def report(order: ReportOrder, stop: int, beat: Callable[[], None] = lambda: None) -> None:
+    """Tell the judge what there is to see; returns when `stop` closes. Calls `beat` before each look.
 
     The judge is dialled until it answers, and again whenever the link to it breaks: each time both ends agree on new
     keys, and all is told anew, since what was on its way is lost.
@@ -57,6 +58,7 @@ def report(order: ReportOrder, stop: int) -> None:
         judge = stack.enter_context(Redialling(partial(_link, order), "the judge of this run"))
         reporter: _Reporter | None = None
         while not endings.wait(stop, watcher.pids()):
+            beat()
             link = judge.link()
             if link is None:
                 continue

@@ -546,8 +546,9 @@ class Endings:
             self._poll.register(pidfd, select.POLLIN)
 
 
-def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
-    """Write verdicts, a line of JSON each, to the descriptor `verdicts`; `null` when one does not hold any more.
+def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] = lambda: None) -> None:
+    """Write verdicts, a line of JSON each, to the descriptor `verdicts`; `null` when one does not hold any more. Calls
+    `beat` before each look.
 
     Returns after one that no other can follow, or when `stop` closes or is written to.
     """
@@ -562,6 +563,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int) -> None:
         while not endings.wait(
             stop, watcher.pids(), confirmation.next_look_s, watcher.all_go_on if confirmation.is_quiet else None
         ):
+            beat()
             now_ns = time.monotonic_ns()
             before = confirmation.told
             verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)

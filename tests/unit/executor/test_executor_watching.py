@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -186,7 +187,35 @@ def test_one_that_ends_again_and_again(pretend: Any, caplog: pytest.LogCaptureFi
     assert watcher.await_hopeless(WITHIN_S) is None and watcher._has_ended
     watcher.close()
     assert caplog.text.count("another one is started") == MAX_RESTARTS
-    assert f"exit code 3, more than {MAX_RESTARTS} times in 60 s: nobody says any more who is to blame" in caplog.text
+    assert f"exit code 3, as have {MAX_RESTARTS} in 60 s before it: nobody says any more who is to blame" in caplog.text
+
+
+def test_one_that_hangs_is_replaced_and_one_that_beats_is_not(
+    pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beats = "for i in 1 2 3 4 5 6 7 8 9; do printf 0000000$i 1<> /proc/self/fd/$5; sleep 0.1; done"
+    pretend(f"cat > /dev/null; if mkdir {tmp_path}/first; then {beats}; exec sleep 60; fi; while :; do {beats}; done")
+    monkeypatch.setattr(watching, "CHECK_S", 0.05)  # so one is silent after 0.75 s
+    watcher = Watching(NOBODY, lambda: None)
+    await_that(lambda: "the watcher has not looked for 1 s, and is killed: another one is started" in caplog.text)
+    time.sleep(2.0)
+    assert caplog.text.count("another one is started") == 1
+    assert watcher._process is not None and watcher._process.poll() is None
+    watcher._process.kill()
+    watcher.close()
+
+
+def test_one_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(watching, "CHECK_S", 0.4)  # so one is silent after 6 s
+    with caplog.at_level(logging.INFO, "phalanx.ledger"):
+        watcher = Watching(NOBODY, lambda: None)
+        first = watcher._process
+        assert first is not None
+        os.kill(first.pid, signal.SIGSTOP)
+        await_that(lambda: watcher._process is not first)
+        assert "the watcher has not looked for 6 s, and is killed: another one is started" in caplog.text
+        await_that(lambda: int.from_bytes(watcher._beats._memory[:], "little") > 3)
+        watcher.close()
 
 
 def test_none_takes_the_place_of_one_that_has_said_its_last_word(
