@@ -70,6 +70,7 @@ def test_clients_see_nothing_but_pauses(tmp_path: Path) -> None:
     assert all(one.has_happened for one in found)
     assert all(one.rungs for one in found if one.blow.ends_a_line)
     assert all(one.num_streams >= 8 for one in found)
+    assert all(one.again_s > 0 for one in found if one.blow.kind == "kill-switch")
 
 
 def test_clients_see_nothing_of_a_full_disk_either(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from phalanx.protocol import FormationStats
 from phalanx.testing.blows import Blow, is_named
 from phalanx.testing.holdings import Holdings, used_of_gpus
 from phalanx.testing.reach import Place, Reach, ThisHost
-from phalanx.testing.streams import Asked, Seen, difference, follow, has_ended, requests, with_stop_strings
+from phalanx.testing.streams import Asked, Seen, again_s, difference, follow, has_ended, requests, with_stop_strings
 from phalanx.testing.strike import Before, Strike
 from phalanx.transport.liveness import group_members
 
@@ -55,6 +55,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     """From the fault to ranks that compute."""
     gap_s: float = 0.0
     """The longest between two tokens of any stream."""
+    again_s: float = 0.0
+    """From the last kill to tokens again, where there was one and tokens came; `gap_s` counts from the first one."""
     num_streams: int = 0
     num_wrong: int = 0
     """Streams that ended once, and were not those of a run without faults."""
@@ -84,6 +86,8 @@ class Checker:
         """Before the first fault."""
         self._had_fault = False
         self._num_tokens = 0
+        self._came_at: list[float] = []
+        """When they did, in this round."""
 
     @classmethod
     async def start(
@@ -157,6 +161,7 @@ class Checker:
 
     def _count(self, num_tokens: int) -> None:
         self._num_tokens += num_tokens
+        self._came_at.append(time.monotonic())
 
     def _complaints(self, found: Sequence[Seen]) -> list[str]:
         differences = map(difference, self._asked, self._expected, found)
@@ -165,6 +170,7 @@ class Checker:
     async def _run(self, made: Round, blow: Blow, strike: Strike) -> Round:
         """The streams, and the blow; streams again, until it has happened."""
         waves: list[list[Seen]] = []
+        self._came_at.clear()
         if blow.state == "idle":
             await strike.begin()
             await _until(lambda: strike.has_happened, HAPPENS_S, "the blow did not happen to an idle rank")
@@ -188,6 +194,7 @@ class Checker:
             has_happened=strike.has_happened,
             violations=(*complaints, *wrong),
             gap_s=max(seen.gap_s for wave in waves for seen in wave),
+            again_s=again_s(strike.struck_at, self._came_at) if strike.struck_at is not None else 0.0,
             num_streams=len(pairs),
             num_wrong=len(complaints) - num_lost,
             num_lost=num_lost,

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from phalanx.testing.checker import Round
 
-_ROW = "{:>5} {:<13} {:>4} {:<12} {:<22} {:>9} {:>8} {:>6}  {}"
+_ROW = "{:>5} {:<13} {:>4} {:<12} {:<22} {:>9} {:>8} {:>9} {:>6}  {}"
 _LINE = "{:<26} {:>6} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11}"
 
 
 def heading() -> str:
     """Of `row`."""
-    return _ROW.format("round", "blow", "rank", "when", "healed by", "pause ms", "gap ms", "s", "result")
+    return _ROW.format("round", "blow", "rank", "when", "healed by", "pause ms", "gap ms", "again ms", "s", "result")
 
 
 def row(found: Round) -> str:
@@ -30,6 +30,7 @@ def row(found: Round) -> str:
         ", ".join(found.rungs),
         f"{found.pause_s * 1e3:.0f}" if found.pause_s else "",
         f"{found.gap_s * 1e3:.0f}",
+        f"{found.again_s * 1e3:.0f}" if found.again_s else "",
         f"{found.took_s:.1f}",
         result,
     )

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -108,6 +109,14 @@ async def follow(engine: Engine, asked: Asked, on_tokens: Callable[[int], None] 
     except PhalanxError as error:
         seen.error = str(error)
     return seen
+
+
+def again_s(struck_at: float, came_at: Sequence[float]) -> float:
+    """From a blow until tokens came again, of the times at which any stream's came, ascending: to the end of the
+    longest wait after it, as a few may have been on their way. 0 if none came any more.
+    """
+    waits = [(now - before, now) for before, now in pairwise((struck_at, *(at for at in came_at if at > struck_at)))]
+    return max(waits)[1] - struck_at if waits else 0.0
 
 
 def has_ended(asked: Asked, found: Seen) -> bool:

@@ -67,13 +67,14 @@ class Strike:
         self._mailbox: Mailbox | None = None
         if blow.fault is not None and before.status.launcher != "ray":  # whose actors take none from outside
             self._mailbox = stack.enter_context(Mailbox(before.places[blow.rank].pid))
-        self._is_done = False
+        self.struck_at: float | None = None
+        """When its last kill was, of the monotonic clock; None if it has not come yet, or a rank does it itself."""
         self._second: asyncio.Task[None] | None = None
         self._order: asyncio.Task[None] | None = None
 
     @property
     def has_happened(self) -> bool:
-        return self._is_done or (self._mailbox is not None and bool(self._mailbox.injected()))
+        return self.struck_at is not None or (self._mailbox is not None and bool(self._mailbox.injected()))
 
     @property
     def refusal(self) -> str | None:
@@ -119,11 +120,11 @@ class Strike:
 
     async def _kill(self, place: Place) -> None:
         await asyncio.to_thread(self._reach.kill, place)
-        self._is_done = True
+        self.struck_at = time.monotonic()
 
     async def _stop(self) -> None:
         os.kill(self._before.places[self._blow.rank].pid, signal.SIGSTOP)
-        self._is_done = True
+        self.struck_at = time.monotonic()
 
     async def _kill_standby(self) -> None:
         others = self._others(self._ranks()())
@@ -140,7 +141,7 @@ class Strike:
         if parent is None:
             raise ProcessLookupError("rank 0 is gone")
         os.kill(parent, signal.SIGKILL)
-        self._is_done = True
+        self.struck_at = time.monotonic()
 
     async def _kill_and_again(self) -> None:
         ranks = self._ranks()
@@ -180,7 +181,7 @@ class Strike:
         watchers = [pid for pid in children_of(self._before.status.pid) if _WATCHER in command_of(pid)]
         for watcher in watchers:
             os.kill(watcher, signal.SIGKILL)
-        self._is_done = bool(watchers)
+        self.struck_at = time.monotonic() if watchers else None
 
     async def _kill_owner(self) -> None:
         agents = sorted(await asyncio.to_thread(self._reach.agents))
@@ -188,7 +189,7 @@ class Strike:
 
     async def _kill_engine(self) -> None:
         os.kill(self._before.status.pid, signal.SIGKILL)
-        self._is_done = True
+        self.struck_at = time.monotonic()
 
     def _ranks(self) -> Callable[[], Sequence[Place]]:
         return self._reach.ranks_beside(self._before.places[0])

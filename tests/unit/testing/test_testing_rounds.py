@@ -9,13 +9,20 @@ from phalanx.testing.rounds import heading, kills_table, quantile, row, rungs, t
 
 def found(index: int, *violations: str, **fields: object) -> Round:
     blow = Blow(kind="kill", rank=1, state="decode", step=2)
-    made = {"rungs": ("standby",), "pause_s": 0.1 * (index + 1), "gap_s": 0.2, "num_streams": 8, **fields}
+    made = {
+        "rungs": ("standby",),
+        "pause_s": 0.1 * (index + 1),
+        "gap_s": 0.2,
+        "again_s": 0.15,
+        "num_streams": 8,
+        **fields,
+    }
     return Round(index=index, blow=blow, has_happened=True, violations=violations, **made)  # type: ignore[arg-type]
 
 
 def test_a_row() -> None:
-    assert " ".join(heading().split()) == "round blow rank when healed by pause ms gap ms s result"
-    assert row(found(3)).split() == ["3", "kill", "1", "decode", "2", "standby", "400", "200", "0.0", "right"]
+    assert " ".join(heading().split()) == "round blow rank when healed by pause ms gap ms again ms s result"
+    assert row(found(3)).split() == ["3", "kill", "1", "decode", "2", "standby", "400", "200", "150", "0.0", "right"]
     assert row(found(3, "stream 1: it ended 0 times", "left over: 1")).endswith("it ended 0 times; left over: 1")
 
 

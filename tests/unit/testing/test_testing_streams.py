@@ -12,7 +12,7 @@ import pytest
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
 from phalanx.protocol import SamplingParams
-from phalanx.testing.streams import Asked, Seen, difference, follow, requests, with_stop_strings
+from phalanx.testing.streams import Asked, Seen, again_s, difference, follow, requests, with_stop_strings
 
 ASKED = Asked((1, 2), SamplingParams(max_tokens=4))
 EXPECTED = Seen(tokens=[5, 6, 7, 8], text="abcd", logprobs=[-1.0], reasons=["length"])
@@ -32,6 +32,20 @@ def test_requests_are_of_all_kinds_and_fit() -> None:
     assert any(one.frequency_penalty for one in samplings) and any(one.logprobs for one in samplings)
     assert sum(one.cancelled_after is not None for one in found) == 2
     assert all(len(one.prompt) + (one.sampling.max_tokens or 0) <= 128 and max(one.prompt) < 150 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("came_at", "expected_s"),
+    [
+        ([9.0, 9.9, 12.0, 12.1], 2.0),
+        ([9.0, 10.1, 10.2, 13.0, 13.1, 13.2], 3.0),
+        ([9.0, 9.1, 9.2], 0.0),
+        ([10.3], 0.3),
+    ],
+    ids=["longest at once", "some were on their way", "none any more", "the first ones"],
+)
+def test_when_tokens_come_again(came_at: list[float], expected_s: float) -> None:
+    assert again_s(10.0, came_at) == pytest.approx(expected_s)
 
 
 def test_some_end_at_a_piece_of_their_own_text() -> None:
