@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from phalanx.ledger.verdict import Verdict
+from phalanx.ledger.events import Event
 
 HERE = Path(__file__).parent
 PROGRAM = HERE / "watched_program.py"
@@ -45,7 +45,7 @@ def test_every_fault_has_its_verdict_and_a_pause_has_none(tmp_path: Path) -> Non
     )
     ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
-    verdicts = [msgspec.json.decode(line, type=Verdict) for line in events.read_bytes().splitlines()]
+    verdicts = [msgspec.json.decode(line, type=Event).verdict for line in events.read_bytes().splitlines()]
     faults = {name: expected for name, expected in EXPECTED.items() if expected is not None}
     # Of ranks that are stopped or late something else is told, too, when the program kills them.
     first = [one for i, one in enumerate(verdicts) if not i or verdicts[i - 1].is_final]
@@ -109,7 +109,7 @@ def test_ranks_that_torchrun_starts_anew_are_judged_anew(tmp_path: Path) -> None
         timeout=DEADLINE_S,
     )
     assert ended.returncode == 0, ended.stderr
-    verdicts = [msgspec.json.decode(line, type=Verdict) for line in events.read_bytes().splitlines()]
+    verdicts = [msgspec.json.decode(line, type=Event).verdict for line in events.read_bytes().splitlines()]
     assert [(one.cause, one.culprits, one.waiting) for one in verdicts] == [("gone", (1,), (0,)), ("gone", (0,), (1,))]
     assert verdicts[1].what == "has ended with ValueError: a fault" and verdicts[1].sequence == 2
 
@@ -133,7 +133,7 @@ def test_a_rank_that_never_comes_to_find_the_others(tmp_path: Path) -> None:
     )
     command = watch("--events", str(events), "--", sys.executable, str(program))
     ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-    first = msgspec.json.decode(events.read_bytes().splitlines()[0], type=Verdict)
+    first = msgspec.json.decode(events.read_bytes().splitlines()[0], type=Event).verdict
     assert (first.cause, first.culprits, first.waiting) == ("stopped", (1,), (0,)), ended.stderr
     assert first.what == "is stopped by a signal, and has not come to init_process_group of 2 ranks"
     assert "init_process_group" in " ".join(first.stacks[0])

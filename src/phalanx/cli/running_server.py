@@ -64,8 +64,8 @@ class RunningServer:
         except TimeoutError:
             raise DeadlineError(f"the answer to {method} {path}", self.url, timeout_s) from None
         except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise PhalanxError(f"{self.url} cannot be reached: {reason}") from None
+            reason = getattr(error, "reason", None) or error  # of a urllib.error.URLError: what is behind it
+            raise PhalanxError(f"{self.url} cannot be reached: {getattr(reason, 'strerror', None) or reason}") from None
         except msgspec.DecodeError:
             raise UserError(f"{self.url} is no Phalanx server, or one of another version") from None
 

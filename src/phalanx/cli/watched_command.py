@@ -15,7 +15,9 @@ import msgspec
 
 from phalanx.errors import ConfigError
 from phalanx.ledger.environment import recorded
+from phalanx.ledger.events import event_of_command
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
+from phalanx.ledger.report import utc_now
 from phalanx.ledger.roster import Roster
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import LOOK_S
@@ -86,7 +88,7 @@ class _Process:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], blocked: Iterable[int]) -> None:
         """Blocks until the program runs. Raises ConfigError if it cannot be started."""
         try:
-            self._pid = os.posix_spawnp(
+            self.pid = os.posix_spawnp(
                 command[0], tuple(command), environment, setsigmask=blocked, setsigdef=_IGNORED_BY_PYTHON
             )
         except OSError as error:
@@ -105,11 +107,11 @@ class _Process:
     def send_signal(self, number: int) -> None:
         """As long as it runs."""
         if self.poll() is None:
-            os.kill(self._pid, number)
+            os.kill(self.pid, number)
 
     def _reap(self, flags: int) -> int | None:
         if self.returncode is None:
-            pid, status = os.waitpid(self._pid, flags)
+            pid, status = os.waitpid(self.pid, flags)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -180,7 +182,8 @@ class _Watch:
         self._say(f"verdict: {verdict}")
         if self._events is not None:
             try:
-                self._events.write(msgspec.json.encode(verdict) + b"\n")
+                event = event_of_command(verdict, utc_now(), self._process.pid)
+                self._events.write(msgspec.json.encode(event) + b"\n")
             except OSError as error:  # a full disk
                 self._say(f"a verdict was not written to {self._events.name}: {error.strerror}")
         if self._kill and verdict.is_hopeless and self._process.returncode is None:

@@ -10,6 +10,7 @@ import threading
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from phalanx.ledger.report import paragraph
 from phalanx.ledger.verdict import Verdict
@@ -20,7 +21,7 @@ log = logging.getLogger("phalanx.ledger")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One line."""
+    """One line: of an engine, or of a command that `phalanx watch` runs."""
 
     time: datetime.datetime
     """UTC."""
@@ -29,8 +30,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     event: Literal["verdict", "verdict_over"]
     message: str
     """In words, the culprit first."""
-    model: str
-    engine_pid: int
+    model: str | UnsetType = UNSET
+    engine_pid: int | UnsetType = UNSET
+    command_pid: int | UnsetType = UNSET
     for_s: float
     """How long it has been so already, or was in all."""
     verdict: Verdict
@@ -39,12 +41,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 def event_of(
     verdict: Verdict, *, is_over: bool, since_ns: int, now_ns: int, now: datetime.datetime, model: str, engine_pid: int
 ) -> Event:
-    """A verdict that stands from now on, or no more. Times as in report.py."""
+    """An engine's verdict that stands from now on, or no more. Times as in report.py."""
     for_s = round(max(now_ns - since_ns, 0) / 1e9, 3)
     said = paragraph(verdict)
     return Event(
         time=now,
-        level="info" if is_over else "error" if verdict.is_final else "warning",
+        level="info" if is_over else _level(verdict),
         event="verdict_over" if is_over else "verdict",
         message=f"over after {for_s:.1f} s: {said}" if is_over else said,
         model=model,
@@ -52,6 +54,23 @@ def event_of(
         for_s=for_s,
         verdict=verdict,
     )
+
+
+def event_of_command(verdict: Verdict, now: datetime.datetime, command_pid: int) -> Event:
+    """A verdict on the ranks of a command."""
+    return Event(
+        time=now,
+        level=_level(verdict),
+        event="verdict",
+        message=paragraph(verdict),
+        command_pid=command_pid,
+        for_s=round(verdict.waited_s, 3),
+        verdict=verdict,
+    )
+
+
+def _level(verdict: Verdict) -> Literal["warning", "error"]:
+    return "error" if verdict.is_final else "warning"
 
 
 class EventsFile:

@@ -12,6 +12,7 @@ import pytest
 
 from phalanx.cli import watched_command
 from phalanx.cli.watched_command import GRACE_S, Interruption, _Process, _Watch
+from phalanx.ledger.events import Event
 from phalanx.ledger.program_watcher import Counts
 from phalanx.ledger.verdict import Verdict
 
@@ -80,4 +81,6 @@ def test_what_is_found_after_a_signal_that_ends_nothing_is_told(monkeypatch: pyt
     assert events.getvalue() == b""
     monkeypatch.setattr(watched_command, "GRACE_S", 0.0)
     watch._look()
-    assert msgspec.json.decode(events.getvalue(), type=Verdict) == LATE
+    event = msgspec.json.decode(events.getvalue(), type=Event)
+    assert event.verdict == LATE and (event.event, event.level) == ("verdict", "warning")
+    assert event.message == str(LATE) and event.command_pid == process.pid and event.time.tzinfo is not None
