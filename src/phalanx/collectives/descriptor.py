@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal, get_args
 
@@ -82,6 +83,12 @@ class Descriptor:
         argument = _ARGUMENT_NAMES.get(self.operation)
         tensor = f" {self.dtype} {list(self.shape)}" if self.dtype else ""
         return self.operation + tensor + (f" {argument}={self.argument}" if argument else "")
+
+
+@lru_cache(maxsize=4096)  # shapes vary with the number of tokens in a step; this is more than there are in a while
+def described(operation: Operation, dtype: object, shape: tuple[int, ...], argument: int = 0) -> Descriptor:
+    """A collective of a tensor of this torch dtype and shape; made once, as layers wait for it in every step."""
+    return Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
 
 
 def dtype_name(dtype: object) -> str:

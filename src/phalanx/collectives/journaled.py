@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phalanx.collectives.agreement import Agreement
-from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, described
 from phalanx.collectives.group import Group
 from phalanx.collectives.row_counts import RowCounts
 from phalanx.ledger.group_notes import GroupNotes
@@ -126,7 +126,7 @@ class JournaledGroup:
         if len(self._known) == _MAX_KNOWN:
             self._known.clear()
         operation, dtype, shape, argument = key
-        descriptor = self._known[key] = Descriptor(operation, dtype_name(dtype), tuple(shape), argument)
+        descriptor = self._known[key] = described(operation, dtype, shape, argument)
         self._notes.explain(descriptor)
         return descriptor
 

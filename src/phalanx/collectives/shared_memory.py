@@ -20,7 +20,6 @@ the caller's shape.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, described
 from phalanx.collectives.lockstep import Lockstep
 from phalanx.collectives.row_counts import RowCounts
 from phalanx.collectives.spec import GroupSpec
@@ -164,7 +163,7 @@ class SharedMemoryGroup:
         counts.check(len(x), self.rank, self.size)
         assert x.device.type == "cpu", x.device
         try:
-            self._lockstep.issue(_of_rows(x.dtype, x.shape[1:]))
+            self._lockstep.issue(described("all_to_all", x.dtype, x.shape[1:]))
             received_B = self._exchange_rows(_as_bytes(x), counts, prod(x.shape[1:]) * x.element_size())
             return received_B.view(x.dtype).view(sum(receive_counts), *x.shape[1:])
         except BaseException as error:
@@ -406,7 +405,7 @@ class SharedMemoryGroup:
         assert x.device.type == "cpu", x.device
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        descriptor = Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
+        descriptor = described(operation, x.dtype, x.shape, argument)
         limit_bytes = self._alone_bytes if operation == "all_reduce" else self._slot_bytes
         if x.nbytes > limit_bytes or operation == "reduce_scatter":
             plan = _Plan(descriptor, None, ((), ()), None)
@@ -417,11 +416,6 @@ class SharedMemoryGroup:
                 plan = _Plan(descriptor, own, slots, self._accumulator(x))
         self._plans[operation, x.dtype, x.shape, argument] = plan
         return plan
-
-
-@lru_cache(_MAX_PLANS)
-def _of_rows(dtype: torch.dtype, row_shape: torch.Size) -> Descriptor:
-    return Descriptor("all_to_all", dtype_name(dtype), tuple(row_shape))
 
 
 def _as_bytes(x: Tensor) -> Tensor:

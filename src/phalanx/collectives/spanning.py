@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d
 
-from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, described
 from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.exchange_store import ExchangeStore
 from phalanx.collectives.remote_lockstep import RemoteLockstep
@@ -92,7 +92,7 @@ class SpanningGroup:
         return self._lockstep.last
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        with self._collective(_descriptor("all_reduce", x)) as tag:
+        with self._collective(described("all_reduce", x.dtype, x.shape)) as tag:
             flat_N = x.reshape(-1)
             if x.nbytes <= _ALONE_BYTES or self.size == 2:
                 self._sum_alone(flat_N, tag)
@@ -105,7 +105,7 @@ class SpanningGroup:
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         assert -x.dim() <= dim < x.dim(), dim
         dim %= x.dim()
-        with self._collective(_descriptor("all_gather", x, dim)) as tag:
+        with self._collective(described("all_gather", x.dtype, x.shape, dim)) as tag:
             gathered = x.new_empty(self.size, *x.shape)
             gathered[self.rank].copy_(x)
             self._swap(dict.fromkeys(self._peers, gathered[self.rank]), dict(enumerate(gathered)), tag)
@@ -113,14 +113,14 @@ class SpanningGroup:
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         assert x.shape[0] % self.size == 0, x.shape
-        with self._collective(_descriptor("reduce_scatter", x)) as tag:
+        with self._collective(described("reduce_scatter", x.dtype, x.shape)) as tag:
             parts = x.contiguous().tensor_split(self.size)
             return self._sum_own(parts, tag)
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         counts = RowCounts(send_counts, receive_counts)
         counts.check(len(x), self.rank, self.size)
-        with self._collective(Descriptor("all_to_all", dtype_name(x.dtype), tuple(x.shape[1:]))) as tag:
+        with self._collective(described("all_to_all", x.dtype, x.shape[1:])) as tag:
             received = x.new_empty(sum(receive_counts), *x.shape[1:])
             runs, sent_runs = (
                 torch.split(received, list(receive_counts)),
@@ -140,7 +140,7 @@ class SpanningGroup:
         knows otherwise that all have arrived.
         """
         assert 0 <= src < self.size, src
-        with self._collective(_descriptor("broadcast", x, src)) as tag:
+        with self._collective(described("broadcast", x.dtype, x.shape, src)) as tag:
             if src == self.rank:
                 # The caller may overwrite `x` as soon as this returns.
                 sent = x.clone(memory_format=torch.contiguous_format) if self._max_ahead else x.contiguous()
@@ -271,10 +271,6 @@ class SpanningGroup:
             waited_s = time.monotonic() - start
             self._disconnect()
             raise self._lockstep.blame(_in_short(error), waited_s, (peer,)) from error
-
-
-def _descriptor(operation: Operation, x: Tensor, argument: int = 0) -> Descriptor:
-    return Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
 
 
 def _tag_of(tag: int, rows: Tensor) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d
 
 from phalanx.collectives import nccl_files
-from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, Operation, dtype_name
+from phalanx.collectives.descriptor import CollectiveRecord, Descriptor, described
 from phalanx.collectives.exchange import Exchange
 from phalanx.collectives.lockstep import Lockstep
 from phalanx.collectives.nccl_bootstrap import connect_over
@@ -85,7 +85,7 @@ class _TorchGroup(ABC):
         options = c10d.AllreduceOptions()
         options.asyncOp = False
         options.reduceOp = _sum_of(x.dtype)
-        with self._collective(_descriptor("all_reduce", x)):
+        with self._collective(described("all_reduce", x.dtype, x.shape)):
             carried = _addable(x)
             if x.numel():
                 self._complete(self._backend.allreduce([carried], options))
@@ -97,7 +97,7 @@ class _TorchGroup(ABC):
         assert -x.dim() <= dim < x.dim(), dim
         options = c10d.AllgatherOptions()
         options.asyncOp = False
-        with self._collective(_descriptor("all_gather", x, dim % x.dim())):
+        with self._collective(described("all_gather", x.dtype, x.shape, dim % x.dim())):
             gathered = x.new_empty(self.size, *x.shape)
             if x.numel():
                 bytes_in = _as_bytes(x.contiguous())
@@ -109,7 +109,7 @@ class _TorchGroup(ABC):
         options = c10d.ReduceScatterOptions()
         options.asyncOp = False
         options.reduceOp = _sum_of(x.dtype)
-        with self._collective(_descriptor("reduce_scatter", x)):
+        with self._collective(described("reduce_scatter", x.dtype, x.shape)):
             carried = _addable(x)
             part = carried.new_empty(x.shape[0] // self.size, *x.shape[1:])
             if x.numel():
@@ -121,7 +121,7 @@ class _TorchGroup(ABC):
         counts.check(len(x), self.rank, self.size)
         options = c10d.AllToAllOptions()
         options.asyncOp = False
-        with self._collective(Descriptor("all_to_all", dtype_name(x.dtype), tuple(x.shape[1:])), counts):
+        with self._collective(described("all_to_all", x.dtype, x.shape[1:]), counts):
             received = x.new_empty(sum(receive_counts), *x.shape[1:])
             row_bytes = prod(x.shape[1:]) * x.element_size()
             if row_bytes:
@@ -136,7 +136,7 @@ class _TorchGroup(ABC):
         options.asyncOp = False
         options.rootRank = src
         options.rootTensor = 0
-        with self._collective(_descriptor("broadcast", x, src)):
+        with self._collective(described("broadcast", x.dtype, x.shape, src)):
             carried = x.contiguous()
             if x.numel():
                 self._complete(self._backend.broadcast([_as_bytes(carried)], options))
@@ -308,10 +308,6 @@ class NcclGroup(_TorchGroup):
                 cause = TimeoutError("the GPU has not finished what was enqueued")
                 raise self._lockstep.blame(cause, waited_s)
             os.sched_yield()
-
-
-def _descriptor(operation: Operation, x: Tensor, argument: int = 0) -> Descriptor:
-    return Descriptor(operation, dtype_name(x.dtype), tuple(x.shape), argument)
 
 
 def _sum_of(dtype: torch.dtype) -> object:
