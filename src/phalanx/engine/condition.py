@@ -43,7 +43,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     verdicts: dict[str, int] = {}
     """How many there have been, by cause."""
     num_watcher_restarts: int = 0
-    """How often a watcher that had ended was replaced."""
+    """How often a watcher that had ended, or hung, was replaced."""
     formation: FormationStats | None = None
     """As the engine has last told; None where a fault ends it, and before it has told anything."""
     weights_version: int = FIRST_WEIGHTS_VERSION
