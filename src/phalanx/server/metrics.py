@@ -169,7 +169,7 @@ class _EngineCollector(Collector):
         )
         asleep = GaugeMetricFamily("phalanx_sleep_level", "Of the engine's sleep; 0 while awake.", labels=["engine"])
         watchers = CounterMetricFamily(
-            "phalanx_ledger_watcher_restarts", "Times that a watcher that had ended or hung was replaced.", labels=["engine"]
+            "phalanx_ledger_watcher_restarts", "Times that a watcher was replaced.", labels=["engine"]
         )
         counts: collections.Counter[str] = collections.Counter()
         for condition in conditions:
