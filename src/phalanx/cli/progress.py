@@ -29,11 +29,20 @@ class _Row(NamedTuple):
     since: float
 
 
+class _Stderr(Console):
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """Who has read it is gone: that ends no start, as rich would have it, and least of all stdout."""
+        self.quiet = True
+
+
 class StartScreen:
     """Shows `note`d progress on stderr while it is entered. Closing it again does nothing."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or _Stderr()
         self._rows: dict[int, _Row] = {}
         self._live = Live(
             console=self._console, get_renderable=self._table, refresh_per_second=REFRESHES_PER_S, transient=True

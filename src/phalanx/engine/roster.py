@@ -218,11 +218,13 @@ class Roster:
 
     def restarting(self, down: Collection[int]) -> list[Order]:
         """The engines of these are being started again. Told as often as one likes, while they are."""
-        is_open = self.resize is not None and self.resize.outcome is None
-        staying = self.serving()
-        if not is_open or set(staying) - set(down) or not set(self._in("leaving")) - set(down):
+        resize = self.resize
+        if resize is None or resize.outcome is not None or set(self.serving()) - set(down):
             return []
-        return self._undo("failed", f"none of those that were to stay serves now: {_listed(staying)}, started again")
+        if not {number for number, phase in resize.undone.items() if phase == "serving"} - set(down):
+            return []  # nobody would be better off
+        staying = _listed(self.members())
+        return self._undo("failed", f"none of those that were to stay serves now: {staying}, started again")
 
     def ended(self, number: int) -> list[Order]:
         """Its engine was ended, and what it had is free."""

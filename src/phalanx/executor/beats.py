@@ -13,6 +13,9 @@ SILENT_CHECKS = 15
 as much to do as it has cores.
 """
 
+STARTING_CHECKS = 15
+"""So many more until its first beat: it has to be loaded, maybe from a disk that others wait for, too."""
+
 _BYTES = 8
 
 
@@ -31,19 +34,19 @@ class Beats:
             os.close(self.descriptor)
             raise
         self._seen = 0
-        self._num_silent = 0
+        self._num_silent = -STARTING_CHECKS
 
     def begin(self) -> None:
         """Another process is to beat from now on."""
-        self._num_silent = 0
+        self._num_silent = -STARTING_CHECKS
 
     def have_stopped(self) -> bool:
-        """Whether it has not beaten for as long as it has been looked at. Not the time counts, as this process may have
-        been stopped for as long."""
+        """Whether it has now been looked at so often without a beat that it hangs; said once. Not the time counts, as
+        this process may have been stopped for as long."""
         seen = int.from_bytes(self._memory[:], "little")
         self._num_silent = self._num_silent + 1 if seen == self._seen else 0
         self._seen = seen
-        return self._num_silent >= SILENT_CHECKS
+        return self._num_silent == SILENT_CHECKS
 
     def close(self) -> None:
         self._memory.close()

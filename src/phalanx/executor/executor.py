@@ -356,7 +356,7 @@ class Executor:
         if self._watching is not None:
             grace_s = VERDICT_GRACE_S if _is_divergence(error) else 0.0
             if not self._watching.ends_diverged:  # for it no rank is ended, but it is to be told before all are
-                self._watching.await_verdict(grace_s)
+                self._watching.await_last_word(grace_s)
                 grace_s = 0.0
             verdict = self._watching.await_hopeless(grace_s)
             if verdict is not None and verdict.cause == "gone":  # its peers were killed for it, and may be gone before

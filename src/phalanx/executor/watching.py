@@ -88,17 +88,24 @@ class Watching:
         self._ended_for: Verdict | None = None
         self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
-        self._is_closing = self._is_silent = self._has_ended = self._hangs = False
+        self._is_closing = self._is_silent = self._has_ended = False
         self._ended_before: frozenset[int] = frozenset()
         """Ranks that had when it was silenced."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._hung: subprocess.Popen[bytes] | None = None
+        """The last one that was killed for it."""
         self._num_restarts = 0
         self._restarted_at: deque[float] = deque(maxlen=MAX_RESTARTS)
-        order, held = _with_own_listener(order)
-        self._beats = Beats()
-        held.callback(self._beats.close)
-        stop_read, self._stop_write = os.pipe()
-        held.callback(os.close, stop_read)
+        held = ExitStack()
+        try:
+            order = _with_own_listener(order, held)
+            self._beats = Beats()
+            held.callback(self._beats.close)
+            stop_read, self._stop_write = os.pipe()
+            held.callback(os.close, stop_read)
+        except OSError as error:  # of too many descriptors
+            held.close()
+            raise StartError("the watcher", "starting", str(error)) from error
         spawned: Future[subprocess.Popen[bytes]] = Future()
         # The kernel kills the watcher when the *thread* that started it ends: it must be one that lives as long.
         self._thread = threading.Thread(
@@ -132,10 +139,15 @@ class Watching:
         return self._standing
 
     def await_verdict(self, timeout_s: float) -> Verdict | None:
-        """Block until there is one, for `timeout_s` at most."""
+        """Block until there is one, or there will be none, for `timeout_s` at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._found is not None, timeout_s)
+            self._changed.wait_for(lambda: self._found is not None or self._has_ended, timeout_s)
             return self._found
+
+    def await_last_word(self, timeout_s: float) -> None:
+        """Block until a verdict says that the run is over, or none will, for `timeout_s` at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_said_its_last or self._has_ended, timeout_s)
 
     def await_hopeless(self, timeout_s: float) -> Verdict | None:
         """Block until ranks were ended for one, or will be for none, for `timeout_s` at most."""
@@ -163,10 +175,14 @@ class Watching:
                 raise DeadlineError("the end after SIGKILL", watcher, END_DEADLINE_S)
 
     @property
+    def _has_said_its_last(self) -> bool:
+        return self._found is not None and self._found.is_final
+
+    @property
     def _is_settled(self) -> bool:
-        found = self._found
-        is_over = found is not None and found.is_final and found.cause not in self._ends_after_s
-        return self._ended_for is not None or is_over
+        """Whether ranks were ended, or will not be."""
+        is_only_told = self._found is not None and self._found.cause not in self._ends_after_s
+        return self._ended_for is not None or (self._has_said_its_last and is_only_told)
 
     def _patience_with(self, verdict: Verdict) -> float | None:
         """How long it has to stand before ranks are ended for it; None if they are not."""
@@ -195,7 +211,8 @@ class Watching:
                 return
             spawned.set_result(process)
             while self._listen(process):
-                if (another := self._start_another(order, stop, process.returncode)) is None:
+                how = "hung" if process is self._hung else f"has ended, {describe_exit(process.returncode)}"
+                if (another := self._start_another(order, stop, how)) is None:
                     break
                 self._process = process = another
         with self._changed:
@@ -213,20 +230,19 @@ class Watching:
             return False
         finally:
             _reap(process)
-        found = self._found
-        return not self._is_closing and (found is None or not found.is_final)
+        return not self._is_closing and not self._has_said_its_last
 
     def _look_after(self, process: subprocess.Popen[bytes]) -> None:
         """Kill a watcher that does not look any more: it is the ledger's silence."""
         if not self._is_closing and self._beats.have_stopped():
-            self._hangs = True
-            process.kill()
+            silent_s = SILENT_CHECKS * CHECK_S
+            log.warning("the watcher (pid %d) has not looked for %.0f s, and is killed", process.pid, silent_s)
+            self._hung = process
+            process.kill()  # which one in a call that cannot be interrupted does not notice before that is over
 
-    def _start_another(self, order: WatchOrder | ReportOrder, stop: int, code: int) -> subprocess.Popen[bytes] | None:
+    def _start_another(self, order: WatchOrder | ReportOrder, stop: int, how: str) -> subprocess.Popen[bytes] | None:
         """In place of one that has ended; None if that has happened too often."""
-        now, how = time.monotonic(), f"has ended, {describe_exit(code)}"
-        if self._hangs:
-            how, self._hangs = f"has not looked for {SILENT_CHECKS * CHECK_S:.0f} s, and is killed", False
+        now = time.monotonic()
         if len(self._restarted_at) == MAX_RESTARTS and now - self._restarted_at[0] < RESTARTS_WITHIN_S:
             log.warning(
                 "the watcher %s, as have %d in %.0f s before it: nobody says any more who is to blame",
@@ -402,15 +418,14 @@ def dump_order(config: Config) -> DumpOrder | None:
     return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
 
 
-def _with_own_listener(order: WatchOrder | ReportOrder) -> tuple[WatchOrder | ReportOrder, ExitStack]:
+def _with_own_listener(order: WatchOrder | ReportOrder, held: ExitStack) -> WatchOrder | ReportOrder:
     """The same, with a descriptor that whoever made it does not close, but this stack: each watcher needs it."""
-    held = ExitStack()
     if isinstance(order, ReportOrder) or order.other_nodes is None:
-        return order, held
+        return order
     listener = os.dup(order.other_nodes.listener)
     held.callback(os.close, listener)
     others = msgspec.structs.replace(order.other_nodes, listener=listener)
-    return msgspec.structs.replace(order, other_nodes=others), held
+    return msgspec.structs.replace(order, other_nodes=others)
 
 
 def _spawn(order: WatchOrder | ReportOrder, stop: int, beats: int) -> subprocess.Popen[bytes]:

@@ -14,14 +14,18 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from phalanx.errors import DumpError
 
 PREFIX = "nccl_trace_rank_"
 """c10d's own."""
+
+Rank = Annotated[int, Meta(ge=0, lt=10**6)]
+"""As many digits as the name of a file may end in."""
 
 MOST_FILE_BYTES = 1 << 30
 _NAME = re.compile(r"(?P<prefix>.*?)(?P<rank>\d{1,6})(\.json|\.pickle|\.pkl)?")
@@ -86,6 +90,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         return ends if found["what"] == "send" else (ends[1], ends[0])
 
 
+_members = msgspec.json.Decoder(tuple[Rank, ...])
+
+
 class ProcessGroup(msgspec.Struct, frozen=True):
     """Of one rank's process groups."""
 
@@ -96,7 +103,7 @@ class ProcessGroup(msgspec.Struct, frozen=True):
 
     @property
     def members(self) -> tuple[int, ...]:
-        return tuple(msgspec.json.decode(self.ranks, type=list[int]))
+        return _members.decode(self.ranks)
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -103,6 +103,9 @@ class _Groups:
         self.pairs: dict[str, tuple[int, ...]] = {}
         self.notes: list[str] = []
         self._recordings = recordings
+        groups = [group for one in recordings.values() for group in one.pg_config.values()]
+        self._highest = max(*recordings, *(rank for group in groups for rank in group.members), 0)
+        """Rank that is told of."""
         self._names: dict[tuple[int, tuple[str, str]], str] = {}
         self._cut = {rank for rank, one in recordings.items() if one.entries and one.entries[0].record_id > 0}
         for rank, one in recordings.items():
@@ -143,9 +146,7 @@ class _Groups:
 
     def _users(self, key: tuple[str, str]) -> tuple[int, ...]:
         if key[1] == _DEFAULT:
-            groups = [group for one in self._recordings.values() for group in one.pg_config.values()]
-            known = {*self._recordings, *(rank for group in groups for rank in group.members)}
-            return tuple(range(max(known) + 1))
+            return tuple(range(self._highest + 1))
         return tuple(
             rank for rank, one in self._recordings.items() if any(entry.process_group == key for entry in one.entries)
         )

@@ -29,6 +29,10 @@ ATTEMPT_S = 3.0
 """For the judge to answer, before it is dialled anew: a network that is there again is then found soon."""
 
 
+SEND_S = 10.0
+"""For the network to take a message at most, however patient the nodes' own links are: who waits does not beat."""
+
+
 class Judge(msgspec.Struct, frozen=True, kw_only=True):
     """Where the judge listens."""
 
@@ -136,4 +140,4 @@ class _Reporter:
             self._beat_at = now + BEAT_S
 
     def _send(self, message: FromNode) -> None:
-        self.link.send(message, deadline_s=self.link.timeout_s, stop=self._stop)
+        self.link.send(message, deadline_s=min(self.link.timeout_s, SEND_S), stop=self._stop)

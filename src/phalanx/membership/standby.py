@@ -95,6 +95,8 @@ class Standby:
             interruption = self._interruption
             if line is not None:
                 self._interruption = Interruption()  # which would kill them: to their watcher that is a fault
+            else:
+                interruption.is_set = True  # or it would still be offered, and then be killed
             self._changed.notify_all()
         if line is not None:
             self._let_go(line, end_line)

@@ -7,6 +7,29 @@ import socket
 
 from phalanx.errors import ConfigError
 
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class _Listener(socket.socket):
+    """Says once that descriptors or memory have run out, and then that nobody waits.
+
+    asyncio accepts a hundred clients at a turn, goes on with the next after such an error, and for each schedules to
+    try again and writes to the log (python/cpython#151615): that many timers more every second.
+    """
+
+    _is_told = False
+
+    def accept(self) -> tuple[socket.socket, object]:
+        """Raises OSError, and after one of those BlockingIOError."""
+        if self._is_told:
+            self._is_told = False
+            raise BlockingIOError(errno.EAGAIN, "what has been run out of is not asked for again at once")
+        try:
+            return super().accept()
+        except OSError as error:
+            self._is_told = error.errno in _OUT_OF_RESOURCES
+            raise
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes a free one. An IPv6 host may stand in brackets; `::` takes IPv4 too.
@@ -14,7 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises ConfigError naming the host or the port.
     """
     family, address = _resolve(host.removeprefix("[").removesuffix("]"), port)
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = _Listener(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

@@ -136,14 +136,15 @@ class Upkeep:
 
 
 def _maintenance_of(one: Condition) -> EngineMaintenance:
+    is_up = one.down is None and one.dead is None  # a dead one is started again, or is on its way out
     told = EngineMaintenance(
         engine=one.replica,
         weights_version=one.weights_version,
         epoch=one.epoch,
-        state="serving" if one.down is None else "restarting",
+        state="serving" if is_up else "restarting",
         level=one.sleep_level,
     )
-    if one.maintenance is None or one.down is not None:  # what was done to the engine before is over
+    if one.maintenance is None or not is_up:  # what was done to the engine before is over
         return told
     doing = one.maintenance
     return msgspec.structs.replace(told, state=doing.phase, done=doing.done, total=doing.total)

@@ -31,6 +31,9 @@ from phalanx.server.stop_signals import StopSignals
 logger = logging.getLogger(__name__)
 
 DEATH_POLL_S = 0.1
+ACCEPTED_AT_A_TURN = 128
+"""asyncio takes an application's backlog for that, too; the queue of those that wait is as long as may be."""
+
 LAST_ANSWERS_S = 5.0
 """For answers that only have to be written: errors to requests that were cut off."""
 
@@ -160,7 +163,7 @@ class _HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                backlog=1,  # asyncio accepts so many at a time, and logs each that fails when descriptors run out
+                backlog=ACCEPTED_AT_A_TURN,
                 timeout_keep_alive=75,  # longer than clients' and proxies' pools keep a connection
                 timeout_graceful_shutdown=2,  # requests have ended by then; this is for connections
             )
@@ -168,7 +171,7 @@ class _HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listener in sockets or ():  # whose queue the backlog has made as short
+        for listener in sockets or ():  # whose queue the backlog has cut
             listener.listen(socket.SOMAXCONN)
 
     @contextmanager

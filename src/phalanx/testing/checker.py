@@ -18,13 +18,24 @@ import msgspec
 from phalanx.config import Config
 from phalanx.engine.child import ENGINE_COMMAND
 from phalanx.engine.client import EngineClient
+from phalanx.engine.stream import OutputDelta
 from phalanx.errors import DeadlineError, PhalanxError, UserError
 from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.protocol import FormationStats
 from phalanx.testing.blows import Blow, is_named
 from phalanx.testing.holdings import Holdings, used_of_gpus
 from phalanx.testing.reach import Place, Reach, ThisHost
-from phalanx.testing.streams import Asked, Seen, again_s, difference, follow, has_ended, requests, with_stop_strings
+from phalanx.testing.streams import (
+    Asked,
+    Came,
+    Seen,
+    again_s,
+    difference,
+    follow,
+    has_ended,
+    requests,
+    with_stop_strings,
+)
 from phalanx.testing.strike import Before, Strike
 from phalanx.transport.liveness import group_members
 
@@ -56,7 +67,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     gap_s: float = 0.0
     """The longest between two tokens of any stream."""
     again_s: float = 0.0
-    """From the last kill to tokens again, where there was one and tokens came; `gap_s` counts from the first one."""
+    """From the last kill to the first token of the line that took over, if one did; `gap_s` is from the first kill on,
+    and of all waits the longest. Not of an engine that was killed, or resized meanwhile."""
     num_streams: int = 0
     num_wrong: int = 0
     """Streams that ended once, and were not those of a run without faults."""
@@ -86,8 +98,8 @@ class Checker:
         """Before the first fault."""
         self._had_fault = False
         self._num_tokens = 0
-        self._came_at: list[float] = []
-        """When they did, in this round."""
+        self._came: list[Came] = []
+        """In this round."""
 
     @classmethod
     async def start(
@@ -157,11 +169,12 @@ class Checker:
             raise UserError(f"without a fault, two runs of the same requests are not the same: {'; '.join(complaints)}")
 
     async def _streams(self, asked: Sequence[Asked]) -> list[Seen]:
-        return await asyncio.gather(*(follow(self._engine, one, self._count) for one in asked))
+        return await asyncio.gather(*(follow(self._engine, one, self._note) for one in asked))
 
-    def _count(self, num_tokens: int) -> None:
-        self._num_tokens += num_tokens
-        self._came_at.append(time.monotonic())
+    def _note(self, delta: OutputDelta) -> None:
+        self._num_tokens += len(delta.token_ids)
+        if delta.origins:
+            self._came.append(Came(time.monotonic(), delta.origins[-1].epoch))
 
     def _complaints(self, found: Sequence[Seen]) -> list[str]:
         differences = map(difference, self._asked, self._expected, found)
@@ -170,7 +183,7 @@ class Checker:
     async def _run(self, made: Round, blow: Blow, strike: Strike) -> Round:
         """The streams, and the blow; streams again, until it has happened."""
         waves: list[list[Seen]] = []
-        self._came_at.clear()
+        self._came.clear()
         if blow.state == "idle":
             await strike.begin()
             await _until(lambda: strike.has_happened, HAPPENS_S, "the blow did not happen to an idle rank")
@@ -194,11 +207,15 @@ class Checker:
             has_happened=strike.has_happened,
             violations=(*complaints, *wrong),
             gap_s=max(seen.gap_s for wave in waves for seen in wave),
-            again_s=again_s(strike.struck_at, self._came_at) if strike.struck_at is not None else 0.0,
+            again_s=self._again_s(blow, strike.struck_at),
             num_streams=len(pairs),
             num_wrong=len(complaints) - num_lost,
             num_lost=num_lost,
         )
+
+    def _again_s(self, blow: Blow, struck_at: float | None) -> float:
+        is_one_after_the_other = blow.kind not in ("kill-engine", "kill-resize")  # these count anew, or make more lines
+        return again_s(struck_at, self._came) if struck_at is not None and is_one_after_the_other else 0.0
 
     async def _wave(self) -> list[Seen]:
         """Within the time that a step, its healing and a start of the engine may take."""

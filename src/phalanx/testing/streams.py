@@ -6,12 +6,12 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
 
 from phalanx.engine.engine import Engine
+from phalanx.engine.stream import OutputDelta
 from phalanx.errors import PhalanxError
 from phalanx.protocol import SamplingParams
 
@@ -89,8 +89,8 @@ def _piece_of(text: str) -> str | None:
     return piece if len(piece) == STOP_LETTERS and "\ufffd" not in piece else None
 
 
-async def follow(engine: Engine, asked: Asked, on_tokens: Callable[[int], None] = lambda num: None) -> Seen:
-    """Read a request to its end, whichever way it comes. `on_tokens` is told how many have come each time."""
+async def follow(engine: Engine, asked: Asked, on_delta: Callable[[OutputDelta], None] = lambda delta: None) -> Seen:
+    """Read a request to its end, whichever way it comes. `on_delta` is told of all that comes, when it does."""
     seen, last = Seen(), 0.0
     try:
         async with aclosing(engine.generate(asked.prompt, asked.sampling)) as deltas:
@@ -100,7 +100,7 @@ async def follow(engine: Engine, asked: Asked, on_tokens: Callable[[int], None] 
                 seen.tokens += delta.token_ids
                 seen.text += delta.text
                 seen.logprobs += [position.chosen.logprob for position in delta.logprobs or ()]
-                on_tokens(len(delta.token_ids))
+                on_delta(delta)
                 if delta.finish_reason is not None:
                     seen.reasons.append(delta.finish_reason)
                     seen.error = delta.error
@@ -111,12 +111,22 @@ async def follow(engine: Engine, asked: Asked, on_tokens: Callable[[int], None] 
     return seen
 
 
-def again_s(struck_at: float, came_at: Sequence[float]) -> float:
-    """From a blow until tokens came again, of the times at which any stream's came, ascending: to the end of the
-    longest wait after it, as a few may have been on their way. 0 if none came any more.
+class Came(NamedTuple):
+    """Tokens of any stream, when their client had them."""
+
+    at: float
+    epoch: int
+    """Of the ranks that made the last one of them."""
+
+
+def again_s(struck_at: float, came: Sequence[Came]) -> float:
+    """From a kill to the first token of the line that took over, which is the one that made the last token of all. 0 if
+    none took over: that one computed before, or nothing came.
+
+    What the killed line had made may come after the kill, and nobody knows how much later the next wait is its doing.
     """
-    waits = [(now - before, now) for before, now in pairwise((struck_at, *(at for at in came_at if at > struck_at)))]
-    return max(waits)[1] - struck_at if waits else 0.0
+    first_at = next((one.at for one in came if one.epoch == came[-1].epoch), struck_at)
+    return max(first_at - struck_at, 0.0)
 
 
 def has_ended(asked: Asked, found: Seen) -> bool:

@@ -106,6 +106,26 @@ def test_on_a_full_disk_the_start_goes_on() -> None:
         screen.note(StartProgress(0, "idle", 0, 0))
 
 
+def test_when_nobody_reads_stderr_any_more_the_start_goes_on_and_stdout_is_whole() -> None:
+    program = """if True:
+        import sys
+        from phalanx.cli.progress import StartScreen
+        from phalanx.protocol import StartProgress
+
+        with StartScreen() as screen:
+            sys.stdin.read()
+            for phase in ("loading", "idle"):
+                screen.note(StartProgress(0, phase, 0, 0))
+        print("it serves")
+    """
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stderr.close()
+        process.stdin.close()
+        assert (process.stdout.read(), process.wait(60)) == (b"it serves\n", 0)
+
+
 @pytest.mark.parametrize("place", [">/dev/full", ">&-"])
 def test_who_cannot_say_that_it_is_ready_serves(place: str) -> None:
     program = "from phalanx.cli.serve import _say; _say('it serves'); _say('still'); print('served')"

@@ -149,6 +149,20 @@ def test_the_last_that_was_to_stay_is_started_again_and_those_that_leave_serve_a
     assert found.serving() == [0, 1, 2, 3]
 
 
+def test_those_that_leave_and_have_died_are_nobody_s_rescue() -> None:
+    found = roster(3)
+    found.begin(1, (1, 2), {})
+    assert found.died(1, "killed") == []
+    assert found.restarting([0, 2]) == []
+    assert found.restarting([0]) == [Replace(1), Keep(2)]
+    found = roster(3)
+    found.died(0, "killed")
+    found.died(1, "killed")
+    found.begin(2, (), {})
+    assert found.phases == {0: "dead", 1: "leaving", 2: "serving"}
+    assert found.restarting([2]) == []
+
+
 def test_one_of_several_that_stay_dies_and_the_resize_goes_on() -> None:
     found = roster(3)
     found.begin(2, (2,), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from test_executor_executor import ScriptedChannel, ScriptedLauncher
 
 from phalanx.errors import DeadlineError, HungError, PeerDiedError, PhalanxError, StartError, WorkerError
 from phalanx.executor import watching
-from phalanx.executor.executor import Executor
+from phalanx.executor.executor import VERDICT_GRACE_S, Executor
 from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge, ReportOrder
@@ -190,32 +191,54 @@ def test_one_that_ends_again_and_again(pretend: Any, caplog: pytest.LogCaptureFi
     assert f"exit code 3, as have {MAX_RESTARTS} in 60 s before it: nobody says any more who is to blame" in caplog.text
 
 
-def test_one_that_hangs_is_replaced_and_one_that_beats_is_not(
+def test_those_that_hang_are_replaced_and_one_that_beats_is_not(
     pretend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The first one after some beats, the second one before any; the third one is long about its first."""
     beats = "for i in 1 2 3 4 5 6 7 8 9; do printf 0000000$i 1<> /proc/self/fd/$5; sleep 0.1; done"
-    pretend(f"cat > /dev/null; if mkdir {tmp_path}/first; then {beats}; exec sleep 60; fi; while :; do {beats}; done")
-    monkeypatch.setattr(watching, "CHECK_S", 0.05)  # so one is silent after 0.75 s
+    first = f"if mkdir {tmp_path}/first; then {beats}; exec sleep 60; fi"
+    second = f"if mkdir {tmp_path}/second; then exec sleep 60; fi"
+    pretend(f"cat > /dev/null; {first}; {second}; sleep 1; while :; do {beats}; done")
+    monkeypatch.setattr(watching, "CHECK_S", 0.05)  # so one is silent after 0.75 s, and after 1.5 s at first
     watcher = Watching(NOBODY, lambda: None)
-    await_that(lambda: "the watcher has not looked for 1 s, and is killed: another one is started" in caplog.text)
-    time.sleep(2.0)
-    assert caplog.text.count("another one is started") == 1
+    await_that(lambda: caplog.text.count("the watcher hung: another one is started") == 2)
+    time.sleep(3.0)
+    assert caplog.text.count(") has not looked for 1 s, and is killed") == 2
     assert watcher._process is not None and watcher._process.poll() is None
     watcher._process.kill()
     watcher.close()
 
 
 def test_one_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(watching, "CHECK_S", 0.4)  # so one is silent after 6 s
+    monkeypatch.setattr(watching, "CHECK_S", 0.2)  # so one is silent after 3 s, and after 6 s at first
     with caplog.at_level(logging.INFO, "phalanx.ledger"):
         watcher = Watching(NOBODY, lambda: None)
         first = watcher._process
         assert first is not None
         os.kill(first.pid, signal.SIGSTOP)
         await_that(lambda: watcher._process is not first)
-        assert "the watcher has not looked for 6 s, and is killed: another one is started" in caplog.text
+        assert f"the watcher (pid {first.pid}) has not looked for 3 s, and is killed" in caplog.text
+        assert "the watcher hung: another one is started" in caplog.text
         await_that(lambda: int.from_bytes(watcher._beats._memory[:], "little") > 3)
         watcher.close()
+
+
+@pytest.mark.parametrize("call", ["pipe", "memfd_create"])
+def test_one_that_lacks_a_descriptor_is_done_without_and_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    num_open = len(os.listdir("/proc/self/fd"))
+    with listen_on("127.0.0.1") as listener:
+        others = OtherNodesOrder(
+            listener=listener.fileno(), key=RunKey.new(), ranks={}, node_timeout_s=5.0, steps_ahead=2
+        )
+        monkeypatch.setattr(os, call, none_left)
+        assert start_watching(msgspec.structs.replace(NOBODY, other_nodes=others), lambda: None) is None
+    assert "no ledger: the watcher did not start: [Errno 24] Too many open files" in caplog.text
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
 def test_none_takes_the_place_of_one_that_has_said_its_last_word(
@@ -267,6 +290,22 @@ def test_of_a_mismatch_and_a_verdict_the_verdict_is_the_error(pretend: Any, paus
     error = failure(Watching(NOBODY, lambda: None), mismatch())
     assert isinstance(error, HungError) and str(error).startswith("rank 1 on here does")
     assert isinstance(error.__cause__, WorkerError) and "differs" in str(error.__cause__)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_in_strict_who_is_to_blame_is_told_before_ranks_end(pretend: Any, waits: bool) -> None:
+    """Whatever was told before. Of a watcher that has ended nothing is awaited."""
+    last = f"sleep 0.3; {saying(verdict('diverged'))}"
+    pretend(f"cat > /dev/null; echo '{msgspec.json.encode(verdict('late')).decode()}'; {last if waits else 'exit 3'}")
+    watcher = Watching(NOBODY, lambda: None, ends_after_s={})
+    watcher.await_verdict(WITHIN_S)
+    if not waits:
+        await_that(lambda: watcher._has_ended)
+    began_at = time.monotonic()
+    error = failure(watcher, mismatch())
+    assert isinstance(error, WorkerError) and error.kind == "CollectiveMismatchError"
+    assert watcher.verdict == verdict("diverged" if waits else "late")
+    assert waits or time.monotonic() - began_at < VERDICT_GRACE_S / 2
 
 
 def test_a_mismatch_that_no_verdict_explains_is_told_as_it_is(pretend: Any) -> None:

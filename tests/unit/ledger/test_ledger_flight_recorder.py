@@ -75,6 +75,8 @@ def entry(name: str) -> bytes:
         (b'{"version": "2.10", "entries": [{"record_id": 1}]}', "missing required field"),
         (b'{"version": "2.10", ', "torn"),
         (b'{"version": "2.10", "pg_config": {"0": {"name": "0", "ranks": "exit()"}}}', "malformed"),
+        (b'{"version": "2.10", "pg_config": {"0": {"name": "0", "ranks": "[0, 1000000000]"}}}', "<= 999999"),
+        (b'{"version": "2.10", "pg_config": {"0": {"name": "0", "ranks": "[-1]"}}}', ">= 0"),
         (b'{"version": ' + b"[" * 100_000, "torn, or is no dump of a Flight Recorder: .*recursion"),
         (entry("nccl:recv"), "'nccl:recv' of its entry 0 does not say between which ranks"),
         (entry("nccl:send 0->x"), "'nccl:send 0->x' of its entry 0 does not say"),

@@ -8,18 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
 from ledger_ranks import WritingRank
 
 from phalanx.errors import StartError
+from phalanx.executor.beats import CHECK_S, SILENT_CHECKS
 from phalanx.ledger import other_nodes, reporting
 from phalanx.ledger.elsewhere import ElsewhereWriter, elsewhere_bytes, read_elsewhere
 from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
 from phalanx.ledger.other_nodes import OUTLIVED, SHARE_OF_TIMEOUT, OtherNodesOrder, Silence, _Node
 from phalanx.ledger.patience import LEAST_S
-from phalanx.ledger.reporting import Judge, ReportOrder, report
+from phalanx.ledger.reporting import SEND_S, Judge, ReportOrder, report
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watcher import WatchedRank, Watcher, WatchOrder
 from phalanx.transport import dialling
@@ -73,12 +74,17 @@ class Cluster:
             own_address="127.0.0.1",
         )
         self._thread = threading.Thread()
+        self.num_beats = 0
         stack.callback(self.end_watcher)
 
     def start_watcher(self) -> None:
         """That of beta."""
-        self._thread = threading.Thread(target=report, args=(self._report, self._stop))
+        self._thread = threading.Thread(target=report, args=(self._report, self._stop, self.beat))
         self._thread.start()
+
+    def beat(self) -> None:
+        """Of the watcher of beta."""
+        self.num_beats += 1
 
     def end_watcher(self) -> None:
         """That of beta."""
@@ -276,6 +282,47 @@ def test_a_watcher_that_never_comes_is_no_verdict_and_said_once(caplog: pytest.L
         cluster.await_rank(1)
         cluster.judge.verdict(time.monotonic_ns())
     assert not cluster.beta._has_warned, "it has come at last"
+
+
+def test_a_node_s_watcher_beats_with_and_without_a_judge(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.step(1)
+    cluster.await_rank(1)
+    monkeypatch.setattr(reporting, "dial", refuse)
+    for breaks in (False, True):
+        if breaks:
+            cluster.break_link()
+        before, expires_at = cluster.num_beats, time.monotonic() + DEADLINE_S
+        while cluster.num_beats < before + 20:
+            assert time.monotonic() < expires_at
+            time.sleep(0.01)
+
+
+class Link:
+    """Of a reporter, which notes how long a message may take."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.given_s: set[float] = set()
+
+    def receive(self) -> list[object]:
+        return []
+
+    def can_send(self) -> bool:
+        return True
+
+    has_arrived = can_send
+
+    def send(self, message: object, *, deadline_s: float, stop: int | None) -> None:
+        self.given_s.add(deadline_s)
+
+
+@pytest.mark.parametrize("timeout_s", [3.0, 600.0])
+def test_what_the_network_does_not_take_keeps_no_watcher_from_beating_for_long(
+    cluster: Cluster, timeout_s: float
+) -> None:
+    link = Link(timeout_s)
+    reporting._Reporter(cast(Any, link), cluster.judge, NUM_RESTARTS, cluster._stop).turn()
+    assert link.given_s == {min(timeout_s, SEND_S)} and SEND_S < CHECK_S * SILENT_CHECKS
 
 
 def test_a_node_that_is_silent_and_then_speaks_again(

@@ -215,6 +215,30 @@ def test_a_line_that_was_taken_is_not_ended_with_what_is_discarded() -> None:
         standby.close()
 
 
+def test_one_that_comes_up_while_it_is_discarded_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would then be killed, which to its watcher would be a fault."""
+    kills, has_begun, may_end = Kills(), threading.Event(), threading.Event()
+    states: list[str] = []
+
+    def prepare(interruption: Interruption) -> Line:
+        has_begun.set()
+        assert may_end.wait(WITHIN_S)
+        return kills.prepare(Interruption())
+
+    def begin(_: Interruption) -> None:
+        may_end.set()
+        with standby._changed:
+            standby._changed.wait_for(lambda: not standby._is_preparing, WITHIN_S)
+        states.append(standby.state)
+
+    monkeypatch.setattr(Interruption, "begin", begin)
+    standby = Standby(prepare)
+    assert has_begun.wait(WITHIN_S)
+    standby.discard()
+    standby.close()
+    assert states[0] == "preparing"
+
+
 def test_one_that_stands_ready_is_ended_by_who_discards_it() -> None:
     """And not killed before: to its watcher that would be a fault."""
     let_go: list[Line] = []

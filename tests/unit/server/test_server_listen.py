@@ -1,5 +1,7 @@
 """The listening socket: free ports, taken ports, IPv6, and errors that name the setting."""
 
+import errno
+import resource
 import socket
 
 import pytest
@@ -54,3 +56,24 @@ def test_a_wrong_host_is_named(host: str) -> None:
     with pytest.raises(ConfigError) as caught:
         listen(host, 0)
     assert (caught.value.field, caught.value.value) == ("host", host)
+
+
+def test_that_descriptors_have_run_out_is_said_once_a_time() -> None:
+    """And then that nobody waits: asyncio asks again in the same turn, and would note each."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        listener.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            for _ in range(2):
+                with pytest.raises(OSError, match="Too many open files") as caught:
+                    listener.accept()
+                assert caught.value.errno == errno.EMFILE
+                with pytest.raises(BlockingIOError):
+                    listener.accept()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        connection, _ = listener.accept()
+        connection.close()
+        with pytest.raises(BlockingIOError):
+            listener.accept()

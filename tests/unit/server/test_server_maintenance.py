@@ -38,6 +38,9 @@ async def test_nothing_is_done_to_an_engine_that_is_started_again() -> None:
     rig.engine.asleep, rig.engine.down = 2, "killed"
     (engine,) = (await rig.client.get("/maintenance")).json()["engines"]
     assert (engine["state"], engine["level"]) == ("restarting", 2)
+    rig.engine.down, rig.engine.dead = None, "killed"
+    (engine,) = (await rig.client.get("/maintenance")).json()["engines"]
+    assert engine["state"] == "restarting", "a replica whose engine is replaced by another one"
 
 
 @pytest.mark.parametrize(

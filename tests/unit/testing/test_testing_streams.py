@@ -12,7 +12,7 @@ import pytest
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
 from phalanx.protocol import SamplingParams
-from phalanx.testing.streams import Asked, Seen, again_s, difference, follow, requests, with_stop_strings
+from phalanx.testing.streams import Asked, Came, Seen, again_s, difference, follow, requests, with_stop_strings
 
 ASKED = Asked((1, 2), SamplingParams(max_tokens=4))
 EXPECTED = Seen(tokens=[5, 6, 7, 8], text="abcd", logprobs=[-1.0], reasons=["length"])
@@ -35,17 +35,19 @@ def test_requests_are_of_all_kinds_and_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("came_at", "expected_s"),
+    ("came", "expected_s"),
     [
-        ([9.0, 9.9, 12.0, 12.1], 2.0),
-        ([9.0, 10.1, 10.2, 13.0, 13.1, 13.2], 3.0),
-        ([9.0, 9.1, 9.2], 0.0),
-        ([10.3], 0.3),
+        ([(9.9, 1), (10.1, 1), (12.0, 2), (17.0, 2)], 2.0),
+        ([(9.0, 1), (10.1, 2), (13.0, 3), (13.1, 3)], 3.0),
+        ([(9.0, 1), (9.9, 2), (10.2, 2), (14.0, 2)], 0.0),
+        ([(9.0, 1), (10.1, 1)], 0.0),
+        ([(10.3, 2)], 0.3),
+        ([], 0.0),
     ],
-    ids=["longest at once", "some were on their way", "none any more", "the first ones"],
+    ids=["old ones on their way", "of a second line", "it computed before", "none took over", "only the next", "none"],
 )
-def test_when_tokens_come_again(came_at: list[float], expected_s: float) -> None:
-    assert again_s(10.0, came_at) == pytest.approx(expected_s)
+def test_when_the_line_that_takes_over_makes_its_first_token(came: list[tuple[float, int]], expected_s: float) -> None:
+    assert again_s(10.0, [Came(*one) for one in came]) == pytest.approx(expected_s)
 
 
 def test_some_end_at_a_piece_of_their_own_text() -> None:
@@ -96,10 +98,11 @@ class FakeEngine:
 
 
 def test_all_that_comes_is_seen() -> None:
-    told: list[int] = []
+    told: list[OutputDelta] = []
     engine = FakeEngine([OutputDelta(text="ab", token_ids=(5, 6)), OutputDelta(token_ids=(7,), finish_reason="length")])
     seen = asyncio.run(follow(cast(Any, engine), ASKED, told.append))
-    assert (seen.tokens, seen.text, seen.reasons, seen.error, told) == ([5, 6, 7], "ab", ["length"], None, [2, 1])
+    assert (seen.tokens, seen.text, seen.reasons, seen.error) == ([5, 6, 7], "ab", ["length"], None)
+    assert [one.token_ids for one in told] == [(5, 6), (7,)]
     engine = FakeEngine([OutputDelta(token_ids=(5,)), OutputDelta(token_ids=(6,)), OutputDelta(token_ids=(7,))])
     seen = asyncio.run(follow(cast(Any, engine), ASKED._replace(cancelled_after=2)))
     assert seen.tokens == [5, 6] and engine.is_closed
