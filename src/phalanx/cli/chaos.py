@@ -143,10 +143,10 @@ def chaos(
         kinds, states = _possible_where_it_runs(kinds, states)
     draw = partial(_faults, plan, seed, count, kinds=kinds, states=states)
     outcomes = _in_instance(pid, draw) if pid is not None else _in_engines(str(model), settings, seed, draw)
-    if not as_json:
-        click.echo(_COLUMNS.format(*_TITLES))
     all_right, has_happened = True, False
-    for outcome in outcomes:
+    for number, outcome in enumerate(outcomes):
+        if number == 0 and not as_json:  # not before there is something to say, which may be an error
+            click.echo(_COLUMNS.format(*_TITLES))
         has_happened = has_happened or outcome.injected is not None
         all_right = all_right and (outcome.injected is None or outcome.rightness.is_right)
         click.echo(msgspec.json.encode(outcome).decode() if as_json else _row(outcome))

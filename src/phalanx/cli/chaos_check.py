@@ -70,13 +70,11 @@ class Check(NamedTuple):
 
 def run_check(check: Check, *, as_json: bool) -> None:
     """Print a line for each round, and a table at the end. Ends with exit code 1 if anything did not hold."""
-    from phalanx.testing.rounds import heading, row, rungs, table
+    from phalanx.testing.rounds import rungs, table
 
     config = check.config()
     blows = check.blows(config)
-    if not as_json:
-        click.echo(heading())
-    rounds, left = asyncio.run(_run(check, config, blows, None if as_json else row))
+    rounds, left = asyncio.run(_run(check, config, blows, as_json=as_json))
     if not as_json:
         click.echo("\n" + table(rounds, lambda one: one.blow.kind, "blow"))
         click.echo(f"\nhealed by: {rungs(rounds)}")
@@ -94,21 +92,24 @@ def run_check(check: Check, *, as_json: bool) -> None:
 
 
 async def _run(
-    check: Check, config: Config, blows: Sequence[tuple[int, Blow]], row: Callable[[Round], str] | None
+    check: Check, config: Config, blows: Sequence[tuple[int, Blow]], *, as_json: bool
 ) -> tuple[list[Round], list[str]]:
     """The rounds, each printed as it ends, and what the engine has left at its end."""
     from phalanx.testing.checker import Checker
+    from phalanx.testing.rounds import heading, row
 
     rounds: list[Round] = []
     with _bar(len(blows)) as advance:
         checker = await Checker.start(config, num_streams=check.num_streams, seed=check.seed, log=check.log)
         try:
+            if not as_json:
+                click.echo(heading())
             for index, blow in blows:
                 if not checker.is_alive:
                     break
                 found = await checker.round(index, blow)
                 rounds.append(found)
-                click.echo(row(found) if row is not None else msgspec.json.encode(found).decode())
+                click.echo(msgspec.json.encode(found).decode() if as_json else row(found))
                 advance()
         finally:
             left = await checker.close()

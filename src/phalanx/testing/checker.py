@@ -159,7 +159,7 @@ class Checker:
     async def _learn(self) -> None:
         """What the streams are without a fault, in two runs that must be the same."""
         await self._well()
-        self._has = self._holdings()
+        self._has = await self._holdings()
         self._asked = with_stop_strings(self._asked, await self._streams(self._asked))
         self._expected = await self._streams([one._replace(cancelled_after=None) for one in self._asked])
         began_at = time.monotonic()
@@ -321,20 +321,22 @@ class Checker:
     async def _left_over(self, *, is_new: bool) -> list[str]:
         """What it has more than before the first fault, when all that was used has had time to go."""
         num_ranks = self._config.parallel.world_size
-        has = self._holdings()
+        has = await self._holdings()
         if is_new or not self._had_fault:
             self._has = has
             return []
         expires_at = time.monotonic() + LEFT_S
         while (beyond := has.beyond(self._has, num_ranks)) and time.monotonic() < expires_at:
             await asyncio.sleep(10 * LOOK_S)
-            has = self._holdings()
+            has = await self._holdings()
         if beyond:
             self._has = has  # told once
         return [f"left over: {one}" for one in beyond]
 
-    def _holdings(self) -> Holdings:
-        return Holdings.of(self._engine.condition.pid, gpus=self._config.executor.device == "cuda")
+    async def _holdings(self) -> Holdings:
+        """In a thread: to ask what GPUs have in use takes a program of its own, and streams may run."""
+        has_gpus = self._config.executor.device == "cuda"
+        return await asyncio.to_thread(Holdings.of, self._engine.condition.pid, gpus=has_gpus)
 
 
 async def _until(condition: Callable[[], bool], within_s: float, complaint: str) -> None:

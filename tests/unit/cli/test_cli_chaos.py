@@ -10,9 +10,11 @@ from click.testing import CliRunner, Result
 
 from phalanx.cli.chaos import _row
 from phalanx.cli.commands import phalanx
-from phalanx.errors import ConfigError, UserError
+from phalanx.errors import ConfigError, StartError, UserError
 from phalanx.ledger.verdict import Verdict
 from phalanx.testing.chaos import Outcome
+from phalanx.testing.checker import Checker
+from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault, Injected
 from phalanx.testing.oracle import NOTHING, assess
 
@@ -59,8 +61,19 @@ def test_what_cannot_be_checked_is_refused(flags: list[str], field: str) -> None
 
 
 def test_one_rank_alone_has_no_ledger() -> None:
-    error = run("model").exception
+    result = run("model")
+    error = result.exception
     assert isinstance(error, ConfigError) and error.field == "tensor_parallel_size"
+    assert not result.output, "no table begins that has no line"
+
+
+def test_no_table_begins_before_there_is_an_engine_to_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def none_starts(*_: object, **__: object) -> None:
+        raise StartError("rank 1", "loading", "no memory")
+
+    monkeypatch.setattr(Checker, "start", none_starts)
+    result = run(str(write_checkpoint(tmp_path / "llama")), "--check", "-tp", "2")
+    assert isinstance(result.exception, StartError) and "blow" not in result.output
 
 
 def test_a_plan_that_does_not_fit(tmp_path: Path) -> None:
