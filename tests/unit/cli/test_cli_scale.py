@@ -72,7 +72,8 @@ def server() -> Iterator[Server]:
 
 
 def report(state: str, *replicas: tuple[int, str], **resize: Any) -> tuple[int, Any]:
-    told = {"id": 7, "size_before": 1, "data_parallel_size": 2, "state": state, "took_s": 4.25, **resize}
+    shape = {"tensor_parallel_size_before": 1, "tensor_parallel_size": 1}
+    told = {"id": 7, "size_before": 1, "data_parallel_size": 2, **shape, "state": state, "took_s": 4.25, **resize}
     listed = [{"replica": number, "state": one, "num_requests": 2} for number, one in replicas]
     return 200, {"data_parallel_size": 1, "replicas": listed, "strength": {"wanted": 1}, "resize": told}
 

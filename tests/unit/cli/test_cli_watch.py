@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from phalanx.cli import watched_command
+from phalanx.cli.commands import phalanx
 from phalanx.cli.watched_command import GRACE_S, Interruption, _Process, _Watch
+from phalanx.errors import ConfigError
 from phalanx.ledger.events import Event
 from phalanx.ledger.program_watcher import Counts
 from phalanx.ledger.verdict import Verdict
@@ -84,3 +88,22 @@ def test_what_is_found_after_a_signal_that_ends_nothing_is_told(monkeypatch: pyt
     event = msgspec.json.decode(events.getvalue(), type=Event)
     assert event.verdict == LATE and (event.event, event.level) == ("verdict", "warning")
     assert event.message == str(LATE) and event.command_pid == process.pid and event.time.tzinfo is not None
+
+
+def test_events_into_a_pipe_that_nobody_reads_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = CliRunner().invoke(phalanx, ["watch", "--events", str(tmp_path / "pipe"), "--", "true"])
+    assert isinstance(result.exception, ConfigError) and result.exception.field == "--events"
+
+
+def test_a_reader_of_events_that_is_slow_holds_up_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(io.BytesIO):
+        name = "pipe"
+
+        def write(self, _: object) -> None:  # type: ignore[override]  # as a raw file that does not block
+            return None
+
+    process = _Process(["true"], os.environ, ())
+    process.wait()
+    _Watch(process, cast(Any, OneVerdict()), Slow(), kill=False)._look()
+    assert "a verdict was not written to pipe: nobody takes it" in capsys.readouterr().err

@@ -29,6 +29,8 @@ from phalanx.errors import (
     ConfigError,
     DeadlineError,
     EngineDeadError,
+    MaintenanceError,
+    NotNowError,
     RequestError,
     ResizeError,
     ResizeUnderWayError,
@@ -36,7 +38,7 @@ from phalanx.errors import (
 )
 from phalanx.executor import platform
 from phalanx.memory.shared_weights import decode_shared
-from phalanx.protocol import SamplingParams, Sleep, StartProgress, Wake
+from phalanx.protocol import MaintenanceOrder, Reload, SamplingParams, Sleep, StartProgress, Wake
 from phalanx.server.generation import Generation
 from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running
@@ -721,3 +723,106 @@ async def test_other_weights_are_nobodys(checkpoint: Path) -> None:
         os.kill(engine.condition.pid, signal.SIGKILL)
         assert not await asked
         assert engine.dead is not None and not await engine.share_weights()
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, engine: EngineClient) -> None:
+    """The next order to it."""
+    maintain = engine.maintain
+
+    async def fail(*_: object, **__: object) -> None:
+        monkeypatch.setattr(engine, "maintain", maintain)
+        raise MaintenanceError("its ranks were killed")
+
+    monkeypatch.setattr(engine, "maintain", fail)
+
+
+@in_loop
+async def test_a_sleep_or_wake_that_fails_in_one_is_undone_in_the_others(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        for order, level in ((Sleep(1), 0), (Sleep(2), 0), (Sleep(1), None), (Wake(None), 1), (Sleep(2), 1)):
+            if level is None:
+                await fleet.maintain(order)
+                continue
+            fails_once(monkeypatch, engines[1])
+            with pytest.raises(MaintenanceError, match="its ranks were killed"):
+                await fleet.maintain(order)
+            assert [engine.asleep for engine in engines.values()] == [level, level], order
+        await fleet.maintain(Wake(None))
+        assert await consume(fleet, 5, SamplingParams(max_tokens=7)) == 7
+
+
+@in_loop
+async def test_what_cannot_be_undone_is_told_and_no_request_goes_to_who_sleeps(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        fails_once(monkeypatch, engines[1])
+        maintain = engines[0].maintain
+
+        async def falls_asleep_for_good(order: MaintenanceOrder, **given: Any) -> None:
+            if isinstance(order, Wake):
+                raise MaintenanceError("no memory is left")
+            await maintain(order, **given)
+
+        monkeypatch.setattr(engines[0], "maintain", falls_asleep_for_good)
+        with pytest.raises(MaintenanceError, match="replica 0 is asleep \\(no memory is left\\): ask again"):
+            await fleet.maintain(Sleep(1))
+        assert [await consume(fleet, 10 * i, SamplingParams(max_tokens=3)) for i in range(4)] == [3] * 4
+
+
+@in_loop
+async def test_nobody_joins_while_others_get_weights_and_the_other_way_round(checkpoint: Path) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        joining = fleet._joining
+        joining.starting.add(1)
+        with pytest.raises(NotNowError, match="replicas are being started again: 1"):
+            await fleet.maintain(Sleep(1))
+        joining.starting.clear()
+        joining.order = asyncio.create_task(asyncio.sleep(TIMEOUT_S))
+        starting = asyncio.create_task(joining.start(1, 2, sleep_level=lambda: 1))
+        await asyncio.sleep(0.1)
+        assert not joining.starting
+        joining.order.cancel()
+        engine = await starting
+        assert engine.asleep == 1, "as the others are by then"
+        await engine.close()
+
+
+@in_loop
+async def test_weights_that_nobody_has_taken_use_up_no_version(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        fails_once(monkeypatch, fleet._members.engines[0])
+        with pytest.raises(MaintenanceError):
+            await fleet.maintain(Reload(None, "now", 5.0))
+        assert fleet._maintenance._next_version(fleet._members.engines) == 2
+
+
+@in_loop
+async def test_of_two_other_shapes_at_once_one_is_refused_and_the_other_stays_under_way(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if both have waited for growth to give way."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        may_go_on, is_over = asyncio.Event(), asyncio.Event()
+
+        async def reshaped(**_: object) -> asyncio.Task[Any]:
+            return asyncio.create_task(is_over.wait())
+
+        monkeypatch.setattr(fleet._growth, "give_way", may_go_on.wait)
+        monkeypatch.setattr(fleet._members.engines[0], "begin_resize", reshaped)
+        both = [asyncio.create_task(fleet.begin_resize(tensor_parallel_size=size)) for size in (2, 4)]
+        await asyncio.sleep(0)
+        may_go_on.set()
+        first = await both[0]
+        with pytest.raises(ResizeUnderWayError):
+            await both[1]
+        assert fleet._is_reshaping
+        is_over.set()
+        await first
+        assert not fleet._is_reshaping

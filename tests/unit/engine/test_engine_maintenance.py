@@ -13,7 +13,7 @@ import pytest
 
 from phalanx.config import Config
 from phalanx.engine.maintenance import Maintenance
-from phalanx.errors import DeadlineError, PhalanxError
+from phalanx.errors import DeadlineError, PhalanxError, RequestError
 from phalanx.membership.formation import Formation
 from phalanx.protocol import CommandBody, FallAsleep, Maintained, MaintenanceOrder, Sleep, Wake, WakeUp
 
@@ -98,3 +98,19 @@ def test_errors_that_say_more_stay_what_they_are(ranks: Ranks) -> None:
     with pytest.raises(PhalanxError) as raised:
         ranks.formation.hold(())
     assert raised.value is late
+
+
+def test_ranks_that_are_replaced_before_another_order_to_sleep_has_begun_lie_down(ranks: Ranks) -> None:
+    assert ranks.carry_out(Sleep(1)).error is None
+    ranks.maintenance.begin(Sleep(1))
+    assert ranks.maintenance.ranks_replaced() is None
+    while ranks.maintenance.turn() is None:
+        pass
+    assert ranks.told == [FallAsleep(1), FallAsleep(1)]
+    assert ranks.carry_out(Sleep(1)).error is None
+    assert ranks.told == [FallAsleep(1), FallAsleep(1)], "they sleep"
+
+
+def test_there_is_no_other_level(ranks: Ranks) -> None:
+    with pytest.raises(RequestError, match="level"):
+        ranks.maintenance.begin(Sleep(3))  # type: ignore[arg-type]

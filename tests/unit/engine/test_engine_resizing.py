@@ -96,7 +96,7 @@ def test_one_that_is_undone_then_holds_nobody(bench: Bench) -> None:
 
 def test_one_that_fails_before_anybody_looks_had_begun(bench: Bench) -> None:
     """It was not refused, whatever happens between two turns of the brain."""
-    bench.formation.resize.state, bench.formation.resize.error = "failed", ValueError("too small")
+    bench.formation.resize.state, bench.formation.resize.error = "failed", ValueError("too small\n  rank 0 is at")
     bench.resizing.follow()
     assert bench.told == [ResizeBegun(7), ResizeEnded(7, "failed", "too small")]
 

@@ -34,5 +34,6 @@ def test_each_process_has_longer_for_its_first_one(beats: Beats) -> None:
     beating.beat()
     for _ in range(SILENT_CHECKS // 2):
         beats.have_stopped()
+    beating.beat()  # and ends
     beats.begin()
     assert not any(beats.have_stopped() for _ in range(STARTING_CHECKS + SILENT_CHECKS - 1)) and beats.have_stopped()

@@ -75,6 +75,9 @@ def test_a_watcher_that_looks_no_more_is_not_believed_unless_it_was_final() -> N
     assert told is not None and (told.for_s, told.culprits) == (3.0, (1,))
     assert standing_of(late, 16 * NS) is None
     assert standing_of(msgspec.structs.replace(late, verdict=verdict_of("gone", 1)), 16 * NS) is not None
+    assert standing_of(late, 16 * NS, awaits_since_ns=10 * NS) is not None, "no step since, though one is waited for"
+    assert standing_of(late, 16 * NS, awaits_since_ns=10 * NS + 1) is None, "it has come"
+    assert standing_of(Notice(), 16 * NS, awaits_since_ns=10 * NS) is None
     assert standing_of(Notice(), 16 * NS) is None
     assert (silent_s(late, 16 * NS), silent_s(Notice(), 16 * NS)) == (6.0, None)
 

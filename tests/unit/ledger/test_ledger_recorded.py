@@ -148,6 +148,13 @@ def test_point_to_point_is_not_judged_without_its_beginning(tmp_path: Path) -> N
     assert found.verdict is None and "of rank 0 are not judged" in found.notes[0]
 
 
+def test_many_dumps_that_are_missing_are_told_of_in_a_line(tmp_path: Path) -> None:
+    ranks = program(2, "gloo")
+    ranks[1].rank = 99_999
+    found = trace(tmp_path, ranks)
+    assert found.missing == tuple(range(1, 99_999)) and "there is no dump of ranks 1 to 99998" in found.notes
+
+
 def test_operations_that_are_issued_as_one(tmp_path: Path) -> None:
     ranks = program(2)
     for rank in ranks:

@@ -17,7 +17,7 @@ import pytest
 from ledger_ranks import Clock, WritingRank
 
 from phalanx.ledger import watcher
-from phalanx.ledger.journal import note_process, prepare_journal
+from phalanx.ledger.journal import Journal, note_process, prepare_journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.journal_reader import DeviceMarks
 from phalanx.ledger.judge import judge
@@ -34,6 +34,8 @@ from phalanx.ledger.watcher import (
     WatchedRank,
     Watcher,
     WatchOrder,
+    stop_word,
+    watch,
 )
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
@@ -459,3 +461,40 @@ def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatc
     monkeypatch.setattr(watcher, "_process_of", lambda entries: "running" if entries.device is None else "gone")
     watched.go_on(3)
     assert read == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("ended", "by_themselves", "told"),
+    [((1,), (1,), [1]), ((1,), (), []), ((0, 1), (1,), []), ((), (1,), [])],
+    ids=["seen with the order to stop", "ended by who stops it", "so is another one by now", "not yet"],
+)
+def test_who_has_ended_before_it_is_to_stop_is_told_of(
+    ended: tuple[int, ...], by_themselves: tuple[int, ...], told: list[int]
+) -> None:
+    """Both may be seen at once: who heals hears of an end from somebody else, and lets go of the other ranks."""
+    with ExitStack() as stack:
+        segments = [stack.enter_context(SharedSegment.create(JOURNAL_BYTES, "journal")) for _ in range(2)]
+        processes = [stack.enter_context(subprocess.Popen(["sleep", "60"])) for _ in segments]
+        for segment, process in zip(segments, processes, strict=True):
+            stack.callback(process.kill)
+            journal = Journal(segment.buf, epoch=1)
+            journal.enter("stepping")
+            journal.begin_step(1, 7, 1)
+            note_process(segment.buf, process.pid, Party.of("a rank", process.pid).start_time)
+        ranks = tuple(
+            WatchedRank(rank=rank, node="here", groups=("",), journal=segment.handle)
+            for rank, segment in enumerate(segments)
+        )
+        (stop, stopping), (verdicts, telling) = os.pipe(), os.pipe()
+        for end in (stop, verdicts):
+            stack.callback(os.close, end)
+        for rank in ended:
+            processes[rank].kill()
+            os.waitid(os.P_PID, processes[rank].pid, os.WEXITED | os.WNOWAIT)
+        os.write(stopping, stop_word(by_themselves))
+        os.close(stopping)
+        watch(WatchOrder(ranks=ranks, groups={}), stop, telling)
+        os.close(telling)
+        found = [msgspec.json.decode(line, type=Verdict) for line in os.read(verdicts, 1 << 16).splitlines()]
+        assert [one.culprits for one in found] == [(rank,) for rank in told]
+        assert all(one.cause == "gone" for one in found)

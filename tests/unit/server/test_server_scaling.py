@@ -65,6 +65,7 @@ async def test_only_the_tensor_parallel_size() -> None:
     assert rig.engine.tensor_parallel_sizes == [2]
     told = answer.json()["resize"]
     assert (told["size_before"], told["data_parallel_size"], told["tensor_parallel_size"]) == (1, 1, 2)
+    assert told["tensor_parallel_size_before"] == 1
     rig.engine.resized.set()
     await until_over(rig)
 
