@@ -241,7 +241,8 @@ class LLM:
         if resize.state != "ready":
             if isinstance(resize.error, UserError):
                 raise resize.error
-            raise ResizeError(f"from {resize.before} to {resize.asked}: {resize.error}") from resize.error
+            why = str(resize.error).partition("\n")[0]  # less the stacks, which the log has
+            raise ResizeError(f"from {resize.before} to {resize.asked}: {why}") from resize.error
         resized = switch(self._formation, self._brain)
         self.config = msgspec.structs.replace(self.config, parallel=resized.config.parallel)
         self.max_model_len = resized.capacity.max_model_len

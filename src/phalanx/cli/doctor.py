@@ -71,6 +71,8 @@ def _show(checks: Iterable[Check], as_json: bool) -> None:
             _print(check)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
+    elif not shown:
+        click.echo("no instance of this user runs")
     if any(check.status == "fail" for check in shown):
         click.get_current_context().exit(FAILURE)
 

@@ -62,7 +62,7 @@ def check_of(status: InstanceStatus) -> Check:
         return Check(name, "fail", f"{status.verdict.cause}: {status.verdict.paragraph}", None, table, status)
     if status.watcher_s is not None and status.watcher_s > SILENT_WATCHER_S:
         detail = f"{_phases(status)}; its watcher has not looked for {duration(status.watcher_s)}"
-        advice = "another one takes its place if it hangs: soon, or at once if it is killed"
+        advice = "another one takes its place, at once if it is killed, unless the log says that none comes any more"
         return Check(name, "warn", detail, advice, table, status)
     return Check(name, "ok", _phases(status), None, table, status)
 

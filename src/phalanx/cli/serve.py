@@ -33,9 +33,11 @@ def serve(model: str, **settings: Any) -> None:
     config = Config.build(model=model, **given(engine_settings))
 
     from phalanx.cli.progress import StartScreen
+    from phalanx.executor.log_stream import log_to_stderr
     from phalanx.server.run import run_server
 
-    _set_up_logging()
+    log_to_stderr("phalanx: %(message)s", level=logging.WARNING)
+    logging.getLogger("phalanx").setLevel(logging.INFO)
     with StartScreen() as screen:
 
         def announce(served: Served) -> None:
@@ -72,8 +74,3 @@ def _say(text: str) -> None:
         logging.getLogger("phalanx").warning("stdout cannot be written to: %s", error)
         with open(os.devnull, "wb") as nowhere:  # else Python tries to write the rest when it exits, and fails
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(format="phalanx: %(message)s", level=logging.WARNING)
-    logging.getLogger("phalanx").setLevel(logging.INFO)

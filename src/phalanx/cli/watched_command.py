@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -183,7 +184,9 @@ class _Watch:
         if self._events is not None:
             try:
                 event = event_of_command(verdict, utc_now(), self._process.pid)
-                self._events.write(msgspec.json.encode(event) + b"\n")
+                line = msgspec.json.encode(event) + b"\n"
+                if self._events.write(line) != len(line):  # a pipe whose reader is slow
+                    raise BlockingIOError(errno.EAGAIN, "nobody takes it")
             except OSError as error:  # a full disk
                 self._say(f"a verdict was not written to {self._events.name}: {error.strerror}")
         if self._kill and verdict.is_hopeless and self._process.returncode is None:

@@ -17,7 +17,7 @@ from phalanx.collectives.descriptor import dtype_name
 from phalanx.ledger.program import ALL_MEET
 
 _ROOTED = {"broadcast": "from", "reduce": "to", "gather": "to", "scatter": "from"}
-_ONE_WAY = "send"
+_ONE_WAY = "send/recv"
 _ANY = -1
 
 
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """A collective, or one end of a send and receive."""
 
     operation: str
-    """By its name in torch.distributed; the receiving end is a `send` too."""
+    """By its name in torch.distributed; of both ends of a message the same one, as they are one operation."""
     device: str
     dtype: torch.dtype | None = None
     num_elements: int = _ANY

@@ -211,6 +211,7 @@ class EngineClient:
             phase=self._comeback.phase,
             num_restarts=self._history.num_restarts,
             verdicts=self._history.verdicts_with(now.verdicts),
+            num_watcher_restarts=self._history.num_watcher_restarts + now.num_watcher_restarts,
             formation=self._history.formation_with(now.formation),
             weights_version=self.weights_version,
         )
@@ -471,7 +472,7 @@ class EngineClient:
 
     def _succeed(self, incarnation: Incarnation) -> None:
         before, self._incarnation = self._incarnation, incarnation
-        self._history.add(before.stats, before.condition.verdicts)
+        self._history.add(before.stats, before.condition)
         before.forget()
         self.info = incarnation.info
         self._comeback.is_over()

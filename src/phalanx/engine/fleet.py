@@ -175,6 +175,7 @@ class Fleet:
         self._check_now()
         self._draining.check_none()
         await self._growth.give_way()
+        self._check_now()  # others may have waited for that, too
         self._roster.check(size, leaving, self._members.numbers_down())
         if tensor_parallel_size not in (None, now):
             return await self._begin_to_reshape(size, tensor_parallel_size)
@@ -204,7 +205,8 @@ class Fleet:
     async def _begin_to_reshape(self, size: int, tensor_parallel_size: int | None) -> asyncio.Task[None]:
         """Have other ranks take over what the one replica does. Raises ConfigError if there are several."""
         if size > 1 or self._roster.size > 1:
-            allowed = f"only one replica can change it, and there are {max(size, self._roster.size)}: change that first"
+            there_are = f"there are {self._roster.size}" if self._roster.size > 1 else f"there are to be {size}"
+            allowed = f"only one replica can change it, and {there_are}: change one after the other"
             raise ConfigError("tensor_parallel_size", tensor_parallel_size, allowed)
         engine = self._members.engines[self._members.living()[0]]
         self._is_reshaping = True

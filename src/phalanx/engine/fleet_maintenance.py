@@ -17,7 +17,7 @@ from phalanx.engine.members import Members
 from phalanx.engine.traffic import Traffic
 from phalanx.errors import MaintenanceError, NotNowError, PhalanxError
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Wake
+from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Sleep, Wake
 
 log = logging.getLogger("phalanx.engine")
 
@@ -54,25 +54,26 @@ class FleetMaintenance:
             raise NotNowError("a resize is under way")
         if self.is_under_way:
             raise NotNowError("another reload, sleep or wake is under way")
-        if down := self._members.numbers_down():
-            raise NotNowError(f"replicas are being started again: {', '.join(map(str, down))}")
+        if starting := sorted({*self._members.numbers_down(), *self._joining.starting}):
+            raise NotNowError(f"replicas are being started again: {', '.join(map(str, starting))}")
         engines = {number: engine for number, engine in self._members.active().items() if engine.dead is None}
         work = self._reload(order, engines) if isinstance(order, Reload) else self._all(order, engines)
-        self._task = asyncio.create_task(work)
+        self._task = self._joining.order = asyncio.create_task(work)
         await asyncio.shield(self._task)
 
     async def _reload(self, order: Reload, engines: Mapping[int, EngineClient]) -> None:
-        self._latest_version = version = self._next_version(engines)
+        version = self._next_version(engines)
         replaced: dict[int, _Before] = {}
         weights = NONE
         for number, engine in engines.items():
-            log.info("replica %d gets weights of version %d", number, version)
+            log.info("replica %d is to get weights of version %d", number, version)
             before = _Before(engine, engine.model, engine.weights_version)
             try:
                 await engine.maintain(msgspec.structs.replace(order, weights=weights), weights_version=version)
             except PhalanxError as error:
                 await self._roll_back(order, replaced, error)
                 raise
+            self._latest_version = version
             replaced[number] = before
             if not weights and self._joining.may_share_weights:
                 weights = await engine.share_weights()
@@ -106,26 +107,54 @@ class FleetMaintenance:
         """One that no weights have had, not even those that were taken back."""
         return 1 + max(self._latest_version, *(engine.weights_version for engine in engines.values()))
 
-    async def _all(self, order: MaintenanceOrder, engines: Mapping[int, EngineClient]) -> None:
+    async def _all(self, order: Sleep | Wake, engines: Mapping[int, EngineClient]) -> None:
         """Weights are read by one that wakes, where the others can have them from it.
 
-        Raises what the first one raises that fails, when all are done.
+        Raises what the first one raises that fails, when all are done, and those that have not are as before.
         """
-        version = self._next_version(engines)
+        levels = {number: engine.asleep for number, engine in engines.items()}
+        asked = {number: engine for number, engine in engines.items() if isinstance(order, Sleep) or engine.asleep}
+        if errors := await self._carry_out_in(order, asked):
+            await self._undo(engines, levels, errors[0])
+            raise errors[0]
         first, *others = engines.values()
-        outcomes: list[BaseException | None] = []
-        if isinstance(order, Wake) and first.asleep == 2 and others and self._joining.may_share_weights:
-            outcomes += await _each(order, [first], version)
-            order = msgspec.structs.replace(order, weights=await first.share_weights())
-        else:
-            others = [first, *others]
-        outcomes += await _each(order, others, version)
+        if different := [one.model for one in others if one.model != first.model]:
+            raise MaintenanceError(
+                f"weights of {first.model} serve, and of {different[0]}: reload one, to have it in all"
+            )
+        self._joining.use_weights(first.weights_version, first.model)
+
+    async def _carry_out_in(self, order: Sleep | Wake, engines: Mapping[int, EngineClient]) -> list[BaseException]:
+        """What they have failed with."""
+        version = self._next_version(engines)
         for number in engines:
             self._traffic.forget(number)
-        if errors := [outcome for outcome in outcomes if outcome is not None]:
-            raise errors[0]
-        first = next(iter(engines.values()))
-        self._joining.use_weights(first.weights_version, first.model)
+        outcomes: list[BaseException | None] = []
+        left = list(engines.values())
+        if isinstance(order, Wake):
+            if order.model is None and any(one.asleep == 2 and one.model != self._joining.seats.model for one in left):
+                path = await asyncio.to_thread(self._path_of, self._joining.seats.model)
+                order = msgspec.structs.replace(order, model=str(path))  # a wake that was undone has left another one
+            if len(left) > 1 and left[0].asleep == 2 and self._joining.may_share_weights:
+                first = left.pop(0)
+                outcomes += await _each(order, [first], version)
+                order = msgspec.structs.replace(order, weights=await first.share_weights())
+        outcomes += await _each(order, left, version)
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    async def _undo(self, engines: Mapping[int, EngineClient], levels: Mapping[int, int], error: BaseException) -> None:
+        """Have all sleep as they did, or wake as they were. Raises MaintenanceError if that cannot be."""
+        left: list[str] = []
+        for number, engine in engines.items():
+            try:
+                if engine.asleep > levels[number]:
+                    await engine.maintain(Wake(None))
+                if 0 < levels[number] != engine.asleep:
+                    await engine.maintain(Sleep(2 if levels[number] == 2 else 1))
+            except PhalanxError as failure:
+                left.append(f"replica {number} is {'asleep' if engine.asleep else 'awake'} ({failure})")
+        if left:
+            raise MaintenanceError(f"{error}; {', '.join(left)}: ask again") from error
 
 
 async def _each(

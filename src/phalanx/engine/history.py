@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from phalanx.engine.condition import Condition
 from phalanx.protocol import EngineStats, FormationStats, ReplicaStats
 
 
@@ -15,16 +16,19 @@ class History:
 
     def __init__(self) -> None:
         self.num_restarts = 0
+        self.num_watcher_restarts = 0
+        """Of watchers that had ended, or hung."""
         self._stats: EngineStats | None = None
         self._formation: FormationStats | None = None
         self._verdicts: collections.Counter[str] = collections.Counter()
 
-    def add(self, stats: EngineStats | None, verdicts: Mapping[str, int]) -> None:
+    def add(self, stats: EngineStats | None, last: Condition) -> None:
         """One more has ended, with this for its last words, and another one has begun."""
         self.num_restarts += 1
         self._stats = self.stats_with(stats)
         self._formation = self.formation_with(stats.formation if stats is not None else None) or self._formation
-        self._verdicts.update(verdicts)
+        self._verdicts.update(last.verdicts)
+        self.num_watcher_restarts += last.num_watcher_restarts
 
     def verdicts_with(self, now: Mapping[str, int]) -> dict[str, int]:
         """By cause, those of the engine that there is now included."""

@@ -102,6 +102,7 @@ class Incarnation:
         self._process = ProcessWatch(child.pid, silence_timeout_s - SILENCE_GRACE_S)
         self._attached = _attach(child.pid)
         self._counts_before: collections.Counter[str] = collections.Counter()
+        self._num_watcher_restarts_before = 0
         """Verdicts on ranks that others have come after."""
         self._stepped_at: float | None = None
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
@@ -180,7 +181,7 @@ class Incarnation:
             trouble=(self.ended.verdict if self.ended is not None else None) or self._trouble(),
             since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
             num_watched=notice.num_ranks if is_watched else 0,
-            num_watcher_restarts=notice.num_restarts,
+            num_watcher_restarts=self._num_watcher_restarts_before + notice.num_restarts,
             verdicts=dict(self._counts_before + collections.Counter(notice.counts) + collections.Counter(own)),
             formation=self.stats.formation if self.stats is not None else None,
             maintenance=self.stats.maintenance if self.stats is not None else None,
@@ -306,7 +307,9 @@ class Incarnation:
             return
         self._attached = found
         if before is not None:
-            self._counts_before.update(before.notice().counts)
+            last = before.notice()
+            self._counts_before.update(last.counts)
+            self._num_watcher_restarts_before += last.num_restarts
             before.close()
 
     def _end(self, reason: str, *, is_user_error: bool = False, is_from_outside: bool = False) -> None:
@@ -316,8 +319,13 @@ class Incarnation:
 
     def _trouble(self) -> VerdictReport | None:
         """What keeps steps from progressing: a rank, says the ledger, or the engine's own process."""
-        found = self._attached.standing() if self._attached is not None else None
+        found = self._attached.standing(self._awaits_since_ns()) if self._attached is not None else None
         return found or self._process.trouble()
+
+    def _awaits_since_ns(self) -> int | None:
+        """When the last step was heard of, if requests run and wait for the next one."""
+        is_busy = self.stats is not None and any(replica.num_running for replica in self.stats.replicas)
+        return int(self._stepped_at * 1e9) if is_busy and self._stepped_at is not None else None
 
 
 def _attach(pid: int) -> Attached | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -58,6 +58,8 @@ class Joining:
         """What each that starts has said last."""
         self.starting: set[int] = set()
         """Where these will be is not known yet."""
+        self.order: asyncio.Task[None] | None = None
+        """A reload, sleep or wake of those that are there: nobody joins meanwhile, or is like nobody afterwards."""
         self._front = first.front
         self._source = source
         self._command = command
@@ -95,8 +97,11 @@ class Joining:
             return NONE
         return await self._source.find(number, self.weights_version, self.seats.model)
 
-    async def start(self, number: int, size: int, *, sleep_level: int) -> EngineClient:
-        """One for a replica of a fleet that then has `size`. Raises what EngineClient.start does."""
+    async def start(self, number: int, size: int, *, sleep_level: Callable[[], int]) -> EngineClient:
+        """One for a replica of a fleet that then has `size`, and in the end sleeps as that does. Raises what
+        EngineClient.start does."""
+        while self.order is not None and not self.order.done():
+            await asyncio.wait([self.order])
         own, environment = self.seats.settings(number, size, self.info.max_model_len)
         report = _Report(partial(self.told.__setitem__, number), 0)
         start = partial(
@@ -119,8 +124,8 @@ class Joining:
             engine = await starting
             if self.config.cluster.avoid_nodes != own.cluster.avoid_nodes:  # while it started
                 engine.avoid(self.config.cluster.avoid_nodes)
-            if sleep_level:
-                await _put_to_sleep(engine, sleep_level)
+            if level := sleep_level():
+                await _put_to_sleep(engine, level)
             self._source.attach(number, engine)
             return engine
         except asyncio.CancelledError:

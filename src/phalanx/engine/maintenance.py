@@ -21,6 +21,7 @@ from phalanx.errors import (
     MaintenanceError,
     NotNowError,
     PhalanxError,
+    RequestError,
     UserError,
 )
 from phalanx.executor.pending import Pending
@@ -102,6 +103,8 @@ class Maintenance:
         self._level = 0
         self._script: Script | None = None
         self._has_begun = False
+        self._are_new = False
+        """Ranks that came before what is to be done had begun: they are awake."""
         self._tells = True
         """Whether somebody waits for the end of the script."""
         self._command: CommandBody | None = None
@@ -171,6 +174,7 @@ class Maintenance:
         """The ranks are new, and awake; the brain has rewound. Gives the outcome if it is over with that."""
         self._pending = None
         if self._script is not None and not self._has_begun:
+            self._are_new = True
             return None
         if self._script is not None:
             return self._advance(
@@ -182,7 +186,7 @@ class Maintenance:
 
     def _start(self, script: Script, *, tells: bool = True) -> None:
         self._script, self._tells = script, tells
-        self._has_begun = False
+        self._has_begun = self._are_new = False
         self._command = None
         self._done = self._total = 0
 
@@ -216,6 +220,8 @@ class Maintenance:
         return self._find(order.model) if self._level == 2 else self.checkpoint
 
     def _check_sleep(self, order: Sleep) -> None:
+        if order.level not in (1, 2):
+            raise RequestError("level", order.level, "1, or 2 to give back the weights, too")
         if self._level > order.level:
             raise NotNowError(f"the engine is asleep at level {self._level}, which has no weights: wake it first")
         if not self._ranks.capacity.gives_back:
@@ -288,6 +294,8 @@ class Maintenance:
 
     def _sleep(self, order: Sleep) -> Script:
         if self._level == order.level:
+            if self._are_new:
+                yield from self._lie_down()
             return
         self._phase = "falling asleep"
         with suppress(RanksReplacedError):  # they have no step under way either

@@ -32,6 +32,7 @@ from phalanx.errors import (
     UserError,
     WorkerError,
 )
+from phalanx.executor.log_stream import log_to_stderr
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.ledger.stacks import offer_stacks
@@ -398,7 +399,7 @@ def main() -> None:
     # Ctrl-C is the server's: it decides when the engine ends, and workers inherit this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     offer_stacks()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s engine: %(message)s")
+    log_to_stderr("%(levelname)s engine: %(message)s", level=logging.INFO)
     with Stream(descriptor, Party.of("the server", server_pid)) as stream:
         code = serve(ClientLink(stream))
     logging.shutdown()

@@ -112,7 +112,7 @@ class EngineResizing:
         self._brain.go_on()  # it may have been undone while the last step was awaited
         if resize.state == "failed":
             assert resize.error is not None
-            reason = sendable(str(resize.error) or type(resize.error).__name__)
+            reason = sendable(str(resize.error).partition("\n")[0] or type(resize.error).__name__)  # less the stacks
             ended = ResizeEnded(self._number, "failed" if resize.has_begun else "refused", reason)
             self._end(msgspec.structs.replace(ended, setting=WrongSetting.of(resize.error)))
         elif resize.state == "cancelled":

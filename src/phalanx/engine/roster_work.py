@@ -95,7 +95,7 @@ class RosterWork:
 
     async def _launch(self, number: int) -> None:
         size = max(self._roster.size, self._roster.resize.size_asked_for if self._roster.resize else 0)
-        engine = await self._joining.start(number, size, sleep_level=self._members.asleep)
+        engine = await self._joining.start(number, size, sleep_level=lambda: self._members.asleep)
         self._members.engines[number] = engine
 
     def lose(self, number: int, reason: str) -> None:

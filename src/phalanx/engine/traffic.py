@@ -108,6 +108,7 @@ class Traffic:
         """The replica that suits a request best. Raises EngineDeadError if none is left."""
         living, engines = self._members.living(), self._members.engines
         serving = [number for number in self._members.roster.serving() if number in living]
+        serving = [number for number in serving if not engines[number].asleep] or serving
         candidates = (
             [number for number in serving if engines[number].condition.is_healthy]
             or serving  # one in trouble may come out of it

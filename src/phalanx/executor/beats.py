@@ -38,15 +38,19 @@ class Beats:
 
     def begin(self) -> None:
         """Another process is to beat from now on."""
+        self._seen = self._count()  # what the one before has beaten since it was looked at is none of this one's
         self._num_silent = -STARTING_CHECKS
 
     def have_stopped(self) -> bool:
         """Whether it has now been looked at so often without a beat that it hangs; said once. Not the time counts, as
         this process may have been stopped for as long."""
-        seen = int.from_bytes(self._memory[:], "little")
+        seen = self._count()
         self._num_silent = self._num_silent + 1 if seen == self._seen else 0
         self._seen = seen
         return self._num_silent == SILENT_CHECKS
+
+    def _count(self) -> int:
+        return int.from_bytes(self._memory[:], "little")
 
     def close(self) -> None:
         self._memory.close()

@@ -368,6 +368,9 @@ class Executor:
         standing = self._watching.standing if self._watching is not None else None
         if standing is not None and isinstance(error, DeadlineError):
             return DeadlineError(error.awaited, f"{error.party}; the ledger's verdict: {standing}", error.waited_s)
+        if standing is not None and isinstance(error, WorkerError) and error.kind == DeadlineError.__name__:
+            said = f"{error.message}; the ledger's verdict: {standing}"  # its peers' deadline may come first
+            return WorkerError(error.rank, error.node, error.kind, said, error.traceback)
         return self._explain_death(error)
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 
@@ -19,6 +19,7 @@ import msgspec
 from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.beats import CHECK_S, SILENT_CHECKS, Beating, Beats
+from phalanx.executor.log_stream import log_to_stderr
 from phalanx.executor.output import output_until_end
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.ledger.dump import DumpOrder, prepare
@@ -27,7 +28,7 @@ from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
-from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
+from phalanx.ledger.watcher import WatchedRank, WatchOrder, stop_word, watch
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
@@ -161,7 +162,7 @@ class Watching:
         ranks = self.order.ranks if self.order is not None else ()
         self._ended_before = frozenset(one.rank for one in ranks if self._ending_of(one.rank) is not None)
         self._is_silent = True
-        self._stop()
+        self._stop(self._ended_before)
 
     def close(self) -> None:
         """End the watcher; none is left when this returns. Raises DeadlineError if the kernel cannot end it."""
@@ -189,15 +190,15 @@ class Watching:
         stands_s = self._ends_after_s.get(verdict.cause)
         return None if stands_s and verdict.is_of_a_busy_host else stands_s
 
-    def _stop(self) -> None:
-        """Have the watcher end, whoever else has inherited the pipe."""
+    def _stop(self, ended: Collection[int] = ()) -> None:
+        """Have the watcher end, whoever else has inherited the pipe; tell of these ranks before, if it has not yet."""
         with self._changed:
             self._is_closing = True
             self._be_patient(None)
         if self._stop_write >= 0:
             stop, self._stop_write = self._stop_write, -1
             with suppress(BrokenPipeError):
-                os.write(stop, b"!")
+                os.write(stop, stop_word(ended))
             os.close(stop)
 
     def _run(
@@ -472,7 +473,7 @@ def main() -> None:
     parent_pid, stop, beats = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s watcher: %(message)s")
+    log_to_stderr("%(levelname)s watcher: %(message)s", level=logging.INFO)
     order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
     beat = Beating(beats).beat
     if isinstance(order, WatchOrder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from phalanx.ledger.judge import judge
@@ -29,7 +29,7 @@ class Trace(NamedTuple):
     """What else is to be known, a sentence each."""
 
 
-def verdict_of(look: Look, missing: Sequence[int]) -> Verdict | None:
+def verdict_of(look: Look, missing: Collection[int]) -> Verdict | None:
     """Our own judge's verdict, unless ranks have only been caught on their way; else it is about the missing ranks."""
     verdict = judge(look)
     if missing and (verdict is None or verdict.cause == "hung"):  # all that are known of have come
@@ -39,7 +39,7 @@ def verdict_of(look: Look, missing: Sequence[int]) -> Verdict | None:
     return verdict
 
 
-def _awaited_without_trace(look: Look, missing: Sequence[int]) -> Verdict | None:
+def _awaited_without_trace(look: Look, missing: Collection[int]) -> Verdict | None:
     """The ranks that nothing is known of, if only they can be missing in a collective that others are in."""
     for _, wait in waiting_ranks(look):
         assert wait.group is not None and wait.record is not None

@@ -59,9 +59,9 @@ class Attached:
             notice = read_board(self._board) if self._board is not None else None
         return notice or Notice()
 
-    def standing(self) -> VerdictReport | None:
-        """The verdict that stands, as the instance's own watcher says."""
-        return standing_of(self.notice(), time.monotonic_ns())
+    def standing(self, awaits_since_ns: int | None = None) -> VerdictReport | None:
+        """The verdict that stands, as the instance's own watcher says. `awaits_since_ns`: as in `standing_of`."""
+        return standing_of(self.notice(), time.monotonic_ns(), awaits_since_ns)
 
     def verdict(self) -> VerdictReport | None:
         """The same; by our own looks, for a second, if that watcher does not look any more."""
@@ -145,11 +145,14 @@ class Attached:
         self.close()
 
 
-def standing_of(notice: Notice, now_ns: int) -> VerdictReport | None:
-    """The verdict on the board, if it is to be believed: whoever wrote it still looks, or it is the last one."""
+def standing_of(notice: Notice, now_ns: int, awaits_since_ns: int | None = None) -> VerdictReport | None:
+    """The verdict on the board, if it is to be believed: whoever wrote it still looks, or it is the last one, or there
+    was no step since the last look although requests wait for one, since `awaits_since_ns`. Of the monotonic clock."""
     if notice.verdict is None:
         return None
-    if not notice.verdict.is_final and now_ns - notice.looked_ns > SILENT_WATCHER_S * 1e9:
+    looks = now_ns - notice.looked_ns <= SILENT_WATCHER_S * 1e9
+    no_step = awaits_since_ns is not None and awaits_since_ns <= notice.looked_ns
+    if not (looks or no_step or notice.verdict.is_final):
         return None
     return report(notice.verdict, notice.since_ns, now_ns, utc_now())
 

@@ -169,7 +169,7 @@ def read(directory: Path) -> Trace:
     unwatched = {rank: node for node, one in whole.unwatched.items() for rank in one.ranks}
     notes += [f"rank {rank} had not begun" for rank in missing if rank not in {**found, **unwatched}]
     notes += [f"rank {rank} on {node} was not watched: what it did is not known" for rank, node in unwatched.items()]
-    verdict = whole.verdict or verdict_of(look, missing)
+    verdict = whole.verdict or verdict_of(look, frozenset(missing))
     return Trace("phalanx", look, whole.unix_ns - whole.now_ns, verdict, missing, tuple(notes))
 
 

@@ -88,11 +88,18 @@ def trace_of(found: Recordings) -> Trace:
         operations = _reopened(operations, name, ranks)
     look = _look(operations, members, found.written_ns)
     missing = tuple(sorted({rank for ranks in members.values() for rank in ranks} - set(recordings)))
-    notes += [f"there is no dump of rank {rank}" for rank in missing]
-    verdict = verdict_of(look, missing)
+    notes += [f"there is no dump of rank{'s'[: len(missing) > 1]} {_in_ranges(missing)}"] if missing else []
+    verdict = verdict_of(look, frozenset(missing))
     if verdict is not None:
         verdict = _told(verdict, look, operations)
     return Trace("flight recorder", look, 0, verdict, missing, tuple(notes))
+
+
+def _in_ranges(ranks: Sequence[int]) -> str:
+    """Such as `1, 4 to 7`."""
+    starts = [rank for place, rank in enumerate(ranks) if place == 0 or ranks[place - 1] != rank - 1]
+    ends = [rank for place, rank in enumerate(ranks) if place == len(ranks) - 1 or ranks[place + 1] != rank + 1]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 class _Groups:
@@ -136,7 +143,7 @@ class _Groups:
         members = config.members if config is not None and config.desc == key[1] else ()
         if not members:
             members = self._users(key)
-            note = f"the dumps do not say who is in group {name}: taken to be ranks {', '.join(map(str, members))}"
+            note = f"the dumps do not say who is in group {name}: taken to be ranks {_in_ranges(members)}"
             if note not in self.notes:
                 self.notes.append(note)
         if self.members.setdefault(name, members) != members:  # the name stands for other ranks elsewhere

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Literal
 
@@ -36,6 +36,7 @@ from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
+_STOP_BYTES = 1 << 16
 LOOK_S = 0.05
 ASK_S = 1.0
 """No other rank is asked for its stack after this."""
@@ -546,11 +547,27 @@ class Endings:
             self._poll.register(pidfd, select.POLLIN)
 
 
+def stop_word(ended: Iterable[int]) -> bytes:
+    """What to write for a watcher to stop: these ranks have ended before, by themselves, and are to be told of."""
+    return b" ".join((b"!", *(b"%d" % rank for rank in sorted(ended))))
+
+
+def _ended_before(stop: int) -> frozenset[int]:
+    """Nobody if `stop` is closed."""
+    return frozenset(int(rank) for rank in os.read(stop, _STOP_BYTES).split()[1:])
+
+
+def _is_of(found: Verdict | None, ended: Collection[int]) -> bool:
+    """Whether it tells of these alone: others are ended meanwhile, which is nobody's fault."""
+    return found is not None and found.cause == "gone" and set(found.culprits) <= set(ended)
+
+
 def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] = lambda: None) -> None:
     """Write verdicts, a line of JSON each, to the descriptor `verdicts`; `null` when one does not hold any more. Calls
     `beat` before each look.
 
-    Returns after one that no other can follow, or when `stop` closes or is written to.
+    Returns after one that no other can follow, or when `stop` closes or is written to: then after a last look if that
+    says (`stop_word`) that ranks have ended before, since both may be seen at once.
     """
     confirmation = Confirmation(order.standing)
     with ExitStack() as stack:
@@ -560,19 +577,24 @@ def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] 
         if order.outlets is not None:
             opened = OpenOutlets(order.outlets, order.num_ranks, order.standing, order.num_restarts)
             outlets = stack.enter_context(opened)
-        while not endings.wait(
-            stop, watcher.pids(), confirmation.next_look_s, watcher.all_go_on if confirmation.is_quiet else None
-        ):
+        is_last = False
+        while not is_last:
+            is_last = endings.wait(
+                stop, watcher.pids(), confirmation.next_look_s, watcher.all_go_on if confirmation.is_quiet else None
+            )
             beat()
             now_ns = time.monotonic_ns()
             before = confirmation.told
-            verdict = confirmation.take(watcher.verdict(now_ns, has_ended=endings.has_one), now_ns)
+            found = watcher.verdict(now_ns, has_ended=endings.has_one)
+            if is_last and not _is_of(found, _ended_before(stop)):
+                return
+            verdict = confirmation.take(found, now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)
                 outlets.restarted(order.num_restarts + watcher.num_restarts_elsewhere)
                 outlets.show(watcher.nodes_seen, now_ns)
             if verdict is not None:
-                verdict = watcher.with_stacks(verdict)
+                verdict = verdict if is_last else watcher.with_stacks(verdict)  # its ranks are being killed
                 look = watcher.look(time.monotonic_ns())  # now: for the verdict ranks may be killed
                 os.write(verdicts, msgspec.json.encode(verdict) + b"\n")
                 if outlets is not None:

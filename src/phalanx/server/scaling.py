@@ -55,8 +55,8 @@ class ResizeReport(msgspec.Struct, kw_only=True, omit_defaults=True):
     """That was asked for. Of a node that is drained: as many as before, and when it has ended as many as there are."""
     node: str | None = None
     """That is drained."""
-    tensor_parallel_size_before: int = 1
-    tensor_parallel_size: int = 1
+    tensor_parallel_size_before: int
+    tensor_parallel_size: int
     state: Literal["running", "done", "failed", "cancelled"]
     error: str | None = None
     """Why it has failed: there are as many replicas as before."""

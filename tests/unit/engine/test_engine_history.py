@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.history import History
 from phalanx.protocol import EngineStats, FormationStats, ReplicaStats
 
@@ -16,12 +17,16 @@ def told(formation: FormationStats | None) -> EngineStats:
 def test_faults_and_what_healed_them() -> None:
     history = History()
     assert history.formation_with(None) is None and history.formation_with(BEFORE) == BEFORE
-    history.add(told(BEFORE), {})
-    history.add(told(None), {})  # it ended before it had said anything
+    history.add(told(BEFORE), Condition(pid=1))
+    history.add(told(None), Condition(pid=1))  # it ended before it had said anything
     assert history.formation_with(None) is None
     now = history.formation_with(FormationStats(1, True, "none", 1, {"new line": 1}, {}, 0, 0.0))
     assert now == FormationStats(1, True, "none", 4, {"standby": 2, "new line": 2}, {"standby": 1}, 4, 0.0)
-    history.add(told(FormationStats(1, False, "none", 1, {}, {}, 0, 0.0)), {"gone": 1})
+    history.add(
+        told(FormationStats(1, False, "none", 1, {}, {}, 0, 0.0)),
+        Condition(pid=1, verdicts={"gone": 1}, num_watcher_restarts=2),
+    )
     found = history.formation_with(FormationStats(1, False, "none", 0, {}, {}, 0, 0.0))
     assert found is not None and (found.num_faults, found.num_standby_faults) == (4, 4)
     assert history.verdicts_with({"gone": 1, "hung": 1}) == {"gone": 2, "hung": 1}
+    assert history.num_watcher_restarts == 2

@@ -14,6 +14,7 @@ import pytest
 
 from phalanx.engine import incarnation as incarnation_module
 from phalanx.engine.incarnation import Incarnation
+from phalanx.ledger.board import Notice
 from phalanx.transport.liveness import group_members
 
 WITHIN_S = 20.0
@@ -68,5 +69,16 @@ def test_ranks_that_were_not_shown_at_first_are_looked_at_later(
         monkeypatch.setattr(incarnation_module, "_attach", lambda pid: found)
         incarnation._follow(2)
         assert cast(Any, incarnation._attached) is found
+        monkeypatch.setattr(found, "notice", lambda: Notice(counts={"gone": 1}, num_restarts=2), raising=False)
+        monkeypatch.setattr(found, "close", lambda: None, raising=False)
+        others = SimpleNamespace(
+            instance=SimpleNamespace(epoch=3),
+            notice=lambda: Notice(counts={"gone": 2}, num_restarts=1),
+            standing=lambda awaits_since_ns: None,
+        )
+        monkeypatch.setattr(incarnation_module, "_attach", lambda pid: others)
+        incarnation._follow(3)
+        found_now = incarnation.condition
+        assert (found_now.verdicts, found_now.num_watcher_restarts) == ({"gone": 3}, 3), "those of ranks before count"
 
     asyncio.run(run())

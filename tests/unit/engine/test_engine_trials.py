@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from phalanx.engine.condition import Condition
 from phalanx.engine.history import History, without_engine
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.trials import SLACK, Trials
@@ -145,9 +146,9 @@ def test_what_was_counted_is_counted_on() -> None:
     history = History()
     assert history.stats_with(None) is None
     assert history.stats_with(stats(1)) == stats(1)
-    history.add(stats(1, num_moves=3), {"late": 1})
-    history.add(None, {})
-    history.add(stats(2), {"late": 1, "stopped": 2})
+    history.add(stats(1, num_moves=3), Condition(pid=1, verdicts={"late": 1}))
+    history.add(None, Condition(pid=1))
+    history.add(stats(2), Condition(pid=1, verdicts={"late": 1, "stopped": 2}))
     assert history.num_restarts == 3
     now = history.stats_with(stats(5, num_moves=4))
     assert now is not None

@@ -201,12 +201,15 @@ def test_those_that_hang_are_replaced_and_one_that_beats_is_not(
     pretend(f"cat > /dev/null; {first}; {second}; sleep 1; while :; do {beats}; done")
     monkeypatch.setattr(watching, "CHECK_S", 0.05)  # so one is silent after 0.75 s, and after 1.5 s at first
     watcher = Watching(NOBODY, lambda: None)
-    await_that(lambda: caplog.text.count("the watcher hung: another one is started") == 2)
-    time.sleep(3.0)
-    assert caplog.text.count(") has not looked for 1 s, and is killed") == 2
-    assert watcher._process is not None and watcher._process.poll() is None
-    watcher._process.kill()
-    watcher.close()
+    try:
+        await_that(lambda: caplog.text.count("the watcher hung: another one is started") == 2)
+        time.sleep(3.0)
+        assert caplog.text.count(") has not looked for 1 s, and is killed") == 2
+        assert watcher._process is not None and watcher._process.poll() is None
+    finally:
+        assert watcher._process is not None
+        watcher._process.kill()
+        watcher.close()
 
 
 def test_one_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,6 +324,17 @@ def test_a_deadline_names_what_stands(pretend: Any) -> None:
     error = failure(watcher, DeadlineError("step 7", "rank 0", 60.0))
     assert isinstance(error, DeadlineError) and error.waited_s == 60.0
     assert str(error).startswith("waited 60 s for step 7 from rank 0; the ledger's verdict: rank 1 on here does")
+
+
+def test_so_does_that_of_ranks_in_a_collective_which_may_come_first(pretend: Any) -> None:
+    pretend(saying(verdict("stopped")))
+    watcher = Watching(NOBODY, lambda: None)
+    watcher.await_verdict(WITHIN_S)
+    late = Failure(0, "here", "stepping", "DeadlineError", "waited 6 s for all_reduce from rank 1", "", False)
+    error = failure(watcher, late)
+    assert isinstance(error, WorkerError) and error.rank == 0
+    assert str(error).startswith("rank 0 on here: DeadlineError: waited 6 s for all_reduce from rank 1; the ledger's")
+    assert "verdict: rank 1 on here does" in str(error)
 
 
 def test_a_death_is_a_death(pretend: Any) -> None:

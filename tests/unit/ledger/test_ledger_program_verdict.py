@@ -17,7 +17,7 @@ from phalanx.ledger.program_verdict import CERTAIN_S, JOINING_S, Newcomer, Progr
 from phalanx.ledger.verdict import Verdict
 
 REDUCE, GATHER, BROADCAST = Call("all_reduce", "cpu"), Call("all_gather", "cpu"), Call("broadcast", "cpu", root=0)
-SEND = Call("send", "cpu")
+SEND = Call("send/recv", "cpu")
 PATIENCE_S = 10.0
 WORLD = "world"
 
