@@ -114,7 +114,7 @@ class FleetMaintenance:
         """
         levels = {number: engine.asleep for number, engine in engines.items()}
         asked = {number: engine for number, engine in engines.items() if isinstance(order, Sleep) or engine.asleep}
-        if errors := await self._carry_out_in(order, asked):
+        if errors := await self._carry_out_in(order, asked or engines, self._next_version(engines)):
             await self._undo(engines, levels, errors[0])
             raise errors[0]
         first, *others = engines.values()
@@ -124,9 +124,10 @@ class FleetMaintenance:
             )
         self._joining.use_weights(first.weights_version, first.model)
 
-    async def _carry_out_in(self, order: Sleep | Wake, engines: Mapping[int, EngineClient]) -> list[BaseException]:
+    async def _carry_out_in(
+        self, order: Sleep | Wake, engines: Mapping[int, EngineClient], version: int
+    ) -> list[BaseException]:
         """What they have failed with."""
-        version = self._next_version(engines)
         for number in engines:
             self._traffic.forget(number)
         outcomes: list[BaseException | None] = []
