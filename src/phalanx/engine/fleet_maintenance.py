@@ -133,15 +133,23 @@ class FleetMaintenance:
         outcomes: list[BaseException | None] = []
         left = list(engines.values())
         if isinstance(order, Wake):
-            if order.model is None and any(one.asleep == 2 and one.model != self._joining.seats.model for one in left):
-                path = await asyncio.to_thread(self._path_of, self._joining.seats.model)
-                order = msgspec.structs.replace(order, model=str(path))  # a wake that was undone has left another one
+            order, version = await self._wake_alike(order, left, version)
             if len(left) > 1 and left[0].asleep == 2 and self._joining.may_share_weights:
                 first = left.pop(0)
                 outcomes += await _each(order, [first], version)
                 order = msgspec.structs.replace(order, weights=await first.share_weights())
         outcomes += await _each(order, left, version)
         return [outcome for outcome in outcomes if outcome is not None]
+
+    async def _wake_alike(self, order: Wake, engines: Sequence[EngineClient], version: int) -> tuple[Wake, int]:
+        """The order by which all get the same weights, and their version: after a wake with others that was undone,
+        some have these already."""
+        own = self._joining.seats.model
+        if order.model is None and any(one.asleep == 2 and one.model != own for one in engines):
+            path = await asyncio.to_thread(self._path_of, own)
+            return msgspec.structs.replace(order, model=str(path)), self._joining.weights_version
+        known = [one.weights_version for one in engines if one.model == order.model != own]
+        return order, max(known, default=version)
 
     async def _undo(self, engines: Mapping[int, EngineClient], levels: Mapping[int, int], error: BaseException) -> None:
         """Have all sleep as they did, or wake as they were. Raises MaintenanceError if that cannot be."""

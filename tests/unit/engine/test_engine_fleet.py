@@ -21,6 +21,7 @@ from phalanx.config import Config
 from phalanx.engine import seats
 from phalanx.engine.client import EngineClient
 from phalanx.engine.fleet import WATCH_POLL_S, Fleet, start_engine
+from phalanx.engine.joining import Joining
 from phalanx.engine.leaving import MOST_PASSES
 from phalanx.engine.roster import Order
 from phalanx.engine.seats import Seats, settings_of_replicas
@@ -753,6 +754,46 @@ async def test_a_sleep_or_wake_that_fails_in_one_is_undone_in_the_others(
         for _ in range(2):
             await fleet.maintain(Wake(None))  # the second one finds all awake
         assert await consume(fleet, 5, SamplingParams(max_tokens=7)) == 7
+
+
+@pytest.mark.parametrize("is_other", [True, False])
+@in_loop
+async def test_after_a_wake_with_other_weights_that_was_undone_all_get_the_same(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, is_other: bool
+) -> None:
+    """Whether they are asked for again, or not."""
+    other = "/other"
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines, asked = fleet._members.engines, []
+
+        async def maintain(self: EngineClient, order: MaintenanceOrder, *, weights_version: int | None = None) -> None:
+            """As engines do, whose files are all there."""
+            if isinstance(order, Wake) and self is engines[1] and len(asked) == 1:
+                asked.append(order.model)
+                raise MaintenanceError("its ranks were killed")
+            if isinstance(order, Wake):
+                asked.append(order.model)
+                new = order.model if order.model is not None else models[self]
+                if new != models[self]:
+                    models[self], versions[self] = new, weights_version
+            levels[self] = order.level if isinstance(order, Sleep) else 0
+
+        models: dict[EngineClient, str] = dict.fromkeys(engines.values(), str(checkpoint))
+        versions: dict[EngineClient, int | None] = dict.fromkeys(engines.values(), 1)
+        levels = dict.fromkeys(engines.values(), 0)
+        monkeypatch.setattr(EngineClient, "maintain", maintain)
+        monkeypatch.setattr(EngineClient, "model", property(models.get))
+        monkeypatch.setattr(EngineClient, "weights_version", property(versions.get))
+        monkeypatch.setattr(EngineClient, "asleep", property(levels.get))
+        monkeypatch.setattr(Joining, "may_share_weights", False)
+        await fleet.maintain(Sleep(2))
+        with pytest.raises(MaintenanceError):
+            await fleet.maintain(Wake(other))
+        assert list(levels.values()) == [2, 2] and list(versions.values()) == [2, 1]
+        await fleet.maintain(Wake(other if is_other else None))
+        assert list(levels.values()) == [0, 0]
+        assert [*models.values()] == [other if is_other else str(checkpoint)] * 2
+        assert [*versions.values()] == [2 if is_other else 1] * 2
 
 
 @in_loop
