@@ -121,6 +121,8 @@ def test_a_start_that_takes_too_long_says_who_is_awaited(checkpoint: Path) -> No
 
 
 EXTENSION = """
+import logging
+
 from phalanx.worker.methods import remote_method
 
 class Probe:
@@ -138,21 +140,28 @@ class Probe:
         return float(self.worker.groups["tp@0"].all_reduce(torch.tensor([value * (1 + self.worker.spec.rank)]))[0])
 
     @remote_method
+    def warn(self, of: list[str]) -> None:
+        for one in of:
+            logging.getLogger("mine").warning("beware of %s", one)
+
+    @remote_method
     def fail_on(self, rank: int) -> None:
         if self.worker.spec.rank == rank:
             raise ArithmeticError("no such sum")
 """
 
 
-@pytest.fixture(scope="module")
-def extended(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    """For tests after which the ranks are as before."""
-    folder = tmp_path_factory.mktemp("extension")
+def start_extended(checkpoint: Path, folder: Path) -> Executor:
     (folder / "phalanx_probe.py").write_text(EXTENSION)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        executor = start(checkpoint, worker_extension_cls="phalanx_probe:Probe")
-    with executor:
+        return start(checkpoint, worker_extension_cls="phalanx_probe:Probe")
+
+
+@pytest.fixture(scope="module")
+def extended(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """For tests after which the ranks are as before."""
+    with start_extended(checkpoint, tmp_path_factory.mktemp("extension")) as executor:
         yield executor
 
 
@@ -174,6 +183,23 @@ def test_a_method_that_raises_names_its_rank_and_the_run_goes_on(extended: Execu
     with pytest.raises(UserError, match="unique_reply_rank: 2"):
         extended.collective_rpc("whereabouts", unique_reply_rank=2)
     extended.check_health()
+
+
+def test_a_rank_is_named_in_its_log_and_goes_on_when_nobody_reads_it(checkpoint: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        executor = start_extended(checkpoint, tmp_path)
+    finally:
+        os.dup2(stderr, 2)
+    with executor:
+        executor.collective_rpc("warn", [[]])
+        executor.collective_rpc("warn", [["dogs"]])
+        assert {*os.read(read, 4096).splitlines()} == {b"WARNING rank %d: beware of dogs" % rank for rank in (0, 1)}
+        executor.collective_rpc("warn", [["." * 1000] * 200], timeout_s=10.0)
+    for descriptor in (read, write, stderr):
+        os.close(descriptor)
 
 
 def test_a_failure_is_told_once_and_health_tells_it_again(executor: Executor) -> None:

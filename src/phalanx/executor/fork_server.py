@@ -6,6 +6,7 @@ and dies with it; its workers die with it.
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import signal
@@ -18,6 +19,7 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from phalanx.executor.letter import Letter
+from phalanx.executor.log_stream import log_to_stderr
 from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.transport.liveness import start_time_of
@@ -227,6 +229,7 @@ class ForkServer:
                 spec = msgspec.msgpack.decode(letter.read(), type=WorkerSpec)
                 letter.close()
             assert spec is not None
+            log_to_stderr(f"%(levelname)s rank {spec.rank}: %(message)s", level=logging.INFO)
             from phalanx.worker.process import run
 
             code = run(spec)
