@@ -49,7 +49,7 @@ from phalanx.ledger.flight_recorder import PREFIX, ProcessGroup, read
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 
 FAULTS = ("skipped", "extra", "swapped", "shape", "dtype", "late", "killed")

@@ -44,12 +44,13 @@ from phalanx.engine.brain import Brain
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.executor.watching import Watching
-from phalanx.ledger import watcher
+from phalanx.ledger import confirmation, watcher
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.pulse import Pulse
-from phalanx.ledger.watcher import WatchedRank, WatchOrder, watch
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
+from phalanx.ledger.watcher import watch
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol import SamplingParams, Submit, ints
 from phalanx.testing.checkpoints import write_checkpoint
@@ -72,7 +73,10 @@ MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidd
 CALLS, SIZE = 2000, 1024
 DEADLINE_S = 120.0
 OFTENER = 10
-HOW_OFTEN = ("LOOK_S", "LONGEST_TRUST_S", "LONGEST_REST_S", "FULL_LOOK_S", "LEARN_S")
+HOW_OFTEN = {
+    confirmation: ("LOOK_S",),
+    watcher: ("LONGEST_TRUST_S", "LONGEST_REST_S", "FULL_LOOK_S", "LEARN_S"),
+}
 STEPS_OF_WATCHER = 150
 
 
@@ -360,8 +364,9 @@ def often_watched(order: WatchOrder) -> Iterator[int]:
 
 def watch_often(order: WatchOrder, begins: Connection) -> None:
     """What the engine's watcher does, and oftener. What it found would be seen among the errors."""
-    for name in HOW_OFTEN:
-        setattr(watcher, name, getattr(watcher, name) / OFTENER)
+    for module, names in HOW_OFTEN.items():
+        for name in names:
+            setattr(module, name, getattr(module, name) / OFTENER)
     begins.send(None)
     watch(order, os.pipe()[0], sys.stderr.fileno())
 

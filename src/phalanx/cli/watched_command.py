@@ -15,13 +15,13 @@ import click
 import msgspec
 
 from phalanx.errors import ConfigError
+from phalanx.ledger.confirmation import LOOK_S
 from phalanx.ledger.environment import recorded
 from phalanx.ledger.events import event_of_command
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
 from phalanx.ledger.report import utc_now
 from phalanx.ledger.roster import Roster
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LOOK_S
 
 GRACE_S = 10.0
 """For a command that is to end: before it is killed, or, if it was sent a signal, before it is taken to go on."""

@@ -28,7 +28,7 @@ from phalanx.executor.guarding import Guarding
 from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
 from phalanx.executor.watching import Watching
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.protocol import (
     Call,
     CallMethod,

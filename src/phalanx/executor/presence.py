@@ -15,7 +15,7 @@ from phalanx.ledger.elsewhere import elsewhere_bytes
 from phalanx.ledger.events import open_events
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.outlets import Outlets
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.transport.beacon import Beacon
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment

@@ -31,7 +31,7 @@ from phalanx.executor.watching import (
     with_journals,
 )
 from phalanx.ledger.verdict import Cause
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol import (

@@ -28,7 +28,8 @@ from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.reporting import ReportOrder, report
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
-from phalanx.ledger.watcher import WatchedRank, WatchOrder, stop_word, watch
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder, stop_word
+from phalanx.ledger.watcher import watch
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from phalanx.ledger.board import Notice, read_board
+from phalanx.ledger.confirmation import Confirmation
 from phalanx.ledger.elsewhere import NodeSeen, read_elsewhere
 from phalanx.ledger.instance import Instance, server_of
 from phalanx.ledger.journal_layout import NUM_RECORDS
@@ -19,7 +20,8 @@ from phalanx.ledger.look import Look, RankLook
 from phalanx.ledger.report import VerdictReport, report, utc_now
 from phalanx.ledger.stacks import STACKS, stack_of
 from phalanx.ledger.status import InstanceStatus, instance_status, with_stacks
-from phalanx.ledger.watcher import Confirmation, WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
+from phalanx.ledger.watcher import Watcher
 from phalanx.transport.beacon import descriptors_of
 from phalanx.transport.liveness import holds_memory, state_of
 from phalanx.transport.shared_memory import SharedSegment

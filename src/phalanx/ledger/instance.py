@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.transport.beacon import Beacon, beacons, beacons_of
 from phalanx.version import __version__
 

@@ -18,13 +18,14 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from phalanx.errors import FrameError, PeerDiedError
+from phalanx.ledger.confirmation import Confirmation
 from phalanx.ledger.journal_layout import NUM_RECORDS
 from phalanx.ledger.journal_reader import Reader
 from phalanx.ledger.program_verdict import Newcomer, ProgramLook, ProgramRank, judge_program
 from phalanx.ledger.roster import LaneNotice, NewcomerNotice, RankNotice, Roster
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import GLANCE_RECORDS, Confirmation
+from phalanx.ledger.watched import GLANCE_RECORDS
 from phalanx.transport.liveness import state_of
 from phalanx.transport.shared_memory import SharedSegment
 

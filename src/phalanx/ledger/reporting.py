@@ -11,11 +11,14 @@ from functools import partial
 import msgspec
 
 from phalanx.errors import DeadlineError, FrameError, PeerDiedError
+from phalanx.ledger.endings import Endings
 from phalanx.ledger.journal_layout import NUM_RECORDS
 from phalanx.ledger.other_nodes import TELL_ALL_S
 from phalanx.ledger.redialling import Redialling
 from phalanx.ledger.sighting import FromJudge, FromNode, Replaced, Stacks, TellAll, Telling
-from phalanx.ledger.watcher import GLANCE_RECORDS, LEARN_S, Endings, Watcher, WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
+from phalanx.ledger.watched import GLANCE_RECORDS
+from phalanx.ledger.watcher import LEARN_S, Watcher
 from phalanx.transport.dialling import dial
 from phalanx.transport.handshake import VERSION
 from phalanx.transport.keys import RunKey
@@ -27,7 +30,6 @@ BEAT_S = 0.1
 
 ATTEMPT_S = 3.0
 """For the judge to answer, before it is dialled anew: a network that is there again is then found soon."""
-
 
 SEND_S = 10.0
 """For the network to take a message at most, however patient the nodes' own links are: who waits does not beat."""

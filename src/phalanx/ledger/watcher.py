@@ -10,34 +10,30 @@ it is told when they have waited for longer than patience.py allows.
 from __future__ import annotations
 
 import os
-import select
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Literal
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 
 import msgspec
 
-from phalanx.ledger.dump import Dumper, DumpOrder
+from phalanx.ledger.confirmation import FULL_LOOK_S, Confirmation, finding
+from phalanx.ledger.dump import Dumper
 from phalanx.ledger.elsewhere import NodeSeen
+from phalanx.ledger.endings import Endings
 from phalanx.ledger.journal_layout import NUM_RECORDS
-from phalanx.ledger.journal_reader import Entries, Reader
 from phalanx.ledger.judge import judge
-from phalanx.ledger.limits import Limits
-from phalanx.ledger.look import HELD_S, Look, RankLook, standings
-from phalanx.ledger.other_nodes import OtherNodes, OtherNodesOrder
-from phalanx.ledger.outlets import OpenOutlets, Outlets
+from phalanx.ledger.look import HELD_S, Look, standings
+from phalanx.ledger.other_nodes import OtherNodes
+from phalanx.ledger.outlets import OpenOutlets
 from phalanx.ledger.patience import LEAST_S, Patience
-from phalanx.ledger.pulse import Asker, ThreadTimes, starved_ns, threads_times
 from phalanx.ledger.record import Record
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.uneven import uneven_groups
 from phalanx.ledger.verdict import Cause, Verdict
-from phalanx.transport.liveness import state_of
-from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
+from phalanx.ledger.watch_order import WatchOrder, ended_before
+from phalanx.ledger.watched import GLANCE_RECORDS, GLANCE_WAIT_S, STILL_S, Watched, process_of
+from phalanx.transport.shared_memory import SharedSegment
 
-_STOP_BYTES = 1 << 16
-LOOK_S = 0.05
 ASK_S = 1.0
 """No other rank is asked for its stack after this."""
 
@@ -50,175 +46,13 @@ SHORT_S = 1.0
 LONGEST_REST_S = 0.1
 """The same where some are idle, and have been: nothing wakes who looks when one of these is stopped."""
 
-STILL_S = 0.01
-"""A rank in a step that has noted nothing for so long is looked at: as long as all is well, it does so all the time."""
-
-FULL_LOOK_S = 0.1
-"""All records are read this often at most, and only while something is suspicious."""
-
 LEARN_S = 0.2
-
-GLANCE_RECORDS = 16
-"""Of each rank, as long as nothing is suspicious: enough for ranks that are a few collectives apart to overlap."""
-
-GLANCE_WAIT_S = 0.2
-"""A rank that has waited for less is not suspicious."""
-
-MAY_END = ("not begun", "starting", "leaving")
-"""Phases in which a rank that ends has said so, or says why by another way."""
 
 LASTING: frozenset[Cause] = frozenset({"gone", "diverged"})
 """What cannot change any more, however long one looks. What is hopeless cannot either, once all ranks have come to a
 standstill: until then a rank that is on its way may show that another one is to blame."""
 
-STANDS_S: Mapping[Cause, float] = {
-    "gone": 0,
-    "diverged": 0,
-    "gil": 0,
-    "lost": 0,
-    "store": 0,
-    "overdue": 0,
-    "stopped": 0.5,
-    "skipped": 0.01,
-    "circle": 0.01,
-}
-"""How long a verdict must have been the same before it is told: nothing where a duration is what it says, and two looks
-where ranks are seen at different moments."""
-
-OTHERS_STAND_S = FULL_LOOK_S
-"""So that all records have been read twice."""
-
-OVER_S = 0.2
-"""For how long nothing must be wrong before a verdict is over."""
-
-LONGEST_LOOK_S = 0.5
-"""From one look to the next. After a longer pause a verdict has to stand anew."""
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _NS = 1e9
-
-
-class WatchedRank(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank of this node."""
-
-    rank: int
-    node: str
-    groups: tuple[str, ...]
-    """Names, by their index in its records."""
-    journal: SegmentHandle
-
-
-class WatchOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a watcher is to watch."""
-
-    ranks: tuple[WatchedRank, ...]
-    groups: dict[str, tuple[int, ...]]
-    """The members of each group."""
-    limits: Limits = Limits()
-    outlets: Outlets | None = None
-    dump: DumpOrder | None = None
-    """Where verdicts are written, with all that the journals say."""
-    other_nodes: OtherNodesOrder | None = None
-    """None if all ranks are on this node."""
-    standing: Verdict | None = None
-    """What a watcher before this one has told, and was not over."""
-    num_restarts: int = 0
-    """How many there have been before this one."""
-
-    @property
-    def num_ranks(self) -> int:
-        """On all nodes."""
-        others = self.other_nodes.ranks.values() if self.other_nodes is not None else ()
-        return len(self.ranks) + sum(map(len, others))
-
-
-class _Watched:
-    """One rank, from look to look."""
-
-    def __init__(self, order: WatchedRank, journal: memoryview) -> None:
-        self.order = order
-        self.reader = Reader(journal)
-        self._asker = Asker(journal)
-        self._entries: Entries | None = None
-        self._moved = (0, 0)
-        self._still: _Still | None = None
-
-    def passes(self, now_ns: int) -> Literal["goes on", "rests", "stands"]:
-        """What it does, without a look. goes on: it notes something all the time. rests: it has been idle since it was
-        looked at."""
-        if self._is_ending():
-            return "stands"
-        if self.reader.is_idle:
-            return "rests" if self.reader.moved == self._moved else "goes on"
-        return "goes on" if now_ns - self.reader.noted_ns < STILL_S * _NS else "stands"
-
-    def _is_ending(self) -> bool:
-        """A process with a GPU is long about its end, and nobody is woken before that is over."""
-        known = self._entries
-        return known is not None and known.device is not None and _process_of(known) in ("gone", "ended")
-
-    def look(self, now_ns: int, most_records: int) -> RankLook | None:
-        """None if the rank has not begun."""
-        moved, self._moved = self._moved, self.reader.moved
-        has_moved = moved != self._moved
-        entries = self._read(most_records, has_moved)
-        if not entries.pid:
-            return None
-        process = _process_of(entries)
-        if process == "gone":  # it may have said that it leaves after it was read, and before it was looked for
-            entries = self.reader.read(most_records)
-            process = _process_of(entries)
-        still = self._note_still(entries, now_ns, has_moved, is_whole=most_records > GLANCE_RECORDS)
-        cpu_s, starved_s = still.until(entries, now_ns) if still is not None else (0.0, 0.0)
-        return RankLook(
-            rank=self.order.rank,
-            node=self.order.node,
-            groups=self.order.groups,
-            process=process,
-            entries=entries,
-            held_s=self._asker.held_s(entries, now_ns) if process == "running" else 0.0,
-            still_s=(now_ns - still.since_ns) / _NS if still is not None else 0.0,
-            cpu_s=cpu_s,
-            starved_s=starved_s,
-        )
-
-    def _read(self, most_records: int, has_moved: bool) -> Entries:
-        """What was read before will do for a rank that is idle and has been."""
-        known = self._entries
-        if known is None or has_moved or known.phase != "idle" or most_records > GLANCE_RECORDS:
-            known = self._entries = self.reader.read(most_records)
-        return known
-
-    def _note_still(self, entries: Entries, now_ns: int, has_moved: bool, *, is_whole: bool) -> _Still | None:
-        """From when on it has been seen to note nothing; while it is idle only as long as something is suspicious."""
-        is_of_interest = is_whole or entries.phase != "idle"
-        if has_moved:
-            self._still = None
-        elif self._still is None and is_of_interest:
-            self._still = _Still(now_ns, _cpu_s(entries))
-        return self._still if is_of_interest else None
-
-
-class _Still(msgspec.Struct):
-    """A rank that notes nothing."""
-
-    since_ns: int
-    cpu_s: float
-    """That it had computed by then."""
-    threads: dict[int, ThreadTimes] | None = None
-    """From `threads_ns` on. There may be hundreds, which nobody looks at for a step that takes a moment."""
-    threads_ns: int = 0
-
-    def until(self, entries: Entries, now_ns: int) -> tuple[float, float]:
-        """What the rank has computed since, and for how long one of its threads has waited for a core."""
-        if now_ns <= self.since_ns:
-            return 0.0, 0.0
-        starved_s = 0.0
-        if self.threads is not None:
-            starved_s = starved_ns(entries, self.threads, now_ns - self.threads_ns) / _NS
-        elif now_ns - self.since_ns >= GLANCE_WAIT_S * _NS:
-            self.threads, self.threads_ns = threads_times(entries.pid), now_ns
-        return max(_cpu_s(entries) - self.cpu_s, 0.0), starved_s
 
 
 class Watcher:
@@ -241,7 +75,7 @@ class Watcher:
             others = order.other_nodes
             self._others = undo.enter_context(OtherNodes(others)) if others is not None else None
             self._ranks = [
-                _Watched(one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in order.ranks
+                Watched(one, undo.enter_context(SharedSegment.attach(one.journal)).buf) for one in order.ranks
             ]
             self._stack = undo.pop_all()
         self._readers = [watched.reader for watched in self._ranks]
@@ -284,8 +118,8 @@ class Watcher:
                 return self._found  # neither over nor another, as far as is known
             look = self.look(now_ns)
             found = _with_starvation(judge(look), look)
-            if _finding(found) != self._seen:
-                self._seen, self._seen_ns = _finding(found), look.now_ns
+            if finding(found) != self._seen:
+                self._seen, self._seen_ns = finding(found), look.now_ns
             self._found = found if found is not None and self._is_beyond_doubt(found, look) else None
             if found is None:
                 self._harmless = uneven_groups(look)
@@ -385,7 +219,7 @@ class Watcher:
         for watched in self._ranks:
             if watched.order.rank in ranks:
                 entries = watched.reader.read(0)
-                is_there = entries.stacks and _process_of(entries) == "running"
+                is_there = entries.stacks and process_of(entries) == "running"
                 if not is_there or time.monotonic() > expires_at:
                     continue
                 if lines := stack_of(entries.pid, entries.stacks):
@@ -427,50 +261,6 @@ class Watcher:
         return LEAST_S if is_idle else self._patience.of_s(look)
 
 
-class Confirmation:
-    """Lets a verdict through once, when it has stood for a while: one look may have caught ranks on their way."""
-
-    def __init__(self, told: Verdict | None = None) -> None:
-        self.told = told
-        """What has been told and still stands."""
-        self._pending: object = None
-        self._stands_s = OVER_S
-        self._since_ns = self._looked_ns = 0
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing has been told, or is about to be."""
-        return self.told is None and self._pending is None
-
-    @property
-    def next_look_s(self) -> float:
-        """When to look again: soon, if only that is missing for a verdict to be told."""
-        return min(LOOK_S, self._stands_s) if self._pending != _identity(self.told) else LOOK_S
-
-    def take(self, verdict: Verdict | None, now_ns: int) -> Verdict | None:
-        """What was found at a look, None if nothing. Returns it if it is to be told now."""
-        was_away = now_ns - self._looked_ns > LONGEST_LOOK_S * _NS  # then all may have been stopped, this process too
-        self._looked_ns = now_ns
-        identity = _identity(verdict)
-        if identity != self._pending or was_away:
-            self._pending, self._since_ns = identity, now_ns
-            self._stands_s = OVER_S if verdict is None else STANDS_S.get(verdict.cause, OTHERS_STAND_S)
-        if identity == _identity(self.told) or now_ns - self._since_ns < self._stands_s * _NS:
-            return None
-        self.told = verdict
-        return verdict
-
-
-def _finding(verdict: Verdict | None) -> object:
-    """What it says of whom."""
-    return verdict and (verdict.cause, verdict.culprits, verdict.group, verdict.sequence)
-
-
-def _identity(verdict: Verdict | None) -> object:
-    # Who waits for a core comes when it has one, and who does not may never come.
-    return verdict and (_finding(verdict), verdict.is_of_a_busy_host)
-
-
 def _with_starvation(verdict: Verdict | None, look: Look) -> Verdict | None:
     """With how long those had no core that are waited for: of a collective, all that take part."""
     if verdict is None or not verdict.is_of_a_wait:
@@ -478,83 +268,6 @@ def _with_starvation(verdict: Verdict | None, look: Look) -> Verdict | None:
     awaited = verdict.culprits or (look.members(verdict.group) if verdict.group is not None else ())
     starved_s = max((look.ranks[rank].starved_s for rank in awaited if rank in look.ranks), default=0.0)
     return msgspec.structs.replace(verdict, starved_s=starved_s)
-
-
-def _process_of(entries: Entries) -> Literal["running", "stopped", "gone", "ended"]:
-    state = state_of(entries.pid, entries.start_time)
-    if state is None:
-        return "gone" if entries.phase not in MAY_END else "ended"
-    return "stopped" if state in "Tt" else "running"
-
-
-def _cpu_s(entries: Entries) -> float:
-    """What a rank's process has computed so far."""
-    try:
-        with open(f"/proc/{entries.pid}/stat", "rb") as file:
-            stat = file.read()
-    except OSError:
-        return 0.0
-    user, system = stat[stat.rindex(b")") + 2 :].split()[11:13]
-    return (int(user) + int(system)) * _TICK_S
-
-
-class Endings:
-    """Waits between looks, and not to the end when a rank ends. A context manager."""
-
-    def __init__(self) -> None:
-        self.has_one: bool = False
-        """Whether the last wait was for less long because a rank had ended."""
-        self._pidfds: dict[int, int] = {}
-        self._poll = select.poll()
-
-    def __enter__(self) -> Endings:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pidfd in self._pidfds.values():
-            if pidfd >= 0:
-                os.close(pidfd)
-
-    def wait(
-        self,
-        stop: int,
-        pids: list[int],
-        at_most_s: float = LOOK_S,
-        all_go_on: Callable[[int], bool] | None = None,
-    ) -> bool:
-        """Whether it is time to stop; else returns after so long, or as soon as one of the processes has ended. Waits
-        again as long as `all_go_on`."""
-        for pid in pids:
-            if pid not in self._pidfds:
-                self._add(pid)
-        self._poll.register(stop, select.POLLIN)
-        at_most_ms = at_most_s * 1000
-        while not (found := self._poll.poll(at_most_ms)) and all_go_on is not None and all_go_on(time.monotonic_ns()):
-            pass
-        ready = [descriptor for descriptor, _ in found]
-        self.has_one = bool(set(ready) - {stop})
-        for pid, pidfd in self._pidfds.items():
-            if pidfd in ready:
-                self._poll.unregister(pidfd)
-                os.close(pidfd)
-                self._pidfds[pid] = -1
-        return stop in ready
-
-    def _add(self, pid: int) -> None:
-        self._pidfds[pid] = -1
-        with suppress(OSError):  # it has ended; or the kernel has no such thing, and a look will tell
-            self._pidfds[pid] = pidfd = os.pidfd_open(pid)
-            self._poll.register(pidfd, select.POLLIN)
-
-
-def stop_word(ended: Iterable[int]) -> bytes:
-    """What to write for a watcher to stop: these ranks have ended before, by themselves, and are to be told of."""
-    return b" ".join((b"!", *(b"%d" % rank for rank in sorted(ended))))
-
-
-def _ended_before(stop: int) -> frozenset[int]:
-    """Nobody if `stop` is closed."""
-    return frozenset(int(rank) for rank in os.read(stop, _STOP_BYTES).split()[1:])
 
 
 def _is_of(found: Verdict | None, ended: Collection[int]) -> bool:
@@ -586,7 +299,7 @@ def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] 
             now_ns = time.monotonic_ns()
             before = confirmation.told
             found = watcher.verdict(now_ns, has_ended=endings.has_one)
-            if is_last and not _is_of(found, _ended_before(stop)):
+            if is_last and not _is_of(found, ended_before(stop)):
                 return
             verdict = confirmation.take(found, now_ns)
             if outlets is not None:

@@ -17,7 +17,7 @@ from phalanx.executor.launcher import Killable
 from phalanx.executor.local import LocalLauncher, LocalLaunchers
 from phalanx.executor.start import Capacity, LinePlan, open_quarters, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.membership.ending import Ending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory

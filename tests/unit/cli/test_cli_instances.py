@@ -24,7 +24,7 @@ from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.outlets import Outlets
 from phalanx.ledger.status import with_stacks
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 from phalanx.version import __version__

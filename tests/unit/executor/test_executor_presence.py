@@ -13,7 +13,7 @@ from phalanx.errors import ConfigError
 from phalanx.executor.presence import open_outlets, show_instance
 from phalanx.ledger.instance import shown_by
 from phalanx.ledger.other_nodes import OtherNodesOrder
-from phalanx.ledger.watcher import WatchOrder
+from phalanx.ledger.watch_order import WatchOrder
 from phalanx.transport.keys import RunKey
 
 

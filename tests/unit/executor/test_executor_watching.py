@@ -26,7 +26,7 @@ from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge, ReportOrder
 from phalanx.ledger.verdict import Cause, Verdict
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.membership.lines import ENDS_AFTER_S
 from phalanx.protocol import Failure, Ping
 from phalanx.transport.address import listen_on

@@ -11,7 +11,7 @@ from phalanx.ledger.instance import Instance, ServerFacts
 from phalanx.ledger.report import VerdictReport
 from phalanx.ledger.status import InstanceStatus, instance_status
 from phalanx.ledger.verdict import Cause, Verdict
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SegmentHandle
 
 NOON = datetime.datetime(2030, 1, 1, 12, tzinfo=datetime.UTC)

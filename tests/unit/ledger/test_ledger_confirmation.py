@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from phalanx.ledger.confirmation import LOOK_S, Confirmation
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
-from phalanx.ledger.watcher import LASTING, LOOK_S, Confirmation
+from phalanx.ledger.watcher import LASTING
 
 LOOK_NS = 30_000_000
 

@@ -22,7 +22,7 @@ from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.shared_memory import SharedSegment
 
 GROUPS = {"tp@0": (0, 1, 2)}

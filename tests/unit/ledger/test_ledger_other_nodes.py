@@ -22,7 +22,8 @@ from phalanx.ledger.other_nodes import OUTLIVED, SHARE_OF_TIMEOUT, OtherNodesOrd
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.reporting import SEND_S, Judge, ReportOrder, report
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import WatchedRank, Watcher, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
+from phalanx.ledger.watcher import Watcher
 from phalanx.transport import dialling
 from phalanx.transport.address import address_of, listen_on
 from phalanx.transport.handshake import VERSION

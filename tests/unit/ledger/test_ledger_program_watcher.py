@@ -11,10 +11,10 @@ from contextlib import ExitStack
 import pytest
 
 from phalanx.ledger import program_watcher
+from phalanx.ledger.confirmation import LOOK_S
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
 from phalanx.ledger.roster import VARIABLE, Roster
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import LOOK_S
 
 WITHIN_S = 60.0
 RANK = """

@@ -16,7 +16,8 @@ import msgspec
 import pytest
 from ledger_ranks import Clock, WritingRank
 
-from phalanx.ledger import watcher
+from phalanx.ledger.confirmation import FULL_LOOK_S, LOOK_S
+from phalanx.ledger.endings import Endings
 from phalanx.ledger.journal import Journal, note_process, prepare_journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.journal_reader import DeviceMarks
@@ -24,27 +25,18 @@ from phalanx.ledger.judge import judge
 from phalanx.ledger.look import HELD_S, Look
 from phalanx.ledger.patience import LEAST_S
 from phalanx.ledger.verdict import Verdict
-from phalanx.ledger.watcher import (
-    FULL_LOOK_S,
-    LONGEST_REST_S,
-    LONGEST_TRUST_S,
-    LOOK_S,
-    SHORT_S,
-    Endings,
-    WatchedRank,
-    Watcher,
-    WatchOrder,
-    stop_word,
-    watch,
-)
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder, stop_word
+from phalanx.ledger.watcher import LONGEST_REST_S, LONGEST_TRUST_S, SHORT_S, Watcher, watch
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
 
 REDUCE = "all_reduce float32 [3, 72]"
 GATHER = "all_gather float32 [3, 72] dim=1"
 
-
 GROUPS = ("tp@0", "ep@0")
+
+SEEN = "phalanx.ledger.watched"
+"""What looks at a single rank: what it knows from the kernel is said here instead."""
 
 
 class Watched:
@@ -115,8 +107,8 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     with ExitStack() as stack:
         ranks = Watched(stack, monkeypatch)
-        monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
-        monkeypatch.setattr(watcher, "starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
+        monkeypatch.setattr(f"{SEEN}._cpu_s", lambda entries: 0.0)
+        monkeypatch.setattr(f"{SEEN}.starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
         ranks.step(1)
         ranks.end_step()
         assert ranks.verdict(0.5) is None
@@ -128,8 +120,8 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     """Ranks that reduce in one group and gather in the other in each step."""
     with ExitStack() as stack:
         ranks = Watched(stack, monkeypatch, 3)
-        monkeypatch.setattr(watcher, "_cpu_s", lambda entries: 0.0)
-        monkeypatch.setattr(watcher, "starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
+        monkeypatch.setattr(f"{SEEN}._cpu_s", lambda entries: 0.0)
+        monkeypatch.setattr(f"{SEEN}.starved_ns", lambda entries, before, took_ns: ranks.starved_ns(took_ns))
         for number in range(1, 4):
             for one in ranks.ranks:
                 one.begin(number)
@@ -458,7 +450,7 @@ def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatc
     one = watched._watcher._ranks[1]
     assert one._entries is not None
     monkeypatch.setattr(one, "_entries", msgspec.structs.replace(one._entries, device=DeviceMarks(0, 0, 0)))
-    monkeypatch.setattr(watcher, "_process_of", lambda entries: "running" if entries.device is None else "gone")
+    monkeypatch.setattr(f"{SEEN}.process_of", lambda entries: "running" if entries.device is None else "gone")
     watched.go_on(3)
     assert read == [1, 1]
 

@@ -32,7 +32,7 @@ from phalanx.ledger.limits import Limits
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge
 from phalanx.ledger.verdict import Cause
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.address import address_of, listen_on
 from phalanx.transport.keys import RunKey
 from phalanx.transport.shared_memory import SegmentHandle

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from phalanx.executor.ray.messages import NodeOrder, NodeReport
 from phalanx.executor.watching import make_journals, start_watching
 from phalanx.ledger.reporting import ReportOrder
-from phalanx.ledger.watcher import WatchedRank, WatchOrder
+from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SegmentHandle
 
