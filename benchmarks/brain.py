@@ -34,7 +34,10 @@ import msgspec
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.protocol import Call, SamplingParams, Step, StepResult, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import Call, Step, StepResult
 from phalanx.testing.simulated_worker import Answered, SimulatedWorker
 
 PEER = Path(__file__).parent / "contestants" / "vllm_scheduler.py"

@@ -27,7 +27,9 @@ from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {"cuda_graphs": False, "ledger": False},

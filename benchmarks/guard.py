@@ -45,7 +45,10 @@ from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_EPOCH, SamplingParams, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.shared_memory import SharedSegment
 from phalanx.worker.spec import WorkerSpec
@@ -56,7 +59,6 @@ NUM_LAYERS = 8
 STEPS_PER_ROUND = 400
 MODEL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": NUM_LAYERS}
 COLLECTIVES_PER_STEP = 2 * NUM_LAYERS + 3
-
 
 NUM_TURNS = 20
 DEADLINE_S = 600.0

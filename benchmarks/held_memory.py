@@ -30,7 +30,9 @@ from phalanx.memory.held import decode_held
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import resolve
 from phalanx.models.model import import_definition
-from phalanx.protocol import (
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import (
     FIRST_EPOCH,
     AllocateCache,
     Allocated,
@@ -39,11 +41,9 @@ from phalanx.protocol import (
     NewRequest,
     Reply,
     ReplyBody,
-    SamplingParams,
     Step,
     StepPlan,
     StepShape,
-    ints,
 )
 from phalanx.worker.spec import WorkerSpec
 from phalanx.worker.worker import Worker

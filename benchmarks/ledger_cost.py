@@ -52,7 +52,9 @@ from phalanx.ledger.pulse import Pulse
 from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.ledger.watcher import watch
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.methods import remote_method

@@ -39,7 +39,10 @@ from phalanx.errors import PhalanxError
 from phalanx.executor.executor import Executor
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams, Step, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import Step
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker.methods import remote_method
 

@@ -28,7 +28,9 @@ from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import SamplingParams, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker.methods import remote_method
 

@@ -148,7 +148,7 @@ def _vocab_size(path: Path) -> int:
 
 def _time_phalanx(load: Load) -> Figures:
     from phalanx import LLM
-    from phalanx.protocol import SamplingParams
+    from phalanx.protocol.sampling import SamplingParams
 
     began_at = time.perf_counter()
     with LLM(

@@ -9,7 +9,8 @@ from functools import partial
 from contest import BLOCK_SIZE, LARGE_BYTES, NUM_REQUESTS, num_workers, serve
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import (
+from phalanx.protocol.columns import ints
+from phalanx.protocol.worker import (
     Call,
     CommandBody,
     Done,
@@ -20,7 +21,6 @@ from phalanx.protocol import (
     StepPlan,
     StepShape,
     WorkerMessage,
-    ints,
 )
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint

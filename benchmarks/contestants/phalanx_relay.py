@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from contest import LARGE_BYTES, SecondHost, num_workers, serve
 from phalanx_queue import DEADLINE_S, one_step, round_trip, work
 
-from phalanx.protocol import Call, Ping, WorkerMessage
+from phalanx.protocol.worker import Call, Ping, WorkerMessage
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
 from phalanx.transport.relay import NodeRelay

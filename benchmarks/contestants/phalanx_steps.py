@@ -15,19 +15,10 @@ from phalanx_queue import DEADLINE_S, work
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.protocol import (
-    Call,
-    Done,
-    Ping,
-    Reply,
-    ReplyBody,
-    SamplingParams,
-    Step,
-    StepResult,
-    Submit,
-    WorkerMessage,
-    ints,
-)
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import Call, Done, Ping, Reply, ReplyBody, Step, StepResult, WorkerMessage
 from phalanx.transport.queue import MessageQueue
 
 PROMPT_LEN = 128

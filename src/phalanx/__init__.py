@@ -14,7 +14,7 @@ from phalanx.version import __version__
 
 if TYPE_CHECKING:
     from phalanx.llm import LLM
-    from phalanx.protocol import SamplingParams
+    from phalanx.protocol.sampling import SamplingParams
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> object:
 
         return LLM
     if name == "SamplingParams":
-        from phalanx.protocol import SamplingParams
+        from phalanx.protocol.sampling import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'phalanx' has no attribute {name!r}")

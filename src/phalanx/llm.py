@@ -44,17 +44,17 @@ from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.formation import OF_EVERY_WORKER, start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import (
+from phalanx.protocol.client import (
     FIRST_WEIGHTS_VERSION,
     Maintained,
     MaintenanceOrder,
     Reload,
-    SamplingParams,
     Sleep,
     SleepLevel,
     TokenBatch,
     Wake,
 )
+from phalanx.protocol.sampling import SamplingParams
 
 RESIZE_LOOK_S = 0.05
 """How often Ctrl-C gets through while other ranks are prepared."""

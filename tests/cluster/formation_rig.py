@@ -18,7 +18,10 @@ from phalanx.errors import PhalanxError
 from phalanx.executor.local import LocalLauncher
 from phalanx.membership.formation import start_formation
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import Call, FormationStats, SamplingParams, Step, Submit, as_ints, ints
+from phalanx.protocol.client import FormationStats, Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import Call, Step
 from phalanx.testing.chaos import settings_for_chaos
 from phalanx.testing.faults import Fault
 

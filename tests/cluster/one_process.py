@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phalanx import LLM
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.logprobs import token_name
 
 

@@ -10,7 +10,7 @@ from formation_rig import READY_WITHIN_S, Rig
 from phalanx.engine.resizing import EngineResizing
 from phalanx.executor.local import LocalLauncher
 from phalanx.membership.resize import Size
-from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded
+from phalanx.protocol.client import EngineMessage, Resize, ResizeBegun, ResizeEnded
 
 
 def run_through(rig: Rig, size: Size, meanwhile: Callable[[EngineResizing], object] = lambda _: None) -> ResizeEnded:

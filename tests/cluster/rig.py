@@ -17,7 +17,9 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.executor.start import start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import Cancel, FinishReason, SamplingParams, Submit, as_floats, as_ints, ints
+from phalanx.protocol.client import Cancel, Submit
+from phalanx.protocol.columns import as_floats, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 
 
 class Arrival(msgspec.Struct, frozen=True):

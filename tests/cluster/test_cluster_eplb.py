@@ -14,7 +14,7 @@ from rig import Arrival, Outcome, Rig
 from safetensors.torch import load_file, save_file
 
 from phalanx.errors import ConfigError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from rig import Arrival, Rig
 from safetensors.torch import load_file, save_file
 
 from phalanx.errors import ConfigError
-from phalanx.protocol import FinishReason, SamplingParams
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow

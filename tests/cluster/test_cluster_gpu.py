@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle
 from rig import Arrival, Rig
 
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import FAMILIES, write_checkpoint
 
 pytestmark = [

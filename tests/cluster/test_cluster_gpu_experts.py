@@ -10,7 +10,7 @@ from oracle import Oracle
 from rig import Arrival, Rig
 from safetensors.torch import load_file, save_file
 
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = [

@@ -11,7 +11,7 @@ import torch
 from oracle import Oracle
 from rig import Arrival, Rig
 
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.quantised import AWQ_CONFIG, as_awq, as_compressed, compressed_config, quantise_checkpoint
 

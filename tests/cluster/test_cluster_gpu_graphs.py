@@ -10,7 +10,7 @@ import torch
 from oracle import Oracle
 from rig import Arrival, Rig
 
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import FAMILIES, MIXTURES, write_checkpoint
 from phalanx.worker.decode_graphs import DecodeGraphs
 

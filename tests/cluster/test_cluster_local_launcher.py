@@ -17,7 +17,9 @@ from phalanx.executor.executor import Executor
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.start import NewLauncher, start_executor
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_EPOCH, Done, NewRequest, Ping, SamplingParams, Step, StepPlan, StepShape, ints
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH, Done, NewRequest, Ping, Step, StepPlan, StepShape
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow

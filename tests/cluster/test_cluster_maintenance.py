@@ -15,7 +15,7 @@ from warm_launchers import warm_llm
 from phalanx import LLM, SamplingParams
 from phalanx.errors import CheckpointError, NotNowError
 from phalanx.memory.host import bytes_of_family
-from phalanx.protocol import Reload, Wake
+from phalanx.protocol.client import Reload, Wake
 from phalanx.testing.checkpoints import write_checkpoint
 
 PROMPT = [(7 * i) % 250 for i in range(40)]

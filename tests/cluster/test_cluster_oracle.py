@@ -18,7 +18,7 @@ from rig import Arrival, Rig
 
 from phalanx.config import ParallelConfig
 from phalanx.errors import ConfigError
-from phalanx.protocol import FinishReason, SamplingParams
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.slow

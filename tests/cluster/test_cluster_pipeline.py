@@ -12,7 +12,7 @@ from oracle import Oracle
 from rig import Arrival, Rig
 
 from phalanx.errors import DeadlineError, PeerDiedError, PhalanxError, WorkerError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.stage_clock import EXTENSION, both
 

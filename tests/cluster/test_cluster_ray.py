@@ -36,7 +36,7 @@ from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
 from phalanx.executor.ray.quarters import Quarters  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
 from phalanx.membership.resize import Size  # noqa: E402
-from phalanx.protocol import SamplingParams  # noqa: E402
+from phalanx.protocol.sampling import SamplingParams  # noqa: E402
 from phalanx.testing.checkpoints import write_checkpoint  # noqa: E402
 from phalanx.testing.faults import Fault  # noqa: E402
 from phalanx.transport.keys import RunKey  # noqa: E402
@@ -278,7 +278,7 @@ def test_the_current_placement_group(cluster: None, checkpoint: Path, expected: 
     class Driver:
         def answer(self, checkpoint: str, settings: dict[str, Any], prompts: list[list[int]], limit: int) -> Any:
             from phalanx import LLM
-            from phalanx.protocol import SamplingParams
+            from phalanx.protocol.sampling import SamplingParams
 
             with LLM(checkpoint, **settings) as llm:
                 sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)

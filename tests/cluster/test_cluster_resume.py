@@ -10,7 +10,7 @@ import pytest
 
 from phalanx.engine.stream import OutputDelta, RequestStream, Streams
 from phalanx.llm import LLM
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 PROMPTS = ["the quick brown fox jumps over the dog", "die flinke Füchsin 🦊 springt", "once upon a time there was"]

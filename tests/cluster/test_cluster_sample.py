@@ -11,7 +11,7 @@ from rig import Arrival, Rig
 from tokenizers import Tokenizer
 
 from phalanx.models.checkpoint import Checkpoint, resolve
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 SAMPLE = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.gguf"
 

@@ -19,7 +19,7 @@ from phalanx.config import Config
 from phalanx.errors import PeerDiedError, WorkerError
 from phalanx.executor import start
 from phalanx.executor.groups import describe_group
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.topology.grid import Grid
 

@@ -11,7 +11,7 @@ from warm_launchers import warm_llm
 from phalanx.models.checkpoint import resolve
 from phalanx.models.mixture import Mixture
 from phalanx.models.upcycle import upcycle
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 SAMPLE = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.gguf"

@@ -16,7 +16,8 @@ from oracle import Oracle
 
 from phalanx import LLM
 from phalanx.errors import EngineDeadError, PeerDiedError
-from phalanx.protocol import FormationStats, SamplingParams
+from phalanx.protocol.client import FormationStats
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 ray = pytest.importorskip("ray")

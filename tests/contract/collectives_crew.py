@@ -19,7 +19,7 @@ from phalanx.collectives.join import join
 from phalanx.collectives.rendezvous import open_rendezvous
 from phalanx.collectives.spec import GroupSpec
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, Publish, Published, WorkerMessage
+from phalanx.protocol.worker import Call, Publish, Published, WorkerMessage
 from phalanx.transport.queue import MessageQueue, QueueHandle, WorkerEndpoint
 from phalanx.worker.exchange import BrainExchange
 

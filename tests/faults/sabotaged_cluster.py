@@ -25,7 +25,7 @@ from phalanx.ledger.attach import Attached  # noqa: E402
 from phalanx.ledger.elsewhere import SHOW_S  # noqa: E402
 from phalanx.ledger.instance import shown_by  # noqa: E402
 from phalanx.ledger.verdict import Verdict  # noqa: E402
-from phalanx.protocol import SamplingParams  # noqa: E402
+from phalanx.protocol.sampling import SamplingParams  # noqa: E402
 from phalanx.worker.methods import remote_method  # noqa: E402
 
 LIMITS = {"max_model_len": 1024, "kv_cache_memory": 1 << 20, "max_num_seqs": 4, "device": "cpu", "threads_per_rank": 1}

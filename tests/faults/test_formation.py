@@ -17,7 +17,8 @@ from formation_rig import POISON, PROMPTS, READY_WITHIN_S, SAMPLINGS, Poisonous,
 from phalanx.errors import EngineDeadError, HungError, NotHealedError, PeerDiedError, WorkerError
 from phalanx.executor.executor import Executor
 from phalanx.membership.lines import Lines
-from phalanx.protocol import Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.faults import Fault
 from phalanx.transport.liveness import is_running

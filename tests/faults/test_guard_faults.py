@@ -9,7 +9,9 @@ import pytest
 from rig import Arrival, Rig
 
 from phalanx.errors import DivergedError, WorkerError
-from phalanx.protocol import SamplingParams, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker.methods import remote_method
 

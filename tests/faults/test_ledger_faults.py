@@ -16,7 +16,7 @@ from phalanx.config import Config
 from phalanx.errors import PeerDiedError, UserError
 from phalanx.ledger.board import read_board
 from phalanx.ledger.patience import STEPS_OF_PATIENCE
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing import chaos
 from phalanx.testing.chaos import Outcome, settings_for_chaos, try_fault
 from phalanx.testing.checkpoints import write_checkpoint

@@ -14,7 +14,7 @@ from rig import Arrival, Rig
 
 from phalanx.errors import HungError, PhalanxError
 from phalanx.ledger.verdict import Verdict
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker import runner
 from phalanx.worker.methods import remote_method

@@ -22,22 +22,10 @@ from phalanx.errors import PhalanxError
 from phalanx.membership.formation import Formation, start_formation
 from phalanx.memory.host import bytes_of_family
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import (
-    CommandBody,
-    FallAsleep,
-    Maintained,
-    MaintenanceOrder,
-    ReadWeights,
-    Reload,
-    SamplingParams,
-    Sleep,
-    Submit,
-    TakeWeights,
-    Wake,
-    WakeUp,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import Maintained, MaintenanceOrder, Reload, Sleep, Submit, Wake
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import CommandBody, FallAsleep, ReadWeights, TakeWeights, WakeUp
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.holdings import children_of
 

@@ -17,7 +17,8 @@ from test_formation import expect_nothing_is_left, num_segments
 from phalanx.engine.resizing import EngineResizing
 from phalanx.errors import PeerDiedError
 from phalanx.membership.resize import Size
-from phalanx.protocol import Resize, WrongSetting
+from phalanx.protocol.client import Resize
+from phalanx.protocol.columns import WrongSetting
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.liveness import is_running
 from phalanx.worker.methods import remote_method

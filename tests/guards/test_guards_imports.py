@@ -14,7 +14,7 @@ SOURCE = Path(phalanx.__file__).parent
 
 HOMES = {
     "torch.distributed": ("collectives",),
-    "socket": ("transport", "server", "cli/checks.py"),
+    "socket": ("transport", "server"),
     "pickle": ("ledger/flight_recorder.py",),
     "cloudpickle": (),
     "marshal": (),
@@ -24,7 +24,7 @@ HOMES = {
     "uvicorn": ("server",),
     "click": ("cli",),
 }
-"""Where a module may be imported. The HTTP port is the server's own, and `phalanx doctor` asks whether it is free.
+"""Where a module may be imported. The HTTP port is the server's own.
 PyTorch's Flight Recorder writes pickles, which are read without running anything in them."""
 
 

@@ -3,7 +3,7 @@
 import inspect
 
 import phalanx
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 
 def test_names_of_the_package() -> None:

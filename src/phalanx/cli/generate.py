@@ -20,7 +20,7 @@ from phalanx.cli.setting_types import type_for
 from phalanx.config import Config
 from phalanx.engine.admission import fitted
 from phalanx.errors import ConfigError, EngineDeadError, RequestError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from phalanx.engine.engine import Engine

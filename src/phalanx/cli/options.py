@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from phalanx.cli.documentation import field_texts
 from phalanx.cli.setting_types import type_for
 from phalanx.config import Config, ServerConfig
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 SHORT = {
     "tensor_parallel_size": "-tp",

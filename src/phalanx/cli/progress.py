@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 
 REFRESHES_PER_S = 8
 BAR_WIDTH = 30

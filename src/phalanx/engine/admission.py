@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from phalanx.errors import RequestError
-from phalanx.protocol import FinishReason, SamplingParams, TokenBatch
+from phalanx.protocol.client import TokenBatch
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 
 
 def check_request(

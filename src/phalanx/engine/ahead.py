@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from phalanx.engine.brain import StepExecutor
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import Scheduler
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 FEW_TOKENS = 2
 """After a pass with no more for each request, what has come meanwhile is computed when the ranks have taken over. So it

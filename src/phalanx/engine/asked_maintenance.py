@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from phalanx.errors import MaintenanceError, NotNowError, PhalanxError, UserError
-from phalanx.protocol import Maintained
+from phalanx.protocol.client import Maintained
 
 
 class AskedMaintenance:

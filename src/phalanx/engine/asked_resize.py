@@ -13,7 +13,7 @@ from phalanx.engine.engine import ReplicaState
 from phalanx.engine.incarnation import ResizeNews
 from phalanx.errors import ResizeError, ResizeRefusedError, ResizeUnderWayError
 from phalanx.membership.resize import Size
-from phalanx.protocol import CancelResize, EngineReady, Resize, ResizeBegun, ResizeEnded, StartProgress
+from phalanx.protocol.client import CancelResize, EngineReady, Resize, ResizeBegun, ResizeEnded, StartProgress
 
 
 class AskedResize:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from phalanx.config import Config
-from phalanx.protocol import ShareWeights, WeightsShared
+from phalanx.protocol.client import ShareWeights, WeightsShared
 
 ANSWER_S = 5.0
 """Whoever starts with a copy of its own waits no longer for it: an engine on a CPU answers between two steps."""

@@ -16,16 +16,9 @@ from numpy.typing import NDArray
 from phalanx.config import Config
 from phalanx.executor.pending import Pending
 from phalanx.moe.balance import first_placement, rank_loads, rebalance
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    BalanceStats,
-    CommandBody,
-    ExpertLoads,
-    MeasureExperts,
-    MoveExperts,
-    ReplyBody,
-    ints,
-)
+from phalanx.protocol.client import BalanceStats
+from phalanx.protocol.columns import ints
+from phalanx.protocol.worker import FIRST_EPOCH, CommandBody, ExpertLoads, MeasureExperts, MoveExperts, ReplyBody
 from phalanx.topology.grid import Grid
 
 Tokens = NDArray[np.int64]

@@ -20,18 +20,10 @@ from phalanx.engine.request import Request, new_seed
 from phalanx.engine.scheduler import PlannedStep, Scheduler
 from phalanx.engine.suspects import Suspects
 from phalanx.errors import RequestError
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    CopyBlocks,
-    EngineStats,
-    FinishReason,
-    ReplicaStats,
-    Step,
-    StepResult,
-    Submit,
-    TokenBatch,
-    as_ints,
-)
+from phalanx.protocol.client import EngineStats, ReplicaStats, Submit, TokenBatch
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.sampling import FinishReason
+from phalanx.protocol.worker import FIRST_EPOCH, CopyBlocks, Step, StepResult
 
 SET_ASIDE_LOOK_S = 0.002
 """Whether blocks have come back, without which no step can be planned, is asked this often."""

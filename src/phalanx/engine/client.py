@@ -29,8 +29,7 @@ from phalanx.engine.work import Work
 from phalanx.errors import EngineDeadError, MaintenanceError, NotNowError, RequestError, ResizeRefusedError
 from phalanx.ledger.status import InstanceStatus
 from phalanx.membership.resize import Size
-from phalanx.protocol import (
-    FIRST_EPOCH,
+from phalanx.protocol.client import (
     FIRST_WEIGHTS_VERSION,
     AvoidNodes,
     Cancel,
@@ -38,10 +37,11 @@ from phalanx.protocol import (
     EngineStats,
     Maintained,
     MaintenanceOrder,
-    SamplingParams,
     Sleep,
     TokenBatch,
 )
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH
 
 StartAgain = Callable[[Config, OnProgress, bytes], Awaitable[Incarnation]]
 """With weights that another engine shares, as in protocol.Begin."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from phalanx.engine.incarnation import NAME, Incarnation, OnProgress
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.errors import PhalanxError, PlacementError
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 
 LACKS_ROOM_AFTER = 2
 """Starts in a row that find no room before that is told: Ray takes a moment to give back what the last engine had, and

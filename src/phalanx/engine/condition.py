@@ -11,7 +11,8 @@ import msgspec
 
 from phalanx.errors import PeerDiedError
 from phalanx.ledger.report import VerdictReport, utc_now
-from phalanx.protocol import FIRST_EPOCH, FIRST_WEIGHTS_VERSION, FormationStats, MaintenanceStats
+from phalanx.protocol.client import FIRST_WEIGHTS_VERSION, FormationStats, MaintenanceStats
+from phalanx.protocol.worker import FIRST_EPOCH
 from phalanx.transport.liveness import Party, state_of
 
 STOPPED_AFTER_S = 1.0

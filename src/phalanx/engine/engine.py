@@ -13,7 +13,8 @@ from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineReady, EngineStats, MaintenanceOrder, SamplingParams
+from phalanx.protocol.client import EngineReady, EngineStats, MaintenanceOrder
+from phalanx.protocol.sampling import SamplingParams
 
 DRAIN_TIMEOUT_S = 30.0
 """So long may requests of a replica that leaves still take there, before another one takes them over."""

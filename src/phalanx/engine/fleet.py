@@ -30,7 +30,8 @@ from phalanx.engine.traffic import Traffic
 from phalanx.engine.weights_source import WeightsSource
 from phalanx.errors import ConfigError, EngineDeadError, ResizeRefusedError, ResizeUnderWayError
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineStats, MaintenanceOrder, SamplingParams
+from phalanx.protocol.client import EngineStats, MaintenanceOrder
+from phalanx.protocol.sampling import SamplingParams
 
 WATCH_POLL_S = 0.02
 

@@ -17,7 +17,7 @@ from phalanx.engine.members import Members
 from phalanx.engine.traffic import Traffic
 from phalanx.errors import MaintenanceError, NotNowError, PhalanxError
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Sleep, Wake
+from phalanx.protocol.client import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Sleep, Wake
 
 log = logging.getLogger("phalanx.engine")
 

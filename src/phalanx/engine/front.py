@@ -11,7 +11,7 @@ from phalanx.config import Config
 from phalanx.engine.generation_config import GenerationConfig
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.models.checkpoint import Checkpoint, resolve
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 _reading = threading.Lock()
 """transformers imports its parts when they are asked for, and loses names when several threads ask at once."""

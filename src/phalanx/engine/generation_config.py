@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx.errors import CheckpointError, RequestError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 
 class GenerationConfig(msgspec.Struct, frozen=True):

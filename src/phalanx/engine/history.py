@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from phalanx.engine.condition import Condition
-from phalanx.protocol import EngineStats, FormationStats, ReplicaStats
+from phalanx.protocol.client import EngineStats, FormationStats, ReplicaStats
 
 
 class History:

@@ -22,7 +22,7 @@ from phalanx.ledger.board import Notice
 from phalanx.ledger.instance import shown_by
 from phalanx.ledger.report import VerdictReport
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import (
+from phalanx.protocol.client import (
     Begin,
     ClientMessage,
     EngineFailed,

@@ -17,7 +17,7 @@ from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.weights_source import WeightsSource
 from phalanx.errors import PhalanxError
-from phalanx.protocol import Sleep, StartProgress
+from phalanx.protocol.client import Sleep, StartProgress
 
 
 async def start_all(

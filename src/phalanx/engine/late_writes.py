@@ -17,7 +17,8 @@ import numpy as np
 from phalanx.engine.block_pool import Blocks
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Running, Slots
-from phalanx.protocol import BlockCopies, CopyBlocks, as_ints, ints
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.worker import BlockCopies, CopyBlocks
 
 
 class _Left(NamedTuple):

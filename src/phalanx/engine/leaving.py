@@ -14,7 +14,7 @@ from phalanx.engine.stream import RequestStream
 from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.traffic import RoutedRequest, Traffic
 from phalanx.errors import EngineDeadError, RequestError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 EMPTY_POLL_S = 0.02
 FEW_TOKENS = 8

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.protocol import LogprobColumns, as_floats, as_ints, ints
+from phalanx.protocol.columns import LogprobColumns, as_floats, as_ints, ints
 
 
 def merge(columns_P: Sequence[LogprobColumns | None], num_samples_P: Sequence[int]) -> LogprobColumns | None:

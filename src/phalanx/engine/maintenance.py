@@ -16,34 +16,29 @@ from typing import Protocol
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.errors import (
-    CheckpointError,
-    MaintenanceError,
-    NotNowError,
-    PhalanxError,
-    RequestError,
-    UserError,
-)
+from phalanx.errors import CheckpointError, MaintenanceError, NotNowError, PhalanxError, RequestError, UserError
 from phalanx.executor.pending import Pending
 from phalanx.executor.start import Capacity
 from phalanx.memory.shared_weights import SharedWeights, decode_shared, encode_shared
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model
-from phalanx.protocol import (
-    Allocated,
-    CommandBody,
-    DropWeights,
-    FallAsleep,
+from phalanx.protocol.client import (
     Maintained,
     MaintenanceOrder,
     MaintenancePhase,
     MaintenanceStats,
-    ReadWeights,
     Reload,
-    ReplyBody,
     Sleep,
-    TakeWeights,
     Wake,
+)
+from phalanx.protocol.worker import (
+    Allocated,
+    CommandBody,
+    DropWeights,
+    FallAsleep,
+    ReadWeights,
+    ReplyBody,
+    TakeWeights,
     WakeUp,
     WeightsRead,
 )

@@ -13,7 +13,7 @@ from phalanx.engine.engine import ReplicaState
 from phalanx.engine.roster import Roster
 from phalanx.errors import EngineDeadError
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import EngineStats, ReplicaStats
+from phalanx.protocol.client import EngineStats, ReplicaStats
 
 
 class Members:

@@ -39,7 +39,7 @@ from phalanx.ledger.stacks import offer_stacks
 from phalanx.membership.formation import Formation, start_formation
 from phalanx.memory.shared_weights import decode_shared, encode_shared
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import (
+from phalanx.protocol.client import (
     AvoidNodes,
     Begin,
     Cancel,
@@ -50,18 +50,15 @@ from phalanx.protocol import (
     EngineStats,
     Maintained,
     MaintenanceOrder,
-    Ping,
-    ReplyBody,
     Resize,
     ResizeEnded,
     ShareWeights,
     StartProgress,
-    Step,
-    StepResult,
     Submit,
     WeightsShared,
-    WrongSetting,
 )
+from phalanx.protocol.columns import WrongSetting
+from phalanx.protocol.worker import Ping, ReplyBody, Step, StepResult
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 from phalanx.worker.error_text import sendable

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from phalanx.engine.block_pool import BlockPool, Blocks
 from phalanx.engine.prefix_cache import ROOT, PrefixCache, extend_digests
 from phalanx.engine.request import Request
-from phalanx.protocol import Ints, NewRequest, ints
+from phalanx.protocol.columns import Ints, ints
+from phalanx.protocol.worker import NewRequest
 
 
 class Replica:

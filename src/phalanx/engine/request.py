@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phalanx.engine.block_pool import Blocks
-from phalanx.protocol import NewRequest, SamplingParams, ints
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import NewRequest
 
 Slots = NDArray[np.intp]
 Counts = NDArray[np.int64]

@@ -19,15 +19,8 @@ from phalanx.membership.formation import Formation, Resized
 from phalanx.membership.resize import Resize as UnderWay
 from phalanx.membership.resize import Size
 from phalanx.membership.resizer import NextLine
-from phalanx.protocol import (
-    EngineMessage,
-    EngineReady,
-    Resize,
-    ResizeBegun,
-    ResizeEnded,
-    StartProgress,
-    WrongSetting,
-)
+from phalanx.protocol.client import EngineMessage, EngineReady, Resize, ResizeBegun, ResizeEnded, StartProgress
+from phalanx.protocol.columns import WrongSetting
 from phalanx.worker.error_text import sendable
 
 log = logging.getLogger("phalanx.engine")

@@ -28,20 +28,10 @@ from phalanx.engine.prefix_cache import ROOT, block_digest
 from phalanx.engine.replica import Replica
 from phalanx.engine.request import Counts, Request, Running, Slots
 from phalanx.engine.router import choose
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    NO_TOKEN,
-    CopyBlocks,
-    FinishReason,
-    LogprobColumns,
-    Step,
-    StepPlan,
-    StepResult,
-    StepShape,
-    TokenBatch,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import TokenBatch
+from phalanx.protocol.columns import LogprobColumns, as_ints, ints
+from phalanx.protocol.sampling import FinishReason
+from phalanx.protocol.worker import FIRST_EPOCH, NO_TOKEN, CopyBlocks, Step, StepPlan, StepResult, StepShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,9 @@ from numpy.typing import NDArray
 
 from phalanx.engine.request import new_seed
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.protocol import (
-    FinishReason,
-    LogprobColumns,
-    SamplingParams,
-    Submit,
-    TokenBatch,
-    as_floats,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import Submit, TokenBatch
+from phalanx.protocol.columns import LogprobColumns, as_floats, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 
 FinishName = Literal["stop", "length", "cancelled", "error"]
 

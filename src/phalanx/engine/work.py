@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from phalanx.engine.stream import Origin, RequestStream, Streams
 from phalanx.engine.trials import ENDS_OF_A_CULPRIT, Trials
-from phalanx.protocol import FinishReason, Submit, TokenBatch
+from phalanx.protocol.client import Submit, TokenBatch
+from phalanx.protocol.sampling import FinishReason
 
 Ids = list[int]
 

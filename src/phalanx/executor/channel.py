@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from phalanx.protocol import Call, WorkerMessage
+from phalanx.protocol.worker import Call, WorkerMessage
 
 
 class Channel(Protocol):

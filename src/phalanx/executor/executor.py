@@ -29,7 +29,8 @@ from phalanx.executor.launcher import Launcher
 from phalanx.executor.pending import Pending
 from phalanx.executor.watching import Watching
 from phalanx.ledger.watch_order import WatchOrder
-from phalanx.protocol import (
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.worker import (
     Call,
     CallMethod,
     CommandBody,
@@ -43,7 +44,6 @@ from phalanx.protocol import (
     Published,
     Reply,
     ReplyBody,
-    StartProgress,
     Step,
     StepResult,
     Stop,

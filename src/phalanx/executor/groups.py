@@ -6,7 +6,7 @@ from phalanx.collectives.rendezvous import Rendezvous, open_rendezvous
 from phalanx.collectives.spec import Backend, GroupSpec, pick_backend
 from phalanx.config import Config
 from phalanx.errors import ConfigError
-from phalanx.protocol import FIRST_EPOCH
+from phalanx.protocol.worker import FIRST_EPOCH
 from phalanx.topology.grid import GroupMembers
 
 COLLECTIVE_TIMEOUT_SHARE = 0.75

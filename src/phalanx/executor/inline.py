@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phalanx.errors import DeadlineError
-from phalanx.protocol import Call, Progress, Reply, Step, WorkerMessage
+from phalanx.protocol.worker import Call, Progress, Reply, Step, WorkerMessage
 from phalanx.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from phalanx.worker.worker import Worker
-
 
 POLL_S = 50e-6
 """How often a GPU is asked whether its step has ended: its own blocking wait has no deadline."""

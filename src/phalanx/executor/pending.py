@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from phalanx.protocol import ReplyBody
+from phalanx.protocol.worker import ReplyBody
 
 T = TypeVar("T", covariant=True)
 

@@ -34,7 +34,8 @@ from phalanx.ledger.verdict import Cause
 from phalanx.ledger.watch_order import WatchOrder
 from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import (
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.worker import (
     FIRST_EPOCH,
     AllocateCache,
     Allocated,
@@ -44,7 +45,6 @@ from phalanx.protocol import (
     MeasureMemory,
     Progress,
     ReplyBody,
-    StartProgress,
     WorkerMessage,
 )
 from phalanx.topology.grid import Grid

@@ -44,7 +44,8 @@ from phalanx.memory.held import HeldMemory
 from phalanx.memory.holder import Holder
 from phalanx.memory.shared_weights import SharedWeights
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import FIRST_EPOCH, CommandBody, FormationStats, ReplyBody, StartProgress, Step, StepResult
+from phalanx.protocol.client import FormationStats, StartProgress
+from phalanx.protocol.worker import FIRST_EPOCH, CommandBody, ReplyBody, Step, StepResult
 
 OF_EVERY_WORKER = frozenset({"whereabouts", "expert_load", "methods_that_change_weights", "declares"})
 """Methods that leave nothing."""

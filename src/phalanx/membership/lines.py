@@ -22,7 +22,7 @@ from phalanx.membership.ending import Ending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.memory.held import HeldMemory
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import FIRST_EPOCH
+from phalanx.protocol.worker import FIRST_EPOCH
 
 if TYPE_CHECKING:
     from phalanx.executor.ray.quarters import Quarters

@@ -24,7 +24,7 @@ from phalanx.membership.standby import Standby
 from phalanx.memory.held import HeldMemory
 from phalanx.memory.shared_weights import SharedWeights
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import FormationStats, StartProgress
+from phalanx.protocol.client import FormationStats, StartProgress
 
 if TYPE_CHECKING:
     from phalanx.executor.ray.quarters import Quarters

@@ -29,7 +29,7 @@ from phalanx.membership.resize import Resize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory, no_places, shares_devices
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 
 if TYPE_CHECKING:
     from phalanx.executor.ray.quarters import Quarters

@@ -12,7 +12,7 @@ from phalanx.errors import DeadlineError, PhalanxError
 from phalanx.executor.pending import Pending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, end
-from phalanx.protocol import Ping, ReplyBody
+from phalanx.protocol.worker import Ping, ReplyBody
 
 SETTLE_S = 0.5
 """After a line was taken, it is left alone with the cores for so long."""

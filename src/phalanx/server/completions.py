@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from phalanx.engine.stream import FinishName, OutputDelta
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.delivery import deliver
 from phalanx.server.generation import Generation
 from phalanx.server.logprobs import CompletionLogprobs

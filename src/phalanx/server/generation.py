@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 
 from phalanx.engine.stream import OutputDelta
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.api_error import ApiError
 from phalanx.server.service import Service
 

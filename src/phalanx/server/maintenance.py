@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from phalanx.engine.condition import Condition
 from phalanx.errors import NotNowError
-from phalanx.protocol import MaintenanceOrder, Reload, Sleep, Wake, When
+from phalanx.protocol.client import MaintenanceOrder, Reload, Sleep, Wake, When
 from phalanx.server.service import Service
 
 Path = Annotated[str, Meta(min_length=1)]

@@ -17,7 +17,7 @@ from phalanx.engine.engine import Engine, Strength
 from phalanx.engine.roster import Phase
 from phalanx.engine.stream import OutputDelta
 from phalanx.ledger.verdict import Cause
-from phalanx.protocol import ReplicaStats
+from phalanx.protocol.client import ReplicaStats
 
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 30)

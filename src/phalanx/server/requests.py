@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from phalanx.errors import RequestError
-from phalanx.protocol import MAX_LOGPROBS, SamplingParams
+from phalanx.protocol.sampling import MAX_LOGPROBS, SamplingParams
 from phalanx.server.request_body import build
 
 MAX_CHOICES = 128

@@ -19,7 +19,7 @@ from phalanx.engine.fleet import start_engine as start
 from phalanx.engine.incarnation import OnProgress
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.instance import show_server
-from phalanx.protocol import EngineReady, StartProgress
+from phalanx.protocol.client import EngineReady, StartProgress
 from phalanx.server.api_error import ApiError, engine_dead
 from phalanx.server.api_keys import ENVIRONMENT_VARIABLE, ApiKeys
 from phalanx.server.app import create_app

@@ -12,7 +12,7 @@ from phalanx.engine.condition import Condition
 from phalanx.engine.engine import Strength
 from phalanx.ledger.duration import duration
 from phalanx.ledger.status import GroupStatus, InstanceStatus, RankStatus
-from phalanx.protocol import FIRST_WEIGHTS_VERSION
+from phalanx.protocol.client import FIRST_WEIGHTS_VERSION
 from phalanx.server.status import QueueStatus, ServerStatus
 
 REFRESH_S = 2

@@ -25,7 +25,10 @@ from phalanx.executor.executor import CONSEQUENCES, Executor
 from phalanx.executor.start import Capacity, start_executor
 from phalanx.ledger.verdict import Verdict
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import Ping, SamplingParams, Submit, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import Ping
 from phalanx.testing import memory_limit
 from phalanx.testing.faults import Fault, Injected
 from phalanx.testing.harm import InjectedError, hung_stores

@@ -21,7 +21,7 @@ from phalanx.engine.client import EngineClient
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import DeadlineError, PhalanxError, UserError
 from phalanx.executor.out_of_memory import OutOfMemoryKills
-from phalanx.protocol import FormationStats
+from phalanx.protocol.client import FormationStats
 from phalanx.testing.blows import Blow, is_named
 from phalanx.testing.holdings import Holdings, used_of_gpus
 from phalanx.testing.reach import Place, Reach, ThisHost

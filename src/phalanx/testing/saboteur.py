@@ -19,7 +19,7 @@ import msgspec
 
 from phalanx.collectives.descriptor import Operation
 from phalanx.errors import ConfigError
-from phalanx.protocol import Call, Step
+from phalanx.protocol.worker import Call, Step
 from phalanx.testing import harm, memory_limit, tampering
 from phalanx.testing.faults import OF_A_PROCESS, Fault, Injected, State, World
 from phalanx.testing.mailbox import receive_faults

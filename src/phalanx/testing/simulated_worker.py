@@ -16,20 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    BlockCopies,
-    Call,
-    FinishReason,
-    LogprobColumns,
-    NewRequest,
-    SamplingParams,
-    Step,
-    StepPlan,
-    StepResult,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.columns import LogprobColumns, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH, BlockCopies, Call, NewRequest, Step, StepPlan, StepResult
 
 Hashes = NDArray[np.uint64]
 Slots = NDArray[np.intp]

@@ -13,7 +13,7 @@ import msgspec
 from phalanx.engine.engine import Engine
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import PhalanxError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 MOST_TOKENS = 48
 LEAST_TOKENS = 16

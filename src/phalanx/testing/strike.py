@@ -19,7 +19,7 @@ from phalanx.errors import ConfigError, EngineDeadError, MaintenanceError, NotNo
 from phalanx.ledger.status import InstanceStatus
 from phalanx.membership.resize import Size
 from phalanx.membership.room import check_devices
-from phalanx.protocol import FormationStats, Reload
+from phalanx.protocol.client import FormationStats, Reload
 from phalanx.testing.blows import Blow, BlowKind
 from phalanx.testing.holdings import children_of, command_of, parent_of
 from phalanx.testing.mailbox import Mailbox

@@ -12,7 +12,7 @@ from phalanx.errors import CheckpointError, DeadlineError
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.hub import commit_of
 from phalanx.models.progress import Progress
-from phalanx.protocol import CheckpointFound
+from phalanx.protocol.worker import CheckpointFound
 from phalanx.topology.grid import Grid
 from phalanx.worker.spec import WorkerSpec
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from phalanx.protocol import Call, Publish, Published
+from phalanx.protocol.worker import Call, Publish, Published
 
 
 class BrainExchange:

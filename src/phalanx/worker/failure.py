@@ -7,7 +7,8 @@ import os
 import torch
 
 from phalanx.errors import UserError
-from phalanx.protocol import Failure, WrongSetting
+from phalanx.protocol.columns import WrongSetting
+from phalanx.protocol.worker import Failure
 from phalanx.worker.error_text import message_of, traceback_of
 
 MAX_TEXT_BYTES = 16 * 1024

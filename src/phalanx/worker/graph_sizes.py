@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from phalanx.config import Config
-from phalanx.protocol import StepShape
+from phalanx.protocol.worker import StepShape
 from phalanx.topology.grid import Grid
 
 LARGEST = 512

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.protocol import StepPlan, as_ints
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.worker import StepPlan
 from phalanx.worker.slots import Rows, SlotTable
 
 

@@ -16,7 +16,7 @@ from phalanx.memory.host import free_host_bytes, trim_heap
 from phalanx.memory.shared_weights import decode_shared
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.models.rank_weights import RankWeights
-from phalanx.protocol import (
+from phalanx.protocol.worker import (
     Allocated,
     Done,
     DropWeights,

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 import msgspec
 
 from phalanx.errors import ConfigError, UserError
-from phalanx.protocol import CallMethod, MethodError, MethodResult
+from phalanx.protocol.worker import CallMethod, MethodError, MethodResult
 from phalanx.worker.error_text import message_of, traceback_of
 
 F = TypeVar("F", bound=Callable[..., Any])

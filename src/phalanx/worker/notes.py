@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from phalanx.collectives.exchange import Exchange
     from phalanx.collectives.group import Group
     from phalanx.collectives.spec import GroupSpec
-    from phalanx.protocol import Step
+    from phalanx.protocol.worker import Step
     from phalanx.worker.spec import WorkerSpec
 
 log = logging.getLogger("phalanx.worker")

@@ -13,7 +13,7 @@ from phalanx.config import Config
 from phalanx.errors import ConfigError
 from phalanx.memory.sizing import LINE_BYTES, cache_bytes
 from phalanx.models.model import CausalLM
-from phalanx.protocol import Measured
+from phalanx.protocol.worker import Measured
 from phalanx.worker.cuda_capture import CudaCapture, WaitsForGpuError
 from phalanx.worker.decode_graphs import DecodeGraphs
 from phalanx.worker.error_text import message_of

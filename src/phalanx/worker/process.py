@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import torch
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Call, Progress, Reply, WorkerMessage
+from phalanx.protocol.worker import Call, Progress, Reply, WorkerMessage
 from phalanx.transport.queue import WorkerEndpoint
 from phalanx.worker.exchange import BrainExchange
 from phalanx.worker.failure import describe

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import NO_TOKEN, LogprobColumns, Step, StepPlan, StepResult, as_ints, ints
+from phalanx.protocol.columns import LogprobColumns, as_ints, ints
+from phalanx.protocol.worker import NO_TOKEN, Step, StepPlan, StepResult
 from phalanx.worker.graph_sizes import size_for
 from phalanx.worker.inputs import StepInputs
 from phalanx.worker.sampler import Logprobs, Sampled, Sampler

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phalanx.protocol import MAX_LOGPROBS, NO_TOKEN, NewRequest, as_ints
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.sampling import MAX_LOGPROBS
+from phalanx.protocol.worker import NO_TOKEN, NewRequest
 from phalanx.worker.draw import WEIGHT_BITS, inverse_cdf, weights_of
 from phalanx.worker.penalties import TokenHistory
 from phalanx.worker.randomness import uniform

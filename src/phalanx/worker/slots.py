@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phalanx.protocol import NewRequest, StepPlan, as_ints
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.worker import NewRequest, StepPlan
 
 GREEDY_TEMPERATURE = 1e-5
 """Below it sampling is greedy: in float32 no token but the most likely would be left anyway."""

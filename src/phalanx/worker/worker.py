@@ -23,7 +23,8 @@ from phalanx.errors import DeviceRefusedError
 from phalanx.memory.held import encode_held
 from phalanx.models.model import CausalLM, WeightMemory, load_model
 from phalanx.moe.dispatcher import AllGatherReduceScatter, AllToAll, Dispatcher
-from phalanx.protocol import (
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.worker import (
     AllocateCache,
     Allocated,
     BlockCopies,
@@ -45,7 +46,6 @@ from phalanx.protocol import (
     Step,
     StepIssued,
     Stop,
-    as_ints,
 )
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare

@@ -18,7 +18,8 @@ from phalanx.config import Config
 from phalanx.engine import fleet
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import CheckpointError, RequestError
-from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.sampling import SamplingParams
 
 
 class EchoTokenizer:

@@ -16,7 +16,7 @@ from phalanx.cli.scale import scale
 from phalanx.cli.setting_types import type_for
 from phalanx.config import CacheConfig, SchedulerConfig, ServerConfig, settings_by_name
 from phalanx.errors import ConfigError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 
 def test_every_setting_has_a_flag_and_a_text() -> None:

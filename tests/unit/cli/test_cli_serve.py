@@ -15,7 +15,7 @@ from rich.console import Console
 
 from phalanx.cli.progress import StartScreen
 from phalanx.cli.serve import announcement
-from phalanx.protocol import EngineReady, StartProgress
+from phalanx.protocol.client import EngineReady, StartProgress
 from phalanx.server.run import Served
 
 READY = EngineReady(max_model_len=2048, num_blocks=100, block_size=16, world_size=2, device="cpu", dtype="bfloat16")

@@ -14,19 +14,10 @@ from phalanx.engine.ahead import Ahead
 from phalanx.engine.brain import Brain
 from phalanx.engine.prefix_cache import ROOT, block_digest, extend_digests
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    CopyBlocks,
-    FinishReason,
-    ReplicaStats,
-    SamplingParams,
-    StepPlan,
-    Submit,
-    TokenBatch,
-    as_floats,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import ReplicaStats, Submit, TokenBatch
+from phalanx.protocol.columns import as_floats, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH, CopyBlocks, StepPlan
 from phalanx.testing.simulated_worker import (
     Hashes,
     Places,

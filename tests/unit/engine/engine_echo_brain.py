@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.protocol import CopyBlocks, EngineStats, FinishReason, ReplicaStats, Submit, TokenBatch, as_ints, ints
+from phalanx.protocol.client import EngineStats, ReplicaStats, Submit, TokenBatch
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import FinishReason
+from phalanx.protocol.worker import CopyBlocks
 
 
 class EchoBrain:

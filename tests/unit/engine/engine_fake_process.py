@@ -23,7 +23,7 @@ from engine_echo_brain import EchoBrain
 from phalanx.errors import PeerDiedError
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.memory.shared_weights import SharedWeights, WeightsKind, decode_shared, encode_shared
-from phalanx.protocol import (
+from phalanx.protocol.client import (
     AvoidNodes,
     Begin,
     Cancel,
@@ -34,7 +34,6 @@ from phalanx.protocol import (
     Maintained,
     MaintenanceOrder,
     MaintenanceStats,
-    Message,
     Reload,
     Resize,
     ResizeBegun,
@@ -44,9 +43,8 @@ from phalanx.protocol import (
     StartProgress,
     Submit,
     WeightsShared,
-    WrongSetting,
-    as_ints,
 )
+from phalanx.protocol.columns import Message, WrongSetting, as_ints
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 

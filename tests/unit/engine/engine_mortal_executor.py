@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from random import Random
 
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import Step, StepResult
+from phalanx.protocol.worker import Step, StepResult
 from phalanx.testing.simulated_worker import Hashes, Places, SimulatedExecutor, SimulatedWorker
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from phalanx.engine.admission import check_request, typed
 from phalanx.errors import RequestError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 
 def check(prompt: Any, **sampling: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 from engine_brain_rig import Rig
 
 from phalanx.engine.ahead import FEW_TOKENS, MOST_PASSES, Ahead
-from phalanx.protocol import NewRequest, as_ints
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.worker import NewRequest
 from phalanx.testing.simulated_worker import SimulatedExecutor
 
 BLOCK_SIZE = 4

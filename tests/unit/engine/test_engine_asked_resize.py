@@ -11,7 +11,7 @@ from test_engine_client import ENDLESS, checkpoint, client_of, in_loop, until
 
 from phalanx.engine.client import EngineClient
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, ResizeUnderWayError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 
 __all__ = ["checkpoint"]
 

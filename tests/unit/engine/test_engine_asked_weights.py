@@ -8,7 +8,7 @@ import pytest
 
 from phalanx.engine import asked_weights
 from phalanx.engine.asked_weights import NONE, AskedWeights
-from phalanx.protocol import ShareWeights, WeightsShared
+from phalanx.protocol.client import ShareWeights, WeightsShared
 
 
 def test_answers_come_to_those_who_asked() -> None:

@@ -9,7 +9,10 @@ from engine_brain_rig import EOS, Rig
 from phalanx.config import Config
 from phalanx.engine.brain import EXPECTS_FOR_STEPS, Brain
 from phalanx.errors import RequestError, WorkerError
-from phalanx.protocol import NO_TOKEN, FinishReason, SamplingParams, Step, StepPlan, StepResult, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import NO_TOKEN, Step, StepPlan, StepResult
 
 
 class Unanswered:

@@ -27,7 +27,8 @@ from phalanx.engine.child import EngineChild
 from phalanx.engine.client import EngineClient
 from phalanx.engine.stream import OutputDelta, RequestStream
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, StartError, UserError
-from phalanx.protocol import SamplingParams, StartProgress
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.api_keys import ApiKeys
 from phalanx.server.app import create_app
 from phalanx.server.service import Service

@@ -16,7 +16,8 @@ from test_engine_fleet import fleet_of, pids
 from phalanx.engine.stream import Origin
 from phalanx.errors import MaintenanceError, ResizeRefusedError, UserError
 from phalanx.memory.shared_weights import decode_shared
-from phalanx.protocol import Reload, SamplingParams, Sleep, Wake
+from phalanx.protocol.client import Reload, Sleep, Wake
+from phalanx.protocol.sampling import SamplingParams
 
 RELOAD = Reload(None, "now", 60.0)
 

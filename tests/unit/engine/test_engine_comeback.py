@@ -22,7 +22,7 @@ from test_engine_fleet import consume, fleet_of, pids
 from phalanx.engine.client import EngineClient
 from phalanx.engine.comeback import Comeback
 from phalanx.errors import EngineDeadError, PhalanxError, PlacementError, StartError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.api_keys import ApiKeys
 from phalanx.server.app import create_app
 from phalanx.server.service import Service

@@ -18,7 +18,7 @@ import phalanx.engine.process as process
 from phalanx.config import Config
 from phalanx.engine.incarnation import _await_ready
 from phalanx.errors import ConfigError
-from phalanx.protocol import Begin, StartProgress
+from phalanx.protocol.client import Begin, StartProgress
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import AsyncStream, Stream, stream_pair

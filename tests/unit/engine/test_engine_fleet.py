@@ -39,7 +39,8 @@ from phalanx.errors import (
 )
 from phalanx.executor import platform
 from phalanx.memory.shared_weights import decode_shared
-from phalanx.protocol import MaintenanceOrder, Reload, SamplingParams, Sleep, StartProgress, Wake
+from phalanx.protocol.client import MaintenanceOrder, Reload, Sleep, StartProgress, Wake
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.server.generation import Generation
 from phalanx.server.service import Service
 from phalanx.transport.liveness import is_running

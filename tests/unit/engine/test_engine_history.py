@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phalanx.engine.condition import Condition
 from phalanx.engine.history import History
-from phalanx.protocol import EngineStats, FormationStats, ReplicaStats
+from phalanx.protocol.client import EngineStats, FormationStats, ReplicaStats
 
 REPLICA = ReplicaStats(0, 0, 0, 9, 0, 0, 0, 0, 0)
 BEFORE = FormationStats(5, False, "ready", 3, {"standby": 2, "new line": 1}, {"standby": 1}, 4, 0.5, "rank 1 died")

@@ -14,7 +14,7 @@ from test_engine_client import checkpoint, client_of, in_loop, until
 
 from phalanx.engine.client import EngineClient
 from phalanx.errors import ConfigError, RequestError, ResizeError, ResizeRefusedError, ResizeUnderWayError
-from phalanx.protocol import AvoidNodes
+from phalanx.protocol.client import AvoidNodes
 from phalanx.topology.placement import Node
 
 __all__ = ["checkpoint"]

@@ -11,7 +11,10 @@ import pytest
 
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
-from phalanx.protocol import NO_TOKEN, SamplingParams, StepPlan, StepResult, TokenBatch, as_ints, ints
+from phalanx.protocol.client import TokenBatch
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import NO_TOKEN, StepPlan, StepResult
 
 EOS = 7
 MAX_MODEL_LEN = 24

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.engine.logprobs import keep, merge
-from phalanx.protocol import LogprobColumns, as_ints, ints
+from phalanx.protocol.columns import LogprobColumns, as_ints, ints
 
 
 def columns(first_id: int, entries: list[int], width: int) -> LogprobColumns:

@@ -15,7 +15,8 @@ from phalanx.config import Config
 from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import DeadlineError, PhalanxError, RequestError
 from phalanx.membership.formation import Formation
-from phalanx.protocol import CommandBody, FallAsleep, Maintained, MaintenanceOrder, Sleep, Wake, WakeUp
+from phalanx.protocol.client import Maintained, MaintenanceOrder, Sleep, Wake
+from phalanx.protocol.worker import CommandBody, FallAsleep, WakeUp
 
 MAX_TURNS = 100
 TOO_MANY_OPEN = OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -9,7 +9,10 @@ import pytest
 
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
-from phalanx.protocol import SamplingParams, StepPlan, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import StepPlan
 from phalanx.testing.simulated_worker import SimulatedPipeline, SimulatedWorker, expected_output
 
 STAGE_S = 0.010

@@ -25,7 +25,7 @@ from phalanx.engine.maintenance import Maintenance
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.membership.formation import Healed
 from phalanx.memory.shared_weights import SharedWeights, WeightsKind, encode_shared
-from phalanx.protocol import (
+from phalanx.protocol.client import (
     AvoidNodes,
     Begin,
     Cancel,
@@ -33,20 +33,17 @@ from phalanx.protocol import (
     EngineMessage,
     EngineReady,
     EngineStats,
-    FinishReason,
     FormationStats,
-    Message,
     ReplicaStats,
-    SamplingParams,
     ShareWeights,
     Shutdown,
     StartProgress,
     Submit,
     TokenBatch,
     WeightsShared,
-    WrongSetting,
-    ints,
 )
+from phalanx.protocol.columns import Message, WrongSetting, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream, stream_pair
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.engine.request import Request, Running
-from phalanx.protocol import NO_TOKEN, SamplingParams
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import NO_TOKEN
 
 
 def test_a_row_without_a_token_is_no_end_of_a_request_with_fewer_end_tokens() -> None:

@@ -14,7 +14,9 @@ from phalanx.executor.start import Capacity
 from phalanx.membership.formation import Resized
 from phalanx.membership.resize import Resize as UnderWay
 from phalanx.membership.resize import Size
-from phalanx.protocol import EngineMessage, Resize, ResizeBegun, ResizeEnded, SamplingParams, Submit, ints
+from phalanx.protocol.client import EngineMessage, Resize, ResizeBegun, ResizeEnded, Submit
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
 
 CAPACITY = Capacity(
     num_blocks=16,

@@ -12,7 +12,9 @@ from test_engine_brain_properties import _prompts, _samplings
 from test_engine_stream import stream_of
 
 from phalanx.errors import RequestError
-from phalanx.protocol import FinishReason, SamplingParams, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 
 LIMITS: dict[str, Any] = {"block_size": 4, "max_model_len": 40}
 

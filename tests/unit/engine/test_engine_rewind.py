@@ -11,7 +11,10 @@ from engine_brain_rig import Rig
 
 from phalanx.engine.suspects import FAILURES_TO_BLAME
 from phalanx.errors import PeerDiedError
-from phalanx.protocol import FinishReason, SamplingParams, StepPlan, Submit, as_ints, ints
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import StepPlan
 
 WAYS = pytest.mark.parametrize(
     "settings",

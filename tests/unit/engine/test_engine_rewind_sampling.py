@@ -19,17 +19,10 @@ from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import (
-    FIRST_EPOCH,
-    FinishReason,
-    SamplingParams,
-    Step,
-    StepResult,
-    Submit,
-    as_floats,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import Submit
+from phalanx.protocol.columns import as_floats, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import FIRST_EPOCH, Step, StepResult
 from phalanx.testing.simulated_worker import Answered
 from phalanx.worker.runner import Runner
 from phalanx.worker.stage import Stage

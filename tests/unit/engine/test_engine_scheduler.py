@@ -7,17 +7,10 @@ import numpy as np
 from phalanx.engine.pace import AheadLimits, StepTokens
 from phalanx.engine.request import Request
 from phalanx.engine.scheduler import PlannedStep, Scheduler
-from phalanx.protocol import (
-    FinishReason,
-    LogprobColumns,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenBatch,
-    as_floats,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.client import TokenBatch
+from phalanx.protocol.columns import LogprobColumns, as_floats, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import StepPlan, StepResult
 
 EOS = 7
 TOKEN = 40

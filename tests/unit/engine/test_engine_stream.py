@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from phalanx.engine.stream import OutputDelta, RequestStream, StopStrings, Streams
 from phalanx.engine.tokenizer import Tokenizer
-from phalanx.protocol import FinishReason, LogprobColumns, SamplingParams, TokenBatch, ints
+from phalanx.protocol.client import TokenBatch
+from phalanx.protocol.columns import LogprobColumns, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
 
 KINDS = {"byte_level": tiny.byte_level, "sentencepiece": tiny.sentencepiece, "wordpiece": tiny.wordpiece}
 

@@ -10,7 +10,7 @@ from phalanx.engine.succession import Succession
 from phalanx.errors import DeadlineError, EngineDeadError, PeerDiedError
 from phalanx.membership.ending import Ending
 from phalanx.membership.formation import Healed
-from phalanx.protocol import BlockCopies, CopyBlocks
+from phalanx.protocol.worker import BlockCopies, CopyBlocks
 
 COPIES = (CopyBlocks((BlockCopies(b"", b""),)), CopyBlocks((BlockCopies(b"s", b"t"),)))
 FAULT = PeerDiedError("rank 1", 7)

@@ -10,7 +10,7 @@ from phalanx.engine.condition import Condition
 from phalanx.engine.history import History, without_engine
 from phalanx.engine.restarts import WINDOW_S, Restarts
 from phalanx.engine.trials import SLACK, Trials
-from phalanx.protocol import BalanceStats, EngineStats, ReplicaStats
+from phalanx.protocol.client import BalanceStats, EngineStats, ReplicaStats
 
 
 class Requests:

@@ -16,7 +16,8 @@ from phalanx.config import Config
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, StartError
 from phalanx.llm import LLM
 from phalanx.membership.resize import Resize, Size
-from phalanx.protocol import SamplingParams, Submit, TokenBatch
+from phalanx.protocol.client import Submit, TokenBatch
+from phalanx.protocol.sampling import SamplingParams
 
 MAX_MODEL_LEN = 1000
 VOCAB_SIZE = 320

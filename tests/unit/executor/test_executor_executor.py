@@ -28,7 +28,9 @@ from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, 
 from phalanx.executor.guarding import Guarding
 from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests
-from phalanx.protocol import (
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.columns import ints
+from phalanx.protocol.worker import (
     Call,
     Done,
     Failure,
@@ -38,7 +40,6 @@ from phalanx.protocol import (
     Publish,
     Published,
     Reply,
-    StartProgress,
     Step,
     StepIssued,
     StepPlan,
@@ -46,7 +47,6 @@ from phalanx.protocol import (
     StepShape,
     Stop,
     WorkerMessage,
-    ints,
 )
 from phalanx.worker.spec import WorkerSpec
 

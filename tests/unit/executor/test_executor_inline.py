@@ -10,7 +10,8 @@ import pytest
 
 from phalanx.errors import DeadlineError
 from phalanx.executor.inline import InlineRank
-from phalanx.protocol import Call, Done, Failure, Ping, Reply, Step, StepPlan, StepResult, StepShape, ints
+from phalanx.protocol.columns import ints
+from phalanx.protocol.worker import Call, Done, Failure, Ping, Reply, Step, StepPlan, StepResult, StepShape
 
 
 class FakeWorker:

@@ -23,7 +23,7 @@ from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.head import NUM_LOOKS, HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.probe import is_gone
-from phalanx.protocol import Call, Ping, Stop, WorkerMessage
+from phalanx.protocol.worker import Call, Ping, Stop, WorkerMessage
 
 PATIENCE_S = 0.3
 SOON_S = 5.0

@@ -23,7 +23,8 @@ from phalanx.executor.start import (
     settle,
     start_executor,
 )
-from phalanx.protocol import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory, Progress, StartProgress
+from phalanx.protocol.client import StartProgress
+from phalanx.protocol.worker import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory, Progress
 from phalanx.topology.grid import Grid
 
 CHECKPOINT: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float32", path=Path("model"))

@@ -28,7 +28,7 @@ from phalanx.ledger.reporting import Judge, ReportOrder
 from phalanx.ledger.verdict import Cause, Verdict
 from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.membership.lines import ENDS_AFTER_S
-from phalanx.protocol import Failure, Ping
+from phalanx.protocol.worker import Failure, Ping
 from phalanx.transport.address import listen_on
 from phalanx.transport.keys import RunKey
 from phalanx.transport.shared_memory import SegmentHandle

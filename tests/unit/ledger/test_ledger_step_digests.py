@@ -19,7 +19,7 @@ from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES, NUM_RECORDS
 from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, NUM_SLOTS, StepDigestReader, StepDigests, count_of, told
-from phalanx.protocol import FIRST_EPOCH
+from phalanx.protocol.worker import FIRST_EPOCH
 from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
 from phalanx.worker.spec import WorkerSpec
 

@@ -13,7 +13,7 @@ from formation_rig import Rig, Streams
 
 from phalanx.errors import DeadlineError, WorkerError
 from phalanx.membership.formation import Healing
-from phalanx.protocol import Call, Step
+from phalanx.protocol.worker import Call, Step
 from phalanx.testing.checkpoints import write_checkpoint
 
 _steps_to_fail: list[int] = []

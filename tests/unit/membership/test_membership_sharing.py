@@ -25,7 +25,9 @@ from phalanx.membership.sharing import kind_of, may_share
 from phalanx.memory.shared_weights import SharedWeights, decode_shared, encode_shared, resident_bytes
 from phalanx.models.checkpoint import resolve
 from phalanx.models.weights import WeightReader
-from phalanx.protocol import Maintained, MaintenanceOrder, Reload, SamplingParams, Sleep, Submit, Wake, as_ints, ints
+from phalanx.protocol.client import Maintained, MaintenanceOrder, Reload, Sleep, Submit, Wake
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.checkpoints import write_checkpoint
 
 PROMPT = tuple((7 * i) % 250 for i in range(20))

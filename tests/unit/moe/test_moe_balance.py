@@ -22,16 +22,9 @@ from phalanx.models.packed import can_pack
 from phalanx.moe.balance import MIN_GAIN, first_placement, rank_loads, rebalance
 from phalanx.moe.copies import Copies, ExpertWeights, PlainWeights, exchange
 from phalanx.moe.expert_products import ExpertLinear
-from phalanx.protocol import (
-    BalanceStats,
-    CommandBody,
-    ExpertLoads,
-    LayerLoad,
-    MeasureExperts,
-    MoveExperts,
-    ReplyBody,
-    as_ints,
-)
+from phalanx.protocol.client import BalanceStats
+from phalanx.protocol.columns import as_ints
+from phalanx.protocol.worker import CommandBody, ExpertLoads, LayerLoad, MeasureExperts, MoveExperts, ReplyBody
 from phalanx.testing.thread_group import run_ranks
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare

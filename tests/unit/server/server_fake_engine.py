@@ -13,15 +13,8 @@ from phalanx.engine.stream import Origin, OutputDelta, PositionLogprobs, TokenLo
 from phalanx.errors import EngineDeadError, RequestError
 from phalanx.ledger.report import VerdictReport
 from phalanx.ledger.status import InstanceStatus
-from phalanx.protocol import (
-    EngineReady,
-    EngineStats,
-    MaintenanceOrder,
-    MaintenanceStats,
-    Reload,
-    SamplingParams,
-    Sleep,
-)
+from phalanx.protocol.client import EngineReady, EngineStats, MaintenanceOrder, MaintenanceStats, Reload, Sleep
+from phalanx.protocol.sampling import SamplingParams
 
 
 class CharacterTokenizer:

@@ -10,7 +10,7 @@ from server_fake_engine import FakeEngine
 
 from phalanx.config import Config, ServerConfig
 from phalanx.errors import PhalanxError, UserError
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 from phalanx.server.run import OnProgress, Served, run_server
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from server_rig import Rig, in_loop
 
 from phalanx import __version__
-from phalanx.protocol import BalanceStats, EngineStats, ReplicaStats
+from phalanx.protocol.client import BalanceStats, EngineStats, ReplicaStats
 
 
 @in_loop

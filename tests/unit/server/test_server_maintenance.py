@@ -8,7 +8,7 @@ import pytest
 from server_rig import Rig, in_loop
 
 from phalanx.errors import CheckpointError, MaintenanceError, NotNowError
-from phalanx.protocol import Reload, Sleep, Wake
+from phalanx.protocol.client import Reload, Sleep, Wake
 from phalanx.server import waiting_room
 
 

@@ -8,7 +8,7 @@ import msgspec
 from ledger_instances import hung, reported
 from server_rig import Rig, in_loop
 
-from phalanx.protocol import EngineStats, ReplicaStats
+from phalanx.protocol.client import EngineStats, ReplicaStats
 from phalanx.server.status import ServerStatus
 from phalanx.server.status_page import page
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.holdings import listening_ports
 from phalanx.testing.serving import PORTS, ServedChecker, _body, _family, _flag, _free_port, follow_url
 from phalanx.testing.streams import Asked, Seen

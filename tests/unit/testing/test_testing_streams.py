@@ -11,7 +11,7 @@ import pytest
 
 from phalanx.engine.stream import OutputDelta
 from phalanx.errors import EngineDeadError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.sampling import SamplingParams
 from phalanx.testing.streams import Asked, Came, Seen, again_s, difference, follow, requests, with_stop_strings
 
 ASKED = Asked((1, 2), SamplingParams(max_tokens=4))

@@ -19,7 +19,8 @@ from phalanx.memory.cuda_driver import CudaDriver
 from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import (
+from phalanx.protocol.columns import ints
+from phalanx.protocol.worker import (
     FIRST_EPOCH,
     AllocateCache,
     Allocated,
@@ -36,7 +37,6 @@ from phalanx.protocol import (
     TakeWeights,
     WakeUp,
     WeightsRead,
-    ints,
 )
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.worker import worker

@@ -18,7 +18,7 @@ from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.errors import CheckpointError, DeadlineError
 from phalanx.models.checkpoint import resolve
-from phalanx.protocol import FIRST_EPOCH, Progress
+from phalanx.protocol.worker import FIRST_EPOCH, Progress
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.testing.thread_exchange import ThreadExchange
 from phalanx.worker import checkpoint as worker_checkpoint

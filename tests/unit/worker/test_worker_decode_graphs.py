@@ -30,7 +30,7 @@ from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.journal_reader import read
 from phalanx.ledger.record import Kind
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import Step, StepShape
+from phalanx.protocol.worker import Step, StepShape
 from phalanx.testing.thread_group import run_ranks
 from phalanx.worker.decode_graphs import Capture, DecodeGraphs
 from phalanx.worker.graph_sizes import can_have_graphs, graph_sizes, size_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from phalanx.protocol import Call, Ping, Publish, Published, Stop
+from phalanx.protocol.worker import Call, Ping, Publish, Published, Stop
 from phalanx.worker.exchange import BrainExchange
 
 

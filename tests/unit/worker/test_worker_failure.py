@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from phalanx.errors import ConfigError
-from phalanx.protocol import Failure
+from phalanx.protocol.worker import Failure
 from phalanx.transport.queue import DEFAULT_SHAPE
 from phalanx.worker.failure import describe
 

@@ -11,7 +11,7 @@ import torch
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DriverError
-from phalanx.protocol import FIRST_EPOCH
+from phalanx.protocol.worker import FIRST_EPOCH
 from phalanx.worker import rank_memory
 from phalanx.worker.spec import WorkerSpec
 

@@ -20,7 +20,9 @@ from phalanx.memory.held import HeldMemory, decode_held
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import resolve
 from phalanx.models.packed import can_pack
-from phalanx.protocol import (
+from phalanx.protocol.columns import as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import (
     FIRST_EPOCH,
     AllocateCache,
     Allocated,
@@ -29,13 +31,10 @@ from phalanx.protocol import (
     NewRequest,
     Reply,
     ReplyBody,
-    SamplingParams,
     Step,
     StepPlan,
     StepResult,
     StepShape,
-    as_ints,
-    ints,
 )
 from phalanx.testing.checkpoints import write_checkpoint
 from phalanx.topology.grid import Grid

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from phalanx.errors import ConfigError
-from phalanx.protocol import CallMethod, MethodError, MethodResult
+from phalanx.protocol.worker import CallMethod, MethodError, MethodResult
 from phalanx.worker.methods import MethodCallError, Methods, encode_arguments, load_extension, remote_method
 
 

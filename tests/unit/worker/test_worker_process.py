@@ -14,7 +14,7 @@ import torch
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigestReader, count_of, told
-from phalanx.protocol import (
+from phalanx.protocol.worker import (
     FIRST_EPOCH,
     Call,
     CallMethod,

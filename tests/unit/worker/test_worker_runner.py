@@ -19,18 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phalanx.models.attention_batch import AttentionBatch
-from phalanx.protocol import (
-    NO_TOKEN,
-    NewRequest,
-    SamplingParams,
-    Step,
-    StepPlan,
-    StepResult,
-    StepShape,
-    as_floats,
-    as_ints,
-    ints,
-)
+from phalanx.protocol.columns import as_floats, as_ints, ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import NO_TOKEN, NewRequest, Step, StepPlan, StepResult, StepShape
 from phalanx.worker.runner import Runner
 from phalanx.worker.stage import Stage
 

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phalanx.protocol import NO_TOKEN, NewRequest, SamplingParams, ints
+from phalanx.protocol.columns import ints
+from phalanx.protocol.sampling import SamplingParams
+from phalanx.protocol.worker import NO_TOKEN, NewRequest
 from phalanx.worker.draw import FIRST_CANDIDATES, inverse_cdf
 from phalanx.worker.randomness import uniform
 from phalanx.worker.sampler import Sampled, Sampler

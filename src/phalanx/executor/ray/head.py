@@ -17,7 +17,7 @@ import ray
 from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.channel import Channel
 from phalanx.executor.ray.probe import LOOK_S, is_gone
-from phalanx.protocol import Call, WorkerMessage
+from phalanx.protocol.worker import Call, WorkerMessage
 
 RAYS_PATIENCE_S = 60
 RAYS_SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"

@@ -16,7 +16,7 @@ from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.calls import answers_to
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.messages import NodeOrder, NodeReady, NodeReport
-from phalanx.protocol import Call, WorkerMessage
+from phalanx.protocol.worker import Call, WorkerMessage
 from phalanx.transport.cluster_queue import ClusterQueue
 from phalanx.transport.keys import RunKey
 from phalanx.transport.liveness import Party

@@ -26,7 +26,7 @@ from phalanx.executor.ray.holding import NodesHolder
 from phalanx.executor.ray.probe import is_gone
 from phalanx.executor.ray.reservation import Reservation, busy_places, reserve
 from phalanx.executor.ray.staff import Staff
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Place, split_groups
 

@@ -26,7 +26,7 @@ from phalanx.executor.ray.messages import Introduction
 from phalanx.executor.ray.niceness import SETTING
 from phalanx.executor.ray.rank_actor import MOST_CALLS, RankActor
 from phalanx.executor.ray.reservation import Reservation
-from phalanx.protocol import StartProgress
+from phalanx.protocol.client import StartProgress
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Node, Place
 from phalanx.transport.address import numeric_address

@@ -4,35 +4,49 @@ import msgspec
 import numpy as np
 import pytest
 
-from phalanx import protocol
 from phalanx.errors import RequestError
-from phalanx.protocol import SamplingParams
+from phalanx.protocol.client import Cancel, ClientMessage, EngineFailed, EngineMessage, Shutdown, Submit, TokenBatch
+from phalanx.protocol.columns import WrongSetting, as_ints, ints
+from phalanx.protocol.sampling import FinishReason, SamplingParams
+from phalanx.protocol.worker import (
+    AllocateCache,
+    Call,
+    Failure,
+    Loaded,
+    NewRequest,
+    Reply,
+    Step,
+    StepPlan,
+    StepResult,
+    StepShape,
+    WorkerMessage,
+)
 
 SAMPLING = SamplingParams(temperature=0.5, stop=("a", "b"), stop_token_ids=(1,), seed=2**63)
-PLAN = protocol.StepPlan(
+PLAN = StepPlan(
     epoch=1,
     step=7,
-    shape=protocol.StepShape(3, 2, 1),
-    slots=protocol.ints([0, 1]),
-    num_tokens=protocol.ints([1, 2]),
-    new=(protocol.NewRequest(0, protocol.ints([5, 6]), 2, 0, protocol.ints([9]), SAMPLING, 2**62, (2,)),),
+    shape=StepShape(3, 2, 1),
+    slots=ints([0, 1]),
+    num_tokens=ints([1, 2]),
+    new=(NewRequest(0, ints([5, 6]), 2, 0, ints([9]), SAMPLING, 2**62, (2,)),),
 )
 
 
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
-        (protocol.Submit(1, protocol.ints([1, 2]), SAMPLING), protocol.ClientMessage),
-        (protocol.Cancel((1, 2)), protocol.ClientMessage),
-        (protocol.Shutdown(), protocol.ClientMessage),
-        (protocol.TokenBatch(b"", b"", ((1, protocol.FinishReason.STOP),)), protocol.EngineMessage),
-        (protocol.EngineFailed("why", is_user_error=True), protocol.EngineMessage),
-        (protocol.EngineFailed("why", True, protocol.WrongSetting("dtype", None, "auto")), protocol.EngineMessage),
-        (protocol.Call(3, protocol.Step((PLAN,)), (0,)), protocol.Call),
-        (protocol.Call(4, protocol.AllocateCache(10, 128), (0, 1)), protocol.Call),
-        (protocol.Reply(3, protocol.StepResult(7, protocol.ints([4]))), protocol.WorkerMessage),
-        (protocol.Reply(0, protocol.Loaded(1, "cpu", "float32")), protocol.WorkerMessage),
-        (protocol.Failure(1, "node", "phase", "KeyError", "x", "trace", False), protocol.WorkerMessage),
+        (Submit(1, ints([1, 2]), SAMPLING), ClientMessage),
+        (Cancel((1, 2)), ClientMessage),
+        (Shutdown(), ClientMessage),
+        (TokenBatch(b"", b"", ((1, FinishReason.STOP),)), EngineMessage),
+        (EngineFailed("why", is_user_error=True), EngineMessage),
+        (EngineFailed("why", True, WrongSetting("dtype", None, "auto")), EngineMessage),
+        (Call(3, Step((PLAN,)), (0,)), Call),
+        (Call(4, AllocateCache(10, 128), (0, 1)), Call),
+        (Reply(3, StepResult(7, ints([4]))), WorkerMessage),
+        (Reply(0, Loaded(1, "cpu", "float32")), WorkerMessage),
+        (Failure(1, "node", "phase", "KeyError", "x", "trace", False), WorkerMessage),
     ],
 )
 def test_a_message_survives_the_wire(message: object, kind: type) -> None:
@@ -42,25 +56,25 @@ def test_a_message_survives_the_wire(message: object, kind: type) -> None:
 
 def test_a_steady_decode_step_costs_a_few_bytes_a_request() -> None:
     rows = 256
-    plan = protocol.StepPlan(
+    plan = StepPlan(
         epoch=1,
         step=1000,
-        shape=protocol.StepShape(rows, rows, rows),
-        slots=protocol.ints(range(rows)),
-        num_tokens=protocol.ints([1] * rows),
+        shape=StepShape(rows, rows, rows),
+        slots=ints(range(rows)),
+        num_tokens=ints([1] * rows),
     )
-    assert len(msgspec.msgpack.encode(protocol.Call(1, protocol.Step((plan,)), (0,)))) < 10 * rows
+    assert len(msgspec.msgpack.encode(Call(1, Step((plan,)), (0,)))) < 10 * rows
 
 
 @pytest.mark.parametrize("wire", [b"", b"\x00", b"\x93\xa4Nope\x01\x02", msgspec.msgpack.encode({"a": 1})])
 def test_what_is_no_message_is_refused(wire: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
-        msgspec.msgpack.decode(wire, type=protocol.WorkerMessage)
+        msgspec.msgpack.decode(wire, type=WorkerMessage)
 
 
 def test_columns_are_read_without_a_copy() -> None:
-    column = protocol.ints([1, -2, 3])
-    numbers = protocol.as_ints(column)
+    column = ints([1, -2, 3])
+    numbers = as_ints(column)
     assert numbers.tolist() == [1, -2, 3]
     assert np.shares_memory(numbers, np.frombuffer(column, np.uint8))
 
