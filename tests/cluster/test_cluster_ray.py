@@ -147,7 +147,7 @@ def test_the_ledger_on_one_node(
 ) -> None:
     """One process more than without it, which sees all ranks itself."""
     with on_ray(checkpoint, heal=False) as llm:  # or a rank that was stopped would not be waited for
-        (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watching" in one.cmdline()]
+        (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watcher_process" in one.cmdline()]
         victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGSTOP)
         going_on = threading.Timer(1.5, os.kill, (victim.pid, signal.SIGCONT))

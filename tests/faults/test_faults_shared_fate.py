@@ -95,7 +95,7 @@ def family(checkpoint: Path, tmp_path: Path) -> Iterator[Family]:
 
 
 def is_watcher(process: psutil.Process) -> bool:
-    return "phalanx.executor.watching" in process.cmdline()
+    return "phalanx.executor.watcher_process" in process.cmdline()
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

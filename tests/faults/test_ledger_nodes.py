@@ -55,7 +55,7 @@ class SabotagedRun:
     def watcher_beside(self, rank: int) -> psutil.Process:
         """That of its node."""
         host = self._cluster.hosts[self.nodes[rank]]
-        (found,) = (p for p in host.processes() if "phalanx.executor.watching" in p.cmdline())
+        (found,) = (p for p in host.processes() if "phalanx.executor.watcher_process" in p.cmdline())
         return found
 
     def tell(self, command: str, *arguments: object) -> dict[str, Any]:

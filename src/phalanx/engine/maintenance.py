@@ -17,8 +17,8 @@ from typing import Protocol
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.errors import CheckpointError, MaintenanceError, NotNowError, PhalanxError, RequestError, UserError
+from phalanx.executor.line_plan import Capacity
 from phalanx.executor.pending import Pending
-from phalanx.executor.start import Capacity
 from phalanx.memory.shared_weights import SharedWeights, decode_shared, encode_shared
 from phalanx.models.checkpoint import Checkpoint, resolve
 from phalanx.models.same_model import check_same_model

@@ -14,7 +14,7 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.engine.scheduler import Scheduler
 from phalanx.errors import UserError
-from phalanx.executor.start import Capacity
+from phalanx.executor.line_plan import Capacity
 from phalanx.membership.formation import Formation, Resized
 from phalanx.membership.resize import Resize as UnderWay
 from phalanx.membership.resize import Size

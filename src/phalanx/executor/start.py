@@ -5,48 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DeadlineError
+from phalanx.executor.allocation import allocate_cache
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.groups import describe_group, open_group
 from phalanx.executor.guarding import Guarding, with_boards
 from phalanx.executor.inline import InlineRank
-from phalanx.executor.launcher import Killable
+from phalanx.executor.journals import dump_order, watch_order, who_is_ended, with_journals
+from phalanx.executor.line_plan import ALONE, Capacity, LinePlan
 from phalanx.executor.local import LocalLauncher
 from phalanx.executor.placed import Placed
 from phalanx.executor.platform import pick_device, pick_threads, require_ray, thread_environment
 from phalanx.executor.presence import open_outlets, show_instance
-from phalanx.executor.watching import (
-    ENDS_WITHOUT_HOPE,
-    dump_order,
-    start_watching,
-    watch_order,
-    who_is_ended,
-    with_journals,
-)
-from phalanx.ledger.verdict import Cause
-from phalanx.ledger.watch_order import WatchOrder
-from phalanx.memory.held import HeldMemory, decode_held
+from phalanx.executor.watching import start_watching
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol.client import StartProgress
-from phalanx.protocol.worker import (
-    FIRST_EPOCH,
-    AllocateCache,
-    Allocated,
-    Call,
-    Loaded,
-    Measured,
-    MeasureMemory,
-    Progress,
-    ReplyBody,
-    WorkerMessage,
-)
+from phalanx.protocol.worker import FIRST_EPOCH, Call, Progress, WorkerMessage
 from phalanx.topology.grid import Grid
 from phalanx.topology.sharding import ExpertShare
 from phalanx.transport.queue import MessageQueue, QueueHandle
@@ -57,55 +38,6 @@ if TYPE_CHECKING:
 
 NewLauncher = Callable[[Mapping[str, str]], LocalLauncher]
 """Makes the launcher of local ranks; gets the environment that they are to have."""
-
-ShowOrder = Callable[[WatchOrder | None], None]
-
-
-class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started executor can hold."""
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    world_size: int
-    weight_bytes: tuple[int, ...]
-    """Of each rank."""
-    block_bytes: tuple[int, ...]
-    """Of one KV cache block on each rank."""
-    device: str
-    dtype: str
-    gives_back: bool = True
-    """Whether ranks can give their memory back in a sleep."""
-
-
-class LinePlan(NamedTuple):
-    """What is particular to a line among others of a formation; as it stands, one that is alone."""
-
-    epoch: int = FIRST_EPOCH
-    capacity: Capacity | None = None
-    """What its KV cache is to hold; None to find out."""
-    memory: Mapping[int, HeldMemory] = {}
-    """What ranks find of the lines before."""
-    keeps_memory: bool = False
-    """Whether ranks are to make memory that lines after this one can have."""
-    tell_memory: Callable[[Mapping[int, HeldMemory]], None] | None = None
-    """Called, when all is allocated, with what ranks have that can be held."""
-    ends_after_s: Mapping[Cause, float] = ENDS_WITHOUT_HOPE
-    """How long verdicts of the ledger may stand before the ranks are killed for them."""
-    show: ShowOrder | None = None
-    """Called, before ranks start, with where their journals on this host are. Without it, this process shows the
-    instance until the executor is closed."""
-    timeout_s: float | None = None
-    """For the whole start; the configuration's if None."""
-    is_beside: bool = False
-    """Whether another line computes in the same quarters, and is not to notice anything."""
-    is_awaited: bool = False
-    """Whether requests wait for it: what its first steps can do without is left for later."""
-    note: Callable[[Killable], None] = lambda ranks: None
-    """Told, before there are any ranks, what ends them; the start then fails. Not of one in this process."""
-
-
-ALONE = LinePlan()
 
 
 def start_executor(
@@ -131,7 +63,7 @@ def start_executor(
         launched = _launch(config, checkpoint, on_progress, deadline, new_launcher, quarters, line)
         executor = stack.enter_context(launched)
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
-        capacity = _allocate(executor, config, checkpoint, loaded, deadline, line)
+        capacity = allocate_cache(executor, config, checkpoint, loaded, deadline, line)
         stack.pop_all()
         return executor, capacity
 
@@ -196,7 +128,9 @@ def _launch(
         elif config.executor.launcher == "ray":
             if quarters is None:
                 quarters = stack.enter_context(open_quarters(config, on_progress))
-            placed = _place_on_ray(quarters, checkpoint, grid, on_progress, deadline, line, stack)
+            from phalanx.executor.ray.place import place_on_ray
+
+            placed = place_on_ray(quarters, checkpoint, grid, on_progress, deadline, line, stack)
         else:
             placed = _place_local(config, checkpoint, grid, new_launcher, line, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
@@ -297,34 +231,6 @@ def open_quarters(
     return Quarters(config, on_progress, beside=beside.reservation.berths if beside else (), shares=shares)
 
 
-def _place_on_ray(
-    quarters: Quarters,
-    checkpoint: Checkpoint,
-    grid: Grid,
-    on_progress: OnProgress,
-    deadline: Deadline,
-    line: LinePlan,
-    resources: ExitStack,
-) -> Placed:
-    """An actor for each rank, on the nodes of a Ray cluster."""
-    from phalanx.executor.ray.place import place_on_ray
-
-    return place_on_ray(
-        quarters,
-        checkpoint,
-        grid,
-        on_progress,
-        deadline,
-        resources,
-        epoch=line.epoch,
-        memory=line.memory,
-        keeps_memory=line.keeps_memory,
-        ends_after_s=line.ends_after_s,
-        is_beside=line.is_beside,
-        note=line.note,
-    )
-
-
 def _open_groups(config: Config, grid: Grid, resources: ExitStack, epoch: int = FIRST_EPOCH) -> list[GroupSpec]:
     """Every group of the grid, all of whose ranks are on this host."""
     described = [describe_group(config, members, one_host=True, epoch=epoch) for members in grid.groups()]
@@ -361,89 +267,3 @@ def _specs(
         )
         for rank, queue in enumerate(queues)
     ]
-
-
-def _measure(
-    executor: Executor, config: Config, checkpoint: Checkpoint, loaded: Sequence[Loaded], deadline: Deadline
-) -> Capacity:
-    """As many KV cache blocks for every rank as the one with the least room can hold."""
-    measured = [
-        reply
-        for reply in executor.submit(MeasureMemory(), deadline_s=deadline.remaining_s).result()
-        if isinstance(reply, Measured)
-    ]
-    num_padding = max(rank.num_padding for rank in measured)
-    num_blocks = max(min(rank.cache_bytes // rank.block_bytes for rank in measured) - num_padding, 0)
-    block_bytes = max(rank.block_bytes for rank in measured)
-    return Capacity(
-        num_blocks=num_blocks,
-        block_size=config.cache.block_size,
-        max_model_len=_fit_model_len(config, checkpoint, num_blocks, block_bytes, num_padding),
-        world_size=executor.world_size,
-        weight_bytes=tuple(rank.weight_bytes for rank in loaded),
-        block_bytes=tuple(rank.block_bytes for rank in measured),
-        device=loaded[0].device,
-        dtype=loaded[0].dtype,
-        gives_back=all(rank.gives_back for rank in loaded),
-    )
-
-
-def _allocate(
-    executor: Executor,
-    config: Config,
-    checkpoint: Checkpoint,
-    loaded: Sequence[Loaded],
-    deadline: Deadline,
-    line: LinePlan = ALONE,
-) -> Capacity:
-    """Give every rank its KV cache: as large as those of the lines before, or as it can be."""
-    capacity = line.capacity
-    if capacity is None:
-        capacity = _measure(executor, config, checkpoint, loaded, deadline)
-    elif config.executor.device == "cuda":  # ranks with GPUs find out what can be captured
-        executor.submit(MeasureMemory(sizes_cache=False), deadline_s=deadline.remaining_s).result()
-    # What an extension has put into the model meanwhile is to be in all graphs or in none.
-    captures_later = line.is_awaited and config.executor.worker_extension_cls is None
-    order = AllocateCache(capacity.num_blocks, capacity.max_model_len, captures_later)
-    replies = executor.submit(order, deadline_s=deadline.remaining_s).result()
-    if line.tell_memory is not None:
-        line.tell_memory(told_memory(replies))
-    return capacity
-
-
-def told_memory(replies: Sequence[ReplyBody]) -> dict[int, HeldMemory]:
-    """What all ranks have, in their order, as far as it can be held."""
-    told = {rank: reply.held for rank, reply in enumerate(replies) if isinstance(reply, Allocated)}
-    return {rank: decode_held(held) for rank, held in told.items() if held}
-
-
-def _fit_model_len(
-    config: Config, checkpoint: Checkpoint, num_blocks: int, block_bytes: int, num_padding: int = 0
-) -> int:
-    """The length limit: the one asked for, or the model's own, shortened to what the cache can hold.
-
-    Raises ConfigError when the cache cannot hold one request of the length that was asked for, or nothing at all.
-    """
-    room = num_blocks * config.cache.block_size
-    asked = config.model.max_model_len
-    if asked is not None and asked > room:
-        needed = (-(-asked // config.cache.block_size) + num_padding) * block_bytes
-        raise ConfigError(
-            "max_model_len",
-            asked,
-            f"the KV cache has room for {room} tokens; lower it, or raise kv_cache_memory to {needed} bytes or more"
-            " (on a GPU, gpu_memory_utilization does too)",
-        )
-    if num_blocks == 0:
-        raise _no_room_for_a_block(config, (1 + num_padding) * block_bytes)
-    return min(asked or checkpoint.max_model_len, room)
-
-
-def _no_room_for_a_block(config: Config, block_bytes: int) -> ConfigError:
-    asked = config.cache.kv_cache_memory
-    if asked is None and config.executor.device == "cuda":
-        share = config.cache.gpu_memory_utilization
-        return ConfigError(
-            "gpu_memory_utilization", share, f"beside all else it must hold one block of KV cache: {block_bytes} bytes"
-        )
-    return ConfigError("kv_cache_memory", asked, f"it must hold at least one block of {block_bytes} bytes")

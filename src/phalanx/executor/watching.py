@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 
 import msgspec
 
-from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
-from phalanx.executor.beats import CHECK_S, SILENT_CHECKS, Beating, Beats
-from phalanx.executor.log_stream import log_to_stderr
-from phalanx.executor.output import output_until_end
-from phalanx.executor.shared_fate import describe_exit, die_with_parent
-from phalanx.ledger.dump import DumpOrder, prepare
-from phalanx.ledger.journal import note_process, prepare_journal
-from phalanx.ledger.journal_layout import JOURNAL_BYTES
-from phalanx.ledger.limits import Limits
-from phalanx.ledger.reporting import ReportOrder, report
+from phalanx.executor.beats import CHECK_S, SILENT_CHECKS, Beats
+from phalanx.executor.shared_fate import describe_exit
+from phalanx.executor.watcher_process import END_DEADLINE_S, lines_of, reap, spawn_watcher
+from phalanx.ledger.reporting import ReportOrder
 from phalanx.ledger.verdict import HOPELESS, Cause, Verdict
-from phalanx.ledger.watch_order import WatchedRank, WatchOrder, stop_word
-from phalanx.ledger.watcher import watch
-from phalanx.transport.liveness import Party
-from phalanx.transport.shared_memory import SegmentHandle, SharedSegment
-from phalanx.worker.spec import WorkerSpec
+from phalanx.ledger.watch_order import WatchOrder, stop_word
 
 SPAWN_DEADLINE_S = 30.0
-END_DEADLINE_S = 5.0
 
 MAX_RESTARTS = 5
 RESTARTS_WITHIN_S = 60.0
@@ -49,9 +36,6 @@ ENDING_S = 3.0
 
 ENDS_WITHOUT_HOPE: Mapping[Cause, float] = dict.fromkeys(HOPELESS, 0.0)
 """Ranks that live and can never meet again are ended at once."""
-
-NOT_YET: Mapping[int, Party] = {}
-"""No process of any rank is known."""
 
 _POLL_S = 0.005
 _verdicts = msgspec.json.Decoder(Verdict | None)
@@ -224,14 +208,14 @@ class Watching:
     def _listen(self, process: subprocess.Popen[bytes]) -> bool:
         """Take in what a watcher says until it ends. Whether there should be one still."""
         try:
-            for line in _lines(process, lambda: self._look_after(process)):
+            for line in lines_of(process, CHECK_S, lambda: self._look_after(process)):
                 self._take(_verdicts.decode(line))
         except Exception:  # also of `on_hopeless`: a watcher that nobody listens to must not go on
             log.exception("what the watcher says is lost: nobody says any more who is to blame")
             process.kill()
             return False
         finally:
-            _reap(process)
+            reap(process)
         return not self._is_closing and not self._has_said_its_last
 
     def _look_after(self, process: subprocess.Popen[bytes]) -> None:
@@ -268,7 +252,7 @@ class Watching:
     def _spawn(self, order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
         """Start a watcher. Raises OSError; nothing is left of it then."""
         self._beats.begin()
-        return _spawn(order, stop, self._beats.descriptor)
+        return spawn_watcher(order, stop, self._beats.descriptor)
 
     def _take(self, verdict: Verdict | None) -> None:
         ends_now = verdict is not None and self._patience_with(verdict) == 0.0
@@ -355,71 +339,6 @@ def start_watching(
         return None
 
 
-def make_journals(
-    ranks: Iterable[int], resources: ExitStack, processes: Mapping[int, Party] = NOT_YET
-) -> dict[int, SegmentHandle]:
-    """A journal for each of these ranks of this host, which this process holds, too, until `resources` are let go.
-
-    `processes`: by rank, if they are there already. None, with a warning, if there is no such memory here.
-    """
-    try:
-        return {rank: _make_journal(rank, processes.get(rank), resources) for rank in ranks}
-    except OSError as error:
-        log.warning("no ledger: there is no memory for journals: %s", error)
-        return {}
-
-
-def _make_journal(rank: int, process: Party | None, resources: ExitStack) -> SegmentHandle:
-    segment = resources.enter_context(SharedSegment.create(JOURNAL_BYTES, f"journal of rank {rank}"))
-    prepare_journal(segment.buf)
-    if process is not None:
-        note_process(segment.buf, process.pid, process.start_time)
-    return segment.handle
-
-
-def with_journals(specs: Sequence[WorkerSpec], resources: ExitStack) -> list[WorkerSpec]:
-    """The same workers, each with a journal if there is memory for them."""
-    journals = make_journals([spec.rank for spec in specs], resources)
-    return [msgspec.structs.replace(spec, journal=journals.get(spec.rank)) for spec in specs]
-
-
-def watch_order(specs: Sequence[WorkerSpec], dump: DumpOrder | None = None) -> WatchOrder:
-    """To watch these workers, which are on this host and have journals."""
-    groups = {group.name: group.ranks for spec in specs for group in spec.groups if group.size > 1}
-    deadlines = specs[0].config.executor
-    return WatchOrder(
-        ranks=tuple(
-            WatchedRank(
-                rank=spec.rank,
-                node=os.uname().nodename,
-                groups=("", *(group.name for group in spec.groups)),
-                journal=spec.journal,
-            )
-            for spec in specs
-            if spec.journal is not None
-        ),
-        groups=groups,
-        limits=Limits(step_timeout_s=deadlines.step_timeout_s, start_timeout_s=deadlines.start_timeout_s),
-        dump=dump,
-    )
-
-
-def who_is_ended(config: Config, ends_after_s: Mapping[Cause, float]) -> Mapping[Cause, float]:
-    """Less those whose ranks say it themselves, in the call that is wrong."""
-    if config.executor.collective_guard != "strict":
-        return ends_after_s
-    return {cause: stands_s for cause, stands_s in ends_after_s.items() if cause not in HOPELESS}
-
-
-def dump_order(config: Config) -> DumpOrder | None:
-    """Where verdicts are to be dumped, if anywhere. Raises ConfigError if that is not possible."""
-    directory = config.executor.ledger_dump
-    if directory is None:
-        return None
-    prepare(directory)
-    return DumpOrder(directory=os.path.abspath(directory), settings=config.changed())
-
-
 def _with_own_listener(order: WatchOrder | ReportOrder, held: ExitStack) -> WatchOrder | ReportOrder:
     """The same, with a descriptor that whoever made it does not close, but this stack: each watcher needs it."""
     if isinstance(order, ReportOrder) or order.other_nodes is None:
@@ -428,60 +347,3 @@ def _with_own_listener(order: WatchOrder | ReportOrder, held: ExitStack) -> Watc
     held.callback(os.close, listener)
     others = msgspec.structs.replace(order.other_nodes, listener=listener)
     return msgspec.structs.replace(order, other_nodes=others)
-
-
-def _spawn(order: WatchOrder | ReportOrder, stop: int, beats: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "phalanx.executor.watching", *map(str, (os.getpid(), stop, beats))]
-    others = order.other_nodes if isinstance(order, WatchOrder) else None
-    passed = (stop, beats) if others is None else (stop, beats, others.listener)
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed)
-    assert process.stdin is not None
-    try:
-        with process.stdin as stdin:
-            stdin.write(msgspec.msgpack.encode(order))
-    except OSError as error:  # it has ended before it had read what to do
-        process.kill()
-        code = _reap(process)
-        raise OSError(f"it ended at once, {describe_exit(code)}") from error
-    return process
-
-
-def _lines(process: subprocess.Popen[bytes], look_after: Callable[[], None]) -> Iterator[bytes]:
-    """What a process writes, until it ends, whoever else has inherited its output. It is looked after meanwhile."""
-    assert process.stdout is not None
-    unread, pidfd = b"", os.pidfd_open(process.pid)
-    try:
-        for data in output_until_end(process.stdout.fileno(), pidfd, CHECK_S, look_after):
-            *lines, unread = (unread + data).split(b"\n")
-            yield from lines
-    finally:
-        os.close(pidfd)
-
-
-def _reap(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code. It has closed its output, so it is about to end; killed if it does not."""
-    assert process.stdout is not None
-    process.stdout.close()
-    try:
-        return process.wait(END_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def main() -> None:
-    """Usage: python -m phalanx.executor.watching PARENT_PID STOP_FD BEATS_FD < ORDER > VERDICTS"""
-    parent_pid, stop, beats = map(int, sys.argv[1:])
-    die_with_parent(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that decides when it ends
-    log_to_stderr("%(levelname)s watcher: %(message)s", level=logging.INFO)
-    order = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=WatchOrder | ReportOrder)
-    beat = Beating(beats).beat
-    if isinstance(order, WatchOrder):
-        watch(order, stop, sys.stdout.fileno(), beat)
-    else:
-        report(order, stop, beat)
-
-
-if __name__ == "__main__":
-    main()

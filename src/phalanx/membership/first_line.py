@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from phalanx.errors import DeviceRefusedError, WorkerError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import OnProgress
-from phalanx.executor.start import Capacity
+from phalanx.executor.line_plan import Capacity
 from phalanx.membership.lines import NO_MEMORY, Line, Lines, ShowLine
 from phalanx.memory.held import HeldMemory
 

@@ -27,11 +27,13 @@ from phalanx.errors import (
     ResizeRefusedError,
     UserError,
 )
+from phalanx.executor.allocation import told_memory
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure, OnProgress
+from phalanx.executor.line_plan import Capacity
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity, open_quarters, settle, start_executor, told_memory
+from phalanx.executor.start import open_quarters, settle, start_executor
 from phalanx.membership.ending import Ending
 from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import NO_MEMORY, Line, Lines

@@ -14,8 +14,9 @@ from phalanx.config import Config
 from phalanx.errors import DeadlineError, StartError
 from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.launcher import Killable
+from phalanx.executor.line_plan import Capacity, LinePlan
 from phalanx.executor.local import LocalLauncher, LocalLaunchers
-from phalanx.executor.start import Capacity, LinePlan, open_quarters, start_executor
+from phalanx.executor.start import open_quarters, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watch_order import WatchOrder
 from phalanx.membership.ending import Ending

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from phalanx.config import Config, HealingConfig
 from phalanx.errors import EngineDeadError, NotHealedError, PhalanxError, StartError, WorkerError
+from phalanx.executor.line_plan import Capacity
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import Capacity
 from phalanx.membership.ending import Ending
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.ladder import Attempt, Climb, Ladder, Rung

@@ -21,7 +21,8 @@ import msgspec
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DeadlineError, PhalanxError, PlacementError
 from phalanx.executor.executor import Executor
-from phalanx.executor.start import Capacity, settle
+from phalanx.executor.line_plan import Capacity
+from phalanx.executor.start import settle
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory, RankHolder

@@ -22,7 +22,8 @@ from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.errors import DivergedError, PeerDiedError, PhalanxError, StartError, WorkerError
 from phalanx.executor.executor import CONSEQUENCES, Executor
-from phalanx.executor.start import Capacity, start_executor
+from phalanx.executor.line_plan import Capacity
+from phalanx.executor.start import start_executor
 from phalanx.ledger.verdict import Verdict
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol.client import Submit

@@ -39,7 +39,7 @@ AGAIN_S = 0.2
 """From one try to bring the size back to the next one."""
 LOOK_S = 0.01
 
-_WATCHER = b"phalanx.executor.watching"
+_WATCHER = b"phalanx.executor.watcher_process"
 
 
 class Before(msgspec.Struct, frozen=True):

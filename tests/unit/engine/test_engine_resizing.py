@@ -10,7 +10,7 @@ from test_engine_brain import Unanswered, brain_over
 from phalanx.config import Config
 from phalanx.engine.brain import Brain
 from phalanx.engine.resizing import EngineResizing
-from phalanx.executor.start import Capacity
+from phalanx.executor.line_plan import Capacity
 from phalanx.membership.formation import Resized
 from phalanx.membership.resize import Resize as UnderWay
 from phalanx.membership.resize import Size

@@ -12,17 +12,10 @@ import pytest
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DeadlineError
+from phalanx.executor.allocation import allocate_cache, fit_model_len
 from phalanx.executor.deadline import Deadline
-from phalanx.executor.start import (
-    LinePlan,
-    _allocate,
-    _fit_model_len,
-    _open_groups,
-    _report_inline,
-    _specs,
-    settle,
-    start_executor,
-)
+from phalanx.executor.line_plan import LinePlan
+from phalanx.executor.start import _open_groups, _report_inline, _specs, settle, start_executor
 from phalanx.protocol.client import StartProgress
 from phalanx.protocol.worker import AllocateCache, CommandBody, Done, Loaded, Measured, MeasureMemory, Progress
 from phalanx.topology.grid import Grid
@@ -32,7 +25,7 @@ CHECKPOINT: Any = SimpleNamespace(max_model_len=512, num_layers=3, dtype="float3
 
 def fit(num_blocks: int, **settings: Any) -> int:
     config = Config.build(model="m", block_size=16, **settings)
-    return _fit_model_len(config, CHECKPOINT, num_blocks, block_bytes=1000)
+    return fit_model_len(config, CHECKPOINT, num_blocks, block_bytes=1000)
 
 
 def test_the_models_limit_is_shortened_to_what_fits() -> None:
@@ -140,7 +133,7 @@ LOADED = [Loaded(weight_bytes=1, device="cpu", dtype="float32")] * 2
 
 def test_the_stage_with_the_least_room_decides_for_all() -> None:
     executor: Any = Stages(Measured(cache_bytes=20_000, block_bytes=2000), Measured(cache_bytes=7000, block_bytes=1000))
-    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
+    capacity = allocate_cache(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
     assert (capacity.num_blocks, capacity.block_bytes) == (7, (2000, 1000))
     assert executor.allocated == [AllocateCache(num_blocks=7, max_model_len=112)]
 
@@ -148,9 +141,9 @@ def test_the_stage_with_the_least_room_decides_for_all() -> None:
 def test_ranks_that_are_awaited_capture_later() -> None:
     executor: Any = Stages(Measured(cache_bytes=20_000, block_bytes=2000), Measured(cache_bytes=7000, block_bytes=1000))
     config = Config.build(model="m", block_size=16)
-    _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
+    allocate_cache(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
     config = Config.build(model="m", block_size=16, worker_extension_cls="module:Name")
-    _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
+    allocate_cache(executor, config, CHECKPOINT, LOADED, Deadline(1.0), LinePlan(is_awaited=True))
     assert [order.captures_later for order in executor.allocated] == [True, False], "all graphs have what it does"
 
 
@@ -158,7 +151,7 @@ def test_the_advice_counts_what_the_largest_stage_needs() -> None:
     executor: Any = Stages(Measured(cache_bytes=4000, block_bytes=1000), Measured(cache_bytes=4000, block_bytes=2000))
     config = Config.build(model="m", block_size=16, max_model_len=48)
     with pytest.raises(ConfigError, match="raise kv_cache_memory to 6000 bytes"):
-        _allocate(executor, config, CHECKPOINT, LOADED, Deadline(1.0))
+        allocate_cache(executor, config, CHECKPOINT, LOADED, Deadline(1.0))
 
 
 def test_a_block_for_padding_is_for_no_request_and_is_asked_for() -> None:
@@ -167,11 +160,11 @@ def test_a_block_for_padding_is_for_no_request_and_is_asked_for() -> None:
         Measured(cache_bytes=4000, block_bytes=1000, num_padding=1),
     ]
     executor: Any = Stages(*measured)
-    capacity = _allocate(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
+    capacity = allocate_cache(executor, Config.build(model="m", block_size=16), CHECKPOINT, LOADED, Deadline(1.0))
     assert capacity.num_blocks == 3
     with pytest.raises(ConfigError, match="raise kv_cache_memory to 5000 bytes"):
         config = Config.build(model="m", block_size=16, max_model_len=64)
-        _allocate(Stages(*measured), config, CHECKPOINT, LOADED, Deadline(1.0))
+        allocate_cache(Stages(*measured), config, CHECKPOINT, LOADED, Deadline(1.0))
 
 
 @pytest.mark.parametrize(("device", "measurements"), [("cpu", []), ("cuda", [MeasureMemory(sizes_cache=False)])])
@@ -179,11 +172,11 @@ def test_a_line_after_another_one_gets_a_cache_as_large(device: str, measurement
     """Ranks with GPUs only find out what can be captured: another line's memory is not theirs to count."""
     first: Any = Stages(*[Measured(cache_bytes=16_000, block_bytes=1000)] * 2)
     config = Config.build(model="m", block_size=16, device=device)
-    capacity = _allocate(first, config, CHECKPOINT, LOADED, Deadline(1.0))
+    capacity = allocate_cache(first, config, CHECKPOINT, LOADED, Deadline(1.0))
     assert first.measurements == [MeasureMemory()]
     second: Any = Stages(*[Measured(cache_bytes=0, block_bytes=1000)] * 2)
     line = LinePlan(capacity=capacity)
-    assert _allocate(second, config, CHECKPOINT, LOADED, Deadline(1.0), line) == capacity
+    assert allocate_cache(second, config, CHECKPOINT, LOADED, Deadline(1.0), line) == capacity
     assert second.measurements == measurements and second.allocated == first.allocated
 
 

@@ -15,7 +15,8 @@ from ledger_ranks import Named, WritingRank, look_at
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, DumpError
-from phalanx.executor.watching import Watching, dump_order
+from phalanx.executor.journals import dump_order
+from phalanx.executor.watching import Watching
 from phalanx.ledger import dump
 from phalanx.ledger.group_notes import group_notes
 from phalanx.ledger.journal import Journal

@@ -15,19 +15,13 @@ import msgspec
 from phalanx.collectives.spec import GroupSpec
 from phalanx.config import Config
 from phalanx.executor.ending import living
+from phalanx.executor.journals import dump_order, make_journals, who_is_ended
 from phalanx.executor.presence import open_outlets
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.messages import NodeReport
-from phalanx.executor.watching import (
-    ENDS_WITHOUT_HOPE,
-    Watching,
-    dump_order,
-    make_journals,
-    start_watching,
-    who_is_ended,
-)
+from phalanx.executor.watching import ENDS_WITHOUT_HOPE, Watching, start_watching
 from phalanx.ledger.limits import Limits
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge

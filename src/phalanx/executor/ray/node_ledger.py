@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from phalanx.executor.journals import make_journals
 from phalanx.executor.ray.messages import NodeOrder, NodeReport
-from phalanx.executor.watching import make_journals, start_watching
+from phalanx.executor.watching import start_watching
 from phalanx.ledger.reporting import ReportOrder
 from phalanx.ledger.watch_order import WatchedRank, WatchOrder
 from phalanx.transport.liveness import Party
