@@ -18,16 +18,15 @@ import msgspec
 
 from phalanx.config import Config, ExecutorConfig
 from phalanx.engine.admission import check_request, fitted, refusal, typed
-from phalanx.engine.balancing import Balancing
 from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
+from phalanx.engine.core import EngineCore, start_core
 from phalanx.engine.generation_config import GenerationConfig
-from phalanx.engine.maintenance import TURN_S, Maintenance
+from phalanx.engine.maintenance import TURN_S
 from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
 from phalanx.engine.stream import FinishName, OutputDelta, PositionLogprobs, RequestStream
-from phalanx.engine.succession import Succession
-from phalanx.engine.tokenizer import Tokenizer, eos_token_ids
+from phalanx.engine.tokenizer import Tokenizer
 from phalanx.engine.work import Work
 from phalanx.errors import (
     CheckpointError,
@@ -42,7 +41,7 @@ from phalanx.errors import (
 )
 from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.membership.forgetting import forget_locals
-from phalanx.membership.formation import OF_EVERY_WORKER, start_formation
+from phalanx.membership.formation import OF_EVERY_WORKER
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol.client import (
     FIRST_WEIGHTS_VERSION,
@@ -112,35 +111,25 @@ class LLM:
         self._on_failure: list[OnFailure] = []
         self._restarts = Restarts(_num_restarts(self.config))
         self._weights_version = FIRST_WEIGHTS_VERSION
-        self._begin()
+        self._core: EngineCore | None = self._begin()
+        """None once it could not be loaded again."""
 
-    def _begin(self) -> None:
+    def _begin(self) -> EngineCore:
         """Load the model into new workers."""
-        formation = start_formation(
+        core = start_core(
             self.config, self._checkpoint, lambda told: self._report(told.rank, told.phase, told.done, told.total)
         )
-        with ExitStack() as stack:
-            stack.enter_context(formation)
-            capacity = formation.capacity
-            self.max_model_len = capacity.max_model_len
-            self._formation = formation
+        with ExitStack() as undo:
+            undo.enter_context(core)
+            self.max_model_len = core.formation.capacity.max_model_len
             self._weight_changing: frozenset[str] = frozenset()
             if self.config.executor.worker_extension_cls is not None:
-                names = formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
+                names = core.formation.collective_rpc("methods_that_change_weights", unique_reply_rank=0).result()
                 self._weight_changing = frozenset(names)
-            self._brain = Brain(
-                formation.config,
-                formation,
-                num_blocks=capacity.num_blocks,
-                max_model_len=capacity.max_model_len,
-                eos_token_ids=eos_token_ids(self._checkpoint.path, self._tokenizer_source),
-                balancing=Balancing(self.config, formation) if self.config.parallel.enable_eplb else None,
-            )
-            self._maintenance = Maintenance(self.config, self._checkpoint, self._brain, formation)
-            self._succession = Succession(self._brain, formation)
             if not self._restarts.most:
-                formation.on_failure(self._fail)  # at once, also when nothing is generated
-            self._resources = stack.pop_all()
+                core.formation.on_failure(self._fail)  # at once, also when nothing is generated
+            undo.pop_all()
+        return core
 
     def generate(
         self,
@@ -202,13 +191,13 @@ class LLM:
         the ranks, as a dead rank (PeerDiedError) does: `generate` then begins by healing where it can, or the model has
         ended. Raises EngineDeadError if it had ended before, NotNowError while it is asleep.
         """
-        self._check_can_run()
-        if self._maintenance.is_asleep and method not in OF_EVERY_WORKER:
+        core = self._living()
+        if core.maintenance.is_asleep and method not in OF_EVERY_WORKER:
             raise NotNowError(f"{method} may want what a sleep has given back: call wake()")
         if method in self._weight_changing:
-            self._formation.weights_changed()
-            self._brain.reset_prefix_cache()
-        pending = self._formation.collective_rpc(
+            core.formation.weights_changed()
+            core.brain.reset_prefix_cache()
+        pending = core.formation.collective_rpc(
             method, args, kwargs, timeout_s=timeout_s, unique_reply_rank=unique_reply_rank
         )
         return pending if non_block else pending.result()
@@ -223,27 +212,26 @@ class LLM:
         (`heal`). Raises ResizeRefusedError when a method has changed the weights, and EngineDeadError if this LLM can
         run no more. A worker extension is made anew with the ranks: docs/worker-extensions.md.
         """
-        self._check_can_run()
-        if self._maintenance.is_asleep:
-            raise NotNowError("this LLM is asleep: call wake()")
-        asked = self._formation.size.changed(data_parallel_size, tensor_parallel_size)
-        if asked == self._formation.size:
+        core = self._awake()
+        formation = core.formation
+        asked = formation.size.changed(data_parallel_size, tensor_parallel_size)
+        if asked == formation.size:
             return
-        resize = self._formation.begin_resize(asked)
+        resize = formation.begin_resize(asked)
         try:
             while not resize.is_over and resize.state != "ready":
-                self._formation.follow_resize(RESIZE_LOOK_S)
+                formation.follow_resize(RESIZE_LOOK_S)
         except BaseException:
-            self._formation.cancel_resize()
+            formation.cancel_resize()
             while not resize.is_over:
-                self._formation.follow_resize(RESIZE_LOOK_S)
+                formation.follow_resize(RESIZE_LOOK_S)
             raise
         if resize.state != "ready":
             if isinstance(resize.error, UserError):
                 raise resize.error
             why = str(resize.error).partition("\n")[0]  # less the stacks, which the log has
             raise ResizeError(f"from {resize.before} to {resize.asked}: {why}") from resize.error
-        resized = switch(self._formation, self._brain)
+        resized = switch(formation, core.brain)
         self.config = msgspec.structs.replace(self.config, parallel=resized.config.parallel)
         self.max_model_len = resized.capacity.max_model_len
 
@@ -254,12 +242,12 @@ class LLM:
         model is not loaded again after a fault, as the checkpoint has other weights: it is healed if its weights have
         outlived the ranks (docs/healing.md), or has ended.
         """
-        self._check_can_run()
-        self._formation.weights_changed()
+        core = self._living()
+        core.formation.weights_changed()
         if self._restarts.most:
             self._restarts = Restarts(0)
-            self._formation.on_failure(self._fail)
-        self._brain.reset_prefix_cache()
+            core.formation.on_failure(self._fail)
+        core.brain.reset_prefix_cache()
 
     def reload(self, model: str | None = None) -> None:
         """Compute with the weights of another checkpoint directory of the same model from now on.
@@ -299,8 +287,7 @@ class LLM:
         Raises DeadlineError naming the ranks that gave none for `timeout_s`, EngineDeadError if this LLM can run no
         more, and otherwise what ended the run.
         """
-        self._check_can_run()
-        self._formation.check_health(timeout_s)
+        self._living().formation.check_health(timeout_s)
 
     def on_failure(self, callback: OnFailure) -> None:
         """Have `callback` called with the error that ends the model, at once if one has. It must not raise.
@@ -314,7 +301,8 @@ class LLM:
     def close(self) -> None:
         """End the workers and let memory go. May be called more than once."""
         self._ended = self._ended or "it was closed"
-        self._resources.close()
+        if self._core is not None:
+            self._core.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -329,9 +317,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams],
         progress: bool,
     ) -> list[Completion]:
-        self._check_can_run()
-        if self._maintenance.is_asleep:
-            raise NotNowError("this LLM is asleep: call wake()")
+        self._awake()
         requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
@@ -343,9 +329,17 @@ class LLM:
             for prompt, ids, output in zip(prompts, token_ids, outputs, strict=True)
         ]
 
-    def _check_can_run(self) -> None:
+    def _living(self) -> EngineCore:
         if self._ended is not None:
             raise EngineDeadError(f"this LLM can run no more: {self._ended}")
+        assert self._core is not None
+        return self._core
+
+    def _awake(self) -> EngineCore:
+        core = self._living()
+        if core.maintenance.is_asleep:
+            raise NotNowError("this LLM is asleep: call wake()")
+        return core
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -377,43 +371,31 @@ class LLM:
         self, work: Work, report: Callable[[int], None], is_interrupted: Callable[[], bool]
     ) -> Exception | None:
         """Have the brain do what there is to do. Gives the error that ended its workers, if one did."""
+        core = self._living()
         try:
-            self._submit_next(work)
-            while self._brain.has_work():
-                batch = self._step()
+            _submit_next(core.brain, work)
+            while core.brain.has_work():
+                batch = _step(core)
                 if batch is not None:
                     _, to_cancel = work.take(batch)
-                    self._brain.cancel(to_cancel)
+                    core.brain.cancel(to_cancel)
                     report(len(work))
                 if is_interrupted():
                     _, to_cancel = work.cancel_all()
-                    self._brain.cancel(to_cancel)
-                self._submit_next(work)
+                    core.brain.cancel(to_cancel)
+                _submit_next(core.brain, work)
         except UserError:
             raise
         except Exception as error:
             return error
         return None
 
-    def _step(self) -> TokenBatch | None:
-        """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
-        self._succession.look()
-        num_before = self._brain.num_steps
-        try:
-            batch = self._brain.step()
-        except PhalanxError as error:
-            self._heal(error)
-            return None
-        if self._brain.num_steps > num_before:
-            self._formation.progressed()
-        return batch
-
     def _maintain(self, order: MaintenanceOrder) -> None:
         """Carry it out, with no request under way."""
-        self._check_can_run()
-        self._maintenance.begin(order)
+        core = self._living()
+        core.maintenance.begin(order)
         try:
-            while (outcome := self._maintenance_turn()) is None:
+            while (outcome := _maintenance_turn(core)) is None:
                 time.sleep(TURN_S)
         except BaseException as error:
             self._ended = _said(error)
@@ -423,44 +405,21 @@ class LLM:
         if outcome.error is not None:
             raise (CheckpointError if outcome.is_user_error else MaintenanceError)(outcome.error)
         self._weights_version += outcome.has_new_weights
-        self._checkpoint = self._maintenance.checkpoint
-
-    def _maintenance_turn(self) -> Maintained | None:
-        """As `_step`."""
-        try:
-            return self._maintenance.turn()
-        except PhalanxError as error:
-            self._heal(error)
-            return self._maintenance.ranks_replaced()
-
-    def _heal(self, error: PhalanxError) -> None:
-        """Have other ranks go on from what is committed. Raises what cannot be healed."""
-        if not self._formation.heals(error):
-            raise error
-        self._succession.go_on(self._formation.heal(error), error)
-
-    def _submit_next(self, work: Work) -> None:
-        for submit in work.take_next():
-            try:
-                self._brain.submit(submit)
-            except RequestError as error:
-                work.take(refusal(submit.request_id, error))
+        self._checkpoint = core.maintenance.checkpoint
 
     def _come_back(self, error: Exception, work: Work) -> None:
         """Load the model again, for the requests to go on. Raises the last error if it cannot be."""
         is_from_outside = isinstance(error, PhalanxError) and came_from_outside(error)
         work.engine_ended(_said(error), is_from_outside=is_from_outside)
-        has_model = True
         while (delay_s := self._restarts.next_delay_s(time.monotonic())) is not None:
             log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))
-            if has_model:
-                self._resources.close()
-                del self._brain, self._formation, self._succession
-                has_model = False
+            if self._core is not None:
+                self._core.close()
+                self._core = None
             forget_locals(error)  # such as the workers, and their memory
             time.sleep(delay_s)
             try:
-                self._begin()
+                self._core = self._begin()
                 return
             except Exception as failure:
                 error = failure
@@ -471,6 +430,40 @@ class LLM:
             self._failure = error
             for callback in self._on_failure:
                 callback(error)
+
+
+def _step(core: EngineCore) -> TokenBatch | None:
+    """One turn of the brain, or a recovery of what it computes with. Raises what cannot be healed."""
+    core.succession.look()
+    try:
+        return core.step()
+    except PhalanxError as error:
+        _heal(core, error)
+        return None
+
+
+def _maintenance_turn(core: EngineCore) -> Maintained | None:
+    """As `_step`."""
+    try:
+        return core.maintenance.turn()
+    except PhalanxError as error:
+        _heal(core, error)
+        return core.maintenance.ranks_replaced()
+
+
+def _heal(core: EngineCore, error: PhalanxError) -> None:
+    """Have other ranks go on from what is committed. Raises what cannot be healed."""
+    if not core.formation.heals(error):
+        raise error
+    core.succession.go_on(core.formation.heal(error), error)
+
+
+def _submit_next(brain: Brain, work: Work) -> None:
+    for submit in work.take_next():
+        try:
+            brain.submit(submit)
+        except RequestError as error:
+            work.take(refusal(submit.request_id, error))
 
 
 def _check_one_engine(config: Config) -> None:

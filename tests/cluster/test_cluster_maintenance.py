@@ -95,7 +95,7 @@ def test_layouts(tmp_path: Path, family: str, layout: dict[str, Any]) -> None:
 
 def num_moves(llm: LLM) -> int:
     """Of layers whose experts have changed their places."""
-    balance = llm._brain.stats().balance
+    balance = llm._core.brain.stats().balance
     return 0 if balance is None else balance.num_moves
 
 
@@ -112,9 +112,9 @@ def test_what_cannot_be_read_changes_nothing(old: Path, new: Path, tmp_path: Pat
             llm.reload(str(cut))
         with pytest.raises(CheckpointError, match="there is no such directory"):
             llm.reload(str(tmp_path / "nowhere"))
-        llm._maintenance.begin(Reload(str(going), "now", 60.0))
+        llm._core.maintenance.begin(Reload(str(going), "now", 60.0))
         (going / "model.safetensors").unlink()
-        while (outcome := llm._maintenance.turn()) is None:
+        while (outcome := llm._core.maintenance.turn()) is None:
             pass
         assert outcome.error is not None and "the old ones serve" in outcome.error and outcome.is_user_error
         assert (made(llm), llm.weights_version) == (expected(old), 1)
@@ -129,9 +129,9 @@ def test_a_wake_that_fails_can_be_tried_again(old: Path, tmp_path: Path) -> None
     place = Path(shutil.copytree(old, tmp_path / "place"))
     with LLM(str(place), device="cpu", kv_cache_memory=1 << 22) as llm:
         llm.sleep(2)
-        llm._maintenance.begin(Wake(None))
+        llm._core.maintenance.begin(Wake(None))
         (place / "model.safetensors").rename(tmp_path / "away")
-        while (outcome := llm._maintenance.turn()) is None:
+        while (outcome := llm._core.maintenance.turn()) is None:
             pass
         assert outcome.error is not None and "still asleep" in outcome.error
         with pytest.raises(NotNowError):

@@ -148,7 +148,7 @@ def test_the_ledger_on_one_node(
     """One process more than without it, which sees all ranks itself."""
     with on_ray(checkpoint, heal=False) as llm:  # or a rank that was stopped would not be waited for
         (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watcher_process" in one.cmdline()]
-        victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._core.formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGSTOP)
         going_on = threading.Timer(1.5, os.kill, (victim.pid, signal.SIGCONT))
         going_on.start()
@@ -282,7 +282,7 @@ def test_the_current_placement_group(cluster: None, checkpoint: Path, expected: 
 
             with LLM(checkpoint, **settings) as llm:
                 sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
-                bundles = [rank.bundle for rank in llm._formation._line.executor._launcher._crew.placed]  # type: ignore[attr-defined]
+                bundles = [rank.bundle for rank in llm._core.formation._line.executor._launcher._crew.placed]  # type: ignore[attr-defined]
                 return bundles, [completion.token_ids for completion in llm.generate(prompts, sampling)]
 
     group = placement_group([{"CPU": 1}] * 3)
@@ -329,7 +329,7 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
 
 def test_a_killed_rank_is_named_with_its_log(cluster: None, checkpoint: Path) -> None:
     with on_ray(checkpoint, heal=False) as llm:
-        victim = llm._formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._core.formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises(PeerDiedError, match=rf"rank 1 \(pid {victim.pid}\) died: killed by SIGKILL") as caught:

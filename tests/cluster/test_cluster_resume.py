@@ -84,7 +84,7 @@ def outputs_in_parts(llm: LLM, samplings: Sequence[SamplingParams]) -> list[Outp
 
 def run(llm: LLM, streams: Sequence[RequestStream], num_tokens: int | None) -> None:
     """Have so many tokens made for each stream, or all that are left; after that the brain knows no request."""
-    brain, running = llm._brain, Streams()
+    brain, running = llm._core.brain, Streams()
     left: dict[int, int | None] = {}
     for stream in streams:
         if not stream.is_finished:

@@ -96,7 +96,7 @@ def test_a_killed_rank_is_replaced_and_its_memory_is_taken_over(
 
 
 def formation_stats(llm: LLM) -> FormationStats:
-    stats = llm._formation.stats()  # type: ignore[attr-defined]
+    stats = llm._core.formation.stats()  # type: ignore[attr-defined]
     assert stats is not None
     return stats
 

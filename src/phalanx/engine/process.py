@@ -9,18 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 
 import msgspec
 
 from phalanx.engine.admission import refusal
-from phalanx.engine.balancing import Balancing
-from phalanx.engine.brain import Brain, StepExecutor
-from phalanx.engine.brain import Pending as PendingStep
-from phalanx.engine.maintenance import TURN_S, Maintenance
+from phalanx.engine.core import EngineCore, start_core
+from phalanx.engine.maintenance import TURN_S
 from phalanx.engine.resizing import EngineResizing, engine_ready
-from phalanx.engine.succession import Succession
-from phalanx.engine.tokenizer import eos_token_ids
 from phalanx.errors import (
     CheckpointError,
     DeadlineError,
@@ -36,7 +31,6 @@ from phalanx.executor.log_stream import log_to_stderr
 from phalanx.executor.pending import Pending
 from phalanx.executor.shared_fate import die_with_parent
 from phalanx.ledger.stacks import offer_stacks
-from phalanx.membership.formation import Formation, start_formation
 from phalanx.memory.shared_weights import decode_shared, encode_shared
 from phalanx.models.checkpoint import resolve
 from phalanx.protocol.client import (
@@ -58,7 +52,7 @@ from phalanx.protocol.client import (
     WeightsShared,
 )
 from phalanx.protocol.columns import WrongSetting
-from phalanx.protocol.worker import Ping, ReplyBody, Step, StepResult
+from phalanx.protocol.worker import Ping, ReplyBody
 from phalanx.transport.liveness import Party
 from phalanx.transport.stream import Stream
 from phalanx.worker.error_text import sendable
@@ -146,19 +140,12 @@ class EngineLoop:
     it lives: that would say nothing of this loop.
     """
 
-    def __init__(
-        self,
-        link: ClientLink,
-        make_brain: Callable[[StepExecutor], Brain],
-        formation: Formation,
-        make_maintenance: Callable[[Brain, Formation], Maintenance],
-    ) -> None:
+    def __init__(self, link: ClientLink, core: EngineCore) -> None:
+        """The core calls `send_stats` before each step."""
         self._link = link
-        self._brain = make_brain(_SignedExecutor(formation, self._send_stats))
-        self._formation = formation
-        self._maintenance = make_maintenance(self._brain, formation)
-        self._resizing = EngineResizing(formation, self._brain, self._tell)
-        self._succession = Succession(self._brain, formation)
+        self._core = core
+        self._brain, self._formation, self._maintenance = core.brain, core.formation, core.maintenance
+        self._resizing = EngineResizing(self._formation, self._brain, self._tell)
         self._heartbeat: Pending[list[ReplyBody]] | None = None
         self._avoided: tuple[str, ...] = ()
         self._is_healing = False
@@ -178,7 +165,7 @@ class EngineLoop:
                 if not self._heal(error):
                     return
             self._resizing.follow()
-            self._send_stats()
+            self.send_stats()
 
     def _patience_s(self) -> float:
         """How long to wait for messages, at most."""
@@ -189,21 +176,17 @@ class EngineLoop:
         return RESIZE_LOOK_S if self._resizing.is_under_way else IDLE_CHECK_S
 
     def _turn(self) -> None:
-        self._succession.look()
+        self._core.succession.look()
         self._tell_maintained(self._maintenance.turn())
         if not self._brain.has_work():
             self._check_workers()
             return
-        num_before = self._brain.num_steps
-        batch = self._brain.step()
-        if self._brain.num_steps > num_before:  # it may only have told of requests that have ended
-            self._formation.progressed()
-        if batch is not None:
+        if (batch := self._core.step()) is not None:
             self._link.send(batch)
 
     def _tell_maintained(self, outcome: Maintained | None) -> None:
         if outcome is not None:
-            self._send_stats(at_once=True)  # who hears of the outcome finds the state that it has led to
+            self.send_stats(at_once=True)  # who hears of the outcome finds the state that it has led to
             self._link.send(outcome)
 
     def _heal(self, error: PhalanxError) -> bool:
@@ -213,13 +196,13 @@ class EngineLoop:
         self._heartbeat = None
         self._stats_due_at = 0.0
         while not healing.wait(HEALING_LOOK_S):
-            self._send_stats()
+            self.send_stats()
             self._resizing.follow()  # one that was under way is undone
             if not self._take_messages(0.0):
                 return False
         healed = healing.result()
         self._is_healing = False
-        self._succession.go_on(healed, error, meanwhile=self._send_stats)
+        self._core.succession.go_on(healed, error, meanwhile=self.send_stats)
         self._tell_maintained(self._maintenance.ranks_replaced())
         self._stats_due_at = self._sign_due_at = 0.0
         return True
@@ -289,10 +272,11 @@ class EngineLoop:
         """Of a resize. When it is done, whoever was asked for a sign of life is gone."""
         if isinstance(message, ResizeEnded) and message.ending == "done":
             self._heartbeat = None
-            self._send_stats(at_once=True)  # who hears of it finds where ranks are now
+            self.send_stats(at_once=True)  # who hears of it finds where ranks are now
         self._link.send(message)
 
-    def _send_stats(self, *, at_once: bool = False) -> None:
+    def send_stats(self, *, at_once: bool = False) -> None:
+        """If it is time to, or `at_once`. Raises as ClientLink.send."""
         now = time.monotonic()
         if now < self._stats_due_at and not at_once:
             return
@@ -308,21 +292,6 @@ class EngineLoop:
             self._link.send(stats)
             self._sent_stats = stats
             self._sign_due_at = now + SIGN_OF_LIFE_S
-
-
-class _SignedExecutor:
-    """The executor as the brain has it: gives a sign of life before each step.
-
-    An inline rank computes a step while it is sent, and the brain may send several in one turn.
-    """
-
-    def __init__(self, executor: StepExecutor, sign: Callable[[], None]) -> None:
-        self._executor = executor
-        self._sign = sign
-
-    def step(self, step: Step) -> PendingStep[tuple[StepResult, ...]]:
-        self._sign()
-        return self._executor.step(step)
 
 
 def serve(link: ClientLink) -> int:
@@ -368,18 +337,11 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
 
     checkpoint = resolve(config.model.model, revision=config.model.revision, progress=on_fetch)
     offered = decode_shared(begin.weights) if begin.weights else None
-    formation = resources.enter_context(start_formation(config, checkpoint, on_progress, offered))
-    capacity = formation.capacity
-    make_brain = partial(
-        Brain,
-        formation.config,
-        num_blocks=capacity.num_blocks,
-        max_model_len=capacity.max_model_len,
-        eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
-        balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
-    )
-    link.send(engine_ready(config, capacity))
-    return EngineLoop(link, make_brain, formation, partial(Maintenance, config, checkpoint))
+    core = start_core(config, checkpoint, on_progress, offered, before_step=lambda: loop.send_stats())
+    resources.enter_context(core)
+    loop: EngineLoop = EngineLoop(link, core)
+    link.send(engine_ready(config, core.formation.capacity))
+    return loop
 
 
 def _tell(link: ClientLink, failure: EngineFailed) -> None:

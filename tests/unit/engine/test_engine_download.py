@@ -49,7 +49,7 @@ def test_the_client_waits_while_bytes_come(slow_hub: None, monkeypatch: pytest.M
     def start_formation(*_: object) -> None:
         raise ConfigError("model", "some/model", "this test goes no further")
 
-    monkeypatch.setattr(process, "start_formation", start_formation)
+    monkeypatch.setattr("phalanx.engine.core.start_formation", start_formation)
     seen: list[StartProgress] = []
 
     async def be_client(ours: int) -> None:

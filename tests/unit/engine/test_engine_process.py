@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +20,7 @@ from engine_echo_brain import EchoBrain
 
 import phalanx.engine.process as process
 from phalanx.config import Config
-from phalanx.engine.maintenance import Maintenance
+from phalanx.engine.core import EngineCore
 from phalanx.errors import CheckpointError, ConfigError, NotHealedError, PeerDiedError, RequestError, WorkerError
 from phalanx.membership.formation import Healed
 from phalanx.memory.shared_weights import SharedWeights, WeightsKind, encode_shared
@@ -135,8 +134,8 @@ class Engine:
         self.start_error: Exception | None = None
         self.brain = EchoBrain()
         monkeypatch.setattr(process, "resolve", lambda *_, **__: SimpleNamespace(path=path))
-        monkeypatch.setattr(process, "start_formation", self._start_formation)
-        monkeypatch.setattr(process, "Brain", self._make_brain)
+        monkeypatch.setattr("phalanx.engine.core.start_formation", self._start_formation)
+        monkeypatch.setattr("phalanx.engine.core.Brain", self._make_brain)
         ours, theirs = stream_pair()
         self.stream = Stream(ours, Party.of("the engine", os.getpid()))
         self.link = process.ClientLink(Stream(theirs, Party.of("the server", os.getpid())))
@@ -372,8 +371,7 @@ def test_a_turn_that_commits_nothing_is_no_progress(num_committed: int) -> None:
             return None
 
     formation = FakeFormation()
-    maintenance = partial(Maintenance, cast(Any, None), cast(Any, None))
-    cast(Any, process.EngineLoop(cast(Any, None), cast(Any, OnlyTells), cast(Any, formation), maintenance))._turn()
+    EngineCore(cast(Any, formation), cast(Any, OnlyTells()), cast(Any, None)).step()
     assert formation.num_progressed == num_committed
 
 

@@ -81,8 +81,8 @@ def faked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "phalanx.llm.resolve", lambda model, **_: SimpleNamespace(path=checkpoint, vocab_size=VOCAB_SIZE)
     )
-    monkeypatch.setattr("phalanx.llm.start_formation", lambda config, *_: FakeFormation(config))
-    monkeypatch.setattr("phalanx.llm.Brain", EchoBrain)
+    monkeypatch.setattr("phalanx.engine.core.start_formation", lambda config, *_: FakeFormation(config))
+    monkeypatch.setattr("phalanx.engine.core.Brain", EchoBrain)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def extended(checkpoint: Path, faked: None) -> Iterator[LLM]:
 
 
 def brain_of(llm: LLM) -> Any:
-    return llm._brain
+    return llm._core.brain
 
 
 def test_one_prompt_gives_a_list_of_one(llm: LLM) -> None:
@@ -282,7 +282,7 @@ def test_after_a_fault_the_model_is_loaded_again_and_outputs_go_on(
         return FakeFormation(config)
 
     monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("phalanx.llm.start_formation", load_at_the_second_attempt)
+    monkeypatch.setattr("phalanx.engine.core.start_formation", load_at_the_second_attempt)
     first.step = fail_after_a_while
     num_tokens = 3 * len(llm.tokenizer.encode("the fox 🦊"))
     completions = llm.generate(["the fox 🦊", "the fox 🦊"], SamplingParams(max_tokens=num_tokens))
@@ -299,7 +299,7 @@ def test_what_cannot_be_loaded_again_ends_the_llm(llm: LLM, monkeypatch: pytest.
     told: list[Exception] = []
     llm.on_failure(told.append)
     monkeypatch.setattr("phalanx.engine.restarts.FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr("phalanx.llm.start_formation", refuse)
+    monkeypatch.setattr("phalanx.engine.core.start_formation", refuse)
     brain_of(llm).step = failing_step
     with pytest.raises(StartError, match="no memory"):
         llm.generate("fox")
