@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from numbers import Integral
-from types import FrameType
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import msgspec
 
 from phalanx.config import Config, ExecutorConfig
-from phalanx.engine.admission import check_request, fitted, refusal, typed
+from phalanx.engine.admission import check_request, fitted, refusal
+from phalanx.engine.arguments import Prompt, Turn, is_list, listed_conversations, listed_prompts, listed_samplings
 from phalanx.engine.blame import came_from_outside
 from phalanx.engine.brain import Brain
 from phalanx.engine.core import EngineCore, start_core
 from phalanx.engine.generation_config import GenerationConfig
+from phalanx.engine.interrupt import interrupt_between_steps
 from phalanx.engine.maintenance import TURN_S
 from phalanx.engine.resizing import switch
 from phalanx.engine.restarts import Restarts
@@ -60,11 +58,6 @@ RESIZE_LOOK_S = 0.05
 
 log = logging.getLogger("phalanx.llm")
 
-Prompt: TypeAlias = str | Sequence[int]
-"""Text, or token ids."""
-
-Message: TypeAlias = Mapping[str, Any]
-"""One turn of a conversation: `{"role": "user", "content": "..."}`."""
 
 OnProgress = Callable[[int, str, int, int], None]
 """Called while the model loads, with rank, phase, bytes done and bytes in all."""
@@ -145,7 +138,7 @@ class LLM:
         model before. Ctrl-C lets the current step end, cancels the requests and raises KeyboardInterrupt; the LLM can
         be used again.
         """
-        listed = _listed_prompts(prompts)
+        listed = listed_prompts(prompts)
         token_ids = [self._token_ids(prompt) for prompt in listed]
         if sampling is None:
             sampling = [fitted(self.default_sampling, len(ids), self.max_model_len) for ids in token_ids]
@@ -153,7 +146,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Sequence[Turn] | Sequence[Sequence[Turn]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -163,7 +156,7 @@ class LLM:
 
         Without `sampling`, an answer goes on until the model ends it.
         """
-        conversations = _listed_conversations(messages)
+        conversations = listed_conversations(messages)
         token_ids = [self.tokenizer.apply_chat(conversation, tools=tools) for conversation in conversations]
         prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in token_ids]
         if sampling is None:
@@ -318,7 +311,7 @@ class LLM:
         progress: bool,
     ) -> list[Completion]:
         self._awake()
-        requests = list(zip(token_ids, _listed_samplings(sampling, len(prompts)), strict=True))
+        requests = list(zip(token_ids, listed_samplings(sampling, len(prompts)), strict=True))
         for ids, params in requests:
             check_request(ids, params, max_model_len=self.max_model_len, vocab_size=self._vocab_size)
         outputs = [RequestStream(self.tokenizer, ids, params) for ids, params in requests]
@@ -344,7 +337,7 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if not _is_list(prompt):
+        if not is_list(prompt):
             raise RequestError("prompt", prompt, "it must be text or a list of token ids")
         return list(prompt)
 
@@ -354,7 +347,7 @@ class LLM:
         for output in outputs:
             work.add(next(self._request_ids), output)
         try:
-            with _interrupt_between_steps() as is_interrupted:
+            with interrupt_between_steps() as is_interrupted:
                 while (error := self._work_off(work, report, is_interrupted)) is not None:
                     self._come_back(error, work)
         except BaseException as error:
@@ -500,71 +493,6 @@ def _completion(prompt: Prompt, num_prompt_tokens: int, output: OutputDelta | No
         num_cached_tokens=output.num_cached_tokens or 0,
         error=output.error,
     )
-
-
-def _listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not _is_list(prompts):
-        raise RequestError("prompts", prompts, "it must be text, a list of token ids, or a list of such prompts")
-    if len(prompts) > 0 and isinstance(prompts[0], Integral):
-        return [cast(Sequence[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _listed_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
-    is_one = _is_list(messages) and len(messages) > 0 and isinstance(messages[0], Mapping)
-    conversations = [messages] if is_one else messages
-    if not _is_list(conversations) or not all(map(_is_conversation, conversations)):
-        raise RequestError("messages", messages, "it must be a list of messages, or a list of such lists")
-    return list(cast(Sequence[Sequence[Message]], conversations))
-
-
-def _listed_samplings(sampling: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    if isinstance(sampling, SamplingParams):
-        return [typed(sampling)] * num_prompts
-    if not _is_list(sampling):
-        raise RequestError("sampling", sampling, "it must be SamplingParams, or a list with one for each prompt")
-    if len(sampling) != num_prompts:
-        raise RequestError(
-            "sampling", f"{len(sampling)} of them", f"it must be one for all, or {num_prompts}: one for each"
-        )
-    return list(map(typed, sampling))
-
-
-def _is_conversation(found: object) -> bool:
-    return _is_list(found) and all(isinstance(message, Mapping) for message in cast(Sequence[Any], found))
-
-
-def _is_list(found: object) -> bool:
-    return isinstance(found, Sequence) and not isinstance(found, str | bytes | bytearray)
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only makes a note, so that no step is torn apart; a second one gets through, for a step that hangs.
-
-    Another handler than Python's own is left alone, and signals come to the main thread only.
-    """
-    is_interrupted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal is_interrupted
-        if is_interrupted:
-            signal.default_int_handler(number, frame)
-        is_interrupted = True
-
-    is_ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: is_interrupted
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
