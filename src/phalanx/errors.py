@@ -137,15 +137,17 @@ class PeerDiedError(PhalanxError):
 
 
 class WorkerError(PhalanxError):
-    """An exception in a worker, told to the brain."""
+    """An exception in a worker, told to the brain. `phase`: what the worker did; empty for a step."""
 
-    def __init__(self, rank: int, node: str, kind: str, message: str, traceback: str) -> None:
-        super().__init__(f"rank {rank} on {node}: {kind}: {message}")
+    def __init__(self, rank: int, node: str, kind: str, message: str, traceback: str, phase: str = "") -> None:
+        doing = f", {phase}" if phase else ""
+        super().__init__(f"rank {rank} on {node}{doing}: {kind}: {message}")
         self.rank = rank
         self.node = node
         self.kind = kind
         self.message = message
         self.traceback = traceback
+        self.phase = phase
 
 
 class CollectiveMismatchError(PhalanxError):

@@ -370,7 +370,7 @@ class Executor:
             return DeadlineError(error.awaited, f"{error.party}; the ledger's verdict: {standing}", error.waited_s)
         if standing is not None and isinstance(error, WorkerError) and error.kind == DeadlineError.__name__:
             said = f"{error.message}; the ledger's verdict: {standing}"  # its peers' deadline may come first
-            return WorkerError(error.rank, error.node, error.kind, said, error.traceback)
+            return WorkerError(error.rank, error.node, error.kind, said, error.traceback, error.phase)
         return self._explain_death(error)
 
     def _cause(self, rank: int, failure: Failure) -> PhalanxError:
@@ -393,7 +393,7 @@ class Executor:
             return cause.setting.error()
         if cause.is_user_error:
             return _UserErrorOfRank(cause.message)
-        return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback)
+        return WorkerError(cause_rank, cause.node, cause.kind, cause.message, cause.traceback, cause.phase)
 
     def _death_of(self, rank: int) -> PhalanxError:
         """What the channel says of this one when its process is gone, whatever becomes of the others."""

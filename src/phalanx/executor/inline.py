@@ -43,7 +43,7 @@ class InlineRank:
         from phalanx.worker.worker import Worker
 
         torch.set_num_threads(self._threads)
-        self._run(0, lambda: self._load(Worker(spec, self._report)))
+        self._run(lambda: self._load(Worker(spec, self._report)))
 
     def exits(self) -> dict[int, str]:
         return {}
@@ -53,7 +53,7 @@ class InlineRank:
         worker = self._worker
         if not isinstance(message.body, Step) and not self._end_steps(worker, deadline_s):
             return
-        self._run(message.call_id, lambda: worker.accept(message))
+        self._run(lambda: worker.accept(message))
 
     def get(self, *, timeout_s: float | None) -> tuple[int, WorkerMessage, Sequence[memoryview]] | None:
         expires_at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
@@ -91,14 +91,14 @@ class InlineRank:
         return True
 
     def _fetch(self, worker: Worker) -> bool:
-        return self._run(worker.call_id, lambda: self._take_reply(worker))
+        return self._run(lambda: self._take_reply(worker))
 
     def _take_reply(self, worker: Worker) -> None:
         reply = worker.next_reply(block=False)
         if reply is not None:
             self._messages.append(reply)
 
-    def _run(self, call_id: int, action: Callable[[], None]) -> bool:
+    def _run(self, action: Callable[[], None]) -> bool:
         """Whether it succeeded."""
         # The same Failure as from another process, so that the executor has one way to fail.
         from phalanx.worker.failure import describe
@@ -107,6 +107,6 @@ class InlineRank:
             action()
         except Exception as error:
             phase = self._worker.phase if self._worker is not None else "starting"
-            self._messages.append(describe(call_id, phase, error))
+            self._messages.append(describe(phase, error))
             return False
         return True

@@ -363,9 +363,9 @@ class StepIssued(Message, frozen=True):
 class Failure(Message, frozen=True):
     """A worker's exception. The worker can do no more for this run."""
 
-    call_id: int
     node: str
     phase: str
+    """In which it was raised; empty for a step."""
     kind: str
     message: str
     traceback: str

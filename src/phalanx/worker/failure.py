@@ -15,15 +15,14 @@ MAX_TEXT_BYTES = 16 * 1024
 """The message must fit into a slot of the queue: a larger one stays with its sender, which is about to end."""
 
 
-def describe(call_id: int, phase: str, error: Exception) -> Failure:
+def describe(phase: str, error: Exception) -> Failure:
     """The error as a message. An exception cannot travel itself: that would take pickle."""
     message = message_of(error)
     if isinstance(error, torch.OutOfMemoryError):
         message += "; lower --gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens"
     return Failure(
-        call_id=call_id,
         node=os.uname().nodename,
-        phase=phase,
+        phase="" if phase == "stepping" else phase,
         kind=type(error).__name__,
         message=message.encode()[:MAX_TEXT_BYTES].decode(errors="ignore"),
         traceback=traceback_of(error).encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),

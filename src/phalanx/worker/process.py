@@ -75,7 +75,7 @@ def _live(spec: WorkerSpec, exchange: BrainExchange, put: Callable[[WorkerMessag
         except BrainGoneError:
             raise
         except Exception as error:  # whatever it is, the brain must hear of it
-            put(describe(worker.call_id if worker else 0, worker.phase if worker else "starting", error))
+            put(describe(worker.phase if worker else "starting", error))
             return 1
     return 0
 

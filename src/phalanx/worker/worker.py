@@ -102,7 +102,6 @@ class Worker:
         self._replica = Grid.of(spec.config.parallel).coordinates(spec.rank).replica
         self._notes = RankNotes(spec)
         self.phase = "starting"
-        self.call_id = 0
         self.stopped = False
         self.num_stale = 0
         """Plans of another epoch than this worker's: dropped (invariant 3)."""
@@ -242,7 +241,6 @@ class Worker:
 
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
-        self.call_id = call.call_id
         if isinstance(call.body, Step | MoveExperts) and call.body.epoch != self.spec.epoch:
             self.num_stale += 1
             return

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from phalanx.collectives.spec import GroupSpec
@@ -140,7 +141,7 @@ def plan(step: int) -> Step:
 
 
 def failure(kind: str, message: str = "it broke", *, is_user_error: bool = False) -> Failure:
-    return Failure(1, "host", "stepping", kind, message, "Traceback ...", is_user_error)
+    return Failure("host", "", kind, message, "Traceback ...", is_user_error)
 
 
 class Waiting:
@@ -295,6 +296,14 @@ def test_a_closed_executor_says_so() -> None:
             use()
     assert len(bench.channel.sent) == num_sent
     assert told == []
+
+
+def test_a_failure_says_what_the_rank_did_but_for_a_step() -> None:
+    bench = Bench()
+    pending = bench.executor.step(plan(1))
+    bench.say((1, msgspec.structs.replace(failure("KeyError"), phase="capturing")))
+    with pytest.raises(WorkerError, match=r"^rank 1 on host, capturing: KeyError: it broke$"):
+        pending.result()
 
 
 def test_the_first_failure_is_final() -> None:

@@ -284,7 +284,7 @@ def failure(watcher: Watching, what: Failure | PhalanxError) -> PhalanxError:
 
 
 def mismatch() -> Failure:
-    return Failure(1, "here", "stepping", "CollectiveMismatchError", "differs", "", False)
+    return Failure("here", "", "CollectiveMismatchError", "differs", "", False)
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.3])
@@ -330,7 +330,7 @@ def test_so_does_that_of_ranks_in_a_collective_which_may_come_first(pretend: Any
     pretend(saying(verdict("stopped")))
     watcher = Watching(NOBODY, lambda: None)
     watcher.await_verdict(WITHIN_S)
-    late = Failure(0, "here", "stepping", "DeadlineError", "waited 6 s for all_reduce from rank 1", "", False)
+    late = Failure("here", "", "DeadlineError", "waited 6 s for all_reduce from rank 1", "", False)
     error = failure(watcher, late)
     assert isinstance(error, WorkerError) and error.rank == 0
     assert str(error).startswith("rank 0 on here: DeadlineError: waited 6 s for all_reduce from rank 1; the ledger's")

@@ -46,7 +46,7 @@ PLAN = StepPlan(
         (Call(4, AllocateCache(10, 128), (0, 1)), Call),
         (Reply(3, StepResult(7, ints([4]))), WorkerMessage),
         (Reply(0, Loaded(1, "cpu", "float32")), WorkerMessage),
-        (Failure(1, "node", "phase", "KeyError", "x", "trace", False), WorkerMessage),
+        (Failure("node", "phase", "KeyError", "x", "trace", False), WorkerMessage),
     ],
 )
 def test_a_message_survives_the_wire(message: object, kind: type) -> None:
