@@ -31,6 +31,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class PhalanxError(Exception):
     """Anything that Phalanx raises on purpose."""
@@ -105,7 +107,23 @@ class NotNowError(UserError):
     """What is asked for cannot be done beside what is under way, or in the state that the engine is in."""
 
 
-class StartError(PhalanxError):
+class _ProcessError(PhalanxError):
+    """Of the process that is called `party`."""
+
+    party: str
+
+    @property
+    def rank(self) -> int | None:
+        """That the process is; None if it is another one."""
+        found = _RANK.fullmatch(self.party)
+        return int(found[1]) if found is not None else None
+
+
+_RANK = re.compile(r"rank (\d+)")
+"""What everybody calls one."""
+
+
+class StartError(_ProcessError):
     """A process did not come up."""
 
     def __init__(self, party: str, phase: str, cause: str) -> None:
@@ -126,7 +144,7 @@ class DeadlineError(PhalanxError, TimeoutError):
         self.waited_s = waited_s
 
 
-class PeerDiedError(PhalanxError):
+class PeerDiedError(_ProcessError):
     """A process that was needed is gone."""
 
     def __init__(self, party: str, pid: int, detail: str = "") -> None:

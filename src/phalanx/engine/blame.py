@@ -15,5 +15,5 @@ def came_from_outside(error: PhalanxError) -> bool:
     if isinstance(error, HungError):
         return error.cause in _DONE_TO_RANKS
     if isinstance(error, PeerDiedError):
-        return not error.party.startswith("rank ") or was_ended_from_outside(error.detail)
+        return error.rank is None or was_ended_from_outside(error.detail)
     return False

@@ -409,9 +409,9 @@ class Executor:
         return DeadlineError("the end of its process", f"rank {rank}", ENDING_S)
 
     def _explain_death(self, error: PhalanxError) -> PhalanxError:
-        if not isinstance(error, PeerDiedError) or not error.party.startswith("rank "):  # a whole node
+        if not isinstance(error, PeerDiedError) or error.rank is None:  # a whole node
             return error
-        how = self._exit_of(int(error.party.removeprefix("rank ")))
+        how = self._exit_of(error.rank)
         return PeerDiedError(error.party, error.pid, how or error.detail)
 
     def _exit_of(self, rank: int) -> str | None:

@@ -332,11 +332,7 @@ def _as_verdict(error: DivergedError) -> Verdict:
 
 def _named_rank(error: PhalanxError) -> int | None:
     """Whom an error blames, as far as it says so by its type."""
-    if isinstance(error, WorkerError):
-        return error.rank
-    if isinstance(error, PeerDiedError | StartError) and error.party.startswith("rank "):
-        return int(error.party.split()[1])
-    return None
+    return error.rank if isinstance(error, WorkerError | PeerDiedError | StartError) else None
 
 
 def settings_for_chaos(**settings: Any) -> dict[str, Any]:
