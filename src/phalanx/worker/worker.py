@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -93,6 +93,17 @@ class ExpertLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: list[int]
 
 
+class _Launched(NamedTuple):
+    """A step that has been set going."""
+
+    call: Call
+    flight: InFlight
+    noted: int
+    """Its number in the journal."""
+    issued: bytes
+    """What was issued in it, for the answer."""
+
+
 class Worker:
     """A rank from its birth to Stop. Not thread-safe."""
 
@@ -123,7 +134,7 @@ class Worker:
         self._methods = Methods(self)
         # Without async scheduling no plan comes before the step under way is answered.
         self._most_in_flight = MAX_STEPS_IN_FLIGHT if spec.config.scheduler.async_scheduling else 1
-        self._flights: deque[tuple[Call, InFlight, int, bytes]] = deque()
+        self._flights: deque[_Launched] = deque()
         self._replies: deque[Reply | StepIssued] = deque()
 
     def load(self) -> Loaded:
@@ -249,7 +260,7 @@ class Worker:
             self.phase = "stepping"
             noted = self._notes.begin_step(call.body)
             flight = self._runner.launch(call.body)
-            self._flights.append((call, flight, noted, self._leave_step(call)))
+            self._flights.append(_Launched(call, flight, noted, self._leave_step(call)))
             return
         while self._flights:  # replies keep the order of the calls
             self._finish_oldest()
@@ -257,7 +268,7 @@ class Worker:
 
     def next_reply(self, *, block: bool) -> Reply | StepIssued | None:
         """The oldest reply that is ready. With `block`, wait for the device if a step is still under way there."""
-        if self._flights and (block or self._flights[0][1].is_ready() or len(self._flights) > self._most_in_flight):
+        if self._flights and (block or self._flights[0].flight.is_ready() or len(self._flights) > self._most_in_flight):
             self._finish_oldest()
         return self._replies.popleft() if self._replies else None
 
@@ -269,7 +280,7 @@ class Worker:
     @property
     def has_reply(self) -> bool:
         """Whether `next_reply` need not wait for the device to give one."""
-        return bool(self._replies or (self._flights and self._flights[0][1].is_ready()))
+        return bool(self._replies or (self._flights and self._flights[0].flight.is_ready()))
 
     @property
     def is_full(self) -> bool:
@@ -298,9 +309,9 @@ class Worker:
 
     def _finish_oldest(self) -> None:
         assert self._runner is not None
-        call, flight, noted, issued = self._flights.popleft()
-        self._answer(call, self._runner.finish(flight), issued)
-        self._notes.end_step(noted)
+        oldest = self._flights.popleft()
+        self._answer(oldest.call, self._runner.finish(oldest.flight), oldest.issued)
+        self._notes.end_step(oldest.noted)
         if not self._flights:
             self.phase = "idle"
 
