@@ -330,6 +330,18 @@ class Fleet(RuleBasedStateMachine):
         self.num_lost += 1
         self.carry_out(self.roster.lost(number, "its node is gone"))
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def start_engines_again(self, data: st.DataObject) -> None:
+        """Those of replicas that live, by themselves."""
+        down = data.draw(st.sets(st.sampled_from(sorted(self.alive))))
+        resize, serving = self.roster.resize, set(self.roster.serving())
+        is_open = resize is not None and resize.outcome is None
+        could_serve = {number for number in self.alive - down if self.roster.phases[number] == "leaving"}
+        self.carry_out(self.roster.restarting(down))
+        if is_open and not serving - down:
+            assert could_serve <= set(self.roster.serving()), "who could serve is kept when nobody else can"
+
     def dead(self) -> set[int]:
         return {number for number, phase in self.roster.phases.items() if phase == "dead"}
 
