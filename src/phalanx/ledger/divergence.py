@@ -100,8 +100,9 @@ def _first_divergence(look: Look, group: str) -> Iterator[_Divergence]:
 
 
 def _odd(look: Look, divergence: _Divergence) -> list[int]:
-    """The ranks to blame: the minority; in a tie those whose decisions differ, or who do what they have never done at
-    this place of a step, or in a size that the plan does not have; all, if that does not tell either."""
+    """The ranks to blame: the minority; in a tie those who do what they have never done at this place of a step, or in
+    a size that the plan does not have; all, if that does not tell either. (They have followed the same plans until
+    then, or it would be for these that ranks are blamed.)"""
     records = divergence.records
     votes: dict[int, object] = {rank: (record.digest, record.step) for rank, record in records.items()}
     if len(set(votes.values())) == 1:
@@ -109,13 +110,5 @@ def _odd(look: Look, divergence: _Divergence) -> list[int]:
     odd = minority(votes)
     if odd:
         return odd
-    decisions = {}
-    for one in look.ranks.values():
-        for record in records.values():
-            decision = one.decision(record.step)
-            if decision is not None:
-                decisions[one.rank] = decision.digest
-    odd = [rank for rank in minority(decisions) if rank in records]
-    if not odd:
-        odd = out_of_habit(look.ranks, divergence.group, records) or against_plan(look.ranks, divergence.group, records)
+    odd = out_of_habit(look.ranks, divergence.group, records) or against_plan(look.ranks, divergence.group, records)
     return odd or sorted(records)

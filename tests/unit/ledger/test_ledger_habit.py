@@ -86,6 +86,31 @@ def test_who_has_left_the_step_with_one_collective_less_and_goes_on_with_the_sam
     assert verdict_of(ranks).culprits == (culprit,)
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_that_ranks_are_in_the_next_step_already_says_nothing_of_who_is_right(culprit: int) -> None:
+    """Another replica is, as the culprit is: most ranks follow that step's plan, which is another one."""
+    texts, other = [text.format(n=1) for text in STEP], "tp@1"
+    ranks = [WritingRank(rank, [GROUP if rank < 2 else other]) for rank in range(4)]
+    for rank in ranks:
+        for step in (1, 2, 3, 4):
+            rank.begin(step, f"plan {step}")
+            if rank.rank == 1 - culprit and step == 4:
+                break
+            for text in texts[: -1 if rank.rank == culprit and step == 4 else None]:
+                rank.collective(GROUP if rank.rank < 2 else other, text)
+            rank.end()
+        else:
+            rank.begin(5, "plan 5")
+    late, early = ranks[1 - culprit], ranks[culprit]
+    for text in texts[:-1]:
+        late.collective(GROUP, text)
+    late.issue(GROUP, texts[-1])
+    early.issue(GROUP, texts[0])
+    looks = {rank.rank: rank.look() for rank in ranks}
+    verdict = judge(Look(time.monotonic_ns(), looks, {GROUP: (0, 1), other: (2, 3)}))
+    assert verdict is not None and (verdict.cause, verdict.culprits) == ("diverged", (culprit,)), verdict
+
+
 def test_what_both_have_done_there_or_neither_has_cannot_be_told() -> None:
     for texts in (("one f32 [1, 2]", "two f32 [1, 2]"), ("reduce f32 [1, 9, 72]", "reduce f32 [1, 8, 72]")):
         ranks = two_ranks()
