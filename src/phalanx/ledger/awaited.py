@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phalanx.ledger.habit import first_deviation, is_out_of_habit, next_group
+from phalanx.ledger.habit import Deviation, first_deviation, is_out_of_habit, next_group
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Kind
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
@@ -170,9 +170,16 @@ def _circle(look: Look, path: Sequence[int]) -> Verdict | None:
     odd = {rank: deviation for rank, deviation in found.items() if deviation is not None}
     if len(odd) == 1:
         ((rank, deviation),) = odd.items()
-        theirs = look.ranks[rank].text(deviation.instead)
-        place = Place(waits[rank].step, deviation.group, deviation.sequence, theirs)
         what = f"has left the order of its steps, so that ranks wait for each other: {where}"
-        return blame("circle", [look.ranks[rank]], what, place, waiting)
+        return blame("circle", [look.ranks[rank]], what, _place_of(look.ranks[rank], deviation), waiting)
     place = Place(first.step, first.group, first.record.sequence if first.record is not None else None)
     return blame("circle", [look.ranks[rank] for rank in sorted(path)], f"wait for each other: {where}", place, waiting)
+
+
+def _place_of(culprit: RankLook, deviation: Deviation) -> Place:
+    """What it has left out, or issued too much: what it is in comes later in the step, or not at all."""
+    instead = deviation.instead
+    group, sequence = deviation.group, deviation.sequence
+    if not deviation.is_ahead:
+        group, sequence = culprit.groups[instead.group], instead.sequence
+    return Place(instead.step, group, sequence, culprit.text(instead))

@@ -287,7 +287,10 @@ def test_what_is_found_first_is_told_there() -> None:
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
+@pytest.mark.parametrize(
+    ("done", "group"), [("gather", "a"), ("one more", "b")], ids=["what comes later", "what does not come"]
+)
+def test_in_a_circle_who_has_changed_the_order(culprit: int, done: str, group: str) -> None:
     groups = {"a": (0, 1), "b": (0, 1)}
     ranks = [WritingRank(rank, ["a", "b"]) for rank in (0, 1)]
     for rank in ranks:
@@ -296,10 +299,10 @@ def test_in_a_circle_who_has_changed_the_order(culprit: int) -> None:
         rank.collective("b", "gather")
         rank.end()
         rank.begin(2)
-        rank.issue("b" if rank.rank == culprit else "a", "gather" if rank.rank == culprit else "reduce")
+        rank.issue("b" if rank.rank == culprit else "a", done if rank.rank == culprit else "reduce")
     verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
     assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
-    assert (verdict.group, verdict.sequence, verdict.theirs) == ("a", 2, "gather")
+    assert (verdict.group, verdict.sequence, verdict.theirs) == (group, 2, done)
 
 
 def test_a_rank_that_nobody_waits_for_but_the_engine() -> None:
