@@ -229,7 +229,9 @@ class ForkServer:
                 spec = msgspec.msgpack.decode(letter.read(), type=WorkerSpec)
                 letter.close()
             assert spec is not None
-            log_to_stderr(f"%(levelname)s rank {spec.rank}: %(message)s", level=logging.INFO)
+            # What is no warning is the same for all ranks, mostly.
+            level = logging.INFO if spec.rank == 0 else logging.WARNING
+            log_to_stderr(f"%(levelname)s rank {spec.rank}: %(message)s", level=level)
             from phalanx.worker.process import run
 
             code = run(spec)
