@@ -43,6 +43,8 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
+    """What is computed: the model, its numbers, and its tokenizer."""
+
     model: Name
     """A checkpoint directory (safetensors), a GGUF file, or the name of a model on the Hugging Face hub."""
 
@@ -67,8 +69,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
     share_weights: Literal["auto", "always", "never"] = "auto"
     """On a CPU, have a replica that joins others on this host (`phalanx scale`, auto-grow, an engine that is started
-    again) compute with the very weights of one that serves, instead of reading a copy of its own. `auto`: unless this
-    host's processors have each their own memory (NUMA), where one would read weights from another one's."""
+    again) compute with the very weights of one that serves, instead of reading a copy of its own. `auto`: but on hosts
+    with several NUMA nodes, where a processor would read weights from the memory of another one."""
 
     dequantise_weights: bool = False
     """On a GPU, dequantise the experts of a mixture that are stored in 4 bits (AWQ, compressed-tensors) while they are
@@ -76,6 +78,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
+    """How many ranks there are, and which part each has."""
+
     tensor_parallel_size: Ranks = 1
     """Ranks that share every layer."""
 
@@ -120,6 +124,8 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
 
 
 class CacheConfig(Section, frozen=True, kw_only=True):
+    """The KV cache."""
+
     block_size: Positive = 16
     """Tokens in one block of the KV cache."""
 
@@ -135,6 +141,8 @@ class CacheConfig(Section, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(Section, frozen=True, kw_only=True):
+    """What a step takes on."""
+
     max_num_seqs: Positive = 256
     """Most requests that run at a time; the rest wait."""
 
@@ -146,6 +154,8 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
 
 
 class ExecutorConfig(Section, frozen=True, kw_only=True):
+    """Where ranks run, how long anything may take, and what is kept of it."""
+
     launcher: Literal["auto", "inline", "local", "ray"] = "auto"
     """How workers start: `inline` runs the one rank inside the engine's process, `local` starts a process per rank on
     this host, `ray` an actor per rank on the nodes of a Ray cluster. `auto` takes `inline` for one rank and `local` for
@@ -174,7 +184,7 @@ class ExecutorConfig(Section, frozen=True, kw_only=True):
 
     engine_restarts: Restarts = 3
     """How many times within 10 minutes an engine that ends before its time is started again. Its requests wait, and go
-    on where they were. 0: its end is the end of the command."""
+    on where they were. 0: the server ends with its engine."""
 
     cuda_graphs: bool = True
     """On GPUs, capture decode steps in CUDA graphs at the start and replay them: steps of few requests then take much
@@ -250,6 +260,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
 
 class HealingConfig(Section, frozen=True, kw_only=True):
+    """What is done about ranks that fail."""
+
     heal: bool = True
     """When a rank dies, is stopped, hangs, diverges or fails, end all ranks and go on with new ones. Requests only
     pause, and no token is lost or sent twice. Without it, the first fault ends the engine."""
@@ -268,6 +280,8 @@ class HealingConfig(Section, frozen=True, kw_only=True):
 
 
 class ServerConfig(Section, frozen=True, kw_only=True):
+    """How `phalanx serve` is reached, and how it ends."""
+
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback should have an API key: see --api-key-file."""
 

@@ -1,4 +1,4 @@
-"""Every exception that Phalanx raises on purpose.
+"""The exceptions by which Phalanx says what is wrong.
 
     PhalanxError
     ├── UserError (ValueError)          the user's mistake: exit code 2, HTTP 400, never a traceback

@@ -405,7 +405,7 @@ class LLM:
         is_from_outside = isinstance(error, PhalanxError) and came_from_outside(error)
         work.engine_ended(_said(error), is_from_outside=is_from_outside)
         while (delay_s := self._restarts.next_delay_s(time.monotonic())) is not None:
-            log.error("%s; the model is loaded again, outputs that wait for it: %d", _said(error), len(work))
+            log.error("%s; the model is loaded again, for %d requests", _said(error), len(work))
             if self._core is not None:
                 self._core.close()
                 self._core = None

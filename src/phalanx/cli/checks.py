@@ -56,6 +56,7 @@ def without_effect(flags: Sequence[str]) -> Iterator[Check]:
 
 
 def versions() -> Iterator[Check]:
+    """Python, this package and those that it needs."""
     machine = platform.machine()
     python = f"{platform.python_version()} on Linux {platform.release()} {machine}"
     if sys.platform != "linux" or machine not in ("x86_64", "aarch64"):
@@ -73,6 +74,7 @@ def versions() -> Iterator[Check]:
 
 
 def gpus() -> Iterator[Check]:
+    """GPUs, and whether torch can use them."""
     from phalanx.executor.platform import torch_has_cuda, visible_gpus
 
     found = len(visible_gpus())
@@ -97,6 +99,7 @@ def gpus() -> Iterator[Check]:
 
 
 def cores() -> Iterator[Check]:
+    """How many there are for ranks."""
     from phalanx.executor.platform import num_cores
 
     usable, present = num_cores(), os.cpu_count() or 1
@@ -109,6 +112,7 @@ def cores() -> Iterator[Check]:
 
 
 def memory() -> Iterator[Check]:
+    """How much is free."""
     free, total, is_limited = free_memory()
     detail = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}{' (limit of the control group)' if is_limited else ''}"
     if free < LITTLE_MEMORY_BYTES:
@@ -128,6 +132,7 @@ def free_memory() -> tuple[int, int, bool]:
 
 
 def memfd() -> Iterator[Check]:
+    """Whether anonymous shared memory can be had."""
     from phalanx.transport.shared_memory import SharedSegment
 
     yield _trial(
@@ -139,6 +144,7 @@ def memfd() -> Iterator[Check]:
 
 
 def futex() -> Iterator[Check]:
+    """Whether processes can wake each other."""
     from phalanx.transport.futex import Doorbell
 
     def try_it() -> None:
@@ -154,11 +160,13 @@ def futex() -> Iterator[Check]:
 
 
 def pidfd() -> Iterator[Check]:
+    """Whether the end of a process can be awaited."""
     advice = "Linux 5.3 or later is needed, with pidfd_open allowed in the container's seccomp profile"
     yield _trial("pidfd", "works", lambda: os.close(os.pidfd_open(os.getpid())), advice)
 
 
 def open_files() -> Iterator[Check]:
+    """Whether there may be enough descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < MIN_OPEN_FILES:
         yield Check("open files", "warn", f"at most {soft} (could be {hard})", f"ulimit -n {hard}")

@@ -402,7 +402,7 @@ class Brain:
             )
         if num_prompt + num_output >= max_len:  # made by an engine with a higher limit
             most = max_len - num_prompt - 1
-            raise RequestError("output", f"{num_output} tokens", f"at most {most} so far, for one more to fit in")
+            raise RequestError("output", f"{num_output} tokens", f"it fills the context: at most {most} can go on")
         return max_len
 
     def _longest(self, num_prompt: int, max_tokens: int | None) -> int:

@@ -50,7 +50,7 @@ FindWeights = Callable[[], Awaitable[bytes]]
 
 
 async def find_none() -> bytes:
-    """There is no other engine."""
+    """No weights to share: there is no other engine."""
     return NONE
 
 
@@ -475,7 +475,7 @@ class EngineClient:
         self._history.add(before.stats, before.condition)
         before.forget()
         self.info = incarnation.info
-        self._comeback.is_over()
+        self._comeback.note_over()
         self._note_settled()
         self._attend(incarnation)
         if self.asleep:
@@ -490,7 +490,7 @@ class EngineClient:
     def _die(self, reason: str) -> None:
         if self.dead is None:
             self.dead = reason
-            self._comeback.is_over()
+            self._comeback.note_over()
             self._note_settled()
             self._resizes.give_up(reason)
             self._wake(list(self._news))

@@ -56,7 +56,7 @@ class Comeback:
         self.down = reason
         self._task = asyncio.create_task(self._restart(ended, delay_s))
 
-    def is_over(self) -> None:
+    def note_over(self) -> None:
         """There is an engine again, or none any more."""
         self.down = self.phase = None
 

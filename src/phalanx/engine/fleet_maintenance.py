@@ -87,7 +87,7 @@ class FleetMaintenance:
             try:
                 path = await asyncio.to_thread(self._path_of, before.model)
                 if path == await asyncio.to_thread(self._path_of, before.engine.model):
-                    raise MaintenanceError("the new ones lie where the old ones were")
+                    raise MaintenanceError("the new weights have overwritten the files of the old ones")
                 back = Reload(str(path), "now", order.timeout_s)
                 await before.engine.maintain(back, weights_version=before.version)
             except PhalanxError as failure:

@@ -102,8 +102,8 @@ class Incarnation:
         self._process = ProcessWatch(child.pid, silence_timeout_s - SILENCE_GRACE_S)
         self._attached = _attach(child.pid)
         self._counts_before: collections.Counter[str] = collections.Counter()
-        self._num_watcher_restarts_before = 0
         """Verdicts on ranks that others have come after."""
+        self._num_watcher_restarts_before = 0
         self._stepped_at: float | None = None
         self._outbox: asyncio.Queue[ClientMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []

@@ -59,26 +59,38 @@ class MaintainedRanks(Protocol):
     capacity: Capacity
 
     @property
-    def has_weights_of_checkpoint(self) -> bool: ...
+    def has_weights_of_checkpoint(self) -> bool:
+        """Whether what ranks compute with can be read again."""
 
     @property
-    def shares_weights(self) -> bool: ...
+    def shares_weights(self) -> bool:
+        """Whether ranks of another engine may compute with the memory of their weights, too."""
 
-    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool: ...
+    def can_adopt(self, weights: SharedWeights, checkpoint: Checkpoint) -> bool:
+        """Whether ranks may compute with these, as they may with this checkpoint's. Raises CheckpointError."""
 
-    def adopt_weights(self, weights: SharedWeights) -> None: ...
+    def adopt_weights(self, weights: SharedWeights) -> None:
+        """All ranks are about to take them, after `begin_change`."""
 
-    def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]: ...
+    def submit(self, body: CommandBody, *, deadline_s: float) -> Pending[list[ReplyBody]]:
+        """As Executor.submit, to all ranks."""
 
-    def hold(self, replies: Sequence[ReplyBody]) -> None: ...
+    def hold(self, replies: Sequence[ReplyBody]) -> None:
+        """Hold what they say that they have now (Allocated), and no more. Raises PeerDiedError, FrameError,
+        DeadlineError and MaintenanceError: then nothing is held.
+        """
 
-    def rest_standby(self) -> None: ...
+    def rest_standby(self) -> None:
+        """Have no line stand ready before `renew_standby`. Blocks until there is none; raises DeadlineError."""
 
-    def renew_standby(self) -> None: ...
+    def renew_standby(self) -> None:
+        """Have one stand ready again, if there is to be one. Never blocks."""
 
-    def begin_change(self, checkpoint: Checkpoint) -> None: ...
+    def begin_change(self, checkpoint: Checkpoint) -> None:
+        """Its weights are about to come into ranks: those that come after a fault meanwhile read all of them."""
 
-    def end_change(self) -> None: ...
+    def end_change(self) -> None:
+        """They are in all ranks."""
 
 
 class RanksReplacedError(MaintenanceError):
@@ -396,7 +408,7 @@ class Maintenance:
 
 def _check_time(expires_at: float, awaited: str) -> None:
     if time.monotonic() > expires_at:
-        raise MaintenanceError(f"timeout_s is over, before {awaited}")
+        raise MaintenanceError(f"timeout_s has passed before {awaited}")
 
 
 def _failed(outcome: str, error: PhalanxError) -> PhalanxError:

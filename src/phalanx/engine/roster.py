@@ -147,10 +147,10 @@ class Roster:
             raise RequestError("data_parallel_size", size, "it must be at least 1")
         for number in leaving:
             if number not in members:
-                raise RequestError("leaving", number, f"there are the replicas {_listed(members)}")
+                raise RequestError("leaving", number, f"no such replica; there are {_listed(members)}")
         num_leaving = max(len(members) - size, 0)
         if len(set(leaving)) > num_leaving:
-            allowed = f"for {size} of {len(members)} replicas, {num_leaving} leave"
+            allowed = f"at most {num_leaving} of {len(members)} replicas leave for there to be {size}"
             raise RequestError("leaving", _listed(leaving), allowed)
         if leaving and not set(self.serving()) - {*leaving, *down}:
             raise RequestError("leaving", _listed(leaving), "of those that are left, at least one must serve")

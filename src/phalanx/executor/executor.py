@@ -1,4 +1,4 @@
-"""The brain's hand: one Executor over any launcher and any channel."""
+"""One Executor over any launcher and any channel: sends commands to all ranks, and gathers their replies."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ OnProgress = Callable[[StartProgress], None]
 """Called with where a rank stands."""
 
 LOAD_CALL = 0
-"""The call that nobody makes: a worker answers it, unasked, when it has loaded."""
+"""The number of the load, which nobody asks for: each worker replies to it when it has loaded."""
 
 PUT_DEADLINE_S = 30.0
 POLL_EXITS_S = 0.05
-CONSEQUENCES = frozenset({"PeerDiedError", "DeadlineError", "CollectiveMismatchError"})
+CONSEQUENCES = frozenset(kind.__name__ for kind in (PeerDiedError, DeadlineError, CollectiveMismatchError))
 """What a healthy rank raises because of a sick one: not the cause as long as another rank has something else to say."""
 CAUSE_GRACE_S = 1.0
 ENDING_S = 10.0

@@ -231,7 +231,7 @@ class Watching:
         now = time.monotonic()
         if len(self._restarted_at) == MAX_RESTARTS and now - self._restarted_at[0] < RESTARTS_WITHIN_S:
             log.warning(
-                "the watcher %s, as have %d in %.0f s before it: nobody says any more who is to blame",
+                "the watcher %s, as have %d in %.0f s before it, and none is started again: nobody says who hangs",
                 *(how, MAX_RESTARTS, RESTARTS_WITHIN_S),
             )
             return None

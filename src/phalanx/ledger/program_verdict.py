@@ -176,7 +176,7 @@ def _needed_but_ended(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict |
         return None
     first = min(missed, key=lambda rank: (rank in waits, _last_sign(look.ranks[rank])))
     culprit, wait = look.ranks[first], missed[first]
-    peers = _peers_in(look, wait, waits, but=first)
+    peers = _peers_in(wait, waits, but=first)
     text = look.ranks[peers[0]].text(wait.record)
     return blame(
         "skipped" if culprit.has_ended_in_order else "gone",
@@ -200,7 +200,7 @@ def _blocked(wait: Wait | None) -> Wait | None:
     return wait if wait is not None and wait.is_blocked else None
 
 
-def _peers_in(look: ProgramLook, wait: Wait, waits: Mapping[int, Wait], *, but: int) -> list[int]:
+def _peers_in(wait: Wait, waits: Mapping[int, Wait], *, but: int) -> list[int]:
     place = wait.lane, wait.record.sequence
     return sorted(rank for rank, other in waits.items() if rank != but and (other.lane, other.record.sequence) == place)
 
@@ -268,7 +268,7 @@ def _stopped(look: ProgramLook, waits: Mapping[int, Wait]) -> Verdict | None:
         wait = (_missed(look, one, waits) or _blocked(waits.get(rank))) if one.process == "stopped" else None
         if wait is None or look.since_s(wait.record) < CERTAIN_S:
             continue
-        peers = [other for other in _peers_in(look, wait, waits, but=rank) if look.ranks[other].process == "running"]
+        peers = [other for other in _peers_in(wait, waits, but=rank) if look.ranks[other].process == "running"]
         if peers:
             place = _at(wait, peers=look.ranks[peers[0]].text(wait.record))
             return blame("stopped", [one], "is stopped by a signal", place, Waiting(peers, look.since_s(wait.record)))
@@ -354,7 +354,7 @@ def _awaited_by(look: ProgramLook, rank: int, waits: Mapping[int, Wait], patienc
 
 
 def _of_awaited(look: ProgramLook, culprit: ProgramRank, wait: Wait, waits: Mapping[int, Wait]) -> Verdict:
-    peers = _peers_in(look, wait, waits, but=culprit.rank)
+    peers = _peers_in(wait, waits, but=culprit.rank)
     text = look.ranks[peers[0]].text(wait.record)
     theirs, needed = culprit.entries.step, wait.record.step
     cause: Cause = "late"

@@ -107,7 +107,7 @@ class Recovery:
                 forget_locals(reason)
                 self._failed[attempt.rung] += 1
                 climb.failed(attempt.rung, str(reason))
-                log.warning("no ranks by way of %s: %s", attempt.rung, reason)
+                log.warning("healing by %s has failed: %s", attempt.rung, reason)
                 continue
             self._healed[attempt.rung] += 1
             self._last_pause_s = time.monotonic() - began_at

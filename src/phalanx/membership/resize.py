@@ -81,14 +81,14 @@ class Resizing:
         if self._is_healing:
             raise ResizeRefusedError("ranks are being replaced after a fault: resize when they serve again")
 
-    def has_room(self) -> None:
+    def note_room(self) -> None:
         """There is room for a line of the size asked for: from now on there are processes of it."""
         if self.current is not None and self.current.state == "checking":
             self.current.state, self.current.has_begun = "preparing", True
 
     def prepared(self) -> None:
         """That line is ready to step. It comes too late if it is to be undone."""
-        self.has_room()
+        self.note_room()
         if self.current is not None and self.current.state == "preparing":
             self.current.state = "ready"
 

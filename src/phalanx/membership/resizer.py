@@ -155,7 +155,7 @@ class Preparation:
                 self._prepared.result(0.0).close()
             forget_locals(error)
         except DeadlineError as error:  # nobody waits for it any longer; it ends with the engine
-            log.error("of a resize that was undone: %s", error)
+            log.error("what a resize that was undone had started does not end: %s", error)
 
 
 class Resizer:
@@ -202,7 +202,7 @@ class Resizer:
                 self._undone()
             return
         if preparation.has_room.is_set():
-            self._resizing.has_room()
+            self._resizing.note_room()
         preparation.go_on(self._next_work)
         if preparation.is_over(timeout_s):
             self._take_note_of(preparation)

@@ -25,19 +25,26 @@ Allocate = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
 class Backing(Protocol):
     """Where an arena's memory comes from, if others can hold it."""
 
-    def reserve(self, size_bytes: int) -> Region: ...
+    def reserve(self, size_bytes: int) -> Region:
+        """Room for a tensor. Raises OSError, or on a GPU torch.OutOfMemoryError, when there is none."""
 
-    def tensor(self, region: Region, dtype: torch.dtype) -> torch.Tensor: ...
+    def tensor(self, region: Region, dtype: torch.dtype) -> torch.Tensor:
+        """What lies there, in one dimension. It is not empty."""
 
-    def begin_part(self, size_bytes: int | None) -> None: ...
+    def begin_part(self, size_bytes: int | None) -> None:
+        """What comes now is given back, or held, apart from what came before; it takes about so much, if known."""
 
-    def release(self, regions: Iterable[Region]) -> None: ...
+    def release(self, regions: Iterable[Region]) -> None:
+        """Give their memory back, as far as nothing else lies in it: until `restore` they hold nothing."""
 
-    def restore(self, regions: Iterable[Region]) -> None: ...
+    def restore(self, regions: Iterable[Region]) -> None:
+        """Have memory there again, with anything in it. Raises torch.OutOfMemoryError on a GPU without room."""
 
-    def describe(self, regions: Mapping[str, Region]) -> HeldMemory: ...
+    def describe(self, regions: Mapping[str, Region]) -> HeldMemory:
+        """These tensors, for who is to hold their memory."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nobody can hold it from now on who does not already. Tensors stay usable."""
 
 
 class Arena:

@@ -38,7 +38,7 @@ FIRST_WEIGHTS_VERSION = 1
 """Of the weights that an engine starts with; each that comes after them has the next number."""
 
 When = Literal["now", "idle"]
-"""Requests that run get new weights on the way, or end with the ones before."""
+"""now: requests that run go on with the new weights. idle: they end with the old ones first."""
 
 SleepLevel = Literal[1, 2]
 """1 gives the KV cache's memory back, 2 that of the weights as well."""

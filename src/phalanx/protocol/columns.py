@@ -19,6 +19,7 @@ Floats = bytes
 
 
 def ints(values: Sequence[int] | NDArray[np.int32]) -> Ints:
+    """A column of these numbers. Raises OverflowError for one that is no int32."""
     return np.asarray(values, dtype=np.int32).tobytes()
 
 

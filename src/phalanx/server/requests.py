@@ -55,7 +55,7 @@ def _checked_sampling(
     if not 1 <= asked.n <= MAX_CHOICES:
         raise RequestError("n", asked.n, f"it must be from 1 to {MAX_CHOICES}")
     if asked.stream_options is not None and not asked.stream:
-        raise RequestError("stream_options", {"include_usage": asked.stream_options.include_usage}, "set stream")
+        raise RequestError("stream_options", {"include_usage": asked.stream_options.include_usage}, "set stream: true")
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name in SamplingParams.__struct_fields__

@@ -92,7 +92,7 @@ class Scaling:
         does for what cannot be.
         """
         if asked.data_parallel_size is UNSET and asked.tensor_parallel_size is UNSET:
-            raise RequestError("data_parallel_size", None, "it, or tensor_parallel_size, says what is to change")
+            raise RequestError("data_parallel_size", None, "give data_parallel_size or tensor_parallel_size")
         report = self._new_report()
         if asked.data_parallel_size is not UNSET:
             report.data_parallel_size = asked.data_parallel_size
@@ -109,7 +109,7 @@ class Scaling:
     async def drain(self, asked: DrainRequest) -> ScaleReport:
         """As `begin`, to one replica less, or to as many as there is room for without a node."""
         if (asked.node is UNSET) == (asked.replica is UNSET):
-            raise RequestError("replica", None, "either it, or a node, says what is to be drained")
+            raise RequestError("replica", None, "give either replica or node")
         if asked.node is not UNSET:
             return await self._drain_node(asked.node, asked)
         if asked.undo is True:

@@ -11,8 +11,6 @@ from phalanx.testing.faults import KINDS, Kind
 
 _ASPECTS = ("culprit", "cause", "group", "sequence", "operation")
 
-Columns = Sequence[tuple[str, Callable[[Outcome], str]]]
-
 
 class Target(NamedTuple):
     """How soon a verdict is to come."""

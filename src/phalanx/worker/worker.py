@@ -114,8 +114,6 @@ class Worker:
         self._notes = RankNotes(spec)
         self.phase = "starting"
         self.stopped = False
-        self.num_stale = 0
-        """Plans of another epoch than this worker's: dropped (invariant 3)."""
         self._report = report
         self._exchange = self._notes.of_exchange(exchange) if exchange is not None else None
         self._reported_at = 0.0
@@ -253,8 +251,7 @@ class Worker:
     def accept(self, call: Call) -> None:
         """Carry out a call, or on a GPU set a step going. What there is to answer comes from `next_reply`."""
         if isinstance(call.body, Step | MoveExperts) and call.body.epoch != self.spec.epoch:
-            self.num_stale += 1
-            return
+            return  # invariant 3
         if isinstance(call.body, Step):
             assert self._runner is not None, "a step before AllocateCache"
             self.phase = "stepping"
@@ -288,6 +285,7 @@ class Worker:
         return len(self._flights) >= self._most_in_flight
 
     def close(self) -> None:
+        """Leave groups and give memory back. Waits for nobody."""
         self.phase = "leaving"
         with ExitStack() as leaving:
             leaving.callback(self._arena.close)

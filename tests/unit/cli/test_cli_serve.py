@@ -110,7 +110,7 @@ def test_when_nobody_reads_stderr_any_more_the_start_goes_on_and_stdout_is_whole
     program = """if True:
         import sys
         from phalanx.cli.progress import StartScreen
-        from phalanx.protocol import StartProgress
+        from phalanx.protocol.client import StartProgress
 
         with StartScreen() as screen:
             sys.stdin.read()

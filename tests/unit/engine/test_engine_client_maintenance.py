@@ -129,7 +129,7 @@ async def test_of_a_fleet_all_get_new_weights_or_none(checkpoint: Path, tmp_path
         assert {engine.model for engine in fleet._members.engines.values()} == {str(checkpoint)}
         assert (fleet._joining.weights_version, fleet._joining.seats.model) == (1, str(checkpoint))
         with pytest.raises(
-            MaintenanceError, match=r"another model; the new weights stay in replica 0 \(.*old ones were"
+            MaintenanceError, match=r"another model; the new weights stay in replica 0 \(.*have overwritten the"
         ):
             await fleet.maintain(Reload(str(checkpoint), "now", 60.0))
         last.maintain = maintain  # type: ignore[method-assign]

@@ -474,7 +474,7 @@ def test_streams_live_through_kills_and_resizes_in_any_order(
 @in_loop
 async def test_what_has_no_room_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
-        with pytest.raises(RequestError, match="there are the replicas 0"):
+        with pytest.raises(RequestError, match="no such replica; there are 0"):
             await fleet.resize(data_parallel_size=1, leaving=[3])
         with pytest.raises(ConfigError, match="data_parallel_size: 99 is not possible: at most 64"):
             await fleet.resize(data_parallel_size=99)

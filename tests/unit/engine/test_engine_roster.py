@@ -237,7 +237,7 @@ def test_what_is_refused() -> None:
     for size, leaving, named in ((0, (), "data_parallel_size"), (1, (7,), "leaving"), (2, (1,), "leaving")):
         with pytest.raises(RequestError, match=named):
             found.begin(size, leaving, {})
-    with pytest.raises(RequestError, match="for 1 of 2 replicas, 1 leave"):
+    with pytest.raises(RequestError, match="at most 1 of 2 replicas leave for there to be 1"):
         found.begin(1, (0, 1), {})
     found.died(1, "killed")
     with pytest.raises(RequestError, match="at least one must serve"):

@@ -288,7 +288,7 @@ def test_after_a_fault_the_model_is_loaded_again_and_outputs_go_on(
     completions = llm.generate(["the fox 🦊", "the fox 🦊"], SamplingParams(max_tokens=num_tokens))
     assert [completion.text for completion in completions] == 2 * [3 * "the fox 🦊"]
     assert brain_of(llm) is not first and not brain_of(llm).has_work()
-    assert caplog.messages[0] == "RuntimeError: rank 1 is gone; the model is loaded again, outputs that wait for it: 2"
+    assert caplog.messages[0] == "RuntimeError: rank 1 is gone; the model is loaded again, for 2 requests"
     assert "no memory" in caplog.messages[1]
 
 

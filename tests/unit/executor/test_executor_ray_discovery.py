@@ -86,5 +86,5 @@ def test_which_ray_is_meant(
 def test_several_that_could_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "running_rays", lambda: {"b:1", "a:1"})
     monkeypatch.setattr(discovery, "_started_last", lambda: "gone:1")
-    with pytest.raises(ConfigError, match=r"ray_address: .* which one is meant: a:1, b:1"):
+    with pytest.raises(ConfigError, match=r"ray_address: .* several Ray clusters run here, give one of: a:1, b:1"):
         find_ray()

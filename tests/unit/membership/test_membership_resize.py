@@ -20,7 +20,7 @@ def resizing() -> Resizing:
 
 def ready(resizing: Resizing) -> Resize:
     resize = resizing.begin(ASKED)
-    resizing.has_room()
+    resizing.note_room()
     resizing.prepared()
     return resize
 
@@ -28,7 +28,7 @@ def ready(resizing: Resizing) -> Resize:
 def test_it_is_done_when_the_other_line_takes_a_step(resizing: Resizing) -> None:
     resize = resizing.begin(ASKED)
     assert resize.state == "checking"
-    resizing.has_room()
+    resizing.note_room()
     assert resize.state == "preparing"
     resizing.prepared()
     assert resize.state == "ready" and resizing.size == BEFORE
@@ -74,7 +74,7 @@ def test_a_size_is_a_number_of_ranks() -> None:
 
 
 EVENTS = st.sampled_from(
-    ["begin", "has_room", "prepared", "failed", "cancel", "fault", "healed", "undone", "step boundary"]
+    ["begin", "note_room", "prepared", "failed", "cancel", "fault", "healed", "undone", "step boundary"]
 )
 
 

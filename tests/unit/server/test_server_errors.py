@@ -23,7 +23,7 @@ from phalanx.server import request_body
         ({"max_tokens": 0}, "max_tokens", "from 1 to"),
         ({"n": 0}, "n", "from 1 to 128"),
         ({"stop": [1]}, "stop[0]", "expected str"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "set stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "set stream: true"),
         ({"stream": True, "stream_options": {"continuous": True}}, "stream_options", "unknown field"),
         ({"echo": True, "logprobs": 1}, "echo", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "penalties, top_k, top_p and min_p are"),

@@ -31,7 +31,7 @@ TAIL_LINES = 15
 
 
 class Crew:
-    """`enlist` before anything else. `close` ends the ranks, and no other line's."""
+    """`enlist` before anything else. `kill` ends the ranks, and no other line's."""
 
     def __init__(
         self, config: Config, staff: Staff, agents: Agents, checkpoint: str, epoch: int, deadline: Deadline

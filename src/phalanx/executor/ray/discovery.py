@@ -47,7 +47,7 @@ def find_ray() -> str | None:
         return running.pop()
     if (started_last := _started_last()) in running:
         return started_last
-    raise ConfigError("ray_address", None, f"which one is meant: {', '.join(sorted(running))}")
+    raise ConfigError("ray_address", None, f"several Ray clusters run here, give one of: {', '.join(sorted(running))}")
 
 
 def running_rays(proc: Path = _PROC) -> set[str]:
