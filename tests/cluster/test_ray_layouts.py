@@ -95,8 +95,7 @@ _IN_A_GROUP_OF_THE_USER = """
 import json, sys
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
-from phalanx import LLM
-from phalanx.protocol import SamplingParams
+from phalanx import LLM, SamplingParams
 
 checkpoint, prompts, num_tokens, nodes = json.loads(sys.argv[1])
 ray.init("auto", logging_level="error")

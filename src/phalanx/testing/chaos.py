@@ -21,7 +21,8 @@ from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
 from phalanx.engine.brain import Brain
 from phalanx.errors import DivergedError, PeerDiedError, PhalanxError, StartError, WorkerError
-from phalanx.executor.executor import CONSEQUENCES, Executor
+from phalanx.executor.cause import CONSEQUENCES
+from phalanx.executor.executor import Executor
 from phalanx.executor.line_plan import Capacity
 from phalanx.executor.start import start_executor
 from phalanx.ledger.verdict import Verdict

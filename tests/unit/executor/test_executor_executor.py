@@ -25,7 +25,8 @@ from phalanx.errors import (
     UserError,
     WorkerError,
 )
-from phalanx.executor.executor import CAUSE_GRACE_S, LOAD_CALL, STOP_TIMEOUT_S, Executor
+from phalanx.executor.cause import CAUSE_GRACE_S
+from phalanx.executor.executor import LOAD_CALL, STOP_TIMEOUT_S, Executor
 from phalanx.executor.guarding import Guarding
 from phalanx.ledger.record import rolled
 from phalanx.ledger.step_digests import BOARD_BYTES, StepDigests

@@ -21,7 +21,8 @@ from test_executor_executor import ScriptedChannel, ScriptedLauncher
 
 from phalanx.errors import DeadlineError, HungError, PeerDiedError, PhalanxError, StartError, WorkerError
 from phalanx.executor import watching
-from phalanx.executor.executor import VERDICT_GRACE_S, Executor
+from phalanx.executor.cause import VERDICT_GRACE_S
+from phalanx.executor.executor import Executor
 from phalanx.executor.watching import MAX_RESTARTS, Watching, start_watching
 from phalanx.ledger.other_nodes import OtherNodesOrder
 from phalanx.ledger.reporting import Judge, ReportOrder
