@@ -113,13 +113,13 @@ def has_left(one: RankLook, step: int) -> bool:
 
 
 def _nearest_wait(look: Look, awaited: RankLook, wait: Wait) -> Wait:
-    """Where a rank is awaited in several groups, the collective that it comes to first, as steps usually go."""
-    name = next_group(awaited, wait.step)
-    if name is None or name == wait.group:
-        return wait
-    others = (wait_of(look, rank) for rank in look.members(name))
-    nearer = [other for other in others if other is not None and other.group == name and awaited.rank in other.others]
-    return min(nearer, key=lambda other: other.since_ns) if nearer and nearer[0].step == wait.step else wait
+    """Where a rank is awaited in several groups, the collective that it comes to first: that of the earliest step, and
+    in this one as steps usually go."""
+    others = [other for _, other in waiting_ranks(look) if awaited.rank in other.others]
+    step = min(other.step for other in others)
+    earliest = [other for other in others if other.step == step]
+    in_next = [other for other in earliest if other.group == next_group(awaited, step)]
+    return next(iter(in_next), wait if wait in earliest else earliest[0])
 
 
 def _issued_too_much(look: Look, wait: Wait) -> Verdict | None:

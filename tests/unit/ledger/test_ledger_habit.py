@@ -245,6 +245,24 @@ def test_of_two_groups_in_which_a_rank_is_awaited_the_one_that_it_comes_to_first
     assert verdict is not None and (verdict.culprits, verdict.group, verdict.sequence) == ((0,), "tp", 4)
 
 
+def test_of_two_steps_in_which_a_rank_is_awaited_the_earlier_one_is_named() -> None:
+    groups = {"tp": (0, 1), "ep": (0, 1, 2)}
+    ranks = [WritingRank(rank, ["tp", "ep"] if rank < 2 else ["ep"]) for rank in (0, 1, 2)]
+    for step in (1, 2):
+        for rank in ranks:
+            rank.begin(step)
+            rank.collective("ep", "dispatch [1, 72]")
+    ranks[2].end()
+    ranks[2].begin(3)
+    ranks[2].issue("ep", "dispatch [1, 72]")  # it waits for longest, if only just
+    for rank in ranks[:2]:
+        rank.collective("tp", "reduce [1, 72]")
+    ranks[1].issue("tp", "gather [1, 72]")
+    looks = {rank.rank: rank.look(still_s=9.0) for rank in ranks}
+    verdict = judge(Look(time.monotonic_ns() + 9_000_000_000, looks, groups))
+    assert verdict is not None and (verdict.culprits, verdict.group, verdict.step) == ((0,), "tp", 2), verdict
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_what_a_rank_left_out_in_another_group_before_it_met_a_peer(culprit: int) -> None:
     groups = {"dp": (0, 1, 2), "tp": (0, 1)}
