@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phalanx.ledger.habit import Deviation, first_deviation, is_out_of_habit, next_group
+from phalanx.ledger.habit import Deviation, first_deviation, has_habit, is_out_of_habit, next_group
 from phalanx.ledger.look import STARVED_S, Look, RankLook, Wait, follow, wait_of, waiting_ranks
 from phalanx.ledger.record import Kind
 from phalanx.ledger.verdict import Cause, Place, Verdict, Waiting, blame
@@ -78,7 +78,7 @@ def _of_awaited(look: Look, path: Sequence[int], first_wait: Wait) -> Verdict | 
             if culprit.computes:
                 cause, what = "slow", f"{what}, and computes: {culprit.cpu_s:.1f} s of CPU in {culprit.still_s:.1f} s"
     elif has_left(culprit, wait.step):
-        if (odd := _issued_too_much(look, wait)) is not None:
+        if (odd := _left_or_too_much(look, wait)) is not None:
             return odd
         cause, what = "skipped", f"has left step {wait.step} without {text}, and is {entries.phase}"
     else:
@@ -122,18 +122,24 @@ def _nearest_wait(look: Look, awaited: RankLook, wait: Wait) -> Wait:
     return next(iter(in_next), wait if wait in earliest else earliest[0])
 
 
-def _issued_too_much(look: Look, wait: Wait) -> Verdict | None:
+def _left_or_too_much(look: Look, wait: Wait) -> Verdict | None:
     """Not who has left a step is to blame, but who is in a collective that the step does not have: if most have left,
-    or the rank has never issued that there."""
+    or the rank has never issued that there. All are, if as many have left and no step before tells. Else None."""
     assert wait.group is not None and wait.record is not None
     inside = [look.ranks[rank] for rank in look.members(wait.group) if _is_in(look.ranks[rank], wait.group)]
-    left = [rank for rank in wait.others if has_left(look.ranks[rank], wait.step)]
-    records = {one.rank: awaits[1] for one in inside if (awaits := one.awaits) is not None}
-    is_new = all(is_out_of_habit(look.ranks[rank], wait.group, record) for rank, record in records.items())
-    if not (len(left) == len(wait.others) and (len(left) > len(inside) or (len(left) == len(inside) and is_new))):
+    left = [look.ranks[rank] for rank in wait.others if has_left(look.ranks[rank], wait.step)]
+    if len(left) < max(len(wait.others), len(inside)):
         return None
-    what = f"issued {wait.what}, which its peers have left step {wait.step} without"
-    return blame("diverged", inside, what, Place(wait.step, wait.group, wait.record.sequence, theirs=wait.what))
+    records = [(one, awaits[1]) for one in inside if (awaits := one.awaits) is not None]
+    place = Place(wait.step, wait.group, wait.record.sequence, theirs=wait.what)
+    if len(left) > len(inside) or all(is_out_of_habit(one, wait.group, record) for one, record in records):
+        what = f"issued {wait.what}, which its peers have left step {wait.step} without"
+        return blame("diverged", inside, what, place)
+    if any(has_habit(one, wait.group, wait.step) for one in (*inside, *left)):
+        return None
+    both = sorted((*inside, *left), key=lambda one: one.rank)
+    what = f"differ in step {wait.step}: some are in {wait.what}, and others have left the step without it"
+    return blame("diverged", both, what, place)
 
 
 def _is_in(one: RankLook, group: str | None, sequence: int | None = None) -> bool:

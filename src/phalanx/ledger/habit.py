@@ -1,10 +1,12 @@
 """What a group does in every step, and who has just done otherwise. Pure.
 
 Steps are alike: at the same place of each there is the same operation, on the same dtype and the same width, whatever
-the number of tokens. Where two ranks differ and no majority settles it, the one that does what both have always done
-there is right. Sizes other than the last one depend on the plan, and so does the size of what has only one, such as the
-tokens that were drawn. Of these the steps before tell on what: a size that has always been the plan's number of tokens,
-rows or samples, or always the same, is so again, and who issues another one is wrong.
+the number of tokens. But steps in which no row is sampled, such as of a long prompt's first chunks, lack the end of
+those that sample: so a step is compared with steps of its kind. Where two ranks differ and no majority settles it, the
+one that does what both have always done there is right. Sizes other than the last one depend on the plan, and so does
+the size of what has only one, such as the tokens that were drawn. Of these the steps before tell on what: a size that
+has always been the plan's number of tokens, rows or samples, or always the same, is so again, and who issues another
+one is wrong.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def odd_at(ranks: Mapping[int, RankLook], group: str, step: int, records: Mappin
 def _is_short(rank: RankLook, group: str, step: int) -> bool:
     """Whether a rank that has left a step has issued less there in a group than in any step before."""
     steps = steps_of(rank, group)
-    usual = [len(issued) for number, issued in steps.items() if number < step]
+    usual = [len(issued) for issued in _before(rank, steps, step)]
     return step in steps and bool(usual) and len(steps[step]) < min(usual)
 
 
@@ -82,15 +84,22 @@ def is_out_of_habit(rank: RankLook, group: str, record: Record, step: int | None
     """
     step = record.step if step is None else step
     steps = _steps(rank, group)
-    usual = [issued for number, issued in steps.items() if number < step]
-    if record.step not in steps or not usual:
+    if record.step not in steps:
         return False
-    if record.step > step and rank.decision(step) is not None and len(steps.get(step, ())) not in map(len, usual):
-        return True
+    if record.step > step and rank.decision(step) is not None:
+        lengths = {len(issued) for issued in _before(rank, steps, step)}
+        if lengths and len(steps.get(step, ())) not in lengths:
+            return True
+    usual = _before(rank, steps, record.step, earlier_than=step)
     place = record.sequence - steps[record.step][0].sequence
     forms = {_form_of(rank, issued[place]) for issued in usual if place < len(issued)}
     done = _form_of(rank, record)
-    return done is not None and None not in forms and done not in forms
+    return bool(usual) and done is not None and None not in forms and done not in forms
+
+
+def has_habit(rank: RankLook, group: str, step: int) -> bool:
+    """Whether the rank has issued anything in the group in a step of this one's kind before it."""
+    return bool(_before(rank, _steps(rank, group), step))
 
 
 def _is_against_plan(rank: RankLook, group: str, record: Record) -> bool:
@@ -99,9 +108,7 @@ def _is_against_plan(rank: RankLook, group: str, record: Record) -> bool:
     if record.step not in steps or done is None:
         return False
     place = record.sequence - steps[record.step][0].sequence
-    usual = [
-        _sized(rank, issued[place]) for number, issued in steps.items() if number < record.step and place < len(issued)
-    ]
+    usual = [_sized(rank, issued[place]) for issued in _before(rank, steps, record.step) if place < len(issued)]
     before = [one for one in usual if one is not None and len(one.sizes) == len(done.sizes)]
     if not usual or len(before) < len(usual):  # something else is done there as well, or is not known
         return False
@@ -152,11 +159,15 @@ class Deviation(NamedTuple):
 
 
 def first_deviation(rank: RankLook, step: int) -> Deviation | None:
-    """Where a rank has left the order that the step before had, over all groups; None if it has not, as far as it has
-    come, or if nothing tells."""
+    """Where a rank has left the order that the step before had, over all groups, or issued more; None if it has not, as
+    far as it has come, or if nothing tells."""
     usual, issued = _step_before(rank, step)
+    if not usual:
+        return None
     forms = [(record.group, _form_of(rank, record)) for record in usual]
-    for place, done in enumerate(issued[: len(usual)]):
+    for place, done in enumerate(issued):
+        if place == len(usual):
+            return Deviation(rank.groups[done.group], done.sequence, done, is_ahead=False)
         what = done.group, _form_of(rank, done)
         if None in (what[1], forms[place][1]):
             return None
@@ -181,9 +192,10 @@ def _form_of(rank: RankLook, record: Record) -> str | None:
 
 
 def _step_before(rank: RankLook, step: int) -> tuple[list[Record], list[Record]]:
-    """What the rank issued in the newest step before one, of which the journal still has all, and in that step."""
-    complete = {record.step for record in rank.entries.records if record.kind == Kind.STEP}
-    before = max((number for number in complete if 0 < number < step), default=0)
+    """What the rank issued in the newest step of its kind before one, of which the journal still has all, and in that
+    step."""
+    kinds = _kinds(rank)
+    before = max((one for one, kind in kinds.items() if 0 < one < step and kind == kinds.get(step)), default=0)
     issued = [record for record in rank.entries.records if record.kind == Kind.COLLECTIVE]
     return [one for one in issued if before and one.step == before], [one for one in issued if one.step == step]
 
@@ -196,6 +208,20 @@ def steps_of(rank: RankLook, group: str) -> dict[int, list[Record]]:
         if record.step in steps:
             steps[record.step].append(record)
     return steps
+
+
+def _before(
+    rank: RankLook, steps: Mapping[int, list[Record]], step: int, *, earlier_than: int | None = None
+) -> list[list[Record]]:
+    """What was issued in those that came before a step, or before another one, and are of its kind."""
+    kinds, end = _kinds(rank), step if earlier_than is None else earlier_than
+    return [issued for number, issued in steps.items() if number < end and kinds.get(number) == kinds.get(step)]
+
+
+def _kinds(rank: RankLook) -> dict[int, bool | None]:
+    """By step, whether rows of the rank's replica are sampled; None if it has none, or if nothing was said of them."""
+    sizes = {one.step: PlanSize.of_word(one.rolling) for one in rank.entries.records if one.kind == Kind.STEP}
+    return {step: None if size is None else size.num_samples > 0 for step, size in sizes.items()}
 
 
 def _steps(rank: RankLook, group: str) -> dict[int, list[Record]]:

@@ -3,8 +3,8 @@
 In this order, since the one explains the other: a rank that is gone, or a node that is not heard of; ranks that follow
 different plans, or are in different collectives, of which the earliest counts; a rank that is stopped; one whose GIL
 is held; a rank that others wait for, found by following who waits for whom; a store that does not answer; a phase that
-takes too long. Who differs from the majority of a group is odd; where there is no majority the decisions tell, the
-plans that ranks followed; and if these do not either, the verdict names all of them and says so.
+takes too long. Who differs from the majority of a group is odd; where there is no majority, what they did in the steps
+before; and if that does not tell either, the verdict names all of them and says so.
 """
 
 from __future__ import annotations

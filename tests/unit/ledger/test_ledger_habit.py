@@ -354,3 +354,88 @@ def test_what_the_journal_has_no_room_to_describe_tells_nothing(culprit: int) ->
         rank.issue(GROUP, wrong if rank.rank == culprit else right)
     verdict = verdict_of(ranks)
     assert (verdict.cause, verdict.culprits) == ("diverged", (0, 1)), verdict
+
+
+REDUCE, GATHER = "reduce f32 [{n}, 72]", "gather f32 [{n}, 65]"
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_first_step_that_samples_is_not_compared_with_those_that_do_not(culprit: int) -> None:
+    """Who gathers there does what neither has ever done, and is right; who has gone on without it does as always."""
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for rank in ranks:
+        for step in (1, 2, 3):
+            rank.begin(step, f"chunk {step}", 8, PlanSize(8, 1, 0))
+            rank.collective(GROUP, REDUCE.format(n=8))
+            rank.end()
+        rank.begin(4, "the last chunk", 8, PlanSize(8, 1, 1))
+        rank.collective(GROUP, REDUCE.format(n=8))
+    ranks[1 - culprit].issue(GROUP, GATHER.format(n=1))
+    ranks[culprit].end()
+    ranks[culprit].begin(5, "a token", 1, PlanSize(1, 1, 1))
+    ranks[culprit].issue(GROUP, REDUCE.format(n=1))
+    assert verdict_of(ranks).culprits == (0, 1), "it cannot be told"
+
+
+@pytest.mark.parametrize("is_next_begun", [True, False])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_first_step_that_does_not_sample_is_not_compared_with_those_that_do(
+    culprit: int, is_next_begun: bool
+) -> None:
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for rank in ranks:
+        for step in (1, 2, 3):
+            rank.begin(step, f"token {step}", 1, PlanSize(1, 1, 1))
+            rank.collective(GROUP, REDUCE.format(n=1))
+            rank.collective(GROUP, GATHER.format(n=1))
+            rank.end()
+        rank.begin(4, "a chunk", 8, PlanSize(8, 1, 0))
+        rank.collective(GROUP, REDUCE.format(n=8))
+    right = ranks[1 - culprit]
+    right.end()
+    if is_next_begun:
+        right.begin(5, "another chunk", 8, PlanSize(8, 1, 0))
+        right.issue(GROUP, REDUCE.format(n=8))
+    ranks[culprit].issue(GROUP, GATHER.format(n=1))
+    assert culprit in verdict_of(ranks).culprits
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_after_steps_of_both_kinds_the_odd_one_is_told(culprit: int) -> None:
+    ranks = [WritingRank(rank, [GROUP]) for rank in (0, 1)]
+    for rank in ranks:
+        for step in range(1, 7):
+            samples = step % 2
+            rank.begin(step, f"plan {step}", 8, PlanSize(8, 1, samples))
+            rank.collective(GROUP, REDUCE.format(n=8))
+            if samples:
+                rank.collective(GROUP, GATHER.format(n=1))
+            rank.end()
+        rank.begin(7, "plan 7", 8, PlanSize(8, 1, 1))
+        rank.collective(GROUP, REDUCE.format(n=8))
+    ranks[1 - culprit].issue(GROUP, GATHER.format(n=1))
+    ranks[culprit].end()
+    ranks[culprit].begin(8, "plan 8", 8, PlanSize(8, 1, 0))
+    ranks[culprit].issue(GROUP, REDUCE.format(n=8))
+    assert verdict_of(ranks).culprits == (culprit,)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_circle_because_of_a_collective_after_the_last_one_of_the_step(culprit: int) -> None:
+    groups = {"tp@0": (0, 1), "ep@0": (0, 1)}
+    ranks = [WritingRank(rank, list(groups)) for rank in (0, 1)]
+    for rank in ranks:
+        for step in range(1, 5):
+            rank.begin(step, f"plan {step}", 1, PlanSize(1, 1, 1))
+            rank.collective("tp@0", REDUCE.format(n=1))
+            rank.collective("ep@0", GATHER.format(n=1))
+            if step < 4:
+                rank.end()
+    right = ranks[1 - culprit]
+    right.end()
+    right.begin(5, "plan 5", 1, PlanSize(1, 1, 1))
+    right.issue("tp@0", REDUCE.format(n=1))
+    ranks[culprit].issue("ep@0", GATHER.format(n=1))
+    verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
+    assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
+    assert (verdict.step, verdict.group, verdict.sequence) == (4, "ep@0", 5)
