@@ -35,16 +35,14 @@ def watch(command: tuple[str, ...], patience: float | None, events: str | None, 
         phalanx watch -- torchrun --nproc-per-node 4 train.py
     """
     from phalanx.cli.watched_command import run_watched
-    from phalanx.ledger.events import open_events
+    from phalanx.ledger.events import EventLines
 
     with ExitStack() as resources:
-        file = None
+        lines = None
         if events is not None:
             try:
-                file = resources.enter_context(
-                    open(events, "ab", buffering=0, opener=lambda path, _: open_events(path))
-                )
+                lines = resources.enter_context(EventLines(events))
             except OSError as error:
                 raise ConfigError("--events", events, f"it cannot be written: {error.strerror}") from error
-        code = run_watched(command, patience_s=patience or PATIENCE_S, events=file, kill=kill)
+        code = run_watched(command, patience_s=patience or PATIENCE_S, events=lines, kill=kill)
     click.get_current_context().exit(code)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import IO
 
 import click
-import msgspec
 
 from phalanx.errors import ConfigError
 from phalanx.ledger.confirmation import LOOK_S
 from phalanx.ledger.environment import recorded
-from phalanx.ledger.events import event_of_command
+from phalanx.ledger.events import EventLines, event_of_command
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
 from phalanx.ledger.report import utc_now
 from phalanx.ledger.roster import Roster
@@ -34,7 +31,7 @@ _KILLED = 128
 log = logging.getLogger("phalanx.ledger")
 
 
-def run_watched(command: Sequence[str], *, patience_s: float, events: IO[bytes] | None, kill: bool) -> int:
+def run_watched(command: Sequence[str], *, patience_s: float, events: EventLines | None, kill: bool) -> int:
     """Run it; the exit code, as a shell has it. Blocks until it ends. Raises ConfigError if it cannot be started."""
     with Roster() as roster, ProgramWatcher(roster, patience_s) as watcher:
         # Before the start: a signal that came between would end this process, and leave the command behind.
@@ -121,7 +118,7 @@ class _Process:
 class _Watch:
     """One run of a command."""
 
-    def __init__(self, process: _Process, watcher: ProgramWatcher, events: IO[bytes] | None, *, kill: bool) -> None:
+    def __init__(self, process: _Process, watcher: ProgramWatcher, events: EventLines | None, *, kill: bool) -> None:
         self._process = process
         self._watcher = watcher
         self._events = events
@@ -183,12 +180,9 @@ class _Watch:
         self._say(f"verdict: {verdict}")
         if self._events is not None:
             try:
-                event = event_of_command(verdict, utc_now(), self._process.pid)
-                line = msgspec.json.encode(event) + b"\n"
-                if self._events.write(line) != len(line):  # a pipe whose reader is slow
-                    raise BlockingIOError(errno.EAGAIN, "nobody takes it")
+                self._events.write(event_of_command(verdict, utc_now(), self._process.pid))
             except OSError as error:  # a full disk
-                self._say(f"a verdict was not written to {self._events.name}: {error.strerror}")
+                self._say(f"a verdict was not written to {self._events.path}: {error.strerror}")
         if self._kill and verdict.is_hopeless and self._process.returncode is None:
             self._say("the command is ended, since its ranks can never meet again")
             self._killed_at = time.monotonic()

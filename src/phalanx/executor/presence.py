@@ -12,7 +12,7 @@ from phalanx.config import Config
 from phalanx.errors import ConfigError
 from phalanx.ledger.board import BOARD_BYTES
 from phalanx.ledger.elsewhere import elsewhere_bytes
-from phalanx.ledger.events import open_events
+from phalanx.ledger.events import EventLines
 from phalanx.ledger.instance import Instance, show
 from phalanx.ledger.outlets import Outlets
 from phalanx.ledger.watch_order import WatchOrder
@@ -29,7 +29,7 @@ def open_outlets(config: Config, resources: ExitStack, *, num_elsewhere: int = 0
     events = config.executor.ledger_events
     if events is not None:
         try:
-            os.close(open_events(events))
+            EventLines(events).close()
         except OSError as error:
             raise ConfigError("ledger_events", events, f"it cannot be written: {error.strerror}") from error
         events = os.path.abspath(events)

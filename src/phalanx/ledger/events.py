@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
 import queue
@@ -73,46 +74,67 @@ def _level(verdict: Verdict) -> Literal["warning", "error"]:
     return "error" if verdict.is_final else "warning"
 
 
-class EventsFile:
-    """Appends to a file that several engines may write to, in a thread: the watcher does not wait for a disk."""
+class EventLines:
+    """A file that several processes append to: one write a line, so that lines do not mix."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if it cannot be written."""
-        self._path = path
-        self._fd = open_events(path)
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="phalanx-events", daemon=True)
-        self._thread.start()
+        """Raises OSError if it cannot be written. So does a pipe that nobody reads: to open it would else wait."""
+        self.path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        self._is_torn = False
 
     def write(self, event: Event) -> None:
-        """One write a line: lines of several engines do not mix. Never blocks, never raises: the log has it too."""
-        self._lines.put(msgspec.json.encode(event) + b"\n")
+        """Raises OSError if it was not written, or only in part. Waits for a disk, but never for who reads a pipe."""
+        line = msgspec.json.encode(event) + b"\n"
+        if self._is_torn:
+            line = b"\n" + line
+        num_taken = os.write(self._fd, line)
+        self._is_torn = num_taken < len(line)
+        if self._is_torn:
+            raise BlockingIOError(errno.EAGAIN, "nobody takes it")
 
     def close(self) -> None:
-        """Wait for what is being written, for DEADLINE_S at most."""
-        self._lines.put(None)
-        self._thread.join(DEADLINE_S)
-        if self._thread.is_alive():
-            log.warning("%s: an event was not written within %g s", self._path, DEADLINE_S)
-
-    def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                os.write(self._fd, line)
-            except OSError as error:  # a full disk
-                log.warning("%s: an event was not written: %s", self._path, error)
         os.close(self._fd)
 
-    def __enter__(self) -> EventsFile:
+    def __enter__(self) -> EventLines:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def open_events(path: str) -> int:
-    """A descriptor to append to, of a file that is made if it is not there. Raises OSError.
+class EventsFile:
+    """Events written in a thread: the watcher does not wait for a disk."""
 
-    Of a pipe that nobody reads, too: to open it would else wait for somebody who does.
-    """
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    def __init__(self, path: str) -> None:
+        """Raises OSError if it cannot be written."""
+        self._path = path
+        self._lines = EventLines(path)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="phalanx-events", daemon=True)
+        self._thread.start()
+
+    def write(self, event: Event) -> None:
+        """Never blocks, never raises: the log has it too."""
+        self._events.put(event)
+
+    def close(self) -> None:
+        """Wait for what is being written, for DEADLINE_S at most."""
+        self._events.put(None)
+        self._thread.join(DEADLINE_S)
+        if self._thread.is_alive():
+            log.warning("%s: an event was not written within %g s", self._path, DEADLINE_S)
+
+    def _run(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                self._lines.write(event)
+            except OSError as error:  # a full disk
+                log.warning("%s: an event was not written: %s", self._path, error.strerror)
+        self._lines.close()
+
+    def __enter__(self) -> EventsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,9 @@ from phalanx.cli import watched_command
 from phalanx.cli.commands import phalanx
 from phalanx.cli.watched_command import GRACE_S, Interruption, _Process, _Watch
 from phalanx.errors import ConfigError
-from phalanx.ledger.events import Event
+from phalanx.ledger.events import Event, EventLines, event_of_command
 from phalanx.ledger.program_watcher import Counts
+from phalanx.ledger.report import utc_now
 from phalanx.ledger.verdict import Verdict
 
 LATE = Verdict(cause="late", culprits=(1,), nodes=("here",), what="does not come")
@@ -76,16 +77,19 @@ class OneVerdict:
         yield LATE
 
 
-def test_what_is_found_after_a_signal_that_ends_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    events, watcher, process = io.BytesIO(), OneVerdict(), _Process(["true"], os.environ, ())
+def test_what_is_found_after_a_signal_that_ends_nothing_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, watcher, process = tmp_path / "events", OneVerdict(), _Process(["true"], os.environ, ())
     process.wait()
-    watch: Any = _Watch(process, watcher, events, kill=False)  # type: ignore[arg-type]
-    watch._interruption.came(watched_command.time.monotonic(), watcher.counts())
-    watch._look()
-    assert events.getvalue() == b""
-    monkeypatch.setattr(watched_command, "GRACE_S", 0.0)
-    watch._look()
-    event = msgspec.json.decode(events.getvalue(), type=Event)
+    with EventLines(str(file)) as events:
+        watch: Any = _Watch(process, watcher, events, kill=False)  # type: ignore[arg-type]
+        watch._interruption.came(watched_command.time.monotonic(), watcher.counts())
+        watch._look()
+        assert file.read_bytes() == b""
+        monkeypatch.setattr(watched_command, "GRACE_S", 0.0)
+        watch._look()
+    event = msgspec.json.decode(file.read_bytes(), type=Event)
     assert event.verdict == LATE and (event.event, event.level) == ("verdict", "warning")
     assert event.message == str(LATE) and event.command_pid == process.pid and event.time.tzinfo is not None
 
@@ -96,14 +100,34 @@ def test_events_into_a_pipe_that_nobody_reads_are_refused(tmp_path: Path) -> Non
     assert isinstance(result.exception, ConfigError) and result.exception.field == "--events"
 
 
-def test_a_reader_of_events_that_is_slow_holds_up_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    class Slow(io.BytesIO):
-        name = "pipe"
-
-        def write(self, _: object) -> None:  # type: ignore[override]  # as a raw file that does not block
-            return None
-
+def test_a_reader_of_events_that_is_slow_holds_up_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     process = _Process(["true"], os.environ, ())
     process.wait()
-    _Watch(process, cast(Any, OneVerdict()), Slow(), kill=False)._look()
-    assert "a verdict was not written to pipe: nobody takes it" in capsys.readouterr().err
+    with EventLines(str(pipe)) as events:
+        while True:
+            try:
+                os.write(events._fd, b"." * 4096)
+            except BlockingIOError:
+                break
+        _Watch(process, cast(Any, OneVerdict()), events, kill=False)._look()
+    os.close(reader)
+    assert f"a verdict was not written to {pipe}: Resource temporarily unavailable" in capsys.readouterr().err
+
+
+def test_an_event_that_was_written_in_part_is_told_of_and_the_next_has_a_line_of_its_own(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    event = event_of_command(LATE, utc_now(), 1)
+    with EventLines(str(pipe)) as events:
+        with pytest.raises(BlockingIOError, match="nobody takes it"):
+            events.write(msgspec.structs.replace(event, message="." * 8192))
+        torn = os.read(reader, 1 << 16)
+        events.write(event)
+    first, second = (torn + os.read(reader, 1 << 16)).splitlines()
+    os.close(reader)
+    assert first.endswith(b".") and msgspec.json.decode(second, type=Event) == event

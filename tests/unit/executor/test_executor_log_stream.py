@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +49,40 @@ def test_what_nobody_reads_is_lost_and_told_of(pipe: tuple[int, int]) -> None:
     assert after == b"(%d lines of the log were lost: nobody took them)\nand on\n" % num_lost
     stream.write("and on\n")
     assert os.read(pipe[0], 1 << 16) == b"and on\n"
+
+
+def test_a_terminal_that_nobody_reads_holds_up_nothing() -> None:
+    """It takes some of a line, and then a write to it waits for ever."""
+    master, terminal = os.openpty()
+    stream = LogStream(terminal)
+    writing = threading.Thread(target=lambda: [stream.write("." * 150 + "\n") for _ in range(LINES)], daemon=True)
+    writing.start()
+    writing.join(LINES * PATIENCE_S)
+    assert not writing.is_alive()
+    while select.select([master], [], [], 0)[0]:
+        os.read(master, 1 << 16)
+    stream.write("and on\n")
+    lost, last = os.read(master, 1 << 16).split(b"\r\n")[-3:-1]
+    assert b"lines of the log were lost" in lost and last == b"and on"
+    assert os.get_blocking(terminal), "it is that of others, too"
+    for end in (master, terminal):
+        os.close(end)
+
+
+def test_a_line_that_was_taken_in_part_ends_there(pipe: tuple[int, int]) -> None:
+    stream = LogStream(pipe[1])
+    stream.write("." * 5000 + "\n")
+    assert os.read(pipe[0], 1 << 16) == b"." * 4096
+    stream.write("and on\n")
+    assert os.read(pipe[0], 1 << 16) == b"\n(1 lines of the log were lost: nobody took them)\nand on\n"
+
+
+def test_a_file_is_written_where_others_have_left_off(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "wb", buffering=0) as file:
+        file.write(b"before\n")
+        LogStream(file.fileno()).write("a line\n")
+        file.write(b"after\n")
+    assert (tmp_path / "log").read_bytes() == b"before\na line\nafter\n"
 
 
 def test_what_cannot_be_written_raises_nothing() -> None:
