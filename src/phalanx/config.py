@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,7 +341,7 @@ class Config(Section, frozen=True, kw_only=True):
     def with_model(self, model: str) -> Config:
         """The same with another checkpoint directory, and the tokenizer of the one before."""
         before = self.model
-        tokenizer = before.tokenizer or (before.model if Path(before.model).expanduser().exists() else None)
+        tokenizer = before.tokenizer or (before.model if Path(os.path.expanduser(before.model)).exists() else None)
         after = msgspec.structs.replace(before, model=model, revision=None, tokenizer=tokenizer)
         return msgspec.structs.replace(self, model=after)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def _upcycle(source: str, target: str, mixture: Mixture, *, revision: str | None
     from phalanx.models.checkpoint import resolve
     from phalanx.models.whole_directory import prepare_target
 
-    directory = Path(target).expanduser().resolve()  # what was left of a run that was killed is beside it
+    directory = Path(os.path.expanduser(target)).resolve()  # what was left of a run that was killed is beside it
     prepare_target(directory, overwrite=overwrite)  # before the model is fetched or converted
     with _bar() as progress:
         checkpoint = resolve(source, revision=revision, progress=progress)

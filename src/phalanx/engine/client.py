@@ -72,6 +72,8 @@ class EngineClient:
     ) -> None:
         """Use `start`."""
         self.info = incarnation.info
+        self.checkpoint = incarnation.info.checkpoint
+        """The directory that its weights are from: other weights have another one, whatever they are called."""
         self.front = front
         self.tokenizer = front.tokenizer
         self.default_sampling = front.default_sampling
@@ -441,6 +443,7 @@ class EngineClient:
     def _on_maintained(self, outcome: Maintained) -> None:
         if outcome.model is not None:
             self._config = self._config.with_model(outcome.model)
+            self.checkpoint = outcome.model
         stats = self._incarnation.stats
         maintenance = stats.maintenance if stats is not None else None
         self._maintenance.note(outcome, 0 if maintenance is None else maintenance.level)
@@ -475,6 +478,7 @@ class EngineClient:
         self._history.add(before.stats, before.condition)
         before.forget()
         self.info = incarnation.info
+        self.checkpoint = incarnation.info.checkpoint
         self._comeback.note_over()
         self._note_settled()
         self._attend(incarnation)

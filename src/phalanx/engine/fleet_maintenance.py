@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,6 @@ from phalanx.engine.joining import Joining
 from phalanx.engine.members import Members
 from phalanx.engine.traffic import Traffic
 from phalanx.errors import MaintenanceError, NotNowError, PhalanxError
-from phalanx.models.checkpoint import resolve
 from phalanx.protocol.client import FIRST_WEIGHTS_VERSION, MaintenanceOrder, Reload, Sleep, Wake
 
 log = logging.getLogger("phalanx.engine")
@@ -26,7 +26,7 @@ class _Before(NamedTuple):
     """What an engine had before its weights were replaced."""
 
     engine: EngineClient
-    model: str
+    checkpoint: str
     version: int
 
 
@@ -67,7 +67,7 @@ class FleetMaintenance:
         weights = NONE
         for number, engine in engines.items():
             log.info("replica %d is to get weights of version %d", number, version)
-            before = _Before(engine, engine.model, engine.weights_version)
+            before = _Before(engine, engine.checkpoint, engine.weights_version)
             try:
                 await engine.maintain(msgspec.structs.replace(order, weights=weights), weights_version=version)
             except PhalanxError as error:
@@ -78,17 +78,16 @@ class FleetMaintenance:
             if not weights and self._joining.may_share_weights:
                 weights = await engine.share_weights()
             self._traffic.forget(number)  # its cache is empty
-        self._joining.use_weights(version, engine.model)
+        self._joining.use_weights(engine)
 
     async def _roll_back(self, order: Reload, replaced: Mapping[int, _Before], error: PhalanxError) -> None:
         """Bring their old weights back into those that have new ones. Raises MaintenanceError if that cannot be."""
         left: list[str] = []
         for number, before in replaced.items():
             try:
-                path = await asyncio.to_thread(self._path_of, before.model)
-                if path == await asyncio.to_thread(self._path_of, before.engine.model):
+                if before.engine.checkpoint == before.checkpoint:
                     raise MaintenanceError("the new weights have overwritten the files of the old ones")
-                back = Reload(str(path), "now", order.timeout_s)
+                back = Reload(before.checkpoint, "now", order.timeout_s)
                 await before.engine.maintain(back, weights_version=before.version)
             except PhalanxError as failure:
                 left.append(f"replica {number} ({failure})")
@@ -97,11 +96,6 @@ class FleetMaintenance:
             raise MaintenanceError(
                 f"{error}; the new weights stay in {', '.join(left)}: ask again, to have them in all"
             ) from error
-
-    def _path_of(self, model: str) -> Path:
-        """Where an engine has read it. Raises CheckpointError."""
-        path = Path(model).expanduser()
-        return path if path.is_dir() else resolve(model, revision=self._joining.config.model.revision).path
 
     def _next_version(self, engines: Mapping[int, EngineClient]) -> int:
         """One that no weights have had, not even those that were taken back."""
@@ -112,17 +106,19 @@ class FleetMaintenance:
 
         Raises what the first one raises that fails, when all are done, and those that have not are as before.
         """
+        if isinstance(order, Wake):
+            order = _check_wake(order, engines)
         levels = {number: engine.asleep for number, engine in engines.items()}
         asked = {number: engine for number, engine in engines.items() if isinstance(order, Sleep) or engine.asleep}
         if errors := await self._carry_out_in(order, asked or engines, self._next_version(engines)):
             await self._undo(engines, levels, errors[0])
             raise errors[0]
         first, *others = engines.values()
-        if different := [one.model for one in others if one.model != first.model]:
+        if different := [one.checkpoint for one in others if one.checkpoint != first.checkpoint]:
             raise MaintenanceError(
-                f"weights of {first.model} serve, and of {different[0]}: reload one, to have it in all"
+                f"weights of {first.checkpoint} serve, and of {different[0]}: reload one, to have it in all"
             )
-        self._joining.use_weights(first.weights_version, first.model)
+        self._joining.use_weights(first)
 
     async def _carry_out_in(
         self, order: Sleep | Wake, engines: Mapping[int, EngineClient], version: int
@@ -133,7 +129,7 @@ class FleetMaintenance:
         outcomes: list[BaseException | None] = []
         left = list(engines.values())
         if isinstance(order, Wake):
-            order, version = await self._wake_alike(order, left, version)
+            order, version = self._wake_alike(order, left, version)
             if len(left) > 1 and left[0].asleep == 2 and self._joining.may_share_weights:
                 first = left.pop(0)
                 outcomes += await _each(order, [first], version)
@@ -141,14 +137,13 @@ class FleetMaintenance:
         outcomes += await _each(order, left, version)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    async def _wake_alike(self, order: Wake, engines: Sequence[EngineClient], version: int) -> tuple[Wake, int]:
+    def _wake_alike(self, order: Wake, engines: Sequence[EngineClient], version: int) -> tuple[Wake, int]:
         """The order by which all get the same weights, and their version: after a wake with others that was undone,
         some have these already."""
-        own = self._joining.seats.model
-        if order.model is None and any(one.asleep == 2 and one.model != own for one in engines):
-            path = await asyncio.to_thread(self._path_of, own)
-            return msgspec.structs.replace(order, model=str(path)), self._joining.weights_version
-        known = [one.weights_version for one in engines if one.model == order.model != own]
+        own = self._joining.checkpoint
+        if order.model in (None, own) and any(one.asleep == 2 and one.checkpoint != own for one in engines):
+            return msgspec.structs.replace(order, model=own), self._joining.weights_version
+        known = [one.weights_version for one in engines if one.checkpoint == order.model != own]
         return order, max(known, default=version)
 
     async def _undo(self, engines: Mapping[int, EngineClient], levels: Mapping[int, int], error: BaseException) -> None:
@@ -164,6 +159,25 @@ class FleetMaintenance:
                 left.append(f"replica {number} is {'asleep' if engine.asleep else 'awake'} ({failure})")
         if left:
             raise MaintenanceError(f"{error}; {', '.join(left)}: ask again") from error
+
+
+def _check_wake(order: Wake, engines: Mapping[int, EngineClient]) -> Wake:
+    """With the weights by their path, links resolved, as engines tell theirs.
+
+    Raises NotNowError if only some would have them: who is awake gets others by a reload.
+    """
+    if order.model is None:
+        return order
+    directory = Path(os.path.expanduser(order.model))
+    path = str(directory.resolve()) if directory.is_dir() else order.model
+    awake = {number: engine for number, engine in engines.items() if not engine.asleep}
+    if len(awake) < len(engines):
+        for number, engine in awake.items():
+            if engine.checkpoint != path:
+                raise NotNowError(
+                    f"replica {number} is awake, with weights of {engine.checkpoint}: wake the others, then reload"
+                )
+    return msgspec.structs.replace(order, model=path)
 
 
 async def _each(

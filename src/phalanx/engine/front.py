@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Front(NamedTuple):
     @classmethod
     async def load(cls, config: Config, beginning: asyncio.Task[Any]) -> Front:
         """`beginning` is the engine's start, after which what is to be fetched is there."""
-        if not Path(config.model.model).expanduser().is_dir():
+        if not Path(os.path.expanduser(config.model.model)).is_dir():
             await beginning  # by then the engine has fetched and converted the checkpoint
         return await asyncio.to_thread(_read, config)
 
@@ -39,7 +40,7 @@ def _read(config: Config) -> Front:
 
 
 def _read_alone(config: Config) -> Front:
-    name, directory = config.model.model, Path(config.model.model).expanduser()
+    name, directory = config.model.model, Path(os.path.expanduser(config.model.model))
     is_local = directory.is_dir()
     checkpoint = Checkpoint(directory, name) if is_local else resolve(name, revision=config.model.revision)
     tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint.path)

@@ -54,6 +54,8 @@ class Joining:
         self.info = first.info
         """Of one replica."""
         self.weights_version = first.weights_version
+        self.checkpoint = first.checkpoint
+        """That they have."""
         self.told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
         self.starting: set[int] = set()
@@ -66,12 +68,12 @@ class Joining:
         self._placing = asyncio.Lock()
         """On a Ray cluster one starts after the other has its place."""
 
-    def use_weights(self, version: int, model: str) -> None:
-        """Those of this checkpoint, from now on."""
-        self.weights_version = version
-        if model != self.config.model.model:
-            self.config = self.config.with_model(model)
-            self.seats.use_model(model)
+    def use_weights(self, like: EngineClient) -> None:
+        """Those that this one has, from now on."""
+        self.weights_version, self.checkpoint = like.weights_version, like.checkpoint
+        if like.model != self.config.model.model:
+            self.config = self.config.with_model(like.model)
+            self.seats.use_model(like.model)
 
     def use_shape(self, like: EngineClient) -> None:
         """As many ranks in each as this one has by now."""
@@ -95,28 +97,28 @@ class Joining:
         """Those that this replica, or any that joins, can have from one that serves, as in protocol.Begin."""
         if not self.may_share_weights:
             return NONE
-        return await self._source.find(number, self.weights_version, self.seats.model)
+        return await self._source.find(number, self.weights_version, self.checkpoint)
 
     async def start(self, number: int, size: int, *, sleep_level: Callable[[], int]) -> EngineClient:
         """One for a replica of a fleet that then has `size`, and in the end sleeps as that does. Raises what
         EngineClient.start does."""
         while self.order is not None and not self.order.done():
             await asyncio.wait([self.order])
-        own, environment = self.seats.settings(number, size, self.info.max_model_len)
-        report = _Report(partial(self.told.__setitem__, number), 0)
-        start = partial(
-            EngineClient.start,
-            own,
-            report,
-            command=self._command,
-            environment=environment,
-            front=self._front,
-            weights_version=self.weights_version,
-            weights=await self.find_weights(number),
-        )
+        self.starting.add(number)  # before anything is awaited: no order may come between
         starting: asyncio.Task[EngineClient] | None = None
-        self.starting.add(number)
         try:
+            own, environment = self.seats.settings(number, size, self.info.max_model_len)
+            report = _Report(partial(self.told.__setitem__, number), 0)
+            start = partial(
+                EngineClient.start,
+                own,
+                report,
+                command=self._command,
+                environment=environment,
+                front=self._front,
+                weights_version=self.weights_version,
+                weights=await self.find_weights(number),
+            )
             async with self._placing:
                 starting = asyncio.create_task(start())
                 if own.executor.launcher == "ray":

@@ -8,6 +8,7 @@ told that ranks are new.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -240,7 +241,7 @@ class Maintenance:
 
     def _find(self, model: str | None) -> Checkpoint:
         """Raises CheckpointError if it cannot take the place of the one in use."""
-        path = self.checkpoint.path if model is None else Path(model).expanduser()
+        path = self.checkpoint.path if model is None else Path(os.path.expanduser(model))
         if not path.is_dir():
             raise CheckpointError(f"{path}: there is no such directory where the engine runs")
         found = resolve(str(path))

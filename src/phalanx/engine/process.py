@@ -340,7 +340,8 @@ def _start(link: ClientLink, resources: ExitStack) -> EngineLoop:
     core = start_core(config, checkpoint, on_progress, offered, before_step=lambda: loop.send_stats())
     resources.enter_context(core)
     loop: EngineLoop = EngineLoop(link, core)
-    link.send(engine_ready(config, core.formation.capacity))
+    ready = engine_ready(config, core.formation.capacity)
+    link.send(msgspec.structs.replace(ready, checkpoint=str(checkpoint.path)))
     return loop
 
 

@@ -148,7 +148,7 @@ def eos_token_ids(checkpoint: Path, tokenizer_source: str | Path) -> tuple[int, 
 
     Reads JSON only where it can, so that the engine's process need not load a tokenizer. Raises CheckpointError.
     """
-    source = Path(tokenizer_source).expanduser()
+    source = Path(os.path.expanduser(tokenizer_source))
     if (source / "tokenizer.json").is_file() and (source / "tokenizer_config.json").is_file():
         own = _read_eos_token_id(source)
     else:

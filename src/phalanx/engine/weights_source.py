@@ -22,7 +22,7 @@ class WeightsSource:
         """Have this one's next engine, if it is started again, find the weights that it has by then."""
         engine.find_weights = partial(self._find_for, number, engine)
 
-    async def find(self, number: int | None, version: int, model: str) -> bytes:
+    async def find(self, number: int | None, version: int, checkpoint: str) -> bytes:
         """For this replica's engine, as in protocol.Begin: those of any other one with this version of this checkpoint.
 
         NONE if nobody shares them. Waits for ANSWER_S at most.
@@ -30,9 +30,9 @@ class WeightsSource:
         asked = [
             engine.share_weights()
             for other, engine in self._members.active().items()
-            if other != number and engine.weights_version == version and engine.model == model
+            if other != number and engine.weights_version == version and engine.checkpoint == checkpoint
         ]
         return next(filter(None, await asyncio.gather(*asked)), NONE)
 
     async def _find_for(self, number: int, engine: EngineClient) -> bytes:
-        return await self.find(number, engine.weights_version, engine.model)
+        return await self.find(number, engine.weights_version, engine.checkpoint)

@@ -50,7 +50,7 @@ def upcycle(
     is just being written by another process, cannot be written or has too little room, or if the checkpoint lacks
     tensors; UnsupportedModelError naming what of the model the architecture cannot express.
     """
-    target = target.expanduser().resolve()
+    target = Path(os.path.expanduser(target)).resolve()
     prepare_target(target, overwrite=overwrite)
     if overwrite and any(path.is_relative_to(target) for path in _places(checkpoint)):
         raise CheckpointError(f"{target} cannot be replaced: the model that is read is in it")
@@ -161,7 +161,7 @@ class _Plan:
 
 def _places(checkpoint: Checkpoint) -> list[Path]:
     """Where what is read lies: a GGUF file is not where its converted form is."""
-    return [checkpoint.path, Path(checkpoint.name).expanduser().resolve()]
+    return [checkpoint.path, Path(os.path.expanduser(checkpoint.name)).resolve()]
 
 
 def _check_room(target: Path, num_bytes: int) -> None:

@@ -146,6 +146,8 @@ class EngineReady(Message, frozen=True):
     dtype: str
     num_replicas: int = 1
     tensor_parallel_size: int = 1
+    checkpoint: str = ""
+    """The directory that the weights are from, links resolved. Empty after a resize, which does not change it."""
 
 
 class EngineFailed(Message, frozen=True):

@@ -59,6 +59,10 @@ POISON = 7
 """A prompt that begins with this token, when the engine dies of one."""
 
 
+def resolved(model: str) -> str:
+    return str(Path(model).resolve())
+
+
 class FakeEngine:
     def __init__(self, stream: Stream, behaviour: str) -> None:
         self.stream = stream
@@ -68,6 +72,7 @@ class FakeEngine:
         self.weights = b""
         """Shared by others."""
         self.avoided: tuple[str, ...] = ()
+        self.checkpoint = ""
 
     def send(self, message: Message) -> None:
         self.stream.send(msgspec.msgpack.encode(message), deadline_s=DEADLINE_S)
@@ -99,7 +104,9 @@ class FakeEngine:
         if self.behaviour.startswith("waits-for "):
             while not Path(self.behaviour.removeprefix("waits-for ")).exists():
                 time.sleep(0.005)
-        self.send(EngineReady(MAX_MODEL_LEN, 10, config.cache.block_size, 1, "cpu", "float32"))
+        self.checkpoint = resolved(config.model.model)
+        ready = EngineReady(MAX_MODEL_LEN, 10, config.cache.block_size, 1, "cpu", "float32", checkpoint=self.checkpoint)
+        self.send(ready)
 
     def serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(ClientMessage)
@@ -154,8 +161,11 @@ class FakeEngine:
         if not isinstance(order, Reload):
             self.sleep_level = order.level if isinstance(order, Sleep) else 0
         self.send_stats()
-        model = order.model if isinstance(order, Reload) else None
-        self.send(Maintained(has_new_weights=isinstance(order, Reload), model=model))
+        asked = None if isinstance(order, Sleep) else order.model
+        before, self.checkpoint = self.checkpoint, self.checkpoint if asked is None else resolved(asked)
+        is_other = self.checkpoint != before
+        has_new_weights = is_other or isinstance(order, Reload)
+        self.send(Maintained(has_new_weights=has_new_weights, model=self.checkpoint if is_other else None))
 
     def resize(self, asked: Resize) -> None:
         """What comes of it depends on the larger of the sizes that are asked for."""

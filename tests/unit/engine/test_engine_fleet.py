@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import re
+import shutil
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -783,7 +784,7 @@ async def test_after_a_wake_with_other_weights_that_was_undone_all_get_the_same(
         versions: dict[EngineClient, int | None] = dict.fromkeys(engines.values(), 1)
         levels = dict.fromkeys(engines.values(), 0)
         monkeypatch.setattr(EngineClient, "maintain", maintain)
-        monkeypatch.setattr(EngineClient, "model", property(models.get))
+        monkeypatch.setattr(EngineClient, "checkpoint", property(models.get), raising=False)
         monkeypatch.setattr(EngineClient, "weights_version", property(versions.get))
         monkeypatch.setattr(EngineClient, "asleep", property(levels.get))
         monkeypatch.setattr(Joining, "may_share_weights", False)
@@ -795,6 +796,63 @@ async def test_after_a_wake_with_other_weights_that_was_undone_all_get_the_same(
         assert list(levels.values()) == [0, 0]
         assert [*models.values()] == [other if is_other else str(checkpoint)] * 2
         assert [*versions.values()] == [2 if is_other else 1] * 2
+
+
+@in_loop
+async def test_weights_are_the_same_whatever_they_are_called(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A link that was given at the start is the directory that weights are taken back to; nobody is told otherwise."""
+    link, other = tmp_path / "current", tmp_path / "other"
+    link.symlink_to(checkpoint)
+    shutil.copytree(checkpoint, other)
+    async with fleet_of(link, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        fails_once(monkeypatch, engines[1])
+        with pytest.raises(MaintenanceError, match="its ranks were killed"):
+            await fleet.maintain(Reload(str(other), "now", 5.0))
+        assert [engine.weights_version for engine in engines.values()] == [1, 1]
+        await fleet.maintain(Sleep(2))
+        fails_once(monkeypatch, engines[1])
+        with pytest.raises(MaintenanceError, match="its ranks were killed"):
+            await fleet.maintain(Wake(str(other)))
+        await fleet.maintain(Wake(None))
+        assert {engine.checkpoint for engine in engines.values()} == {str(checkpoint.resolve())}
+        assert await engines[0].share_weights() and await fleet._joining.find_weights()
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+@in_loop
+async def test_the_same_weights_have_one_version_after_a_wake_that_was_undone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_back: bool
+) -> None:
+    link, other = tmp_path / "link", tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    link.symlink_to(checkpoint if is_back else other)
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        monkeypatch.setattr(Joining, "may_share_weights", False)
+        await fleet.maintain(Sleep(2))
+        fails_once(monkeypatch, engines[1])
+        with pytest.raises(MaintenanceError):
+            await fleet.maintain(Wake(str(other)))
+        assert [engine.weights_version for engine in engines.values()] == [2, 1]
+        await fleet.maintain(Wake(str(link)))
+        assert len({(engine.checkpoint, engine.weights_version, engine.asleep) for engine in engines.values()}) == 1
+
+
+@in_loop
+async def test_who_is_awake_gets_no_other_weights_by_a_wake_of_others(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        await engines[1].maintain(Sleep(2))
+        with pytest.raises(NotNowError, match=r"replica 0 is awake, with weights of .*: wake the others, then reload"):
+            await fleet.maintain(Wake(str(other)))
+        assert [engine.asleep for engine in engines.values()] == [0, 2]
+        await fleet.maintain(Wake(str(checkpoint)))
+        assert [engine.asleep for engine in engines.values()] == [0, 0]
 
 
 @in_loop
@@ -833,6 +891,27 @@ async def test_nobody_joins_while_others_get_weights_and_the_other_way_round(che
         engine = await starting
         assert engine.asleep == 1, "as the others are by then"
         await engine.close()
+
+
+@in_loop
+async def test_no_order_comes_while_one_that_joins_looks_for_weights(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of before would be in it, beside the others' new ones."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        joining, found = fleet._joining, asyncio.Event()
+
+        async def find(number: int | None = None) -> bytes:
+            await found.wait()
+            return b""
+
+        monkeypatch.setattr(joining, "find_weights", find)
+        starting = asyncio.create_task(joining.start(1, 2, sleep_level=lambda: 0))
+        await asyncio.sleep(0)
+        with pytest.raises(NotNowError, match="replicas are being started again: 1"):
+            await fleet.maintain(Reload(None, "now", 5.0))
+        found.set()
+        await (await starting).close()
 
 
 @in_loop

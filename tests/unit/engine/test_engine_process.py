@@ -209,10 +209,10 @@ def submit(request_id: int, max_tokens: int | None) -> Submit:
     return Submit(request_id, ints([5, 6]), SamplingParams(max_tokens=max_tokens))
 
 
-def test_start_is_told_with_its_progress(engine: Engine) -> None:
+def test_start_is_told_with_its_progress(engine: Engine, tmp_path: Path) -> None:
     engine.start()
     assert engine.receive(StartProgress) == StartProgress(1, "loading", 1, 2)
-    assert engine.receive(EngineReady) == EngineReady(64, 8, 4, 2, "cpu", "f")
+    assert engine.receive(EngineReady) == EngineReady(64, 8, 4, 2, "cpu", "f", checkpoint=str(tmp_path))
 
 
 def test_tokens_and_stats_go_to_the_client_and_shutdown_ends_it(engine: Engine) -> None:
