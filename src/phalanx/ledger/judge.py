@@ -9,6 +9,8 @@ before; and if that does not tell either, the verdict names all of them and says
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from phalanx.ledger.awaited import awaited, has_left
 from phalanx.ledger.divergence import diverged
 from phalanx.ledger.look import Look, Wait, follow, wait_of
@@ -26,7 +28,7 @@ _NS = 1e9
 def judge(look: Look) -> Verdict | None:
     """The verdict, or None if nothing is wrong, or not yet: whoever is late may still come."""
     return (
-        _gone(look)
+        gone(look)
         or diverged(look)  # that is known for good, also while another node is not heard of
         or _lost(look)
         or _stopped(look)
@@ -38,11 +40,12 @@ def judge(look: Look) -> Verdict | None:
     )
 
 
-def _gone(look: Look) -> Verdict | None:
-    gone = [one for one in look.ranks.values() if one.process == "gone"]
-    if not gone:
+def gone(look: Look, among: Collection[int] | None = None) -> Verdict | None:
+    """Who has ended first without having said so, of all or of these."""
+    ended = [one for one in look.ranks.values() if one.process == "gone" and (among is None or one.rank in among)]
+    if not ended:
         return None
-    first = min(gone, key=lambda one: one.entries.records[-1].issued_ns if one.entries.records else 0)
+    first = min(ended, key=lambda one: one.entries.records[-1].issued_ns if one.entries.records else 0)
     return blame("gone", [first], first.how or "is gone", Place(step=first.entries.step), _waiting(look))
 
 

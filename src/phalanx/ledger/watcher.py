@@ -21,7 +21,7 @@ from phalanx.ledger.dump import Dumper
 from phalanx.ledger.elsewhere import NodeSeen
 from phalanx.ledger.endings import Endings
 from phalanx.ledger.journal_layout import NUM_RECORDS
-from phalanx.ledger.judge import judge
+from phalanx.ledger.judge import gone, judge
 from phalanx.ledger.look import HELD_S, Look, standings
 from phalanx.ledger.other_nodes import OtherNodes
 from phalanx.ledger.outlets import OpenOutlets
@@ -124,6 +124,10 @@ class Watcher:
             if found is None:
                 self._harmless = uneven_groups(look)
         return self._found
+
+    def end_of(self, ranks: Collection[int], now_ns: int) -> Verdict | None:
+        """Of these ranks alone, if they have ended: others are being ended meanwhile, which is nobody's fault."""
+        return gone(self.look(now_ns), ranks)
 
     def with_stacks(self, verdict: Verdict) -> Verdict:
         """The verdict, with what all ranks do, and where those are that it is about. Blocks for a second at most."""
@@ -270,11 +274,6 @@ def _with_starvation(verdict: Verdict | None, look: Look) -> Verdict | None:
     return msgspec.structs.replace(verdict, starved_s=starved_s)
 
 
-def _is_of(found: Verdict | None, ended: Collection[int]) -> bool:
-    """Whether it tells of these alone: others are ended meanwhile, which is nobody's fault."""
-    return found is not None and found.cause == "gone" and set(found.culprits) <= set(ended)
-
-
 def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] = lambda: None) -> None:
     """Write verdicts, a line of JSON each, to the descriptor `verdicts`; `null` when one does not hold any more. Calls
     `beat` before each look.
@@ -298,9 +297,12 @@ def watch(order: WatchOrder, stop: int, verdicts: int, beat: Callable[[], None] 
             beat()
             now_ns = time.monotonic_ns()
             before = confirmation.told
-            found = watcher.verdict(now_ns, has_ended=endings.has_one)
-            if is_last and not _is_of(found, ended_before(stop)):
-                return
+            if is_last:
+                found = watcher.end_of(ended_before(stop), now_ns)
+                if found is None:
+                    return
+            else:
+                found = watcher.verdict(now_ns, has_ended=endings.has_one)
             verdict = confirmation.take(found, now_ns)
             if outlets is not None:
                 outlets.stands(confirmation.told, now_ns)

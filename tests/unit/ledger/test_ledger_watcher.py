@@ -457,7 +457,7 @@ def test_a_process_with_a_gpu_is_long_about_its_end(watched: Watched, monkeypatc
 
 @pytest.mark.parametrize(
     ("ended", "by_themselves", "told"),
-    [((1,), (1,), [1]), ((1,), (), []), ((0, 1), (1,), []), ((), (1,), [])],
+    [((1,), (1,), [1]), ((1,), (), []), ((0, 1), (1,), [1]), ((), (1,), [])],
     ids=["seen with the order to stop", "ended by who stops it", "so is another one by now", "not yet"],
 )
 def test_who_has_ended_before_it_is_to_stop_is_told_of(
