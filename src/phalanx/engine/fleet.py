@@ -185,6 +185,7 @@ class Fleet:
     async def begin_drain(self, node: str, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> asyncio.Task[None]:
         self._check_now()
         await self._growth.give_way()
+        self._check_now()  # others may have waited for that, too
         return await self._draining.begin(node, drain_timeout_s)
 
     async def undo_drain(self, node: str) -> None:

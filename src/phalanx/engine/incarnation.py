@@ -300,10 +300,13 @@ class Incarnation:
     def _follow(self, epoch: int) -> None:
         """Other ranks go on, or these have not been seen yet: look at them from now on."""
         before = self._attached
-        if before is not None and before.instance.epoch == epoch:
+        if before is not None and before.instance.epoch >= epoch:  # others may be shown before they are told of
             return
         found = _attach(self.pid)
         if found is None:  # it has just ended, or is about to show others
+            return
+        if before is not None and before.instance.epoch == found.instance.epoch:
+            found.close()
             return
         self._attached = found
         if before is not None:

@@ -35,6 +35,7 @@ from phalanx.errors import (
     NotNowError,
     RequestError,
     ResizeError,
+    ResizeRefusedError,
     ResizeUnderWayError,
     StartError,
 )
@@ -923,6 +924,22 @@ async def test_weights_that_nobody_has_taken_use_up_no_version(
         with pytest.raises(MaintenanceError):
             await fleet.maintain(Reload(None, "now", 5.0))
         assert fleet._maintenance._next_version(fleet._members.engines) == 2
+
+
+@in_loop
+async def test_no_node_is_drained_if_an_order_has_come_meanwhile(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While growth gave way."""
+    async with fleet_of(checkpoint, data_parallel_size=1) as fleet:
+        may_go_on = asyncio.Event()
+        monkeypatch.setattr(fleet._growth, "give_way", may_go_on.wait)
+        draining = asyncio.create_task(fleet.begin_drain("alpha"))
+        await asyncio.sleep(0)
+        await fleet.maintain(Sleep(1))
+        may_go_on.set()
+        with pytest.raises(ResizeRefusedError, match="asleep"):
+            await draining
 
 
 @in_loop

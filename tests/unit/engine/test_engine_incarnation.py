@@ -70,14 +70,20 @@ def test_ranks_that_were_not_shown_at_first_are_looked_at_later(
         incarnation._follow(2)
         assert cast(Any, incarnation._attached) is found
         monkeypatch.setattr(found, "notice", lambda: Notice(counts={"gone": 1}, num_restarts=2), raising=False)
-        monkeypatch.setattr(found, "close", lambda: None, raising=False)
+        closed: list[object] = []
+        monkeypatch.setattr(found, "close", lambda: closed.append(found), raising=False)
+        incarnation._follow(3)  # these are yet to be shown
+        assert closed == [found] and cast(Any, incarnation._attached) is found
+        assert incarnation._num_watcher_restarts_before == 0
         others = SimpleNamespace(
-            instance=SimpleNamespace(epoch=3),
+            instance=SimpleNamespace(epoch=4),
             notice=lambda: Notice(counts={"gone": 2}, num_restarts=1),
             standing=lambda awaits_since_ns: None,
         )
         monkeypatch.setattr(incarnation_module, "_attach", lambda pid: others)
         incarnation._follow(3)
+        incarnation._follow(3)  # said before the ranks of epoch 4 have healed, which are shown already
+        incarnation._follow(4)
         found_now = incarnation.condition
         assert (found_now.verdicts, found_now.num_watcher_restarts) == ({"gone": 3}, 3), "those of ranks before count"
 
