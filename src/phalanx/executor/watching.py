@@ -26,7 +26,7 @@ SPAWN_DEADLINE_S = 30.0
 
 MAX_RESTARTS = 5
 RESTARTS_WITHIN_S = 60.0
-"""A watcher that has ended as often in this time would do so again."""
+"""A watcher that has ended as often in this time would do so again: the next one is started when it is over."""
 
 SOON_S = 0.02
 """Who collects a rank's end knows how it was within milliseconds of it..."""
@@ -46,8 +46,8 @@ log = logging.getLogger("phalanx.ledger")
 class Watching:
     """A watcher in a process of its own, from its start to `close`. Logs its verdicts.
 
-    One that ends unasked is replaced, as often as MAX_RESTARTS says: journals and what stands are not the watcher's.
-    One that hangs is killed, and so replaced.
+    One that ends unasked is replaced, MAX_RESTARTS times at once: journals and what stands are not the watcher's. One
+    that hangs is killed, and so replaced.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class Watching:
         self._ended_for: Verdict | None = None
         self._patience: threading.Timer | None = None
         self._changed = threading.Condition()
-        self._is_closing = self._is_silent = self._has_ended = False
+        self._is_closing = self._is_silent = False
+        self._has_watcher = True
+        """Whether there is a watcher, or will be in a moment."""
         self._ended_before: frozenset[int] = frozenset()
         """Ranks that had when it was silenced."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -127,18 +129,18 @@ class Watching:
     def await_verdict(self, timeout_s: float) -> Verdict | None:
         """Block until there is one, or there will be none, for `timeout_s` at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._found is not None or self._has_ended, timeout_s)
+            self._changed.wait_for(lambda: self._found is not None or not self._has_watcher, timeout_s)
             return self._found
 
     def await_last_word(self, timeout_s: float) -> None:
         """Block until a verdict says that the run is over, or none will, for `timeout_s` at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_said_its_last or self._has_ended, timeout_s)
+            self._changed.wait_for(lambda: self._has_said_its_last or not self._has_watcher, timeout_s)
 
     def await_hopeless(self, timeout_s: float) -> Verdict | None:
         """Block until ranks were ended for one, or will be for none, for `timeout_s` at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_settled or self._has_ended, timeout_s)
+            self._changed.wait_for(lambda: self._is_settled or not self._has_watcher, timeout_s)
             return self._ended_for
 
     def silence(self) -> None:
@@ -180,6 +182,7 @@ class Watching:
         with self._changed:
             self._is_closing = True
             self._be_patient(None)
+            self._changed.notify_all()
         if self._stop_write >= 0:
             stop, self._stop_write = self._stop_write, -1
             with suppress(BrokenPipeError):
@@ -201,8 +204,11 @@ class Watching:
                 if (another := self._start_another(order, stop, how)) is None:
                     break
                 self._process = process = another
+        self._note_watcher(False)
+
+    def _note_watcher(self, is_there: bool) -> None:
         with self._changed:
-            self._has_ended = True
+            self._has_watcher = is_there
             self._changed.notify_all()
 
     def _listen(self, process: subprocess.Popen[bytes]) -> bool:
@@ -227,27 +233,39 @@ class Watching:
             process.kill()  # which one in a call that cannot be interrupted does not notice before that is over
 
     def _start_another(self, order: WatchOrder | ReportOrder, stop: int, how: str) -> subprocess.Popen[bytes] | None:
-        """In place of one that has ended; None if that has happened too often."""
-        now = time.monotonic()
-        if len(self._restarted_at) == MAX_RESTARTS and now - self._restarted_at[0] < RESTARTS_WITHIN_S:
-            log.warning(
-                "the watcher %s, as have %d in %.0f s before it, and none is started again: nobody says who hangs",
-                *(how, MAX_RESTARTS, RESTARTS_WITHIN_S),
-            )
-            return None
-        self._restarted_at.append(now)
-        self._num_restarts += 1
-        log.warning("the watcher %s: another one is started", how)
+        """In place of one that has ended; blocks if that has happened too often. None if there is to be none."""
+        while self._may_start_another(how):
+            self._num_restarts += 1
+            log.warning("the watcher %s: another one is started", how)
+            try:
+                return self._spawn(self._order_after(order), stop)
+            except OSError as error:
+                how = f"could not be started: {error}"
+        return None
+
+    def _may_start_another(self, how: str) -> bool:
+        """At once, or when there have not been too many any more. False if it is to be closed before."""
+        if len(self._restarted_at) == MAX_RESTARTS:
+            wait_s = self._restarted_at[0] + RESTARTS_WITHIN_S - time.monotonic()
+            if wait_s > 0:
+                log.warning(
+                    "the watcher %s, as have %d in %.0f s before it: the next one is started in %.0f s, and until then "
+                    "nobody says who hangs",
+                    *(how, MAX_RESTARTS, RESTARTS_WITHIN_S, wait_s),
+                )
+                self._note_watcher(False)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_closing, wait_s)
+        self._restarted_at.append(time.monotonic())
+        self._note_watcher(not self._is_closing)
+        return not self._is_closing
+
+    def _order_after(self, order: WatchOrder | ReportOrder) -> WatchOrder | ReportOrder:
+        """For one that takes the place of another one."""
         if isinstance(order, WatchOrder):
-            order = msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
-        else:  # the judge counts them
-            watch = msgspec.structs.replace(order.watch, num_restarts=self._num_restarts)
-            order = msgspec.structs.replace(order, watch=watch)
-        try:
-            return self._spawn(order, stop)
-        except OSError as error:
-            log.warning("no other watcher can be started: %s: nobody says any more who is to blame", error)
-            return None
+            return msgspec.structs.replace(order, standing=self._standing, num_restarts=self._num_restarts)
+        watch = msgspec.structs.replace(order.watch, num_restarts=self._num_restarts)  # the judge counts them
+        return msgspec.structs.replace(order, watch=watch)
 
     def _spawn(self, order: WatchOrder | ReportOrder, stop: int) -> subprocess.Popen[bytes]:
         """Start a watcher. Raises OSError; nothing is left of it then."""

@@ -183,14 +183,49 @@ def test_the_judge_of_other_nodes_is_told_how_many_there_were_before(pretend: An
     watcher.close()
 
 
-def test_one_that_ends_again_and_again(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_that_ends_again_and_again_is_replaced_later(
+    pretend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    pretend(f"cat > /dev/null; test -e {tmp_path}/good || exit 3; read stop < /proc/self/fd/$4")
+    monkeypatch.setattr(watching, "RESTARTS_WITHIN_S", 2.0)
+    watcher = Watching(NOBODY, lambda: None)
+    assert watcher.await_hopeless(WITHIN_S) is None and not watcher._has_watcher, "nobody is waited for meanwhile"
+    assert caplog.text.count("another one is started") == MAX_RESTARTS
+    told = f"exit code 3, as have {MAX_RESTARTS} in 2 s before it: the next one is started in"
+    assert told in caplog.text
+    (tmp_path / "good").touch()
+    await_that(lambda: watcher._has_watcher)
+    assert caplog.text.count("another one is started") == MAX_RESTARTS + 1
+    watcher.close()
+
+
+def test_one_that_waits_to_be_replaced_is_closed_at_once(pretend: Any, caplog: pytest.LogCaptureFixture) -> None:
     pretend("cat > /dev/null; exit 3")
     watcher = Watching(NOBODY, lambda: None)
-    assert watcher.await_hopeless(WITHIN_S) is None and watcher._has_ended
+    await_that(lambda: "the next one is started in" in caplog.text)
+    began_at = time.monotonic()
     watcher.close()
-    assert caplog.text.count("another one is started") == MAX_RESTARTS
-    last = f"exit code 3, as have {MAX_RESTARTS} in 60 s before it, and none is started again: nobody says who hangs"
-    assert last in caplog.text
+    assert not watcher._thread.is_alive() and time.monotonic() - began_at < 2.0
+
+
+def test_one_that_cannot_be_started_again_is_later(
+    pretend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """For want of descriptors, say."""
+    pretend(f"cat > /dev/null; mkdir {tmp_path}/first && exit 3; read stop < /proc/self/fd/$4")
+    spawn, failures = watching.spawn_watcher, [OSError(errno.EMFILE, "Too many open files")]
+
+    def spawn_later(*given: Any) -> Any:
+        if (tmp_path / "first").exists() and failures:
+            raise failures.pop()
+        return spawn(*given)
+
+    monkeypatch.setattr(watching, "spawn_watcher", spawn_later)
+    watcher = Watching(NOBODY, lambda: None)
+    told = "the watcher could not be started: [Errno 24] Too many open files: another one is started"
+    await_that(lambda: told in caplog.text)
+    await_that(lambda: watcher._process is not None and watcher._process.poll() is None)
+    watcher.close()
 
 
 def test_those_that_hang_are_replaced_and_one_that_beats_is_not(
@@ -266,13 +301,13 @@ def test_the_next_one_listens_where_the_first_one_did(pretend: Any, tmp_path: Pa
             listener=listener.fileno(), key=RunKey.new(), ranks={}, node_timeout_s=5.0, steps_ahead=2
         )
         watcher = Watching(msgspec.structs.replace(NOBODY, other_nodes=others), lambda: None)
-    watcher._thread.join(WITHIN_S)
+    await_that(lambda: not watcher._has_watcher)
     order = msgspec.msgpack.decode((tmp_path / "order").read_bytes(), type=WatchOrder)
     assert order.other_nodes is not None and order.other_nodes.listener != others.listener
+    watcher.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(order.other_nodes.listener)
     assert len(watcher._restarted_at) == MAX_RESTARTS, f"it was there for each of them: {place}"
-    watcher.close()
 
 
 def failure(watcher: Watching, what: Failure | PhalanxError) -> PhalanxError:
@@ -305,7 +340,7 @@ def test_in_strict_who_is_to_blame_is_told_before_ranks_end(pretend: Any, waits:
     watcher = Watching(NOBODY, lambda: None, ends_after_s={})
     watcher.await_verdict(WITHIN_S)
     if not waits:
-        await_that(lambda: watcher._has_ended)
+        await_that(lambda: not watcher._has_watcher)
     began_at = time.monotonic()
     error = failure(watcher, mismatch())
     assert isinstance(error, WorkerError) and error.kind == "CollectiveMismatchError"
