@@ -32,7 +32,7 @@ from serving import Server, free_port, measure, phalanx, running, vllm, why_not
 
 from phalanx.models.checkpoint import resolve
 
-PHASE = re.compile(r"rank 0(?: on \S+)?: (\w+)")
+PHASE = re.compile(r"^rank 0(?: on \S+)?: (\w+)", re.MULTILINE)
 LOOK_S = 0.02
 RAY_NODE = """
 import sys, ray

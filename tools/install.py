@@ -26,13 +26,21 @@ def main() -> int:
         return 2
     target = Path(sys.argv[1])
     say(f"[1/3] virtual environment in {target}")
-    venv.create(target, with_pip=True, upgrade_deps=False)
     python = target / "bin" / "python"
+    if not is_complete(python):  # a process that runs in it keeps it from being made anew
+        venv.create(target, with_pip=True, upgrade_deps=False)
     say(f"[2/3] {TORCH} ({'default' if has_gpu() else 'CPU'} build)")
     pip(python, TORCH, *([] if has_gpu() else cpu_index()))
     say("[3/3] phalanx and what it needs")
     pip(python, "-e", ".[dev]")
     return 0
+
+
+def is_complete(python: Path) -> bool:
+    """Whether an environment is there already, of the same Python and with pip."""
+    asked = [python, "-c", "import pip, sys; print(*sys.version_info[:2])"]
+    found = subprocess.run(asked, capture_output=True, text=True).stdout.split() if python.exists() else []
+    return found == [str(number) for number in sys.version_info[:2]]
 
 
 def has_gpu() -> bool:

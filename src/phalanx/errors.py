@@ -119,7 +119,7 @@ class _ProcessError(PhalanxError):
         return int(found[1]) if found is not None else None
 
 
-_RANK = re.compile(r"rank (\d+)")
+_RANK = re.compile(r"rank (\d+)(?: on .+)?")
 """What everybody calls one."""
 
 
@@ -128,7 +128,8 @@ class StartError(_ProcessError):
 
     def __init__(self, party: str, phase: str, cause: str) -> None:
         reason, newline, details = cause.partition("\n")
-        super().__init__(f"{party} did not start: {reason} (while {phase}){newline}{details}")
+        doing = "" if f", {phase}: " in reason else f" (while {phase})"  # a WorkerError says it by itself
+        super().__init__(f"{party} did not start: {reason}{doing}{newline}{details}")
         self.party = party
         self.phase = phase
         self.cause = cause
@@ -155,7 +156,7 @@ class PeerDiedError(_ProcessError):
 
 
 class WorkerError(PhalanxError):
-    """An exception in a worker, told to the brain. `phase`: what the worker did; empty for a step."""
+    """An exception in a worker, told to the brain. `phase`: what the worker did; empty for a step or a call."""
 
     def __init__(self, rank: int, node: str, kind: str, message: str, traceback: str, phase: str = "") -> None:
         doing = f", {phase}" if phase else ""

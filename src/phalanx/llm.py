@@ -110,7 +110,10 @@ class LLM:
     def _begin(self) -> EngineCore:
         """Load the model into new workers."""
         core = start_core(
-            self.config, self._checkpoint, lambda told: self._report(told.rank, told.phase, told.done, told.total)
+            self.config,
+            self._checkpoint,
+            lambda told: self._report(told.rank, told.phase, told.done, told.total),
+            tokenizer_source=self._tokenizer_source,  # also after a reload of another checkpoint
         )
         with ExitStack() as undo:
             undo.enter_context(core)

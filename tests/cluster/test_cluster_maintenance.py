@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def num_moves(llm: LLM) -> int:
     return 0 if balance is None else balance.num_moves
 
 
+@pytest.mark.slow
+def test_a_model_that_is_loaded_again_after_a_reload_has_the_tokenizer_of_the_start(
+    old: Path, new: Path, tmp_path: Path
+) -> None:
+    """Weights alone, as a trainer writes them."""
+    trained = Path(shutil.copytree(new, tmp_path / "trained"))
+    for file in trained.glob("*token*"):
+        file.unlink()
+    layout: dict[str, Any] = {"device": "cpu", "tensor_parallel_size": 2, "kv_cache_memory": 1 << 22}
+    with warm_llm(str(old), heal=False, **layout) as llm:
+        llm.reload(str(trained))
+        assert made(llm) == expected(new)
+        os.kill(llm.collective_rpc("whereabouts")[1]["pid"], signal.SIGKILL)
+        assert (made(llm), llm.weights_version) == (expected(new), 2)
+
+
 def test_what_cannot_be_read_changes_nothing(old: Path, new: Path, tmp_path: Path) -> None:
     """A file that is cut short is noticed before anything is read; one that goes while it is read, then."""
     other = write_checkpoint(tmp_path / "other", num_hidden_layers=3)
@@ -110,8 +127,9 @@ def test_what_cannot_be_read_changes_nothing(old: Path, new: Path, tmp_path: Pat
             llm.reload(str(other))
         with pytest.raises(CheckpointError, match="is cut short"):
             llm.reload(str(cut))
-        with pytest.raises(CheckpointError, match="there is no such directory"):
-            llm.reload(str(tmp_path / "nowhere"))
+        for nowhere in (str(tmp_path / "nowhere"), "~nobody-has-this-name/model"):
+            with pytest.raises(CheckpointError, match="there is no such directory"):
+                llm.reload(nowhere)
         llm._core.maintenance.begin(Reload(str(going), "now", 60.0))
         (going / "model.safetensors").unlink()
         while (outcome := llm._core.maintenance.turn()) is None:

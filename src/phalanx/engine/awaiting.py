@@ -8,12 +8,14 @@ from typing import Any
 
 
 async def begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """A task that has begun: one that is cancelled before does nothing at all."""
+    """A task that has begun: one that is cancelled before does nothing at all. If this is cancelled, so is the task,
+    and what it has begun is undone by then."""
     task = asyncio.create_task(work)
     try:
         await asyncio.sleep(0)
     except asyncio.CancelledError:
         task.cancel()
+        await end_of(task)
         raise
     return task
 

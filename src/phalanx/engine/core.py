@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from phalanx.config import Config
 from phalanx.engine.balancing import Balancing
@@ -55,22 +56,25 @@ def start_core(
     on_progress: OnProgress,
     offered: SharedWeights | None = None,
     *,
+    tokenizer_source: str | Path | None = None,
     before_step: Callable[[], None] | None = None,
 ) -> EngineCore:
     """Start the ranks and load the model into them. Blocks until they are ready to step; raises as `start_formation`.
 
+    What tokens end a text is read from `tokenizer_source`, by default what the configuration names, or the checkpoint.
     `before_step` is called before each step, from within `EngineCore.step`: an inline rank computes a step while it is
     sent, and the brain may send several in one turn.
     """
     with ExitStack() as undo:
         formation = undo.enter_context(start_formation(config, checkpoint, on_progress, offered))
         capacity = formation.capacity
+        source = tokenizer_source or config.model.tokenizer or checkpoint.path
         brain = Brain(
             formation.config,
             formation if before_step is None else _Announced(formation, before_step),
             num_blocks=capacity.num_blocks,
             max_model_len=capacity.max_model_len,
-            eos_token_ids=eos_token_ids(checkpoint.path, config.model.tokenizer or checkpoint.path),
+            eos_token_ids=eos_token_ids(checkpoint.path, source),
             balancing=Balancing(config, formation) if config.parallel.enable_eplb else None,
         )
         core = EngineCore(formation, brain, Maintenance(config, checkpoint, brain, formation))

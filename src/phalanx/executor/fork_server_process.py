@@ -275,7 +275,7 @@ class ForkServerProcess:
         with events:
             self._read_events(events.fileno(), pidfd)
         os.close(pidfd)
-        how = describe_exit(process.wait())
+        how = describe_exit(process.wait(), self._kills_before)
         with self._changed:
             self._ended = how
             for state in self._lines.values():

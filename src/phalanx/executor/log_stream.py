@@ -83,9 +83,21 @@ def _reopened(descriptor: int) -> int | None:
 
 def log_to_stderr(line: str, *, level: int) -> None:
     """Have this process's log there, if there is such a thing. `line`: how one looks, as logging has it."""
+    logging.basicConfig(handlers=[_to_stderr()], level=level, format=line)
+
+
+def log_to_stderr_at_last(line: str, *, level: int) -> None:
+    """The same of a process that runs a user's code: what that sets up with `logging`, before or later, goes first."""
+    handler = _to_stderr()
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(line))
+    logging.lastResort = handler
+    logging.getLogger("phalanx").setLevel(level)
+
+
+def _to_stderr() -> logging.Handler:
     try:
         stream: TextIO | None = cast(TextIO, LogStream(sys.stderr.fileno())) if sys.stderr is not None else None
     except io.UnsupportedOperation:  # something that a test, or a program of the user's, has put there
         stream = sys.stderr
-    handler = logging.StreamHandler(stream) if stream is not None else logging.NullHandler()
-    logging.basicConfig(handlers=[handler], level=level, format=line)
+    return logging.StreamHandler(stream) if stream is not None else logging.NullHandler()

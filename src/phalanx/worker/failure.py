@@ -11,6 +11,9 @@ from phalanx.protocol.columns import WrongSetting
 from phalanx.protocol.worker import Failure
 from phalanx.worker.error_text import message_of, traceback_of
 
+_BETWEEN_PHASES = ("stepping", "idle", "asleep")
+"""What a rank is in for most of its life says nothing of what it did."""
+
 MAX_TEXT_BYTES = 16 * 1024
 """The message must fit into a slot of the queue: a larger one stays with its sender, which is about to end."""
 
@@ -22,7 +25,7 @@ def describe(phase: str, error: Exception) -> Failure:
         message += "; lower --gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens"
     return Failure(
         node=os.uname().nodename,
-        phase="" if phase == "stepping" else phase,
+        phase="" if phase in _BETWEEN_PHASES else phase,
         kind=type(error).__name__,
         message=message.encode()[:MAX_TEXT_BYTES].decode(errors="ignore"),
         traceback=traceback_of(error).encode()[-MAX_TEXT_BYTES:].decode(errors="ignore"),
