@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -42,5 +43,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
         return f"{shown_name(error.field)}: {error.value!r} is not possible: {error.allowed}", USER_ERROR
     if isinstance(error, UserError):
         return str(error), USER_ERROR
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the output'} cannot be written: {error.strerror}", FAILURE
     kind = "" if isinstance(error, PhalanxError) else f"{type(error).__name__}: "
     return f"{kind}{error}", FAILURE

@@ -37,8 +37,13 @@ def health(conditions: Sequence[Condition], refusal: ApiError | None) -> Health:
         return Health(refusal.status, HealthBody(status=status, error=refusal.body().error, verdict=verdict))
     sick = [one for one in conditions if not one.is_healthy]
     if not sick:
-        is_asleep = bool(conditions) and all(one.sleep_level for one in conditions)
-        return Health(200, HealthBody(status="asleep" if is_asleep else "ok"))
+        num_asleep = sum(one.sleep_level > 0 for one in conditions)
+        if 0 < num_asleep < len(conditions):
+            said = f"{num_asleep} of {len(conditions)} replicas are asleep until POST /wake"
+            return Health(
+                200, HealthBody(status="degraded", error=ApiError(503, said, code="engine_asleep").body().error)
+            )
+        return Health(200, HealthBody(status="asleep" if num_asleep else "ok"))
     starting = [one for one in sick if one.down is not None]
     errors = [_error_of(one).body().error for one in sorted(sick, key=lambda one: one.dead is not None)]
     if len(sick) < len(conditions):

@@ -140,15 +140,17 @@ class _Lifetime:
 
     async def _drain(self, service: Service, stop: StopSignals) -> None:
         service.close()
-        if service.num_in_flight:
+        is_asleep = bool(service.engine.asleep)
+        if service.num_in_flight and not is_asleep:
             logger.info(
                 "stopping: requests in flight (%d) may finish within %g s; a second signal ends them now",
                 service.num_in_flight,
                 self._server.shutdown_timeout_s,
             )
-        await _unless(stop.second, service.drain(self._server.shutdown_timeout_s))
+            await _unless(stop.second, service.drain(self._server.shutdown_timeout_s))
         if service.num_in_flight:
-            logger.warning("requests that did not finish in time and are cancelled: %d", service.num_in_flight)
+            which = "wait for an engine that is asleep" if is_asleep else "did not finish in time"
+            logger.warning("requests that %s and are cancelled: %d", which, service.num_in_flight)
             service.cut(ApiError(503, "the server has shut down before the request was finished", code="shutting_down"))
             await service.drain(LAST_ANSWERS_S)
 

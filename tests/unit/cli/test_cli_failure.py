@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -84,6 +85,18 @@ def test_a_taken_port_is_found_before_the_model_is_loaded(capsys: pytest.Capture
             1,
             "phalanx: error: the engine did not start: rank 1 died; its log ends: (while loading) "
             "(PHALANX_DEBUG=1 shows the traceback)\n  one\n  two\n",
+        ),
+        (
+            StartError("the engine", "loading", "rank 0 on alpha, loading: RuntimeError: broken"),
+            1,
+            "phalanx: error: the engine did not start: rank 0 on alpha, loading: RuntimeError: broken "
+            "(PHALANX_DEBUG=1 shows the traceback)\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "phalanx: error: the output cannot be written: No space left on device "
+            "(PHALANX_DEBUG=1 shows the traceback)\n",
         ),
         (KeyError("x"), 1, "phalanx: error: KeyError: 'x' (PHALANX_DEBUG=1 shows the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),

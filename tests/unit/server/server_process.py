@@ -14,12 +14,22 @@ from phalanx.protocol.client import StartProgress
 from phalanx.server.run import OnProgress, Served, run_server
 
 
+class SleepingEngine(FakeEngine):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.asleep = 1
+
+    async def until_settled(self) -> None:
+        print("running", flush=True)
+        await super().until_settled()
+
+
 async def start_engine(config: Config, on_progress: OnProgress) -> FakeEngine:
     on_progress(StartProgress(0, "loading weights", 1, 2))
     if config.model.model == "endless":
         print(os.environ["LISTENS_AT"], flush=True)
         await asyncio.sleep(3600)
-    engine = FakeEngine("Hello")
+    engine = SleepingEngine("Hello") if config.model.model == "asleep" else FakeEngine("Hello")
     engine.pauses = config.model.model in ("pausing", "dying", "waiting")
     watch = asyncio.create_task(_follow(engine, config.model.model))
     engine.watch = watch  # the loop holds tasks weakly

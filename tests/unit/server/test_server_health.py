@@ -7,6 +7,7 @@ from server_rig import Rig, in_loop
 from starlette.requests import Request
 
 from phalanx.engine.condition import Condition
+from phalanx.protocol.client import MaintenanceStats
 from phalanx.server.api_error import ApiError, engine_dead
 from phalanx.server.doorway import Doorway
 from phalanx.server.health import health
@@ -31,6 +32,15 @@ def test_some_progress() -> None:
         found = health([WELL, sick], None)
         assert (found.status, found.body.status, found.body.verdict) == (200, "degraded", reported(1))
         assert found.body.error is not None
+
+
+def test_replicas_that_sleep() -> None:
+    asleep = Condition(pid=5, maintenance=MaintenanceStats("asleep", 1))
+    assert health([asleep, asleep], None).body.status == "asleep"
+    found = health([asleep, WELL], None)
+    assert (found.status, found.body.status) == (200, "degraded")
+    assert found.body.error is not None
+    assert found.body.error.message == "1 of 2 replicas are asleep until POST /wake"
 
 
 def test_a_dead_engine_says_what_ended_it() -> None:

@@ -124,6 +124,18 @@ def test_what_does_not_finish_in_time_gets_an_error(stream: bool) -> None:
         assert "did not finish in time and are cancelled: 1" in errors
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_waits_for_an_engine_that_is_asleep(stream: bool) -> None:
+    with running("asleep", shutdown_timeout_s=3600.0) as server:
+        url = server.read_line()
+        answer = ask(url, stream=stream)
+        assert server.read_line() == "running"
+        server.process.send_signal(signal.SIGTERM)
+        assert "shut down before" in answer.get().text
+        code, errors = server.end()
+        assert code == 0 and "requests that wait for an engine that is asleep and are cancelled: 1" in errors
+
+
 def test_a_second_signal_does_not_wait() -> None:
     with running("pausing", shutdown_timeout_s=3600.0) as server:
         url = server.read_line()
