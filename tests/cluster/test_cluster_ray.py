@@ -33,7 +33,7 @@ from phalanx.executor.ray.calls import answers_to  # noqa: E402
 from phalanx.executor.ray.discovery import running_rays  # noqa: E402
 from phalanx.executor.ray.messages import NodeOrder  # noqa: E402
 from phalanx.executor.ray.node_agent import NodeAgent  # noqa: E402
-from phalanx.executor.ray.quarters import Quarters  # noqa: E402
+from phalanx.executor.ray.placement import RayPlacement  # noqa: E402
 from phalanx.executor.ray.survey import survey  # noqa: E402
 from phalanx.membership.resize import Size  # noqa: E402
 from phalanx.protocol.sampling import SamplingParams  # noqa: E402
@@ -148,7 +148,7 @@ def test_the_ledger_on_one_node(
     """One process more than without it, which sees all ranks itself."""
     with on_ray(checkpoint, heal=False) as llm:  # or a rank that was stopped would not be waited for
         (watcher,) = [one for one in psutil.Process().children() if "phalanx.executor.watcher_process" in one.cmdline()]
-        victim = llm._core.formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._core.formation._line.executor._launcher._processes.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGSTOP)
         going_on = threading.Timer(1.5, os.kill, (victim.pid, signal.SIGCONT))
         going_on.start()
@@ -207,9 +207,9 @@ def test_a_rank_that_shares_a_bundle_has_its_gpu(cluster: None) -> None:
     """And Ray has given no other one for it."""
     config = gpu_config()
     config = msgspec.structs.replace(config, parallel=msgspec.structs.replace(config.parallel, tensor_parallel_size=1))
-    with Quarters(config, lambda _: None) as first:
+    with RayPlacement(config, lambda _: None) as first:
         (before,) = first.survey(lambda _: None, Deadline(READY_WITHIN_S))
-        with Quarters(config, lambda _: None, beside=first.reservation.berths) as second:
+        with RayPlacement(config, lambda _: None, beside=first.reservation.bundles) as second:
             (after,) = second.survey(lambda _: None, Deadline(READY_WITHIN_S))
             assert ray.available_resources()["GPU"] == 1
         assert len(bundles()) == 1
@@ -282,7 +282,7 @@ def test_the_current_placement_group(cluster: None, checkpoint: Path, expected: 
 
             with LLM(checkpoint, **settings) as llm:
                 sampling = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
-                bundles = [rank.bundle for rank in llm._core.formation._line.executor._launcher._crew.placed]  # type: ignore[attr-defined]
+                bundles = [rank.bundle for rank in llm._core.formation._line.executor._launcher._processes.placed]  # type: ignore[attr-defined]
                 return bundles, [completion.token_ids for completion in llm.generate(prompts, sampling)]
 
     group = placement_group([{"CPU": 1}] * 3)
@@ -329,7 +329,7 @@ def test_a_node_that_cannot_be_linked_says_why(cluster: None) -> None:
 
 def test_a_killed_rank_is_named_with_its_log(cluster: None, checkpoint: Path) -> None:
     with on_ray(checkpoint, heal=False) as llm:
-        victim = llm._core.formation._line.executor._launcher._crew.placed[1]  # type: ignore[attr-defined]
+        victim = llm._core.formation._line.executor._launcher._processes.placed[1]  # type: ignore[attr-defined]
         os.kill(victim.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises(PeerDiedError, match=rf"rank 1 \(pid {victim.pid}\) died: killed by SIGKILL") as caught:

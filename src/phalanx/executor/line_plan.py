@@ -54,7 +54,7 @@ class LinePlan(NamedTuple):
     timeout_s: float | None = None
     """For the whole start; the configuration's if None."""
     is_beside: bool = False
-    """Whether another line computes in the same quarters, and is not to notice anything."""
+    """Whether another line computes on the same placement, and is not to notice anything."""
     is_awaited: bool = False
     """Whether requests wait for it: what its first steps can do without is left for later."""
     note: Callable[[Killable], None] = lambda ranks: None

@@ -34,7 +34,7 @@ from phalanx.transport.queue import MessageQueue, QueueHandle
 from phalanx.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
 NewLauncher = Callable[[Mapping[str, str]], LocalLauncher]
 """Makes the launcher of local ranks; gets the environment that they are to have."""
@@ -46,12 +46,12 @@ def start_executor(
     on_progress: OnProgress,
     *,
     new_launcher: NewLauncher = LocalLauncher,
-    quarters: Quarters | None = None,
+    placement: RayPlacement | None = None,
     line: LinePlan = ALONE,
 ) -> tuple[Executor, Capacity]:
     """Start the workers, load the model into them and allocate the KV cache. Blocks until they are ready to step.
 
-    `new_launcher` is for local ranks; `quarters`, for those of Ray, where lines before this one have been, if there
+    `new_launcher` is for local ranks; `placement`, for those of Ray, where lines before this one have been, if there
     were any.
 
     Raises ConfigError or another UserError for the user's mistakes, StartError, WorkerError, PeerDiedError or
@@ -60,7 +60,7 @@ def start_executor(
     config = settle(config, checkpoint)
     deadline = Deadline(line.timeout_s or config.executor.start_timeout_s)
     with ExitStack() as stack:
-        launched = _launch(config, checkpoint, on_progress, deadline, new_launcher, quarters, line)
+        launched = _launch(config, checkpoint, on_progress, deadline, new_launcher, placement, line)
         executor = stack.enter_context(launched)
         loaded = executor.await_loaded(on_progress, deadline.remaining_s)
         capacity = allocate_cache(executor, config, checkpoint, loaded, deadline, line)
@@ -116,7 +116,7 @@ def _launch(
     on_progress: OnProgress,
     deadline: Deadline,
     new_launcher: NewLauncher,
-    quarters: Quarters | None,
+    placement: RayPlacement | None,
     line: LinePlan,
 ) -> Executor:
     """Set the workers off, over the launcher and the channel that the configuration names."""
@@ -126,11 +126,11 @@ def _launch(
             report = partial(_report_inline, on_progress, deadline)
             placed = _place_inline(config, checkpoint, grid, report, line, stack)
         elif config.executor.launcher == "ray":
-            if quarters is None:
-                quarters = stack.enter_context(open_quarters(config, on_progress))
+            if placement is None:
+                placement = stack.enter_context(open_placement(config, on_progress))
             from phalanx.executor.ray.place import place_on_ray
 
-            placed = place_on_ray(quarters, checkpoint, grid, on_progress, deadline, line, stack)
+            placed = place_on_ray(placement, checkpoint, grid, on_progress, deadline, line, stack)
         else:
             placed = _place_local(config, checkpoint, grid, new_launcher, line, stack)
         guards = config.executor.collective_guard != "off" and grid.world_size > 1
@@ -218,17 +218,17 @@ def _ending_of(launcher: LocalLauncher, rank: int) -> str | None:
     return launcher.exits().get(rank)
 
 
-def open_quarters(
-    config: Config, on_progress: OnProgress, *, beside: Quarters | None = None, shares: bool = True
-) -> Quarters:
-    """Room for ranks on a Ray cluster. Raises ConfigError if Ray is not installed, and as Quarters.
+def open_placement(
+    config: Config, on_progress: OnProgress, *, beside: RayPlacement | None = None, shares: bool = True
+) -> RayPlacement:
+    """Room for ranks on a Ray cluster. Raises ConfigError if Ray is not installed, and as RayPlacement.
 
     `beside` has the ranks that they are to take over from; with `shares` they may be in the same bundles.
     """
     require_ray()
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
-    return Quarters(config, on_progress, beside=beside.reservation.berths if beside else (), shares=shares)
+    return RayPlacement(config, on_progress, beside=beside.reservation.bundles if beside else (), shares=shares)
 
 
 def _open_groups(config: Config, grid: Grid, resources: ExitStack, epoch: int = FIRST_EPOCH) -> list[GroupSpec]:

@@ -33,7 +33,7 @@ from phalanx.executor.executor import HEALTH_TIMEOUT_S, RPC_TIMEOUT_S, OnFailure
 from phalanx.executor.line_plan import Capacity
 from phalanx.executor.pending import Pending
 from phalanx.executor.presence import Presence
-from phalanx.executor.start import open_quarters, settle, start_executor
+from phalanx.executor.start import open_placement, settle, start_executor
 from phalanx.membership.ending import Ending
 from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import NO_MEMORY, Line, Lines
@@ -347,7 +347,7 @@ class Formation:
         assert self._resizer is not None and self._recovery is not None
         taken = self._resizer.commit()
         before, self._line, self._config, self.capacity = self._line, taken.line, taken.config, taken.capacity
-        self._recovery.resize(taken.config, taken.capacity, taken.memory, taken.quarters, before, taken.line)
+        self._recovery.resize(taken.config, taken.capacity, taken.memory, taken.placement, before, taken.line)
         self._warn_of_new_ranks()
         log.info("ranks of epoch %d go on: %s", self._line.epoch, self.size)
         return Resized(self._line.epoch, taken.config, taken.capacity)
@@ -409,17 +409,17 @@ def start_formation(
             executor, capacity = start_executor(config, checkpoint, on_progress)
             return Formation(config, Line(FIRST_EPOCH, executor, {}), capacity, stack.pop_all())
         holder: RankHolder = Holder()
-        quarters = None
+        placement = None
         if config.executor.launcher == "ray":
-            quarters = stack.enter_context(open_quarters(config, on_progress))
-            config = quarters.config
-            holder = quarters.holder()
+            placement = stack.enter_context(open_placement(config, on_progress))
+            config = placement.config
+            holder = placement.holder()
         presence = Presence(config)
         stack.callback(presence.close)
         # Of experts that move nobody knows, after a fault, which are where.
         memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
         stack.callback(memory.close)
-        lines = stack.enter_context(Lines(config, checkpoint, quarters))
+        lines = stack.enter_context(Lines(config, checkpoint, placement))
         if may_share(config):
             checkpoint.fingerprint  # noqa: B018  (now, as long as its files are what the ranks read)
         found = NO_MEMORY if offered is None else _borrow(memory, offered, config, checkpoint)

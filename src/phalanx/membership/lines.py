@@ -16,7 +16,7 @@ from phalanx.executor.executor import Executor, OnProgress
 from phalanx.executor.launcher import Killable
 from phalanx.executor.line_plan import Capacity, LinePlan
 from phalanx.executor.local import LocalLauncher, LocalLaunchers
-from phalanx.executor.start import open_quarters, start_executor
+from phalanx.executor.start import open_placement, start_executor
 from phalanx.ledger.verdict import HOPELESS, Cause
 from phalanx.ledger.watch_order import WatchOrder
 from phalanx.membership.ending import Ending
@@ -26,7 +26,7 @@ from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol.worker import FIRST_EPOCH
 
 if TYPE_CHECKING:
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
 ENDS_AFTER_S: Mapping[Cause, float] = MappingProxyType(
     dict.fromkeys(HOPELESS, 0.0) | dict.fromkeys(("stopped", "gil", "late", "behind", "hung"), 0.5)
@@ -105,17 +105,17 @@ class Interruption:
 
 
 class Lines:
-    """Starts lines of ranks: local ones on one fork server, those of Ray in the same quarters, and one in this process.
+    """Starts lines of ranks: local ones on one fork server, Ray's on the same placement, and one in this process.
 
-    For any thread, but in this process one line is started at a time. A context manager, which closes the quarters.
+    For any thread, but in this process one line is started at a time. A context manager, which closes the placement.
     """
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, quarters: Quarters | None = None) -> None:
-        """`config` is settled. `quarters`: of ranks with Ray."""
+    def __init__(self, config: Config, checkpoint: Checkpoint, placement: RayPlacement | None = None) -> None:
+        """`config` is settled. `placement`: of ranks with Ray."""
         self._config = config
         self.checkpoint = checkpoint
         """What lines that start from now on are made from."""
-        self._quarters = quarters
+        self._placement = placement
         self._launchers = LocalLaunchers()
         self._epochs = itertools.count(FIRST_EPOCH)
         self._endings: tuple[Ending, ...] = ()
@@ -131,10 +131,10 @@ class Lines:
         is_awaited: bool = False,
         interruption: Interruption | None = None,
         config: Config | None = None,
-        quarters: Quarters | None = None,
+        placement: RayPlacement | None = None,
     ) -> tuple[Line, Capacity]:
         """As `start_executor`, at the next epoch. `show` is called before its ranks start; `config`, if it is not that
-        of the other lines, is settled, too, and with Ray goes with `quarters` of its own. With `is_awaited` requests
+        of the other lines, is settled, too, and with Ray goes with a `placement` of its own. With `is_awaited` requests
         wait for it; with `interruption` it starts beside a line that computes. Those that `end` has ended are awaited
         first: a GPU has no room for three."""
         self.await_ends(interruption)
@@ -151,7 +151,7 @@ class Lines:
             ends_after_s=ENDS_AFTER_WITH_GPUS_S if _has_gpus_here(config) else ENDS_AFTER_S,
             show=partial(show or _show_nothing, epoch=epoch),
             timeout_s=timeout_s,
-            is_beside=interruption is not None and quarters is None,
+            is_beside=interruption is not None and placement is None,
             is_awaited=is_awaited,
             note=(interruption or Interruption()).note,
         )
@@ -166,7 +166,7 @@ class Lines:
             self.checkpoint,
             on_progress,
             new_launcher=new_launcher,
-            quarters=quarters or self._quarters,
+            placement=placement or self._placement,
             line=plan,
         )
         return Line(epoch, executor, told, launchers[-1].pids if launchers else dict), capacity
@@ -200,41 +200,41 @@ class Lines:
     @property
     def lacks_room(self) -> str | None:
         """What is missing on the nodes of a cluster, while a start waits for room. For any thread."""
-        return None if self._quarters is None else self._quarters.lacks_room
+        return None if self._placement is None else self._placement.lacks_room
 
     def avoid(self, nodes: tuple[str, ...]) -> None:
         """Lines that are placed from now on are to come to other nodes of the cluster."""
-        if self._quarters is not None:
-            self._quarters.avoid(nodes)
+        if self._placement is not None:
+            self._placement.avoid(nodes)
 
     @property
     def avoided(self) -> tuple[str, ...]:
         """The nodes of a cluster that lines are not to come to."""
-        return () if self._quarters is None else self._quarters.avoided
+        return () if self._placement is None else self._placement.avoided
 
-    def find_quarters(self, config: Config, on_progress: OnProgress, *, shares: bool) -> Quarters | None:
+    def find_placement(self, config: Config, on_progress: OnProgress, *, shares: bool) -> RayPlacement | None:
         """Places on the nodes of a cluster for a line of this configuration, beside one that computes; whoever asks
         closes them. With `shares` ranks may be where those of that line are. None without a cluster.
 
-        Blocks for seconds. Raises PlacementError, and as `open_quarters`.
+        Blocks for seconds. Raises PlacementError, and as `open_placement`.
         """
-        if self._quarters is None:
+        if self._placement is None:
             return None
-        return open_quarters(config, on_progress, beside=self._quarters, shares=shares)
+        return open_placement(config, on_progress, beside=self._placement, shares=shares)
 
-    def resize(self, config: Config, quarters: Quarters | None) -> Quarters | None:
-        """Lines that are started from now on have this configuration, which is settled, and these quarters; gives back
-        those that lines have had before, if they were with Ray."""
-        before, self._config, self._quarters = self._quarters, config, quarters
-        if before is not None and quarters is not None:
-            quarters.avoid(before.avoided)
+    def resize(self, config: Config, placement: RayPlacement | None) -> RayPlacement | None:
+        """Lines that are started from now on have this configuration, which is settled, and this placement; gives back
+        the one that lines have had before, if they were with Ray."""
+        before, self._config, self._placement = self._placement, config, placement
+        if before is not None and placement is not None:
+            placement.avoid(before.avoided)
         return before
 
     def close(self) -> None:
         """End the ranks of all lines, of those that are just starting, too. May be called more than once."""
         self._launchers.close()
-        if self._quarters is not None:
-            self._quarters.kill()
+        if self._placement is not None:
+            self._placement.kill()
         for ending in self._endings:
             ending.join(END_DEADLINE_S)
 
@@ -243,8 +243,8 @@ class Lines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        if self._quarters is not None:
-            self._quarters.close()
+        if self._placement is not None:
+            self._placement.close()
 
 
 def _has_gpus_here(config: Config) -> bool:

@@ -27,7 +27,7 @@ from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol.client import FormationStats, StartProgress
 
 if TYPE_CHECKING:
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
 END_DEADLINE_S = 30.0
 HANDED_OVER_S = 0.5
@@ -181,22 +181,22 @@ class Recovery:
         config: Config,
         capacity: Capacity,
         memory: FormationMemory,
-        quarters: Quarters | None,
+        placement: RayPlacement | None,
         before: Line,
         after: Line,
     ) -> None:
         """Another line of this size serves now: lines to come are like it, and the one before is ended.
 
         Blocks for no process: the two lines have nothing in common. Takes over `memory`, which `after` has made, and
-        the `quarters` where it is, if it is with Ray.
+        the `placement` where it is, if it is with Ray.
         """
         memory_before, self._memory, self._capacity = self._memory, memory, capacity
-        quarters_before = self._lines.resize(config, quarters)
+        placement_before = self._lines.resize(config, placement)
         self._presence.resize(config)
         self._presence.show(after.executor.watched, after.epoch)
         if self._standby is not None:
             self._standby.discard(self._end_later)
-        self._end_later(before, quarters_before)
+        self._end_later(before, placement_before)
         memory_before.close()
         self._renew_standby()
 
@@ -316,14 +316,14 @@ class Recovery:
         if self._standby is not None and has_weights and not self._rests_standby:
             self._standby.renew()
 
-    def _end_later(self, line: Line, quarters: Quarters | None = None) -> None:
-        """Kill its processes and let go of what it used, and of `quarters`, in the background: nobody waits for it."""
+    def _end_later(self, line: Line, placement: RayPlacement | None = None) -> None:
+        """Kill its processes and let go of what it used, and of `placement`, in the background: nobody waits for it."""
 
         def work() -> None:
             self._closing.wait(HANDED_OVER_S)
             with ExitStack() as stack:
-                if quarters is not None:
-                    stack.callback(quarters.close)
+                if placement is not None:
+                    stack.callback(placement.close)
                 end(line)
 
         self._do_in_background(work)

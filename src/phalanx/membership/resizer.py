@@ -33,7 +33,7 @@ from phalanx.models.checkpoint import Checkpoint
 from phalanx.protocol.client import StartProgress
 
 if TYPE_CHECKING:
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
 END_DEADLINE_S = 30.0
 ANSWER_S = 2.0
@@ -57,14 +57,14 @@ class NextLine(NamedTuple):
     capacity: Capacity
     memory: FormationMemory
     """What it leaves."""
-    quarters: Quarters | None = None
+    placement: RayPlacement | None = None
     """With Ray, where it is."""
 
     def close(self) -> None:
         """End it. Raises DeadlineError."""
         with ExitStack() as stack:
-            if self.quarters is not None:
-                stack.callback(self.quarters.close)
+            if self.placement is not None:
+                stack.callback(self.placement.close)
             stack.callback(self.memory.close)
             stack.callback(end, self.line)
 
@@ -258,35 +258,35 @@ class Resizer:
     def _prepare(self, config: Config, resize: Resize, pids: Iterable[int], preparation: Preparation) -> NextLine:
         """In the thread of the preparation."""
         with ExitStack() as undo:
-            quarters = self._find_room(config, resize.before, pids, preparation)
+            placement = self._find_room(config, resize.before, pids, preparation)
             holder: RankHolder = Holder()
-            if quarters is not None:
-                undo.callback(quarters.close)
-                preparation.interruption.note(quarters)
-                holder = quarters.holder()
+            if placement is not None:
+                undo.callback(placement.close)
+                preparation.interruption.note(placement)
+                holder = placement.holder()
             preparation.has_room.set()
             # Of experts that move nobody knows, after a fault, which are where.
             memory = FormationMemory(config.parallel.world_size, holder, holds_weights=not config.parallel.enable_eplb)
             undo.callback(memory.close)
             line, capacity = self._lines.start(
-                preparation.report, config=config, interruption=preparation.interruption, quarters=quarters
+                preparation.report, config=config, interruption=preparation.interruption, placement=placement
             )
             undo.callback(end, line)
             memory.take(line.told)
             if config.executor.worker_extension_cls is not None:
                 _tell_extension(line.executor, resize.before)
             undo.pop_all()
-            return NextLine(config, line, capacity, memory, quarters)
+            return NextLine(config, line, capacity, memory, placement)
 
     def _find_room(
         self, config: Config, before: Size, pids: Iterable[int], preparation: Preparation
-    ) -> Quarters | None:
+    ) -> RayPlacement | None:
         """On this host, or places on the nodes of a cluster, whose memory only the start can tell. Raises ConfigError
         that says what is missing."""
         if config.executor.launcher == "local":
             check_memory(config, before, pids)
         try:
-            return self._lines.find_quarters(config, preparation.report, shares=shares_devices(config))
+            return self._lines.find_placement(config, preparation.report, shares=shares_devices(config))
         except PlacementError as error:
             raise no_places(config, before, error) from error
 

@@ -19,9 +19,9 @@ from ray_head import head
 from phalanx.errors import ConfigError, DeadlineError
 from phalanx.executor.ray import head as head_module
 from phalanx.executor.ray import reservation
-from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.head import NUM_LOOKS, HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
+from phalanx.executor.ray.line_processes import LineProcesses
 from phalanx.executor.ray.probe import is_gone
 from phalanx.protocol.worker import Call, Ping, Stop, WorkerMessage
 
@@ -122,7 +122,10 @@ def test_ranks_that_ray_does_not_end_are_ended() -> None:
     with subprocess.Popen(["sleep", "60"]) as rank:
         placed = SimpleNamespace(rank=0, pid=rank.pid, is_driver_node=True, node_id="a")
         launcher = RayLauncher(
-            cast(Crew, SimpleNamespace(placed=(placed,), raylet=None, kill=lambda: None, end_remote=lambda: None))
+            cast(
+                LineProcesses,
+                SimpleNamespace(placed=(placed,), raylet=None, kill=lambda: None, end_remote=lambda: None),
+            )
         )
         launcher.close(0.0)
         assert rank.poll() == -9

@@ -30,7 +30,7 @@ class FakeAgent:
 
 
 @pytest.fixture
-def quarters(monkeypatch: pytest.MonkeyPatch) -> Any:
+def placement(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rank 0 is on the engine's node, rank 1 on another."""
 
     def get(agent: FakeAgent, timeout: float) -> bytes:
@@ -41,8 +41,8 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(holding, "ray", SimpleNamespace(get=get))
     agents = {"b": FakeAgent()}
     placed = [SimpleNamespace(is_driver_node=not rank, node_id="ab"[rank]) for rank in range(2)]
-    staff = SimpleNamespace(placed=placed, agents=dict(agents), agent_name=lambda node_id: f"the agent of {node_id}")
-    return SimpleNamespace(staff=staff, agents=SimpleNamespace(living=agents.get, actors=agents), has_ray=True)
+    actors = SimpleNamespace(placed=placed, agents=dict(agents), agent_name=lambda node_id: f"the agent of {node_id}")
+    return SimpleNamespace(actors=actors, agents=SimpleNamespace(living=agents.get, actors=agents), has_ray=True)
 
 
 @pytest.fixture
@@ -52,28 +52,28 @@ def memory() -> Iterator[HeldMemory]:
         yield HeldMemory((segment.handle,), {"weight": Region(0, 0, 8)})
 
 
-def test_each_node_holds_what_is_there(quarters: Any, memory: HeldMemory) -> None:
-    holder = NodesHolder(quarters)
+def test_each_node_holds_what_is_there(placement: Any, memory: HeldMemory) -> None:
+    holder = NodesHolder(placement)
     assert holder.hold(0, memory).regions == memory.regions
     assert holder.hold(1, memory) == holder.memory(1) == ELSEWHERE
-    agent = quarters.staff.agents["b"]
+    agent = placement.actors.agents["b"]
     holder.close()
     assert holder.memory(0) is None and holder.memory(1) is None
     assert agent.dropped == [1]
 
 
 @pytest.mark.parametrize("other", [None, FakeAgent()], ids=["lost", "another"])
-def test_it_is_lost_with_the_agent(quarters: Any, memory: HeldMemory, other: FakeAgent | None) -> None:
-    holder = NodesHolder(quarters)
+def test_it_is_lost_with_the_agent(placement: Any, memory: HeldMemory, other: FakeAgent | None) -> None:
+    holder = NodesHolder(placement)
     holder.hold(0, memory)
     holder.hold(1, memory)
-    quarters.agents.actors["b"] = other
+    placement.agents.actors["b"] = other
     assert holder.memory(0) is not None and holder.memory(1) is None
     holder.close()
-    assert not quarters.staff.agents["b"].dropped
+    assert not placement.actors.agents["b"].dropped
 
 
-def test_an_agent_that_does_not_answer_is_named(quarters: Any, memory: HeldMemory) -> None:
-    quarters.staff.agents["b"].answers = False
+def test_an_agent_that_does_not_answer_is_named(placement: Any, memory: HeldMemory) -> None:
+    placement.actors.agents["b"].answers = False
     with pytest.raises(StartError, match=r"agent of b did not start: no answer \(while holding the memory of rank 1"):
-        NodesHolder(quarters).hold(1, memory)
+        NodesHolder(placement).hold(1, memory)

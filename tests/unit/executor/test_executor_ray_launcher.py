@@ -46,7 +46,7 @@ class Cluster:
         return started.exits()[0]
 
     def _start(self, *names: str) -> RayLauncher:
-        crew: Any = SimpleNamespace(
+        processes: Any = SimpleNamespace(
             placed=[
                 SimpleNamespace(rank=0, pid=1, is_driver_node=True, node_id="a", node="alpha"),
                 SimpleNamespace(rank=1, pid=1, is_driver_node=False, node_id="b", node="beta"),
@@ -56,7 +56,7 @@ class Cluster:
             run_nodes=lambda: {name: name for name in names if not name.isdigit()},
             last_words=lambda rank: "its log is empty",
         )
-        started = RayLauncher(crew)
+        started = RayLauncher(processes)
         specs: Any = [SimpleNamespace(rank=int(name)) for name in names if name.isdigit()]
         started.start(specs)
         return started

@@ -65,9 +65,9 @@ def resources() -> Iterator[ExitStack]:
 
 def judged(guard: str, launcher: Launcher, resources: ExitStack) -> Ledger:
     """The ledger of two ranks of this node, once it has found that they diverge."""
-    crew: Any = SimpleNamespace(placed=tuple(map(placed, range(2))), ranks_of_agents=dict)
+    processes: Any = SimpleNamespace(placed=tuple(map(placed, range(2))), ranks_of_agents=dict)
     config = Config.build(model="any", launcher="ray", tensor_parallel_size=2, collective_guard=guard)
-    ledger = keep_ledger(config, crew, [GROUP], launcher, resources)  # type: ignore[arg-type]
+    ledger = keep_ledger(config, processes, [GROUP], launcher, resources)  # type: ignore[arg-type]
     for rank, handle in ledger.journals.items():
         journal = Journal(resources.enter_context(SharedSegment.attach(handle)).buf, epoch=1)
         journal.enter("stepping")

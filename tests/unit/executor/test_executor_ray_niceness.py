@@ -12,7 +12,7 @@ pytest.importorskip("ray")
 
 from phalanx.executor.ray.messages import Introduction
 from phalanx.executor.ray.niceness import SETTING
-from phalanx.executor.ray.staff import _warn_of_niceness
+from phalanx.executor.ray.rank_actors import _warn_of_niceness
 from phalanx.topology.placement import Node
 
 OWN = os.nice(0)

@@ -99,7 +99,7 @@ def test_two_lines_at_a_time(launchers: FakeLaunchers, monkeypatch: pytest.Monke
     ends_with: list[Party] = []
     monkeypatch.setattr(rank_actor, "end_with", ends_with.append)
     actor, brain = RankActor(), Party("the brain", 1, 2)
-    assert actor.enlist(preparation(1)) == actor.enlist(preparation(2)) == PID
+    assert actor.make_process(preparation(1)) == actor.make_process(preparation(2)) == PID
     assert actor.run(order(1, brain)) == actor.run(order(2, brain)) == KILLED
     assert ends_with == [brain], "all lines have the same"
     actor.end(1)
@@ -114,10 +114,10 @@ def test_a_line_that_is_not_to_come_any_more(launchers: FakeLaunchers) -> None:
     actor = RankActor()
     actor.end(1)
     with pytest.raises(RuntimeError, match="it is not needed any more"):
-        actor.enlist(preparation(1))
+        actor.make_process(preparation(1))
     launchers.while_reserving = lambda: actor.end(2)
     with pytest.raises(RuntimeError, match="it is not needed any more"):
-        actor.enlist(preparation(2))
+        actor.make_process(preparation(2))
     assert launchers.made[-1].is_closed
 
 
@@ -126,7 +126,7 @@ def test_what_the_node_has_set_itself_stays(launchers: FakeLaunchers, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Ray's doing
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # Ray's doing, too
     given = {"NCCL_DEBUG": "INFO", "HF_TOKEN": "x"}
-    RankActor().enlist(preparation(1, environment=given, visible_devices="2,3"))
+    RankActor().make_process(preparation(1, environment=given, visible_devices="2,3"))
     found = launchers.made[0].environment
     assert "NCCL_DEBUG" not in found and found["HF_TOKEN"] == "x"
     assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("2", "2,3")

@@ -13,13 +13,13 @@ pytest.importorskip("ray")
 
 from phalanx.config import ClusterConfig, Config
 from phalanx.errors import PlacementError
+from phalanx.executor.ray import rank_actors
 from phalanx.executor.ray import reservation as module
-from phalanx.executor.ray import staff as staff_module
 from phalanx.executor.ray.agents import Agents
-from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.messages import Introduction
+from phalanx.executor.ray.rank_actors import RankActors
 from phalanx.executor.ray.reservation import Reservation, reserve
-from phalanx.executor.ray.staff import Staff
+from phalanx.executor.ray.shared_bundle import SharedBundle
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Demand, Node, Place
 
@@ -83,15 +83,15 @@ def test_another_grid_shares_what_it_can_and_gives_back_what_is_left(cluster: Cl
         with ExitStack() as first:
             before = reserved(cluster, first, 3)
             assert cluster.homes() == "aab"
-            after = reserved(cluster, second, 4, beside=before.berths)
+            after = reserved(cluster, second, 4, beside=before.bundles)
             assert cluster.homes() == "aabb", "one is new"
-            assert [berth.is_shared for berth in after.berths] == [True, True, True, False]
-            assert set(before.berths) < set(after.berths)
-        assert cluster.homes() == "aabb" and not any(berth.is_shared for berth in after.berths)
+            assert [bundle.is_shared for bundle in after.bundles] == [True, True, True, False]
+            assert set(before.bundles) < set(after.bundles)
+        assert cluster.homes() == "aabb" and not any(bundle.is_shared for bundle in after.bundles)
         with ExitStack() as third:
-            smaller = reserved(cluster, third, 1, beside=after.berths)
+            smaller = reserved(cluster, third, 1, beside=after.bundles)
             second.close()
-            assert cluster.homes() == "a" and smaller.berths[0] in before.berths
+            assert cluster.homes() == "a" and smaller.bundles[0] in before.bundles
     assert not cluster.groups
 
 
@@ -99,22 +99,22 @@ def test_what_is_undone_leaves_the_bundles_before(cluster: Cluster) -> None:
     with ExitStack() as first:
         before = reserved(cluster, first, 3)
         with ExitStack() as second:
-            reserved(cluster, second, 4, beside=before.berths)
-        assert cluster.homes() == "aab" and not any(berth.is_shared for berth in before.berths)
+            reserved(cluster, second, 4, beside=before.bundles)
+        assert cluster.homes() == "aab" and not any(bundle.is_shared for bundle in before.bundles)
         cluster.never_ready = {"b"}
         with pytest.raises(PlacementError, match="taken by somebody else in this moment"):
-            reserved(cluster, second, 4, beside=before.berths)
-        assert cluster.homes() == "aab" and not any(berth.is_shared for berth in before.berths)
+            reserved(cluster, second, 4, beside=before.bundles)
+        assert cluster.homes() == "aab" and not any(bundle.is_shared for bundle in before.bundles)
 
 
 def test_a_node_that_is_drained(cluster: Cluster) -> None:
     with ExitStack() as second:
         with ExitStack() as first:
             before = reserved(cluster, first, 3)
-            after = reserved(cluster, second, 3, beside=before.berths, avoid=("beta",))
-            assert [berth.node_id for berth in after.berths] == ["a", "a", "c"]
+            after = reserved(cluster, second, 3, beside=before.bundles, avoid=("beta",))
+            assert [bundle.node_id for bundle in after.bundles] == ["a", "a", "c"]
             with pytest.raises(PlacementError, match="room for 3"):
-                reserved(cluster, second, 5, beside=before.berths, avoid=("beta",))
+                reserved(cluster, second, 5, beside=before.bundles, avoid=("beta",))
         assert cluster.homes() == "aac"
 
 
@@ -123,17 +123,17 @@ def test_bundles_that_cannot_be_shared(cluster: Cluster) -> None:
     with ExitStack() as ownership:
         with ExitStack() as first:
             before = reserved(cluster, first, 3)
-            reserved(cluster, ownership, 3, beside=before.berths, shares=False)
+            reserved(cluster, ownership, 3, beside=before.bundles, shares=False)
             assert cluster.homes() == "aabbcc"
-        reserved(cluster, ownership, 3, beside=before.berths)
-        assert not any(berth.is_shared for berth in before.berths)
+        reserved(cluster, ownership, 3, beside=before.bundles)
+        assert not any(bundle.is_shared for bundle in before.bundles)
 
 
 def test_in_a_group_of_the_users_others_are_looked_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_in: list[Any] = []
     monkeypatch.setattr(module, "_in_existing", lambda *arguments: looked_in.append(arguments[-1]))
     group: Any = SimpleNamespace()
-    theirs = Berth(group, 1, "a")
+    theirs = SharedBundle(group, 1, "a")
     reserved(cluster, ExitStack(), 3, beside=[theirs])
     assert looked_in == [group] and not theirs.share()
 
@@ -150,20 +150,20 @@ def test_an_actor_in_a_shared_bundle_asks_for_nothing_and_has_the_devices_that_a
 ) -> None:
     made = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda: FakeActor(options)))
     monkeypatch.setattr(
-        staff_module, "ray", SimpleNamespace(remote=lambda _: made, is_initialized=lambda: True, kill=lambda _: None)
+        rank_actors, "ray", SimpleNamespace(remote=lambda _: made, is_initialized=lambda: True, kill=lambda _: None)
     )
-    monkeypatch.setattr(staff_module, "PlacementGroupSchedulingStrategy", lambda *where: where)
+    monkeypatch.setattr(rank_actors, "PlacementGroupSchedulingStrategy", lambda *where: where)
     group: Any = SimpleNamespace()
-    berths = (Berth(group, 0, "a", is_ours=True), Berth(group, 1, "a", is_ours=True))
-    berths[0].devices = ("3",)
-    assert berths[0].share()
+    bundles = (SharedBundle(group, 0, "a", is_ours=True), SharedBundle(group, 1, "a", is_ours=True))
+    bundles[0].devices = ("3",)
+    assert bundles[0].share()
     places = (Place(0, "a", 0), Place(1, "a", 1))
     nodes = {"a": Node("a", "alpha", "10.0.0.1", 4, 4, is_driver=True)}
-    reservation = Reservation(places, berths, nodes, Demand("GPU", 1.0, True))
+    reservation = Reservation(places, bundles, nodes, Demand("GPU", 1.0, True))
     config = ClusterConfig()
-    staff = Staff(config, Grid(2, 1), reservation, Agents(config))
-    assert [(actor.options["num_gpus"], actor.options["num_cpus"]) for actor in staff.ranks] == [(0, 0), (1.0, 0)]
-    assert [actor.options["scheduling_strategy"] for actor in staff.ranks] == [(group, 0), (group, 1)]
+    actors = RankActors(config, Grid(2, 1), reservation, Agents(config))
+    assert [(actor.options["num_gpus"], actor.options["num_cpus"]) for actor in actors.ranks] == [(0, 0), (1.0, 0)]
+    assert [actor.options["scheduling_strategy"] for actor in actors.ranks] == [(group, 0), (group, 1)]
     told = Introduction(
         node_id="a",
         host="alpha",
@@ -175,4 +175,4 @@ def test_an_actor_in_a_shared_bundle_asks_for_nothing_and_has_the_devices_that_a
         addresses=(),
         nicer_than_raylet=0,
     )
-    assert staff._with_devices(places[0], told).devices == ("3",)
+    assert actors._with_devices(places[0], told).devices == ("3",)

@@ -12,7 +12,7 @@ from phalanx.memory.held import HeldMemory, decode_held, encode_held
 from phalanx.memory.holder import Holder
 
 if TYPE_CHECKING:
-    from phalanx.executor.ray.quarters import Quarters
+    from phalanx.executor.ray.placement import RayPlacement
 
 ANSWER_S = 5.0
 
@@ -31,23 +31,23 @@ class NodesHolder:
     Belongs to one thread.
     """
 
-    def __init__(self, quarters: Quarters) -> None:
-        self._quarters = quarters
+    def __init__(self, placement: RayPlacement) -> None:
+        self._placement = placement
         self._here = Holder()
         self._elsewhere: dict[int, _Elsewhere] = {}
 
     def hold(self, rank: int, told: HeldMemory) -> HeldMemory:
         """As Holder. Raises StartError, too, if an agent does not do it."""
-        staff = self._quarters.staff
-        placed = staff.placed[rank]
+        actors = self._placement.actors
+        placed = actors.placed[rank]
         if placed.is_driver_node:
             return self._here.hold(rank, told)
-        agent = staff.agents[placed.node_id]
+        agent = actors.agents[placed.node_id]
         try:
             answer: bytes = ray.get(agent.hold.remote(rank, encode_held(told)), timeout=ANSWER_S)
         except Exception as error:
             raise StartError(
-                staff.agent_name(placed.node_id), f"holding the memory of rank {rank}", explain(error)
+                actors.agent_name(placed.node_id), f"holding the memory of rank {rank}", explain(error)
             ) from error
         self._elsewhere[rank] = _Elsewhere(placed.node_id, agent, decode_held(answer))
         return self._elsewhere[rank].memory
@@ -63,7 +63,7 @@ class NodesHolder:
         """As Holder. Returns before an agent has done it."""
         self._here.drop(rank)
         held = self._elsewhere.pop(rank, None)
-        if held is not None and self._is_there(held) and self._quarters.has_ray:
+        if held is not None and self._is_there(held) and self._placement.has_ray:
             held.agent.drop.remote(rank)
 
     def close(self) -> None:
@@ -73,4 +73,4 @@ class NodesHolder:
             self.drop(rank)
 
     def _is_there(self, held: _Elsewhere) -> bool:
-        return self._quarters.agents.living(held.node_id) is held.agent
+        return self._placement.agents.living(held.node_id) is held.agent

@@ -18,8 +18,8 @@ from phalanx.executor.ending import living
 from phalanx.executor.journals import dump_order, make_journals, who_is_ended
 from phalanx.executor.presence import open_outlets
 from phalanx.executor.ray.assignment import PlacedRank
-from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.launcher import RayLauncher
+from phalanx.executor.ray.line_processes import LineProcesses
 from phalanx.executor.ray.messages import NodeReport
 from phalanx.executor.watching import ENDS_WITHOUT_HOPE, Watching, start_watching
 from phalanx.ledger.limits import Limits
@@ -52,7 +52,7 @@ class Ledger(NamedTuple):
 
 def keep_ledger(
     config: Config,
-    crew: Crew,
+    processes: LineProcesses,
     groups: Sequence[GroupSpec],
     launcher: RayLauncher,
     resources: ExitStack,
@@ -63,13 +63,13 @@ def keep_ledger(
 
     None, with a warning, if it cannot be started: the ranks do without.
     """
-    here = [rank for rank in crew.placed if rank.is_driver_node]
-    processes = {rank.rank: party for rank in here for party in living([rank.pid], f"rank {rank.rank}")}
-    journals = make_journals([rank.rank for rank in here], resources, processes)
-    names = {rank.rank: _names(groups, rank.rank) for rank in crew.placed}
-    remote = crew.ranks_of_agents()
+    here = [rank for rank in processes.placed if rank.is_driver_node]
+    parties = {rank.rank: party for rank in here for party in living([rank.pid], f"rank {rank.rank}")}
+    journals = make_journals([rank.rank for rank in here], resources, parties)
+    names = {rank.rank: _names(groups, rank.rank) for rank in processes.placed}
+    remote = processes.ranks_of_agents()
     order = WatchOrder(
-        ranks=tuple(_watched(crew.placed[rank], names[rank], journal) for rank, journal in journals.items()),
+        ranks=tuple(_watched(processes.placed[rank], names[rank], journal) for rank, journal in journals.items()),
         groups={group.name: group.ranks for group in groups if group.size > 1},
         limits=Limits(step_timeout_s=config.executor.step_timeout_s, start_timeout_s=config.executor.start_timeout_s),
         outlets=open_outlets(config, resources, num_elsewhere=sum(map(len, remote.values()))),
@@ -79,12 +79,12 @@ def keep_ledger(
         watching = _start(config, order, launcher, ends_after_s, resources)
         return Ledger(watching, journals, {}) if watching is not None else Ledger.none()
     key = RunKey.new()
-    with listen_on(crew.brain_address) as listener:
+    with listen_on(processes.brain_address) as listener:
         address, port = address_of(listener)
         others = OtherNodesOrder(
             listener=listener.fileno(),
             key=key,
-            ranks={crew.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
+            ranks={processes.placed[ranks[0]].node: tuple(ranks) for ranks in remote.values()},
             node_timeout_s=config.cluster.node_timeout_s,
             steps_ahead=max(config.parallel.pipeline_parallel_size, 2),  # as the brain has under way at most
         )

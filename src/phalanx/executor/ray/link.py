@@ -14,7 +14,7 @@ from phalanx.executor.channel import Channel
 from phalanx.executor.groups import open_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.calls import answers_to
-from phalanx.executor.ray.crew import Crew
+from phalanx.executor.ray.line_processes import LineProcesses
 from phalanx.executor.ray.messages import NodeOrder, NodeReady, NodeReport
 from phalanx.protocol.worker import Call, WorkerMessage
 from phalanx.transport.cluster_queue import ClusterQueue
@@ -53,7 +53,7 @@ def link_locally(ranks: Sequence[PlacedRank], groups: Sequence[GroupSpec], resou
 
 def link_nodes(
     config: Config,
-    crew: Crew,
+    processes: LineProcesses,
     groups: Sequence[GroupSpec],
     reports: Mapping[str, NodeReport],
     resources: ExitStack,
@@ -65,23 +65,23 @@ def link_nodes(
     Raises StartError or DeadlineError naming the node that cannot be linked, ConfigError for a wrong address.
     """
     key = RunKey.new()
-    queue = _listen(config, crew, key, resources)
-    homes = {group.name: _home(group, crew.placed) for group in groups}
+    queue = _listen(config, processes, key, resources)
+    homes = {group.name: _home(group, processes.placed) for group in groups}
     orders = {
         node_id: _order(
             config,
-            crew,
+            processes,
             ranks,
             queue,
             key,
             [group for group in groups if homes[group.name] == node_id],
             reports.get(node_id),
         )
-        for node_id, ranks in crew.ranks_of_agents().items()
+        for node_id, ranks in processes.ranks_of_agents().items()
     }
-    answers = answers_to(crew.prepare_nodes(orders), "linking", crew.deadline.remaining_s)
-    queue.accept(deadline_s=crew.deadline.remaining_s)
-    queues = {rank.rank: queue.handle(rank.rank) for rank in crew.placed if rank.is_driver_node}
+    answers = answers_to(processes.prepare_nodes(orders), "linking", processes.deadline.remaining_s)
+    queue.accept(deadline_s=processes.deadline.remaining_s)
+    queues = {rank.rank: queue.handle(rank.rank) for rank in processes.placed if rank.is_driver_node}
     opened = {group.name: group for group in groups}
     journals: dict[int, SegmentHandle] = {}
     for order, answer in zip(orders.values(), answers, strict=True):
@@ -90,19 +90,21 @@ def link_nodes(
         opened.update((group.name, group) for group in ready.groups)
         journals.update(ready.journals)
     for group in groups:
-        if homes[group.name] == crew.driver_node.node_id:
+        if homes[group.name] == processes.driver_node.node_id:
             opened[group.name] = resources.enter_context(open_group(group)).spec
     return Linked(queue, queues, tuple(opened[group.name] for group in groups), journals, queue.address)
 
 
-def _listen(config: Config, crew: Crew, key: RunKey, resources: ExitStack) -> ClusterQueue[Call, WorkerMessage]:
-    local = [rank for rank in crew.placed if rank.is_driver_node]
+def _listen(
+    config: Config, processes: LineProcesses, key: RunKey, resources: ExitStack
+) -> ClusterQueue[Call, WorkerMessage]:
+    local = [rank for rank in processes.placed if rank.is_driver_node]
     queue: ClusterQueue[Call, WorkerMessage] = ClusterQueue(
         [rank.rank for rank in local],
-        {crew.placed[ranks[0]].node: ranks for ranks in crew.ranks_of_agents().values()},
+        {processes.placed[ranks[0]].node: ranks for ranks in processes.ranks_of_agents().values()},
         command_type=Call,
         reply_type=WorkerMessage,
-        address=crew.brain_address,
+        address=processes.brain_address,
         key=key,
         node_timeout_s=config.cluster.node_timeout_s,
     )
@@ -114,16 +116,16 @@ def _listen(config: Config, crew: Crew, key: RunKey, resources: ExitStack) -> Cl
 
 def _order(
     config: Config,
-    crew: Crew,
+    processes: LineProcesses,
     ranks: Sequence[int],
     queue: ClusterQueue[Call, WorkerMessage],
     key: RunKey,
     groups: Sequence[GroupSpec],
     report: NodeReport | None,
 ) -> NodeOrder:
-    placed = [crew.placed[rank] for rank in ranks]
+    placed = [processes.placed[rank] for rank in ranks]
     return NodeOrder(
-        epoch=crew.epoch,
+        epoch=processes.epoch,
         name=placed[0].node,
         ranks=tuple(ranks),
         pids=tuple(rank.pid for rank in placed),
@@ -131,7 +133,7 @@ def _order(
         brain_port=queue.port,
         own_address=placed[0].address,
         key=key,
-        deadline_s=crew.deadline.remaining_s,
+        deadline_s=processes.deadline.remaining_s,
         groups=tuple(groups),
         report=report,
         stay_s=config.healing.heal_timeout_s if config.healing.heal else DISMISSAL_S,

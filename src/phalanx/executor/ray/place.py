@@ -18,14 +18,14 @@ from phalanx.executor.ray.head import HeadWatch, WatchedChannel
 from phalanx.executor.ray.launcher import RayLauncher
 from phalanx.executor.ray.ledger import Ledger, keep_ledger
 from phalanx.executor.ray.link import Linked, link_locally, link_nodes
-from phalanx.executor.ray.quarters import Quarters
+from phalanx.executor.ray.placement import RayPlacement
 from phalanx.models.checkpoint import Checkpoint
 from phalanx.topology.grid import Grid
 from phalanx.worker.spec import WorkerSpec
 
 
 def place_on_ray(
-    quarters: Quarters,
+    placement: RayPlacement,
     checkpoint: Checkpoint,
     grid: Grid,
     on_progress: OnProgress,
@@ -33,12 +33,12 @@ def place_on_ray(
     line: LinePlan,
     resources: ExitStack,
 ) -> Placed:
-    """Place the ranks of a line in their quarters, a process each.
+    """Place the ranks of a line, a process each.
 
     Raises ConfigError, PlacementError; StartError or DeadlineError naming the rank or node that did not come up.
     """
-    config = quarters.config
-    crew = quarters.hire(
+    config = placement.config
+    processes = placement.make_processes(
         str(checkpoint.path),
         line.epoch,
         on_progress,
@@ -47,31 +47,34 @@ def place_on_ray(
         is_beside=line.is_beside,
         note=line.note,
     )
-    resources.callback(crew.kill)
+    resources.callback(processes.kill)
     groups = [
         describe_group(
-            config, members, one_host=len({crew.placed[rank].node_id for rank in members.ranks}) == 1, epoch=line.epoch
+            config,
+            members,
+            one_host=len({processes.placed[rank].node_id for rank in members.ranks}) == 1,
+            epoch=line.epoch,
         )
         for members in grid.groups()
     ]
-    launcher = RayLauncher(crew)
+    launcher = RayLauncher(processes)
     resources.callback(launcher.let_go)
     ledger = Ledger.none()
     if config.executor.ledger:
-        ledger = keep_ledger(config, crew, groups, launcher, resources, line.ends_after_s)
-    if crew.agents:
-        linked = link_nodes(config, crew, groups, ledger.reports, resources)
+        ledger = keep_ledger(config, processes, groups, launcher, resources, line.ends_after_s)
+    if processes.agents:
+        linked = link_nodes(config, processes, groups, ledger.reports, resources)
     else:
-        linked = link_locally(crew.placed, groups, resources)
+        linked = link_locally(processes.placed, groups, resources)
     journals = {**ledger.journals, **linked.journals}
     specs = [
         msgspec.structs.replace(_spec(config, checkpoint, rank, linked, line), journal=journals.get(rank.rank))
-        for rank in crew.placed
+        for rank in processes.placed
     ]
     if config.executor.collective_guard != "off":
-        specs = with_boards(specs, [rank.rank for rank in crew.placed if rank.is_driver_node], resources)
+        specs = with_boards(specs, [rank.rank for rank in processes.placed if rank.is_driver_node], resources)
     watch = resources.enter_context(HeadWatch.of_connection())
-    nodes = tuple(rank.node for rank in crew.placed)
+    nodes = tuple(rank.node for rank in processes.placed)
     return Placed(launcher, WatchedChannel(linked.channel, watch), specs, ledger.watching, nodes)
 
 

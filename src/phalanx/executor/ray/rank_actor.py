@@ -30,7 +30,7 @@ MOST_CALLS = 16
 class RankActor:
     """One rank, in any number of lines. It is called in several threads at a time.
 
-    For each line `enlist`, then `run`; `end` at any time.
+    For each line `make_process`, then `run`; `end` at any time.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class RankActor:
         """Who and where this is: an encoded Introduction."""
         return msgspec.msgpack.encode(introduction())
 
-    def enlist(self, preparation: bytes) -> int:
+    def make_process(self, preparation: bytes) -> int:
         """Make a process for a line (Preparation), which waits for its order; its pid. Blocks, the first time while
         torch is imported. Raises RuntimeError that says why there is none."""
         told = msgspec.msgpack.decode(preparation, type=Preparation)

@@ -24,9 +24,9 @@ from ray.util.placement_group import (
 
 from phalanx.config import Config
 from phalanx.errors import ConfigError, PlacementError
-from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.connection import Connection
 from phalanx.executor.ray.probe import answers
+from phalanx.executor.ray.shared_bundle import SharedBundle
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import (
     Bundle,
@@ -56,7 +56,7 @@ class Reservation(NamedTuple):
     """A bundle for each rank."""
 
     places: tuple[Place, ...]
-    berths: tuple[Berth, ...]
+    bundles: tuple[SharedBundle, ...]
     """In rank order."""
     nodes: Mapping[str, Node]
     """By their ids."""
@@ -70,7 +70,7 @@ def reserve(
     device: str,
     ownership: ExitStack,
     *,
-    beside: Sequence[Berth] = (),
+    beside: Sequence[SharedBundle] = (),
     shares: bool = True,
 ) -> Reservation:
     """Find a bundle for each rank: in the placement group that the configuration names, in the current one, or one that
@@ -117,7 +117,7 @@ def _in_new(
     grid: Grid,
     demand: Demand,
     ownership: ExitStack,
-    beside: Sequence[Berth],
+    beside: Sequence[SharedBundle],
 ) -> Reservation:
     if config.cluster.ray_bundle_indices is not None:
         allowed = "only with a placement group that exists"
@@ -129,7 +129,7 @@ def _in_new(
         may_split=config.cluster.allow_split_tensor_parallel,
         num_local=config.parallel.data_parallel_size_local,
     )
-    own = Counter(berth.node_id for berth in beside)
+    own = Counter(bundle.node_id for bundle in beside)
     nodes = [
         node._replace(free=node.free + own[node.node_id] * demand.per_rank)
         for node in avoiding(connection.nodes(demand.resource), config.cluster.avoid_nodes)
@@ -142,56 +142,58 @@ def _in_new(
             raise _NotYetError(error) from error
         raise
     with ExitStack() as undo:
-        berths = _claim(places, demand, beside, undo)
-        if not all(berth.is_shared or berth.group.wait(SETTLE_S) for berth in berths):
+        bundles = _claim(places, demand, beside, undo)
+        if not all(bundle.is_shared or bundle.group.wait(SETTLE_S) for bundle in bundles):
             undo.close()
             time.sleep(random.uniform(0.0, COLLISION_S))
             complaint = "what the ranks need was taken by somebody else in this moment"
             raise _NotYetError(PlacementError(complaint, _free_table(demand, nodes)))
         ownership.push(undo.pop_all())
-    return Reservation(places, berths, {node.node_id: node for node in nodes}, demand)
+    return Reservation(places, bundles, {node.node_id: node for node in nodes}, demand)
 
 
-def _claim(places: Sequence[Place], demand: Demand, beside: Sequence[Berth], undo: ExitStack) -> tuple[Berth, ...]:
-    """A berth for each, which goes with `undo`: one of those beside while there are any on its node, else a new one,
+def _claim(
+    places: Sequence[Place], demand: Demand, beside: Sequence[SharedBundle], undo: ExitStack
+) -> tuple[SharedBundle, ...]:
+    """A bundle for each, which goes with `undo`: one of those beside while there are any on its node, else a new one,
     which Ray may still be making.
 
     Each is a placement group, so that each can be given back: Ray cannot take a bundle out of a group.
     """
     left = list(beside)
-    berths: list[Berth] = []
-    undo.callback(_let_go, berths)
+    bundles: list[SharedBundle] = []
+    undo.callback(_let_go, bundles)
     for place in places:
-        berth = next((berth for berth in left if berth.node_id == place.node_id and berth.share()), None)
-        if berth is None:
-            berth = _asked_for(place, demand)
+        bundle = next((bundle for bundle in left if bundle.node_id == place.node_id and bundle.share()), None)
+        if bundle is None:
+            bundle = _asked_for(place, demand)
         else:
-            left.remove(berth)
-        berths.append(berth)
-    return tuple(berths)
+            left.remove(bundle)
+        bundles.append(bundle)
+    return tuple(bundles)
 
 
-def _asked_for(place: Place, demand: Demand) -> Berth:
+def _asked_for(place: Place, demand: Demand) -> SharedBundle:
     group = placement_group(
         [{demand.resource: demand.per_rank}], bundle_label_selector=[{"ray.io/node-id": place.node_id}]
     )
-    return Berth(group, 0, place.node_id, is_ours=True)
+    return SharedBundle(group, 0, place.node_id, is_ours=True)
 
 
-def _let_go(berths: Sequence[Berth]) -> None:
+def _let_go(bundles: Sequence[SharedBundle]) -> None:
     """Give those back that nobody else has."""
-    _remove([berth.group for berth in berths if berth.let_go()])
+    _remove([bundle.group for bundle in bundles if bundle.let_go()])
 
 
 def busy_places(connection: Connection, reservation: Reservation) -> list[Place]:
     """Those whose bundle an actor has that is still ending, as far as Ray's head knows by now."""
     demand, free = reservation.demand, connection.free()
 
-    def is_free(berth: Berth) -> bool:
-        left = free.get(berth.node_id, {}).get(berth.resource(demand.resource), 0.0)
+    def is_free(bundle: SharedBundle) -> bool:
+        left = free.get(bundle.node_id, {}).get(bundle.resource(demand.resource), 0.0)
         return left >= demand.per_rank - NEXT_TO_NOTHING
 
-    return [place for place in reservation.places if not is_free(reservation.berths[place.rank])]
+    return [place for place in reservation.places if not is_free(reservation.bundles[place.rank])]
 
 
 def _remove(groups: Sequence[PlacementGroup]) -> None:
@@ -237,8 +239,8 @@ def _in_existing(
         if _succeeds(lambda: choose([_emptied(bundle, entry, demand) for bundle in bundles])):
             raise _NotYetError(error) from error
         raise
-    berths = tuple(Berth(group, place.bundle, place.node_id) for place in places)
-    return Reservation(places, berths, {node.node_id: node for node in nodes}, demand)
+    shared = tuple(SharedBundle(group, place.bundle, place.node_id) for place in places)
+    return Reservation(places, shared, {node.node_id: node for node in nodes}, demand)
 
 
 def _bundles(
@@ -263,8 +265,8 @@ def _free_in_bundle(
 ) -> float:
     if not entry["bundles"][index].get(demand.resource):
         return 0.0
-    berth = Berth(group, index, entry["bundles_to_node_id"][index])
-    return connection.free_on(berth.node_id, berth.resource(demand.resource))
+    bundle = SharedBundle(group, index, entry["bundles_to_node_id"][index])
+    return connection.free_on(bundle.node_id, bundle.resource(demand.resource))
 
 
 def _existing(config: Config) -> PlacementGroup | None:

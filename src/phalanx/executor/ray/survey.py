@@ -12,7 +12,7 @@ from phalanx.executor.deadline import Deadline
 from phalanx.executor.groups import describe_group
 from phalanx.executor.ray.assignment import PlacedRank
 from phalanx.executor.ray.connection import connect
-from phalanx.executor.ray.quarters import Quarters
+from phalanx.executor.ray.placement import RayPlacement
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import aligned
 
@@ -55,10 +55,10 @@ def survey(config: Config) -> Placement:
         deadline = Deadline(config.executor.start_timeout_s)
         resources.enter_context(connect(config.cluster, num_ranks=config.parallel.world_size))
         for replica, own in enumerate(config.of_engines()):
-            quarters = resources.enter_context(Quarters(own, lambda *_: None))
-            placed = quarters.survey(lambda *_: None, deadline)
+            placement = resources.enter_context(RayPlacement(own, lambda *_: None))
+            placed = placement.survey(lambda *_: None, deadline)
             ranks += [_of_all(rank, replica, first=len(ranks)) for rank in placed]
-    config = msgspec.structs.replace(config, executor=quarters.config.executor)
+    config = msgspec.structs.replace(config, executor=placement.config.executor)
     return Placement(tuple(ranks), _groups(config, ranks))
 
 

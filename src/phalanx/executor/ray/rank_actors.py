@@ -39,7 +39,7 @@ ANSWER_S = 5.0
 log = logging.getLogger("phalanx.executor")
 
 
-class Staff:
+class RankActors:
     """For one thread at a time, but for `close`. `introduce` before anything else."""
 
     def __init__(self, cluster: ClusterConfig, grid: Grid, reservation: Reservation, agents: Agents) -> None:
@@ -151,9 +151,9 @@ class Staff:
 
     def _with_devices(self, place: Place, said: Introduction) -> Introduction:
         """As Ray has given them to the actor that asked for what is in the bundle, whoever's it is."""
-        berth = self.reservation.berths[place.rank]
-        berth.devices = said.devices or berth.devices
-        return msgspec.structs.replace(said, devices=berth.devices)
+        bundle = self.reservation.bundles[place.rank]
+        bundle.devices = said.devices or bundle.devices
+        return msgspec.structs.replace(said, devices=bundle.devices)
 
     def _place(self) -> None:
         places, nodes = self.reservation.places, self.reservation.nodes
@@ -166,8 +166,8 @@ class Staff:
         self.placed = assign(self._grid, places, self._said[: len(places)], nodes, addresses)
 
     def _make(self, place: Place) -> Any:
-        demand, berth = self.reservation.demand, self.reservation.berths[place.rank]
-        amount = 0 if berth.is_shared else demand.per_rank
+        demand, bundle = self.reservation.demand, self.reservation.bundles[place.rank]
+        amount = 0 if bundle.is_shared else demand.per_rank
         replica, stage, tp_rank = self._grid.coordinates(place.rank)
         actor: Any = ray.remote(RankActor)
         return actor.options(
@@ -177,7 +177,7 @@ class Staff:
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=MOST_CALLS,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(berth.group, berth.index),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(bundle.group, bundle.index),
             runtime_env=runtime_env(self._cluster),
         ).remote()
 

@@ -14,11 +14,11 @@ from phalanx.config import Config
 from phalanx.errors import DeadlineError, PlacementError, StartError
 from phalanx.executor.deadline import Deadline
 from phalanx.executor.ray import agents as agents_module
-from phalanx.executor.ray import quarters as module
+from phalanx.executor.ray import placement as module
 from phalanx.executor.ray.agents import Agents
-from phalanx.executor.ray.berth import Berth
-from phalanx.executor.ray.quarters import Quarters
+from phalanx.executor.ray.placement import RayPlacement
 from phalanx.executor.ray.reservation import Reservation, busy_places
+from phalanx.executor.ray.shared_bundle import SharedBundle
 from phalanx.topology.placement import Demand, Node, Place
 
 ALPHA = Node("a", "alpha", "10.0.0.1", 1, 1, is_driver=True)
@@ -29,8 +29,8 @@ GROUP: Any = SimpleNamespace(id=SimpleNamespace(hex=lambda: "f00"))
 FREE = {"a": {"CPU_group_0_f00": 1.0}, "b": {"CPU_group_1_f00": 1.0}}
 
 
-def berths(places: Sequence[Place]) -> tuple[Berth, ...]:
-    return tuple(Berth(GROUP, place.bundle, place.node_id) for place in places)
+def bundles(places: Sequence[Place]) -> tuple[SharedBundle, ...]:
+    return tuple(SharedBundle(GROUP, place.bundle, place.node_id) for place in places)
 
 
 class Cluster:
@@ -52,7 +52,7 @@ class Cluster:
             raise PlacementError("there is room for 1", "a table")
         nodes = {node.node_id: node for node in self.alive}
         places = tuple(Place(rank, node_id, bundle=rank) for rank, node_id in enumerate(nodes))
-        return Reservation(places, berths(places), nodes, DEMAND)
+        return Reservation(places, bundles(places), nodes, DEMAND)
 
     def __enter__(self) -> Cluster:
         return self
@@ -73,12 +73,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(module, "is_gone", lambda _: False)
     monkeypatch.setattr(module, "split_groups", lambda *_: ())
     monkeypatch.setattr(module, "MOVE_POLL_S", 0.01)
-    monkeypatch.setattr(module, "Staff", FakeStaff)
-    monkeypatch.setattr(module, "Crew", FakeCrew)
+    monkeypatch.setattr(module, "RankActors", FakeActors)
+    monkeypatch.setattr(module, "LineProcesses", FakeProcesses)
     return found
 
 
-class FakeStaff:
+class FakeActors:
     """Actors, of which those of `gone` are gone."""
 
     has_ray = True
@@ -104,14 +104,14 @@ class FakeStaff:
         self.is_closed = True
 
 
-class FakeCrew:
-    def __init__(self, config: Config, staff: FakeStaff, *_: object) -> None:
-        self.staff = staff
-        self.nodes = [place.node_id for place in staff.places]
+class FakeProcesses:
+    def __init__(self, config: Config, actors: FakeActors, *_: object) -> None:
+        self.actors = actors
+        self.nodes = [place.node_id for place in actors.places]
         self.is_killed = False
 
-    def enlist(self) -> None:
-        if self.staff.gone or self.staff.is_closed:
+    def make(self) -> None:
+        if self.actors.gone or self.actors.is_closed:
             raise StartError("a rank", "starting", "its actor is gone")
 
     def kill(self) -> None:
@@ -119,127 +119,127 @@ class FakeCrew:
 
 
 @pytest.fixture
-def hire(cluster: Cluster) -> Callable[..., Any]:
+def make(cluster: Cluster) -> Callable[..., Any]:
     """The second line and those after it, as they are hired."""
     config = Config.build(model="m", launcher="ray", tensor_parallel_size=2, device="cpu")
-    quarters = Quarters(config, lambda *_: None)
-    quarters.hire("m", 1, lambda *_: None, Deadline(1.0))
+    placement = RayPlacement(config, lambda *_: None)
+    placement.make_processes("m", 1, lambda *_: None, Deadline(1.0))
 
     def next_line(timeout_s: float = 5.0, **how: Any) -> Any:
-        return quarters.hire("m", 2, lambda *_: None, Deadline(timeout_s), **how)
+        return placement.make_processes("m", 2, lambda *_: None, Deadline(timeout_s), **how)
 
-    next_line.quarters = quarters  # type: ignore[attr-defined]
+    next_line.placement = placement  # type: ignore[attr-defined]
     return next_line
 
 
 @pytest.mark.parametrize("how", [{"has_memory": True}, {"is_beside": True}])
 def test_actors_that_are_there_serve_the_next_line(
-    cluster: Cluster, hire: Callable[..., Any], how: dict[str, bool]
+    cluster: Cluster, make: Callable[..., Any], how: dict[str, bool]
 ) -> None:
-    staff, cluster.free_until_then = hire.quarters.staff, [{}]  # type: ignore[attr-defined]
-    assert hire(**how).staff is staff
+    actors, cluster.free_until_then = make.placement.actors, [{}]  # type: ignore[attr-defined]
+    assert make(**how).actors is actors
     assert cluster.free_until_then, "there is no need to look"
 
 
-def test_an_actor_that_is_gone_is_replaced_when_its_bundle_is_free(cluster: Cluster, hire: Callable[..., Any]) -> None:
-    staff = hire.quarters.staff  # type: ignore[attr-defined]
-    staff.gone = list(staff.places[1:])
+def test_an_actor_that_is_gone_is_replaced_when_its_bundle_is_free(cluster: Cluster, make: Callable[..., Any]) -> None:
+    actors = make.placement.actors  # type: ignore[attr-defined]
+    actors.gone = list(actors.places[1:])
     cluster.free_until_then = [{}, {"b": FREE["b"]}]
-    assert hire(has_memory=True).staff is staff and not staff.gone
+    assert make(has_memory=True).actors is actors and not actors.gone
     assert not cluster.free_until_then
 
 
-def test_a_line_beside_another_one_changes_no_actor(hire: Callable[..., Any]) -> None:
-    staff = hire.quarters.staff  # type: ignore[attr-defined]
-    staff.gone = list(staff.places[1:])
+def test_a_line_beside_another_one_changes_no_actor(make: Callable[..., Any]) -> None:
+    actors = make.placement.actors  # type: ignore[attr-defined]
+    actors.gone = list(actors.places[1:])
     with pytest.raises(StartError, match="rank 1 on beta did not start: its actor is gone"):
-        hire(is_beside=True)
-    assert staff.gone and not staff.is_closed
+        make(is_beside=True)
+    assert actors.gone and not actors.is_closed
 
 
-def test_nobody_is_hired_beside_ranks_that_get_their_places(hire: Callable[..., Any]) -> None:
+def test_nobody_comes_beside_ranks_that_get_their_places(make: Callable[..., Any]) -> None:
     """A thread that waits for a node must not hold up one that prepares a standby line, and would have to be ended."""
-    with hire.quarters._hiring, pytest.raises(StartError, match="ranks are just getting their places"):  # type: ignore[attr-defined]
-        hire(is_beside=True)
+    with make.placement._making, pytest.raises(StartError, match="ranks are just getting their places"):  # type: ignore[attr-defined]
+        make(is_beside=True)
 
 
-def test_a_start_that_is_not_needed_any_more(hire: Callable[..., Any]) -> None:
+def test_a_start_that_is_not_needed_any_more(make: Callable[..., Any]) -> None:
     noted: list[Any] = []
 
-    def note(crew: Any) -> None:
-        noted.append(crew)
+    def note(processes: Any) -> None:
+        noted.append(processes)
         raise StartError("a line", "starting", "it is not needed any more")
 
     with pytest.raises(StartError, match="not needed any more"):
-        hire(is_beside=True, note=note)
+        make(is_beside=True, note=note)
     assert noted[0].is_killed
 
 
-def test_from_the_checkpoint_all_actors_are_new(cluster: Cluster, hire: Callable[..., Any]) -> None:
-    staff, cluster.free_until_then = hire.quarters.staff, [{}, {"a": FREE["a"]}]  # type: ignore[attr-defined]
-    assert hire().staff is not staff and staff.is_closed
+def test_from_the_checkpoint_all_actors_are_new(cluster: Cluster, make: Callable[..., Any]) -> None:
+    actors, cluster.free_until_then = make.placement.actors, [{}, {"a": FREE["a"]}]  # type: ignore[attr-defined]
+    assert make().actors is not actors and actors.is_closed
     assert not cluster.free_until_then, "their bundles are waited for"
 
 
-def test_bundles_that_are_never_free(cluster: Cluster, hire: Callable[..., Any]) -> None:
+def test_bundles_that_are_never_free(cluster: Cluster, make: Callable[..., Any]) -> None:
     cluster.free_until_then = [{"a": FREE["a"]}] * 1000
     with pytest.raises(DeadlineError, match=r"waited 0\.0\d+ s for bundles to be free from rank 1 on beta"):
-        hire(0.02)
+        make(0.02)
 
 
-def test_another_node_has_room(cluster: Cluster, hire: Callable[..., Any]) -> None:
+def test_another_node_has_room(cluster: Cluster, make: Callable[..., Any]) -> None:
     cluster.alive = [ALPHA, GAMMA]
     with pytest.raises(StartError, match="rank 1 on beta did not start: a lost node has taken its memory along"):
-        hire(has_memory=True)
-    assert hire().nodes == ["a", "c"]
+        make(has_memory=True)
+    assert make().nodes == ["a", "c"]
 
 
-def test_another_node_comes(cluster: Cluster, hire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_node_comes(cluster: Cluster, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.alive = [ALPHA]
     monkeypatch.setattr(module.time, "sleep", lambda _: cluster.alive.append(GAMMA))
-    assert hire().nodes == ["a", "c"]
+    assert make().nodes == ["a", "c"]
 
 
 @pytest.mark.parametrize("patience_s", [0.0, 60.0])
 def test_a_lack_of_room_is_told_when_it_lasts(
-    cluster: Cluster, hire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, patience_s: float
+    cluster: Cluster, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, patience_s: float
 ) -> None:
     told: list[str | None] = []
 
     def look_again(_: float) -> None:
-        told.append(hire.quarters.lacks_room)  # type: ignore[attr-defined]
+        told.append(make.placement.lacks_room)  # type: ignore[attr-defined]
         cluster.alive.append(GAMMA)
 
     monkeypatch.setattr(module, "LACKS_ROOM_AFTER_S", patience_s)
     monkeypatch.setattr(module.time, "sleep", look_again)
     cluster.alive = [ALPHA]
-    assert hire().nodes == ["a", "c"]
+    assert make().nodes == ["a", "c"]
     assert told == [None if patience_s else "lost: rank 1 on beta: there is room for 1"]
-    assert hire.quarters.lacks_room is None  # type: ignore[attr-defined]
+    assert make.placement.lacks_room is None  # type: ignore[attr-defined]
 
 
-def test_no_other_node(cluster: Cluster, hire: Callable[..., Any]) -> None:
+def test_no_other_node(cluster: Cluster, make: Callable[..., Any]) -> None:
     cluster.alive = [ALPHA]
     complaint = r"rank 1 on beta did not start: no other place in 0\.0\d+ s .*: there is room for 1 \(while placing\)$"
     with pytest.raises(StartError, match=complaint):
-        hire(0.02)
+        make(0.02)
 
 
-def test_nobody_comes_any_more(cluster: Cluster, hire: Callable[..., Any]) -> None:
-    hire.quarters.kill()  # type: ignore[attr-defined]
+def test_nobody_comes_any_more(cluster: Cluster, make: Callable[..., Any]) -> None:
+    make.placement.kill()  # type: ignore[attr-defined]
     with pytest.raises(StartError, match="the engine ends"):
-        hire()
+        make()
 
 
-def test_without_rays_head(hire: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_rays_head(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_gone", lambda _: True)
     with pytest.raises(StartError, match=r"Ray's head at 10\.0\.0\.1:6379 is gone"):
-        hire()
+        make()
 
 
 def test_a_part_of_a_bundle_is_not_enough() -> None:
     places = (Place(0, "a", 0),)
-    reservation = Reservation(places, berths(places), {"a": ALPHA}, DEMAND)
+    reservation = Reservation(places, bundles(places), {"a": ALPHA}, DEMAND)
     for free, is_busy in ((0.5, True), (0.99995, False)):
         connection: Any = SimpleNamespace(free=lambda free=free: {"a": {"CPU_group_0_f00": free}})
         assert bool(busy_places(connection, reservation)) == is_busy

@@ -1,5 +1,5 @@
 """What the ranks of an engine have of Ray, whatever line they are of: the connection, a bundle for each rank with an
-actor in it, and the agents of the other nodes. Lines of another grid have quarters of their own."""
+actor in it, and the agents of the other nodes. Lines of another grid have a placement of their own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from phalanx.executor.executor import OnProgress
 from phalanx.executor.platform import torch_has_cuda
 from phalanx.executor.ray.agents import Agents
 from phalanx.executor.ray.assignment import PlacedRank
-from phalanx.executor.ray.berth import Berth
 from phalanx.executor.ray.connection import Connection, connect
-from phalanx.executor.ray.crew import Crew
 from phalanx.executor.ray.holding import NodesHolder
+from phalanx.executor.ray.line_processes import LineProcesses
 from phalanx.executor.ray.probe import is_gone
+from phalanx.executor.ray.rank_actors import RankActors
 from phalanx.executor.ray.reservation import Reservation, busy_places, reserve
-from phalanx.executor.ray.staff import Staff
+from phalanx.executor.ray.shared_bundle import SharedBundle
 from phalanx.protocol.client import StartProgress
 from phalanx.topology.grid import Grid
 from phalanx.topology.placement import Place, split_groups
@@ -40,19 +40,19 @@ LACKS_ROOM_AFTER_S = 1.0
 log = logging.getLogger("phalanx.executor")
 
 
-class Quarters:
-    """`hire` is for any thread, `kill` and `avoid` too; all else for the one that closes them. A context manager."""
+class RayPlacement:
+    """`make_processes`, `kill` and `avoid` are for any thread, all else for who closes it. A context manager."""
 
     def __init__(
-        self, config: Config, on_progress: OnProgress, *, beside: Sequence[Berth] = (), shares: bool = True
+        self, config: Config, on_progress: OnProgress, *, beside: Sequence[SharedBundle] = (), shares: bool = True
     ) -> None:
         """Connect to Ray and find a bundle for each rank. Raises ConfigError, PlacementError, StartError.
 
         `beside` and `shares` are as for `reserve`.
         """
         self._grid = Grid.of(config.parallel)
-        self._staff: Staff | None = None
-        self._hiring = threading.Lock()
+        self._actors: RankActors | None = None
+        self._making = threading.Lock()
         self._is_vacated = False
         self.lacks_room: str | None = None
         """What is missing for the ranks of a lost node, while room for them is waited for. For any thread."""
@@ -71,7 +71,7 @@ class Quarters:
             stack.callback(self._end_actors)
             self._resources = stack.pop_all()
 
-    def hire(
+    def make_processes(
         self,
         checkpoint: str,
         epoch: int,
@@ -80,8 +80,8 @@ class Quarters:
         *,
         has_memory: bool = False,
         is_beside: bool = False,
-        note: Callable[[Crew], None] = lambda crew: None,
-    ) -> Crew:
+        note: Callable[[LineProcesses], None] = lambda processes: None,
+    ) -> LineProcesses:
         """A process for each rank of the line of this epoch; their owner kills them. `note` is told before they come.
 
         With `has_memory` they come to where the ones before them were, whose memory is there; otherwise to new actors,
@@ -93,35 +93,35 @@ class Quarters:
                 self._check_staff()
             else:
                 self._settle(on_progress, deadline, has_memory)
-            crew = Crew(self.config, self.staff, self.agents, checkpoint, epoch, deadline)
+            processes = LineProcesses(self.config, self.actors, self.agents, checkpoint, epoch, deadline)
         try:
-            note(crew)
+            note(processes)
             self._check_open()
-            crew.enlist()
+            processes.make()
         except BaseException:
-            crew.kill()
+            processes.kill()
             raise
-        return crew
+        return processes
 
     def survey(self, on_progress: OnProgress, deadline: Deadline) -> tuple[PlacedRank, ...]:
-        """Where ranks would be. Raises as `hire`."""
+        """Where ranks would be. Raises as `make_processes`."""
         self._settle(on_progress, deadline, has_memory=False)
-        return self.staff.placed
+        return self.actors.placed
 
     def holder(self) -> NodesHolder:
         """For the memory that lines leave to each other."""
         return NodesHolder(self)
 
     @property
-    def staff(self) -> Staff:
+    def actors(self) -> RankActors:
         """The actors of the ranks, by now."""
-        assert self._staff is not None
-        return self._staff
+        assert self._actors is not None
+        return self._actors
 
     @property
     def has_ray(self) -> bool:
         """Whether it can be called. Otherwise it has ended all actors, and a call may hang, or start another Ray."""
-        return self._staff.has_ray if self._staff is not None else ray.is_initialized()
+        return self._actors.has_ray if self._actors is not None else ray.is_initialized()
 
     @property
     def avoided(self) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ class Quarters:
         """End the actors and give everything back to Ray. The ranks are gone."""
         self._resources.close()
 
-    def __enter__(self) -> Quarters:
+    def __enter__(self) -> RayPlacement:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,23 +151,23 @@ class Quarters:
     @contextmanager
     def _changing(self, deadline: Deadline, is_beside: bool) -> Iterator[None]:
         """While ranks get other places nobody is hired beside them, who would have to wait for that."""
-        if not self._hiring.acquire(timeout=0.0 if is_beside else deadline.remaining_s):
+        if not self._making.acquire(timeout=0.0 if is_beside else deadline.remaining_s):
             raise StartError("a line", "placing", "ranks are just getting their places")
         try:
             yield
         finally:
-            self._hiring.release()
+            self._making.release()
 
     def _settle(self, on_progress: OnProgress, deadline: Deadline, has_memory: bool) -> None:
         """An actor for each rank."""
-        if self._staff is None:
+        if self._actors is None:
             self._open(on_progress, deadline)
             return
         self._check_ray()
         if has_memory:
-            self._complete(self._staff, deadline)
+            self._complete(self._actors, deadline)
             return
-        self._staff.close()  # whatever was wrong with them
+        self._actors.close()  # whatever was wrong with them
         self.agents.renew()
         if lost := self._lost_places():
             self._move(lost, deadline)
@@ -177,28 +177,28 @@ class Quarters:
 
     def _open(self, on_progress: OnProgress, deadline: Deadline) -> None:
         self._check_open()
-        self._staff = staff = Staff(self.config.cluster, self._grid, self.reservation, self.agents)
+        self._actors = actors = RankActors(self.config.cluster, self._grid, self.reservation, self.agents)
         try:
             self._check_open()
-            staff.introduce(on_progress, deadline)
+            actors.introduce(on_progress, deadline)
         except BaseException:
-            staff.close()
+            actors.close()
             raise
 
-    def _complete(self, staff: Staff, deadline: Deadline) -> None:
+    def _complete(self, actors: RankActors, deadline: Deadline) -> None:
         """Others for the actors that are gone, where they were."""
         if lost := self._lost_places():
             raise StartError(self._named(lost), "placing", "a lost node has taken its memory along")
-        if absent := staff.absent():
+        if absent := actors.absent():
             log.warning("actors are gone, and others are asked for: %s", self._named(absent))
-            staff.dismiss(absent)
+            actors.dismiss(absent)
             self._await_bundles(absent, deadline)
-            staff.replace(absent, deadline)
+            actors.replace(absent, deadline)
 
     def _check_staff(self) -> None:
         self._check_open()
         self._check_ray()
-        if absent := self.staff.absent():
+        if absent := self.actors.absent():
             raise StartError(self._named(absent), "placing", "its actor is gone")
 
     def _await_bundles(self, places: Sequence[Place], deadline: Deadline) -> None:
@@ -245,7 +245,7 @@ class Quarters:
                     raise StartError(where, "placing", cause) from error
             time.sleep(min(MOVE_POLL_S, deadline.remaining_s))
 
-    def _reserve(self, beside: Sequence[Berth] = (), shares: bool = True) -> Reservation:
+    def _reserve(self, beside: Sequence[SharedBundle] = (), shares: bool = True) -> Reservation:
         device = self.config.executor.device
         reservation = reserve(
             self._connection, self.config, self._grid, device, self._bundles, beside=beside, shares=shares
@@ -260,8 +260,8 @@ class Quarters:
 
     def _end_actors(self) -> None:
         if self.has_ray:
-            if self._staff is not None:
-                self._staff.close()
+            if self._actors is not None:
+                self._actors.close()
             self.agents.close()
 
     def _check_open(self) -> None:

@@ -19,7 +19,7 @@ from phalanx.executor.ray.calls import answers_to
 from phalanx.executor.ray.environment import environment_for_workers
 from phalanx.executor.ray.messages import NodeOrder, Preparation
 from phalanx.executor.ray.node_agent import tail
-from phalanx.executor.ray.staff import Staff
+from phalanx.executor.ray.rank_actors import RankActors
 from phalanx.topology.placement import Node
 from phalanx.transport.liveness import Party
 from phalanx.worker.spec import WorkerSpec
@@ -30,37 +30,37 @@ TAIL_TIMEOUT_S = 0.5
 TAIL_LINES = 15
 
 
-class Crew:
-    """`enlist` before anything else. `kill` ends the ranks, and no other line's."""
+class LineProcesses:
+    """`make` before anything else. `kill` ends the ranks, and no other line's."""
 
     def __init__(
-        self, config: Config, staff: Staff, agents: Agents, checkpoint: str, epoch: int, deadline: Deadline
+        self, config: Config, actors: RankActors, agents: Agents, checkpoint: str, epoch: int, deadline: Deadline
     ) -> None:
         """`deadline`: for the processes to come and to be linked."""
         self.epoch = epoch
         self.deadline = deadline
-        self.agents: Mapping[str, Any] = dict(staff.agents)
+        self.agents: Mapping[str, Any] = dict(actors.agents)
         """By node id."""
         self.placed: tuple[PlacedRank, ...] = ()
         """With the pids of this line's processes, once they are there."""
         self._config = config
-        self._staff = staff
+        self._actors = actors
         self._agents = agents
         self._checkpoint = checkpoint
         self._is_ended = False
 
-    def enlist(self) -> tuple[PlacedRank, ...]:
+    def make(self) -> tuple[PlacedRank, ...]:
         """Have each actor make a process, which waits for its order.
 
         Raises StartError or DeadlineError naming those that do not come.
         """
         calls: dict[ObjectRef[Any], str] = {}
-        for place, actor in zip(self._staff.reservation.places, self._staff.ranks, strict=True):
-            preparation = msgspec.msgpack.encode(self._preparation(self._staff.placed[place.rank]))
-            calls[actor.enlist.remote(preparation)] = self._staff.rank_name(place)
+        for place, actor in zip(self._actors.reservation.places, self._actors.ranks, strict=True):
+            preparation = msgspec.msgpack.encode(self._preparation(self._actors.placed[place.rank]))
+            calls[actor.make_process.remote(preparation)] = self._actors.rank_name(place)
         pids = answers_to(calls, "starting", self.deadline.remaining_s)
         self.placed = tuple(
-            msgspec.structs.replace(placed, pid=pid) for placed, pid in zip(self._staff.placed, pids, strict=True)
+            msgspec.structs.replace(placed, pid=pid) for placed, pid in zip(self._actors.placed, pids, strict=True)
         )
         for rank in self.placed:
             log.info(
@@ -71,28 +71,28 @@ class Crew:
     @property
     def brain_address(self) -> str:
         """Where the other nodes reach this one."""
-        return self._staff.brain_address
+        return self._actors.brain_address
 
     @property
     def raylet(self) -> Party | None:
         """Ray's own process on this node, if ranks are on it."""
-        return self._staff.raylet
+        return self._actors.raylet
 
     @property
     def driver_node(self) -> Node:
-        return self._staff.driver_node
+        return self._actors.driver_node
 
     @property
     def has_ray(self) -> bool:
-        """As of Staff."""
-        return self._staff.has_ray
+        """As of RankActors."""
+        return self._actors.has_ray
 
     def ranks_of_agents(self) -> dict[str, list[int]]:
         """The ranks of each node that has an agent, by node id."""
         return {node_id: [rank.rank for rank in self.placed if rank.node_id == node_id] for node_id in self.agents}
 
     def agent_name(self, node_id: str) -> str:
-        return self._staff.agent_name(node_id)
+        return self._actors.agent_name(node_id)
 
     def prepare_nodes(self, orders: Mapping[str, NodeOrder]) -> dict[ObjectRef[Any], str]:
         """Have agents, by node id, carry out their orders: calls to await, each with the name of its agent."""
@@ -107,7 +107,7 @@ class Crew:
 
     def run_rank(self, spec: WorkerSpec) -> ObjectRef[Any]:
         """Have a rank run; a call that ends with it."""
-        call: ObjectRef[Any] = self._staff.ranks[spec.rank].run.remote(msgspec.msgpack.encode(spec))
+        call: ObjectRef[Any] = self._actors.ranks[spec.rank].run.remote(msgspec.msgpack.encode(spec))
         return call
 
     def last_words(self, rank: int) -> str:
@@ -134,7 +134,7 @@ class Crew:
             return
         self._is_ended = True
         kill_ranks(self.agents, self.epoch)
-        for actor in self._staff.ranks:
+        for actor in self._actors.ranks:
             actor.end.remote(self.epoch)
 
     def _tail(self, placed: PlacedRank) -> str:

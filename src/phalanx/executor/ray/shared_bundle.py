@@ -7,8 +7,8 @@ import threading
 from ray.util.placement_group import PlacementGroup
 
 
-class Berth:
-    """Has one user at first. For any thread, but for `devices`, which belong to the staff that came first."""
+class SharedBundle:
+    """Has one user at first. For any thread, but for `devices`, which belong to the actor that came first."""
 
     def __init__(self, group: PlacementGroup, index: int, node_id: str, *, is_ours: bool = False) -> None:
         self.group = group

@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 from phalanx.config import ClusterConfig, Config
 from phalanx.errors import ConfigError
 from phalanx.executor.deadline import Deadline
-from phalanx.executor.ray import link, staff
+from phalanx.executor.ray import link, rank_actors
 from phalanx.topology.placement import Node
 from phalanx.transport.interfaces import InterfaceAddress
 
@@ -27,12 +27,12 @@ OF_BETA = [InterfaceAddress("eth0", "10.0.0.2"), InterfaceAddress("eth0", "fd00:
 
 @pytest.fixture(autouse=True)
 def on_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staff, "interface_addresses", lambda: OF_ALPHA)
-    monkeypatch.setattr(staff, "numeric_address", str)  # the real one wants an address of this host
+    monkeypatch.setattr(rank_actors, "interface_addresses", lambda: OF_ALPHA)
+    monkeypatch.setattr(rank_actors, "numeric_address", str)  # the real one wants an address of this host
 
 
 def addresses(cluster: ClusterConfig, of_beta: Sequence[InterfaceAddress] = OF_BETA) -> dict[str, str]:
-    return staff.addresses_of(cluster, NODES, {"a": OF_ALPHA, "b": of_beta})
+    return rank_actors.addresses_of(cluster, NODES, {"a": OF_ALPHA, "b": of_beta})
 
 
 def test_the_drivers_address_may_be_on_another_interface_than_rays() -> None:
