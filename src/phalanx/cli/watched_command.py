@@ -16,8 +16,8 @@ from phalanx.ledger.confirmation import LOOK_S
 from phalanx.ledger.environment import recorded
 from phalanx.ledger.events import EventLines, event_of_command
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
+from phalanx.ledger.registry import Registry
 from phalanx.ledger.report import utc_now
-from phalanx.ledger.roster import Roster
 from phalanx.ledger.verdict import Verdict
 
 GRACE_S = 10.0
@@ -33,11 +33,11 @@ log = logging.getLogger("phalanx.ledger")
 
 def run_watched(command: Sequence[str], *, patience_s: float, events: EventLines | None, kill: bool) -> int:
     """Run it; the exit code, as a shell has it. Blocks until it ends. Raises ConfigError if it cannot be started."""
-    with Roster() as roster, ProgramWatcher(roster, patience_s) as watcher:
+    with Registry() as registry, ProgramWatcher(registry, patience_s) as watcher:
         # Before the start: a signal that came between would end this process, and leave the command behind.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
         try:
-            process = _Process(command, recorded(os.environ, roster.place), blocked)
+            process = _Process(command, recorded(os.environ, registry.place), blocked)
             try:
                 return _Watch(process, watcher, events, kill=kill).run()
             finally:

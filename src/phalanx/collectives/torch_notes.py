@@ -33,7 +33,7 @@ from phalanx.ledger.program import (
     step_of,
 )
 from phalanx.ledger.record import rolled
-from phalanx.ledger.roster import VARIABLE, LaneNotice, NewcomerNotice, Notice, RankNotice, RosterEntry
+from phalanx.ledger.registry import VARIABLE, LaneNotice, NewcomerNotice, Notice, RankNotice, RegistryEntry
 from phalanx.ledger.stacks import offer_stacks
 from phalanx.transport.liveness import Party
 from phalanx.transport.shared_memory import SharedSegment
@@ -49,7 +49,7 @@ log = logging.getLogger("phalanx.ledger")
 
 
 class _Lane:
-    """See roster.LaneNotice."""
+    """See registry.LaneNotice."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -81,7 +81,7 @@ class TorchNotes:
         self._lock = threading.Lock()
         self._journal: Journal | None = None
         self._segment: SharedSegment | None = None
-        self._roster: RosterEntry | None = None
+        self._roster: RegistryEntry | None = None
         self._is_unwatched = False
         self._groups: dict[int, tuple[weakref.ref[object], _Group | None]] = {}
         self._num_lanes = self._num_joined = 0
@@ -202,7 +202,7 @@ class TorchNotes:
             return
         try:
             if self._roster is None:
-                self._roster = RosterEntry(os.environ)
+                self._roster = RegistryEntry(os.environ)
             self._roster.announce(notice)
         except (PhalanxError, OSError) as error:
             self._is_unwatched = True

@@ -1,7 +1,7 @@
 """Who is to blame when ranks of a program that is not ours wait for each other. Pure; no process is looked at here.
 
 Such a program has no plan that all ranks follow, often no steps, and ranks that end one after the other when all is
-well. So a rank is judged by how far it has come in each lane (see roster.LaneNotice), in this order: one that has ended
+well. So a rank is judged by how far it has come in each lane (registry.LaneNotice), in this order: one that has ended
 while others need it, unless ranks had differed in that lane before; ranks in different collectives; one that is
 stopped; one that others wait for. Where ranks find each other (`init_process_group`) is a lane as well, and the only
 one whose members may not have begun a journal.

@@ -22,7 +22,7 @@ from phalanx.ledger.confirmation import Confirmation
 from phalanx.ledger.journal_layout import NUM_RECORDS
 from phalanx.ledger.journal_reader import Reader
 from phalanx.ledger.program_verdict import Newcomer, ProgramLook, ProgramRank, judge_program
-from phalanx.ledger.roster import LaneNotice, NewcomerNotice, RankNotice, Roster
+from phalanx.ledger.registry import LaneNotice, NewcomerNotice, RankNotice, Registry
 from phalanx.ledger.stacks import stack_of
 from phalanx.ledger.verdict import Verdict
 from phalanx.ledger.watched import GLANCE_RECORDS
@@ -185,8 +185,8 @@ class Counts(NamedTuple):
 class ProgramWatcher:
     """For the use of one thread. A context manager: journals stay mapped until it ends."""
 
-    def __init__(self, roster: Roster, patience_s: float) -> None:
-        self._roster = roster
+    def __init__(self, registry: Registry, patience_s: float) -> None:
+        self._roster = registry
         self._patience_s = patience_s
         self._worlds: dict[str, _World] = {}
         self._newcomers: defaultdict[str, dict[int, NewcomerNotice]] = defaultdict(dict)
@@ -207,7 +207,7 @@ class ProgramWatcher:
     def look(self, now_ns: int, *, is_last: bool = False) -> list[Verdict]:
         """What is to be told now. Blocks for a second for each verdict, at most.
 
-        With `is_last` what has ended is not waited for any more. Raises FrameError if the roster has been spoiled.
+        With `is_last` what has ended is not waited for any more. Raises FrameError if the registry has been spoiled.
         """
         self.take_news()
         self._num_looks += 1
@@ -229,7 +229,7 @@ class ProgramWatcher:
             rank.end()
 
     def take_news(self) -> None:
-        """See which processes have become ranks. Raises FrameError if the roster has been spoiled."""
+        """See which processes have become ranks. Raises FrameError if the registry has been spoiled."""
         for notice in self._roster.news():
             if isinstance(notice, RankNotice):
                 self._add(notice)

@@ -11,7 +11,7 @@ from phalanx.collectives.torch_notes import CLAIMED, TorchNotes
 from phalanx.collectives.torch_rank import RankPlace, ranks_here, told_by_launcher, told_to_init
 from phalanx.ledger.journal_reader import read
 from phalanx.ledger.program import JOINING, JOINING_INDEX
-from phalanx.ledger.roster import VARIABLE, LaneNotice, NewcomerNotice, RankNotice, Roster
+from phalanx.ledger.registry import VARIABLE, LaneNotice, NewcomerNotice, RankNotice, Registry
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -47,28 +47,28 @@ def test_what_a_launcher_says() -> None:
 
 
 @pytest.fixture
-def roster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Roster]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.setenv(CLAIMED, "")  # so that it is restored
     monkeypatch.delenv(CLAIMED)
-    with Roster() as found:
+    with Registry() as found:
         for name, value in {**TORCHRUN, VARIABLE: found.place}.items():
             monkeypatch.setenv(name, value)
         yield found
 
 
-def test_a_process_makes_itself_known_before_it_is_a_rank(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_makes_itself_known_before_it_is_a_rank(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     TorchNotes().come()
-    (newcomer,) = roster.news()
+    (newcomer,) = registry.news()
     assert isinstance(newcomer, NewcomerNotice) and (newcomer.rank, newcomer.pid) == (5, os.getpid())
     monkeypatch.setenv(CLAIMED, "1")  # its parent is the rank
     TorchNotes().come()
-    assert roster.news() == []
+    assert registry.news() == []
 
 
-def test_where_ranks_find_each_other_is_in_the_journal(roster: Roster) -> None:
+def test_where_ranks_find_each_other_is_in_the_journal(registry: Registry) -> None:
     notes = TorchNotes()
     number = notes.join(RankPlace(5, 8))
-    rank, lane = roster.news()
+    rank, lane = registry.news()
     assert isinstance(rank, RankNotice) and (rank.rank, rank.here) == (5, (4, 5, 6, 7))
     assert isinstance(lane, LaneNotice) and lane.ranks == tuple(range(8))
     assert (lane.index, lane.name) == (JOINING_INDEX, JOINING)
@@ -78,4 +78,4 @@ def test_where_ranks_find_each_other_is_in_the_journal(roster: Roster) -> None:
     notes.done(number)
     assert read(notes.memory).records[-1].is_done
     notes.join(RankPlace(5, 8))
-    assert read(notes.memory).records[-1].sequence == 2 and roster.news() == []
+    assert read(notes.memory).records[-1].sequence == 2 and registry.news() == []

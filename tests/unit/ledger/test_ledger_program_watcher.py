@@ -13,7 +13,7 @@ import pytest
 from phalanx.ledger import program_watcher
 from phalanx.ledger.confirmation import LOOK_S
 from phalanx.ledger.program_watcher import Counts, ProgramWatcher
-from phalanx.ledger.roster import VARIABLE, Roster
+from phalanx.ledger.registry import VARIABLE, Registry
 from phalanx.ledger.verdict import Verdict
 
 WITHIN_S = 60.0
@@ -22,7 +22,7 @@ import os, sys
 from phalanx.ledger.journal import Journal
 from phalanx.ledger.journal_layout import JOURNAL_BYTES
 from phalanx.ledger.program import ALL_MEET
-from phalanx.ledger.roster import LaneNotice, RankNotice, RosterEntry
+from phalanx.ledger.registry import LaneNotice, RankNotice, RegistryEntry
 from phalanx.transport.shared_memory import SharedSegment
 
 rank, world, size = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -30,7 +30,7 @@ segment = SharedSegment.create(JOURNAL_BYTES, "journal")
 journal = Journal(segment.buf, epoch=1)
 journal.begin_step(1, 1, 0)
 journal.enter("stepping")
-entry = RosterEntry(os.environ)
+entry = RegistryEntry(os.environ)
 entry.announce(RankNotice(world=world, rank=rank, node="here", journal=segment.handle))
 entry.announce(LaneNotice(pid=os.getpid(), index=1, name="world", ranks=tuple(range(size))))
 print(flush=True)
@@ -47,9 +47,9 @@ class Program:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        roster = stack.enter_context(Roster())
-        self._environment = {VARIABLE: roster.place, "PYTHONPATH": ":".join(filter(None, sys.path))}
-        self.watcher = stack.enter_context(ProgramWatcher(roster, patience_s=600.0))
+        registry = stack.enter_context(Registry())
+        self._environment = {VARIABLE: registry.place, "PYTHONPATH": ":".join(filter(None, sys.path))}
+        self.watcher = stack.enter_context(ProgramWatcher(registry, patience_s=600.0))
 
     def start(self, ranks: list[int], size: int, world: str = "a world") -> dict[int, subprocess.Popen[str]]:
         """In this order; returns when all have made themselves known."""

@@ -18,9 +18,9 @@ from phalanx.transport.liveness import is_running
 from phalanx.transport.shared_memory import SegmentHandle
 
 VARIABLE = "PHALANX_WATCH"
-"""Set for processes that are to make themselves known: PID:DESCRIPTOR:NONCE of the watcher's roster."""
+"""Set for processes that are to make themselves known: PID:DESCRIPTOR:NONCE of the watcher's registry."""
 
-_NAME = "phalanx:roster"
+_NAME = "phalanx:registry"
 
 
 class RankNotice(msgspec.Struct, frozen=True, kw_only=True, tag="rank"):
@@ -64,7 +64,7 @@ class LaneNotice(msgspec.Struct, frozen=True, kw_only=True, tag="lane"):
 Notice = RankNotice | NewcomerNotice | LaneNotice
 
 
-class Roster:
+class Registry:
     """The end that reads. A context manager; for the use of one thread."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Roster:
         """What VARIABLE is to be set to."""
         return self._place
 
-    def __enter__(self) -> Roster:
+    def __enter__(self) -> Registry:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,10 +94,10 @@ class Roster:
         try:
             return [msgspec.json.decode(line, type=Notice) for line in lines]
         except msgspec.MsgspecError as error:
-            raise FrameError(f"the roster of process {os.getpid()} has a line that is no notice: {error}") from error
+            raise FrameError(f"the registry of process {os.getpid()} has a line that is no notice: {error}") from error
 
 
-class RosterEntry:
+class RegistryEntry:
     """The end that writes."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -106,15 +106,15 @@ class RosterEntry:
         path = f"/proc/{pid}/fd/{descriptor}"
         try:
             if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-                raise FrameError(f"descriptor {descriptor} of process {pid} is no roster")
+                raise FrameError(f"descriptor {descriptor} of process {pid} is no registry")
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             if not is_running(int(pid)):
                 raise PeerDiedError("the watcher, on this host,", int(pid)) from error
-            raise FrameError(f"the roster of process {pid} cannot be opened: {error}") from error
+            raise FrameError(f"the registry of process {pid} cannot be opened: {error}") from error
         if os.pread(self._descriptor, len(nonce), 0) != nonce.encode():
             os.close(self._descriptor)
-            raise FrameError(f"the roster of process {pid} is another one")
+            raise FrameError(f"the registry of process {pid} is another one")
 
     def announce(self, notice: Notice) -> None:
         """Never blocks."""

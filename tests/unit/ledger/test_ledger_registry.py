@@ -14,7 +14,7 @@ import pytest
 from phalanx.errors import FrameError, PeerDiedError
 from phalanx.ledger.after_import import after_import
 from phalanx.ledger.environment import recorded
-from phalanx.ledger.roster import VARIABLE, LaneNotice, Roster, RosterEntry
+from phalanx.ledger.registry import VARIABLE, LaneNotice, Registry, RegistryEntry
 
 
 def notice(index: int) -> LaneNotice:
@@ -22,32 +22,32 @@ def notice(index: int) -> LaneNotice:
 
 
 def test_many_processes_write_and_nothing_is_mixed_up() -> None:
-    with Roster() as roster:
+    with Registry() as registry:
         for writer in range(4):
             if os.fork() == 0:
-                entry = RosterEntry({VARIABLE: roster.place})
+                entry = RegistryEntry({VARIABLE: registry.place})
                 for i in range(200):
                     entry.announce(notice(1000 * writer + i))
                 os._exit(0)
         found: list[int] = []
         for _ in range(4):
             os.wait()
-            found += [one.index for one in roster.news() if isinstance(one, LaneNotice)]
+            found += [one.index for one in registry.news() if isinstance(one, LaneNotice)]
         assert sorted(found) == sorted(1000 * writer + i for writer in range(4) for i in range(200))
         for writer in range(4):
             assert [i for i in found if i // 1000 == writer] == [1000 * writer + i for i in range(200)]
-        assert roster.news() == []
+        assert registry.news() == []
 
 
 def test_whoever_is_no_roster_is_refused() -> None:
-    with Roster() as roster:
-        pid, descriptor, _ = roster.place.split(":")
+    with Registry() as registry:
+        pid, descriptor, _ = registry.place.split(":")
         with pytest.raises(FrameError, match="is another one"):
-            RosterEntry({VARIABLE: f"{pid}:{descriptor}:0123456789abcdef"})
-    with open(os.devnull) as null, pytest.raises(FrameError, match="is no roster"):
-        RosterEntry({VARIABLE: f"{pid}:{null.fileno()}:0123456789abcdef"})
+            RegistryEntry({VARIABLE: f"{pid}:{descriptor}:0123456789abcdef"})
+    with open(os.devnull) as null, pytest.raises(FrameError, match="is no registry"):
+        RegistryEntry({VARIABLE: f"{pid}:{null.fileno()}:0123456789abcdef"})
     with pytest.raises(PeerDiedError):
-        RosterEntry({VARIABLE: "4194303:5:0123456789abcdef"})
+        RegistryEntry({VARIABLE: "4194303:5:0123456789abcdef"})
 
 
 def test_what_is_to_be_done_after_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
