@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from phalanx.engine.awaiting import begun
 from phalanx.engine.members import Members
 from phalanx.engine.room import Room
-from phalanx.engine.roster import Resize
+from phalanx.engine.roster import FleetResize
 from phalanx.engine.roster_work import RosterWork
 from phalanx.errors import EngineDeadError, ResizeError
 
@@ -61,7 +61,7 @@ class FleetResizing:
         self._is_closing = True
         self.note_change()
 
-    async def _see_through(self, resize: Resize | None) -> None:
+    async def _see_through(self, resize: FleetResize | None) -> None:
         """Wait for the end of a resize, and undo it if this is cancelled. Raises ResizeError if it was undone."""
         if resize is None:  # there are as many as asked for
             return
@@ -76,7 +76,7 @@ class FleetResizing:
         if resize.outcome.ending != "done":
             raise ResizeError(str(resize.outcome.reason))
 
-    async def _until_over(self, resize: Resize) -> None:
+    async def _until_over(self, resize: FleetResize) -> None:
         while self._roster.resize is resize:
             if self._is_closing:
                 raise EngineDeadError("the engine is shutting down")

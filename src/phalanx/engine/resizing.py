@@ -16,8 +16,7 @@ from phalanx.engine.scheduler import Scheduler
 from phalanx.errors import UserError
 from phalanx.executor.line_plan import Capacity
 from phalanx.membership.formation import Formation, Resized
-from phalanx.membership.resize import Resize as UnderWay
-from phalanx.membership.resize import Size
+from phalanx.membership.resize import LineResize, Size
 from phalanx.membership.resizer import NextLine
 from phalanx.protocol.client import EngineMessage, EngineReady, Resize, ResizeBegun, ResizeEnded, StartProgress
 from phalanx.protocol.columns import WrongSetting
@@ -65,7 +64,7 @@ class EngineResizing:
         self._brain = brain
         self._tell = tell
         self._number = -1
-        self._resize: UnderWay | None = None
+        self._resize: LineResize | None = None
         self._ahead: Ahead | None = None
         self._has_told_begin = False
         self._told: StartProgress | None = None

@@ -68,7 +68,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     size_asked_for: int
 
 
-class Resize(msgspec.Struct, kw_only=True):
+class FleetResize(msgspec.Struct, kw_only=True):
     """One that is under way."""
 
     size_before: int
@@ -92,7 +92,7 @@ class Roster:
         """All serve. Without `replaces_dead`, one that dies is gone."""
         self._phases: dict[int, Phase] = dict.fromkeys(range(num_replicas), "serving")
         self._replaces_dead = replaces_dead
-        self.resize: Resize | None = None
+        self.resize: FleetResize | None = None
         """Under way."""
         self.last: Outcome | None = None
         """Of the latest resize that is over."""
@@ -170,7 +170,7 @@ class Roster:
         """
         self.check(size, leaving, down)
         members = self.members()
-        self.resize = resize = Resize(size_before=len(members), size_asked_for=size, because=because)
+        self.resize = resize = FleetResize(size_before=len(members), size_asked_for=size, because=because)
         if size > len(members):
             resize.joining = frozenset(self.free_numbers(size - len(members)))
             self._set(resize.joining, "joining")

@@ -39,7 +39,7 @@ from phalanx.membership.first_line import start_first_line
 from phalanx.membership.lines import NO_MEMORY, Line, Lines
 from phalanx.membership.memory import FormationMemory, RankHolder
 from phalanx.membership.recovery import Recovery
-from phalanx.membership.resize import Resize, Size
+from phalanx.membership.resize import LineResize, Size
 from phalanx.membership.resizer import NextWork, Resizer, nothing_to_do
 from phalanx.membership.sharing import kind_of, may_share
 from phalanx.memory.held import HeldMemory
@@ -310,7 +310,7 @@ class Formation:
         parallel = self._config.parallel
         return Size(parallel.data_parallel_size, parallel.tensor_parallel_size)
 
-    def begin_resize(self, asked: Size, next_work: NextWork = nothing_to_do) -> Resize:
+    def begin_resize(self, asked: Size, next_work: NextWork = nothing_to_do) -> LineResize:
         """Have a line of another size prepared in the background, from the checkpoint; or one of the same size, which
         comes to where ranks are to be by now (`avoid`). Blocks for nobody. When its ranks could step, `follow_resize`
         asks `next_work` what they are to do before they take over, until that is nothing.

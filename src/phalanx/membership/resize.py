@@ -36,7 +36,7 @@ class Size(NamedTuple):
         return f"DP {self.data_parallel_size}, TP {self.tensor_parallel_size}"
 
 
-class Resize:
+class LineResize:
     """One resize, under way or over."""
 
     def __init__(self, before: Size, asked: Size) -> None:
@@ -63,15 +63,15 @@ class Resizing:
     def __init__(self, size: Size) -> None:
         self.size = size
         """Of the line that serves."""
-        self.current: Resize | None = None
+        self.current: LineResize | None = None
         """Under way."""
         self._is_healing = False
         self._ending: Ending = "failed"
 
-    def begin(self, asked: Size) -> Resize:
+    def begin(self, asked: Size) -> LineResize:
         """Somebody wants another size. Raises what `check` does."""
         self.check()
-        self.current = Resize(self.size, asked)
+        self.current = LineResize(self.size, asked)
         return self.current
 
     def check(self) -> None:

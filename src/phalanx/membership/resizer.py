@@ -26,7 +26,7 @@ from phalanx.executor.start import settle
 from phalanx.membership.forgetting import forget_locals
 from phalanx.membership.lines import Interruption, Line, Lines, end
 from phalanx.membership.memory import FormationMemory, RankHolder
-from phalanx.membership.resize import Resize, Resizing, Size
+from phalanx.membership.resize import LineResize, Resizing, Size
 from phalanx.membership.room import check_devices, check_memory, no_places, shares_devices
 from phalanx.memory.holder import Holder
 from phalanx.models.checkpoint import Checkpoint
@@ -176,7 +176,7 @@ class Resizer:
         """What a rank of the line that is prepared has said last."""
         return None if self._preparation is None else self._preparation.progress
 
-    def begin(self, asked: Size, capacity: Capacity, pids: Iterable[int], next_work: NextWork) -> Resize:
+    def begin(self, asked: Size, capacity: Capacity, pids: Iterable[int], next_work: NextWork) -> LineResize:
         """Have a line of this size prepared. `capacity` and `pids` are of the line that serves. Blocks for nobody.
 
         Requests may then be as long as now. Raises ConfigError for what the model cannot do and where devices are
@@ -255,7 +255,7 @@ class Resizer:
         config.refuse_contradictions()
         return settle(config, self._checkpoint)
 
-    def _prepare(self, config: Config, resize: Resize, pids: Iterable[int], preparation: Preparation) -> NextLine:
+    def _prepare(self, config: Config, resize: LineResize, pids: Iterable[int], preparation: Preparation) -> NextLine:
         """In the thread of the preparation."""
         with ExitStack() as undo:
             placement = self._find_room(config, resize.before, pids, preparation)

@@ -12,8 +12,7 @@ from phalanx.engine.brain import Brain
 from phalanx.engine.resizing import EngineResizing
 from phalanx.executor.line_plan import Capacity
 from phalanx.membership.formation import Resized
-from phalanx.membership.resize import Resize as UnderWay
-from phalanx.membership.resize import Size
+from phalanx.membership.resize import LineResize, Size
 from phalanx.protocol.client import EngineMessage, Resize, ResizeBegun, ResizeEnded, Submit
 from phalanx.protocol.columns import ints
 from phalanx.protocol.sampling import SamplingParams
@@ -36,10 +35,10 @@ class Formation:
     resize_progress = None
 
     def __init__(self) -> None:
-        self.resize = UnderWay(Size(1, 1), Size(1, 2))
+        self.resize = LineResize(Size(1, 1), Size(1, 2))
         self.has_switched = False
 
-    def begin_resize(self, asked: Size, next_work: object) -> UnderWay:
+    def begin_resize(self, asked: Size, next_work: object) -> LineResize:
         self.resize.state, self.resize.has_begun = "preparing", True
         return self.resize
 

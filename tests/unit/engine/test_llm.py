@@ -15,7 +15,7 @@ from engine_echo_brain import EchoBrain
 from phalanx.config import Config
 from phalanx.errors import ConfigError, EngineDeadError, RequestError, ResizeError, StartError
 from phalanx.llm import LLM
-from phalanx.membership.resize import Resize, Size
+from phalanx.membership.resize import LineResize, Size
 from phalanx.protocol.client import Submit, TokenBatch
 from phalanx.protocol.sampling import SamplingParams
 
@@ -56,8 +56,8 @@ class FakeFormation:
     def size(self) -> Size:
         return Size(1, 1)
 
-    def begin_resize(self, asked: Size) -> Resize:
-        self.resize = Resize(self.size, asked)
+    def begin_resize(self, asked: Size) -> LineResize:
+        self.resize = LineResize(self.size, asked)
         return self.resize
 
     def follow_resize(self, timeout_s: float) -> None:

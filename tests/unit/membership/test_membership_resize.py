@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phalanx.errors import ConfigError, PeerDiedError, ResizeRefusedError, ResizeUnderWayError
-from phalanx.membership.resize import Resize, Resizing, Size
+from phalanx.membership.resize import LineResize, Resizing, Size
 
 BEFORE, ASKED = Size(2, 1), Size(1, 1)
 DIED = PeerDiedError("rank 0", 42)
@@ -18,7 +18,7 @@ def resizing() -> Resizing:
     return Resizing(BEFORE)
 
 
-def ready(resizing: Resizing) -> Resize:
+def ready(resizing: Resizing) -> LineResize:
     resize = resizing.begin(ASKED)
     resizing.note_room()
     resizing.prepared()

@@ -11,7 +11,7 @@ import pytest
 
 from phalanx.config import Config
 from phalanx.membership import resizer as module
-from phalanx.membership.resize import Resize, Size
+from phalanx.membership.resize import LineResize, Size
 from phalanx.membership.resizer import NextLine, Resizer
 
 DEADLINE_S = 10.0
@@ -27,7 +27,7 @@ class FakeExecutor:
     def close(self) -> None: ...
 
 
-def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Resizer, Resize, weakref.ref[FakeExecutor]]:
+def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Resizer, LineResize, weakref.ref[FakeExecutor]]:
     """A resize whose line is ready."""
     config, executor, nobody = Config.build(model="m"), FakeExecutor(), SimpleNamespace(close=lambda: None)
     line: Any = SimpleNamespace(executor=executor)
