@@ -101,7 +101,7 @@ class Rig:
         launcher = self.formation._line.executor._launcher
         if isinstance(launcher, LocalLauncher):
             return launcher.pids()
-        return {placed.rank: placed.pid for placed in launcher._crew.placed}  # type: ignore[attr-defined]  # of Ray
+        return {placed.rank: placed.pid for placed in launcher._processes.placed}  # type: ignore[attr-defined]  # of Ray
 
     def server_pid(self) -> int:
         """Of the fork server of all ranks."""

@@ -134,7 +134,7 @@ def main() -> None:
     settings = {"launcher": "ray", "ray_address": address, "ledger": True, **LIMITS, **json.loads(flags)}
     with Rig(Path(checkpoint), worker_extension_cls=f"{Path(__file__).stem}:Saboteur", **settings) as rig:
         run = Run(rig)
-        say({"nodes": [placed.node for placed in rig.executor._launcher._crew.placed]})
+        say({"nodes": [placed.node for placed in rig.executor._launcher._processes.placed]})
         for line in sys.stdin:
             command, *arguments = json.loads(line)
             say(getattr(run, command)(*arguments))

@@ -32,6 +32,11 @@ BLOWS = (
 )
 
 
+@pytest.mark.skipif(not memory_limit.is_possible(), reason="no memory limits here: no kill for lack of memory is tried")
+def test_a_kill_for_lack_of_memory_is_among_them() -> None:
+    assert any(blow.kind == "oom" for blow in BLOWS)
+
+
 WITH_A_FULL_DISK = (Blow(kind="kill", rank=1, after=0.3), Blow(kind="kill-reload", rank=0, collective=300, after=0.2))
 
 
