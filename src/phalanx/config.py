@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -338,11 +336,11 @@ class Config(Section, frozen=True, kw_only=True):
         ]
         return tuple(msgspec.structs.replace(self, parallel=one) for one in own)
 
-    def with_model(self, model: str) -> Config:
-        """The same with another checkpoint directory, and the tokenizer of the one before."""
-        before = self.model
-        tokenizer = before.tokenizer or (before.model if Path(os.path.expanduser(before.model)).exists() else None)
-        after = msgspec.structs.replace(before, model=model, revision=None, tokenizer=tokenizer)
+    def with_model(self, model: str, tokenizer: str) -> Config:
+        """The same with another checkpoint directory. Its tokenizer stays, or is this one's if it names none."""
+        after = msgspec.structs.replace(
+            self.model, model=model, revision=None, tokenizer=self.model.tokenizer or tokenizer
+        )
         return msgspec.structs.replace(self, model=after)
 
     def changed(self) -> dict[str, str]:

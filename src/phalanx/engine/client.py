@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
@@ -48,6 +49,8 @@ StartAgain = Callable[[Config, OnProgress, bytes], Awaitable[Incarnation]]
 
 FindWeights = Callable[[], Awaitable[bytes]]
 
+log = logging.getLogger("phalanx.engine")
+
 
 async def find_none() -> bytes:
     """No weights to share: there is no other engine."""
@@ -72,7 +75,7 @@ class EngineClient:
     ) -> None:
         """Use `start`."""
         self.info = incarnation.info
-        self.checkpoint = incarnation.info.checkpoint
+        self.checkpoint = self._first_checkpoint = incarnation.info.checkpoint
         """The directory that its weights are from: other weights have another one, whatever they are called."""
         self.front = front
         self.tokenizer = front.tokenizer
@@ -442,7 +445,7 @@ class EngineClient:
 
     def _on_maintained(self, outcome: Maintained) -> None:
         if outcome.model is not None:
-            self._config = self._config.with_model(outcome.model)
+            self._config = self._config.with_model(outcome.model, self._first_checkpoint)
             self.checkpoint = outcome.model
         stats = self._incarnation.stats
         maintenance = stats.maintenance if stats is not None else None
@@ -478,7 +481,10 @@ class EngineClient:
         self._history.add(before.stats, before.condition)
         before.forget()
         self.info = incarnation.info
-        self.checkpoint = incarnation.info.checkpoint
+        if self.info.checkpoint != self.checkpoint:  # it was started with a link, which names another one by now
+            log.warning("the engine has come back with weights of %s, not of %s", self.info.checkpoint, self.checkpoint)
+            self.checkpoint = self.info.checkpoint
+            self._maintenance.weights_version += 1
         self._comeback.note_over()
         self._note_settled()
         self._attend(incarnation)

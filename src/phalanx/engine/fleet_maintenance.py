@@ -106,13 +106,16 @@ class FleetMaintenance:
 
         Raises what the first one raises that fails, when all are done, and those that have not are as before.
         """
+        version = self._next_version(engines)
         if isinstance(order, Wake):
-            order = _check_wake(order, engines)
+            order, version = self._wake_alike(_check_wake(order, engines), list(engines.values()), version)
         levels = {number: engine.asleep for number, engine in engines.items()}
         asked = {number: engine for number, engine in engines.items() if isinstance(order, Sleep) or engine.asleep}
-        if errors := await self._carry_out_in(order, asked or engines, self._next_version(engines)):
+        if errors := await self._carry_out_in(order, asked or engines, version):
             await self._undo(engines, levels, errors[0])
             raise errors[0]
+        if isinstance(order, Sleep):
+            return
         first, *others = engines.values()
         if different := [one.checkpoint for one in others if one.checkpoint != first.checkpoint]:
             raise MaintenanceError(
@@ -128,12 +131,11 @@ class FleetMaintenance:
             self._traffic.forget(number)
         outcomes: list[BaseException | None] = []
         left = list(engines.values())
-        if isinstance(order, Wake):
-            order, version = self._wake_alike(order, left, version)
-            if len(left) > 1 and left[0].asleep == 2 and self._joining.may_share_weights:
-                first = left.pop(0)
-                outcomes += await _each(order, [first], version)
-                order = msgspec.structs.replace(order, weights=await first.share_weights())
+        may_share = isinstance(order, Wake) and self._joining.may_share_weights
+        if may_share and len(left) > 1 and left[0].asleep == 2:
+            first = left.pop(0)
+            outcomes += await _each(order, [first], version)
+            order = msgspec.structs.replace(order, weights=await first.share_weights())
         outcomes += await _each(order, left, version)
         return [outcome for outcome in outcomes if outcome is not None]
 

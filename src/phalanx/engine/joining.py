@@ -16,7 +16,7 @@ from phalanx.engine.client import EngineClient
 from phalanx.engine.incarnation import OnProgress
 from phalanx.engine.seats import Seats, settings_of_replicas
 from phalanx.engine.weights_source import WeightsSource
-from phalanx.errors import PhalanxError
+from phalanx.errors import PhalanxError, StartError
 from phalanx.protocol.client import Sleep, StartProgress
 
 
@@ -54,7 +54,7 @@ class Joining:
         self.info = first.info
         """Of one replica."""
         self.weights_version = first.weights_version
-        self.checkpoint = first.checkpoint
+        self.checkpoint = self._first_checkpoint = first.checkpoint
         """That they have."""
         self.told: dict[int, StartProgress] = {}
         """What each that starts has said last."""
@@ -72,8 +72,8 @@ class Joining:
         """Those that this one has, from now on."""
         self.weights_version, self.checkpoint = like.weights_version, like.checkpoint
         if like.model != self.config.model.model:
-            self.config = self.config.with_model(like.model)
-            self.seats.use_model(like.model)
+            self.config = self.config.with_model(like.model, self._first_checkpoint)
+            self.seats.use_model(like.model, self._first_checkpoint)
 
     def use_shape(self, like: EngineClient) -> None:
         """As many ranks in each as this one has by now."""
@@ -124,6 +124,10 @@ class Joining:
                 if own.executor.launcher == "ray":
                     await report.until_placed(starting)
             engine = await starting
+            if engine.checkpoint != self.checkpoint:
+                await engine.close()
+                found = f"its weights are of {engine.checkpoint}, and those of the others of {self.checkpoint}"
+                raise StartError(f"replica {number}", "joining", f"{found}: reload, to have the same in all")
             if self.config.cluster.avoid_nodes != own.cluster.avoid_nodes:  # while it started
                 engine.avoid(self.config.cluster.avoid_nodes)
             if level := sleep_level():

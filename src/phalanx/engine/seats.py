@@ -54,9 +54,9 @@ class Seats:
         """The checkpoint of replicas that join."""
         return self._config.model.model
 
-    def use_model(self, model: str) -> None:
-        """Replicas that join from now on have this checkpoint."""
-        self._config = self._config.with_model(model)
+    def use_model(self, model: str, tokenizer: str) -> None:
+        """Replicas that join from now on have this checkpoint; `tokenizer` as for Config.with_model."""
+        self._config = self._config.with_model(model, tokenizer)
 
     def settings(self, number: int, size: int, max_model_len: int) -> Settings:
         """Of one that joins a fleet, which then has `size` replicas. Its requests may be as long as in the others."""

@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from phalanx.executor.letter import Letter
-from phalanx.executor.log_stream import log_to_stderr_at_last
+from phalanx.executor.log_stream import log_to_stderr_beside
 from phalanx.executor.out_of_memory import OutOfMemoryKills
 from phalanx.executor.shared_fate import describe_exit, die_with_parent
 from phalanx.transport.liveness import start_time_of
@@ -231,7 +231,7 @@ class ForkServer:
             assert spec is not None
             # What is no warning is the same for all ranks, mostly.
             level = logging.INFO if spec.rank == 0 else logging.WARNING
-            log_to_stderr_at_last(f"%(levelname)s rank {spec.rank}: %(message)s", level=level)
+            log_to_stderr_beside(f"%(levelname)s rank {spec.rank}: %(message)s", level=level)
             from phalanx.worker.process import run
 
             code = run(spec)

@@ -86,13 +86,17 @@ def log_to_stderr(line: str, *, level: int) -> None:
     logging.basicConfig(handlers=[_to_stderr()], level=level, format=line)
 
 
-def log_to_stderr_at_last(line: str, *, level: int) -> None:
-    """The same of a process that runs a user's code: what that sets up with `logging`, before or later, goes first."""
+def log_to_stderr_beside(line: str, *, level: int) -> None:
+    """The same of a process that runs a user's code, whose `logging` is its own: Phalanx's lines stay as they are,
+    whatever that sets up, and what it does not is logged like them."""
     handler = _to_stderr()
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter(line))
     logging.lastResort = handler
-    logging.getLogger("phalanx").setLevel(level)
+    logging.getLogger().setLevel(level)
+    ours = logging.getLogger("phalanx")
+    ours.addHandler(handler)
+    ours.propagate = False
 
 
 def _to_stderr() -> logging.Handler:

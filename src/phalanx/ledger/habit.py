@@ -12,6 +12,7 @@ one is wrong.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -167,7 +168,9 @@ def first_deviation(rank: RankLook, step: int) -> Deviation | None:
     forms = [(record.group, _form_of(rank, record)) for record in usual]
     for place, done in enumerate(issued):
         if place == len(usual):
-            return Deviation(rank.groups[done.group], done.sequence, done, is_ahead=False)
+            # Steps of a kind are longer or shorter where some of them are replayed from graphs.
+            is_new = not _has_issued_as_much(rank, step, len(issued))
+            return Deviation(rank.groups[done.group], done.sequence, done, is_ahead=False) if is_new else None
         what = done.group, _form_of(rank, done)
         if None in (what[1], forms[place][1]):
             return None
@@ -176,6 +179,13 @@ def first_deviation(rank: RankLook, step: int) -> Deviation | None:
             before = [one.sequence for one in rank.collectives(name).values() if one.number < done.number]
             return Deviation(name, max(before, default=0) + 1, done, what in forms[place:])
     return None
+
+
+def _has_issued_as_much(rank: RankLook, step: int, count: int) -> bool:
+    """Whether the rank has issued so much in any step before."""
+    records = rank.entries.records
+    counts = Counter(one.step for one in records if one.kind == Kind.COLLECTIVE and 0 < one.step < step)
+    return max(counts.values(), default=0) >= count
 
 
 def next_group(rank: RankLook, step: int) -> str | None:

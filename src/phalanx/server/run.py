@@ -140,7 +140,8 @@ class _Lifetime:
 
     async def _drain(self, service: Service, stop: StopSignals) -> None:
         service.close()
-        is_asleep = bool(service.engine.asleep)
+        phases = {one.maintenance.phase for one in service.engine.conditions() if one.maintenance is not None}
+        is_asleep = bool(service.engine.asleep) and phases <= {"asleep"}  # one that wakes is worth the wait
         if service.num_in_flight and not is_asleep:
             logger.info(
                 "stopping: requests in flight (%d) may finish within %g s; a second signal ends them now",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from contextlib import aclosing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from test_engine_client import client_of, in_loop, until
 from test_engine_fleet import fleet_of, pids
 
+from phalanx.config import Config
 from phalanx.engine.stream import Origin
 from phalanx.errors import MaintenanceError, ResizeRefusedError, UserError
 from phalanx.memory.shared_weights import decode_shared
@@ -68,6 +70,34 @@ async def test_an_engine_that_is_started_again_sleeps_again(checkpoint: Path) ->
         await client.maintain(Wake(None))
         await settling
         assert client.asleep == 0
+
+
+@in_loop
+async def test_the_tokenizer_of_the_start_stays_after_a_reload(checkpoint: Path) -> None:
+    """Of a model that was not given as a directory as well: what a trainer writes may have none."""
+    async with client_of(checkpoint) as client:
+        client._config = Config.build(model="org/name")
+        await client.maintain(Reload("/new", "now", 60.0))
+        assert (client._config.model.model, client._config.model.tokenizer) == ("/new", str(checkpoint))
+        await client.maintain(Reload("/newer", "now", 60.0))
+        assert (client._config.model.model, client._config.model.tokenizer) == ("/newer", str(checkpoint))
+
+
+@in_loop
+async def test_an_engine_that_comes_back_with_other_weights_says_so(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link, other = tmp_path / "current", tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    link.symlink_to(checkpoint)
+    async with client_of(link, engine_restarts=1) as client:
+        link.unlink()
+        link.symlink_to(other)
+        os.kill(client.condition.pid, signal.SIGKILL)
+        await until(lambda: client.condition.num_restarts == 1)
+        await until(lambda: client.checkpoint == str(other))
+        assert client.weights_version == 2
+        assert f"the engine has come back with weights of {other}, not of {checkpoint}" in caplog.text
 
 
 @in_loop

@@ -843,6 +843,48 @@ async def test_the_same_weights_have_one_version_after_a_wake_that_was_undone(
 
 
 @in_loop
+async def test_who_has_woken_with_other_weights_says_their_version(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also if it could not be put to sleep again when another one failed."""
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    async with fleet_of(checkpoint, data_parallel_size=2) as fleet:
+        engines = fleet._members.engines
+        monkeypatch.setattr(Joining, "may_share_weights", False)
+        await fleet.maintain(Sleep(2))
+        fails_once(monkeypatch, engines[1])
+        maintain = engines[0].maintain
+
+        async def stays_awake(order: MaintenanceOrder, **given: Any) -> None:
+            if isinstance(order, Sleep):
+                raise MaintenanceError("no")
+            await maintain(order, **given)
+
+        monkeypatch.setattr(engines[0], "maintain", stays_awake)
+        with pytest.raises(MaintenanceError, match="replica 0 is awake"):
+            await fleet.maintain(Wake(str(other)))
+        monkeypatch.setattr(engines[0], "maintain", maintain)
+        await fleet.maintain(Wake(str(other)))
+        assert [(engine.checkpoint, engine.weights_version) for engine in engines.values()] == [(str(other), 2)] * 2
+
+
+@in_loop
+async def test_a_replica_that_finds_other_weights_does_not_join(checkpoint: Path, tmp_path: Path) -> None:
+    """Where a link names others by now that was given at the start: a sleep is none of that."""
+    link, other = tmp_path / "current", tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    link.symlink_to(checkpoint)
+    async with fleet_of(link, data_parallel_size=1) as fleet:
+        link.unlink()
+        link.symlink_to(other)
+        with pytest.raises(StartError, match=r"replica 1 did not start: its weights are of .*other"):
+            await fleet._joining.start(1, 2, sleep_level=lambda: 0)
+        await fleet.maintain(Sleep(1))
+        await fleet.maintain(Wake(None))
+
+
+@in_loop
 async def test_who_is_awake_gets_no_other_weights_by_a_wake_of_others(checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)

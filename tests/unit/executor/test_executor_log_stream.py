@@ -100,25 +100,36 @@ def test_what_cannot_be_written_raises_nothing() -> None:
         ("pass", "WARNING rank 1: careful\nWARNING rank 1: beware\n"),
         (
             "logging.basicConfig(level=logging.INFO, format='MINE %(message)s')",
-            "MINE hello\nMINE careful\nMINE beware\n",
+            "MINE hello\nMINE careful\nWARNING rank 1: beware\n",
         ),
         (
             "own.addHandler(logging.StreamHandler()); own.setLevel(logging.INFO)",
             "hello\ncareful\nWARNING rank 1: beware\n",
         ),
+        ("logging.warning('at once')", "WARNING:root:at once\nWARNING:own:careful\nWARNING rank 1: beware\n"),
         ("own.setLevel(logging.INFO)", "WARNING rank 1: careful\nWARNING rank 1: beware\n"),
     ],
-    ids=["nothing", "all", "a handler", "a level"],
+    ids=["nothing", "all", "a handler", "by itself", "a level"],
 )
-def test_what_a_users_code_sets_up_goes_first(own: str, expected: str) -> None:
+def test_a_users_logging_is_its_own(own: str, expected: str) -> None:
     program = (
-        "import logging; from phalanx.executor.log_stream import log_to_stderr_at_last;"
-        "log_to_stderr_at_last('%(levelname)s rank 1: %(message)s', level=logging.WARNING);"
+        "import logging; from phalanx.executor.log_stream import log_to_stderr_beside;"
+        "log_to_stderr_beside('%(levelname)s rank 1: %(message)s', level=logging.WARNING);"
         f"own = logging.getLogger('own'); {own}; own.info('hello'); own.warning('careful');"
         "ours = logging.getLogger('phalanx.worker'); ours.info('for rank 0 to say'); ours.warning('beware')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, expected)
+
+
+def test_of_rank_0_more_is_told() -> None:
+    program = (
+        "import logging; from phalanx.executor.log_stream import log_to_stderr_beside;"
+        "log_to_stderr_beside('%(levelname)s rank 0: %(message)s', level=logging.INFO);"
+        "logging.getLogger('own').info('hello'); logging.getLogger('phalanx.worker').info('for all')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "INFO rank 0: hello\nINFO rank 0: for all\n")
 
 
 @pytest.mark.parametrize(("place", "expected"), [("2>&1", b"engine: said\n"), ("2>&-", b""), ("2>/dev/full", b"")])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from ledger_ranks import WritingRank
 
-from phalanx.ledger.habit import form
+from phalanx.ledger.habit import first_deviation, form
 from phalanx.ledger.journal_layout import NUM_TEXTS
 from phalanx.ledger.judge import judge
 from phalanx.ledger.look import Look
@@ -439,3 +439,19 @@ def test_a_circle_because_of_a_collective_after_the_last_one_of_the_step(culprit
     verdict = judge(Look(time.monotonic_ns(), {rank.rank: rank.look() for rank in ranks}, groups))
     assert verdict is not None and (verdict.cause, verdict.culprits) == ("circle", (culprit,))
     assert (verdict.step, verdict.group, verdict.sequence) == (4, "ep@0", 5)
+
+
+def test_a_step_as_long_as_some_before_has_nothing_too_much() -> None:
+    """Of one kind some are replayed from graphs, which have more in them."""
+    rank = WritingRank(0, [GROUP])
+    for step, length in enumerate((3, 2, 3), start=1):
+        rank.begin(step, f"plan {step}", 1, PlanSize(1, 1, 1))
+        for _ in range(length):
+            rank.collective(GROUP, REDUCE.format(n=1))
+        rank.end()
+    assert first_deviation(rank.look(), 3) is None
+    rank.begin(4, "plan 4", 1, PlanSize(1, 1, 1))
+    for _ in range(4):
+        rank.collective(GROUP, REDUCE.format(n=1))
+    deviation = first_deviation(rank.look(), 4)
+    assert deviation is not None and (deviation.group, deviation.sequence) == (GROUP, 12)

@@ -90,7 +90,7 @@ class RayPlacement:
         """
         with self._changing(deadline, is_beside):
             if is_beside:
-                self._check_staff()
+                self._check_actors()
             else:
                 self._settle(on_progress, deadline, has_memory)
             processes = LineProcesses(self.config, self.actors, self.agents, checkpoint, epoch, deadline)
@@ -195,7 +195,7 @@ class RayPlacement:
             self._await_bundles(absent, deadline)
             actors.replace(absent, deadline)
 
-    def _check_staff(self) -> None:
+    def _check_actors(self) -> None:
         self._check_open()
         self._check_ray()
         if absent := self.actors.absent():
